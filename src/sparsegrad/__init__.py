@@ -1,0 +1,46 @@
+"""SparseGrad: fine-tune MLP layers in the few entries that carry their gradient in an HOSVD basis (arXiv 2410.07383).
+
+moments = {"up": GradientMoments(3072, 768), "down": GradientMoments(768, 3072)}   # update() with gradients
+bases = {kind: hosvd(m) for kind, m in moments.items()}
+sparsify(model, bases, k=28_000, target_modules={"up": r".*\\.layer\\.(?P<layer>\\d+)\\.intermediate\\.dense", ...})
+optimizer = SparseGradAdamW(param_groups(model), lr=1e-4)                          # in place of torch.optim.AdamW
+...                                                                                # train as before
+merge(model)                                                                       # a plain model again
+"""
+
+from sparsegrad.basis import Basis, GradientMoments, hosvd, hosvd_of_unfoldings, hosvd_tensorly
+from sparsegrad.convert import Target, find_targets, merge, sparsegrad_layers, sparsify
+from sparsegrad.folded import FoldedLinear
+from sparsegrad.io import load_adapter, load_bases, load_tensors, save_adapter, save_bases, save_tensors
+from sparsegrad.linear import SparseGradLinear
+from sparsegrad.optim import SparseGradAdamW, clip_grad_norm_, lazy_adam_delta, param_groups
+from sparsegrad.rotated import RotatedLinear
+from sparsegrad.select import entries_for_density, top_k
+
+__all__ = [
+    "Basis",
+    "FoldedLinear",
+    "GradientMoments",
+    "RotatedLinear",
+    "SparseGradAdamW",
+    "SparseGradLinear",
+    "Target",
+    "clip_grad_norm_",
+    "entries_for_density",
+    "find_targets",
+    "hosvd",
+    "hosvd_of_unfoldings",
+    "hosvd_tensorly",
+    "lazy_adam_delta",
+    "load_adapter",
+    "load_bases",
+    "load_tensors",
+    "merge",
+    "param_groups",
+    "save_adapter",
+    "save_bases",
+    "save_tensors",
+    "sparsegrad_layers",
+    "sparsify",
+    "top_k",
+]

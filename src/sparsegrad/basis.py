@@ -1,0 +1,228 @@
+"""HOSVD bases of stacked weight gradients (paper, section 3.1).
+
+Stack n gradients G_1..G_n of one layer kind, each ``(out_features, in_features)``, into a tensor of shape
+``(n, out_features, in_features)``. Its HOSVD factors of the last two modes are the left singular vectors of the mode
+unfoldings, that is, the eigenvectors of the two moments
+
+    L = sum_t G_t G_t^T   (out_features, out_features)        R = sum_t G_t^T G_t   (in_features, in_features)
+
+``Basis(U, V)`` holds them as **rows**, leading first. Stated once, used everywhere:
+
+    W_rot = V W U^T        G_rot = V G U^T        W = V^T W_rot U
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+ORIENTATIONS = ("hosvd", "released")
+
+
+class Basis(nn.Module):
+    """Two orthogonal bases shared by all layers of one kind.
+
+    A module, so that layers that share it stay sharing it when the model moves between devices. A cast of the model
+    to bfloat16 or float16 leaves the basis in its own precision: a rounded basis is not orthogonal (D25).
+
+    Args:
+        U: ``(rank_in, in_features)``, orthonormal rows; ``rank_in == in_features`` for a full basis.
+        V: ``(rank_out, out_features)``, orthonormal rows.
+
+    Raises:
+        ValueError: if a factor is not a matrix, has more rows than columns, or is not finite.
+    """
+
+    def __init__(self, U: Tensor, V: Tensor) -> None:
+        super().__init__()
+        for name, factor in (("U", U), ("V", V)):
+            if factor.dim() != 2 or factor.shape[0] > factor.shape[1]:
+                raise ValueError(
+                    f"{name} has shape {tuple(factor.shape)}; it must be (rank, features), rank <= features."
+                )
+            if not torch.isfinite(factor).all():
+                raise ValueError(f"{name} holds non-finite values: collect the gradients again.")
+        self.register_buffer("U", U)
+        self.register_buffer("V", V)
+
+    @property
+    def in_features(self) -> int:
+        return self.U.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.V.shape[1]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether both factors are square, so that every weight has exact rotated coordinates."""
+        return self.U.shape[0] == self.U.shape[1] and self.V.shape[0] == self.V.shape[1]
+
+    def rotate(self, W: Tensor) -> Tensor:
+        """``V W U^T`` of a weight or gradient ``(out_features, in_features)``, in the basis' precision."""
+        return self.V @ W.to(self.V.dtype) @ self.U.T
+
+    def rotate_back(self, W_rot: Tensor) -> Tensor:
+        """``V^T W_rot U``, the inverse of :meth:`rotate` for a full basis."""
+        return self.V.T @ W_rot.to(self.V.dtype) @ self.U
+
+    def oriented(self, orientation: str) -> Basis:
+        """The basis in another orientation.
+
+        ``hosvd`` makes G_rot the HOSVD core. ``released`` is what the authors' code computes: its input factor is used
+        untransposed, so that G_rot = V G U instead of V G U^T (D2).
+
+        Raises:
+            ValueError: on another word, or if ``released`` is asked of a truncated basis.
+        """
+        if orientation == "hosvd":
+            return self
+        if orientation != "released":
+            raise ValueError(f"orientation={orientation!r}; allowed: {', '.join(ORIENTATIONS)}.")
+        if not self.is_full:
+            raise ValueError("orientation='released' transposes U, so it needs a full basis; this one is truncated.")
+        return Basis(self.U.T.contiguous(), self.V)
+
+    def orthogonality_error(self) -> float:
+        """Largest absolute entry of ``U U^T - I`` and ``V V^T - I``."""
+        errors = [
+            (F @ F.T - torch.eye(F.shape[0], dtype=F.dtype, device=F.device)).abs().max() for F in (self.U, self.V)
+        ]
+        return float(max(errors))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Basis:
+        for name in ("U", "V"):
+            old = getattr(self, name)
+            new = fn(old)
+            if new.dtype != old.dtype and torch.finfo(new.dtype).bits < 32:
+                new = old.to(new.device)
+            setattr(self, name, new)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"U={tuple(self.U.shape)}, V={tuple(self.V.shape)}"
+
+
+class GradientMoments:
+    """Running moments of gradients, in float64: memory does not grow with the number of gradients.
+
+    float32 sums lose the trailing directions, so float64 is not an option but the only precision.
+
+    Args:
+        out_features: rows of a gradient.
+        in_features: columns of a gradient.
+        device: where the sums live.
+    """
+
+    def __init__(self, out_features: int, in_features: int, device: torch.device | str | None = None) -> None:
+        self.left = torch.zeros(out_features, out_features, dtype=torch.float64, device=device)
+        self.right = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        self.count = 0
+
+    def update(self, G: Tensor) -> None:
+        """Add one gradient ``(out_features, in_features)`` of any float dtype.
+
+        Raises:
+            ValueError: if its shape is another layer's or it is not finite; the sums are left as they were.
+        """
+        expected = (self.left.shape[0], self.right.shape[0])
+        if tuple(G.shape) != expected:
+            raise ValueError(f"gradient of shape {tuple(G.shape)}; these moments take {expected}.")
+        G = G.detach().to(device=self.left.device, dtype=torch.float64)
+        if not torch.isfinite(G).all():
+            raise ValueError("gradient holds non-finite values: lower the learning rate or check the loss.")
+        self.left.addmm_(G, G.T)
+        self.right.addmm_(G.T, G)
+        self.count += 1
+
+    def merge(self, other: GradientMoments) -> None:
+        """Add the sums of another rank or process.
+
+        Raises:
+            ValueError: if the other moments are of another shape.
+        """
+        if self.left.shape != other.left.shape or self.right.shape != other.right.shape:
+            raise ValueError(
+                f"moments of {tuple(other.left.shape)} and {tuple(other.right.shape)} can't be added to moments of "
+                f"{tuple(self.left.shape)} and {tuple(self.right.shape)}: they belong to other layers."
+            )
+        self.left += other.left.to(self.left.device)
+        self.right += other.right.to(self.right.device)
+        self.count += other.count
+
+
+def hosvd(moments: GradientMoments, rank: int | None = None) -> Basis:
+    """HOSVD factors from moments: one symmetric eigendecomposition a mode, in float64.
+
+    Same subspaces as the SVD of the two unfoldings. Signs are fixed (largest entry of a row is positive), so that one
+    input gives one basis.
+
+    Args:
+        moments: sums over at least one gradient.
+        rank: keep the leading rows of each factor only; None keeps all.
+
+    Returns:
+        A float64 basis on the moments' device.
+
+    Raises:
+        ValueError: if no gradient was collected, all were zero, or the rank is out of range.
+    """
+    if moments.count == 0:
+        raise ValueError("no gradient was collected; call GradientMoments.update before hosvd.")
+    smallest = min(moments.left.shape[0], moments.right.shape[0])
+    if rank is not None and not 1 <= rank <= smallest:
+        raise ValueError(f"rank={rank}; allowed: 1 to {smallest} for gradients of this shape, or None for all.")
+    if moments.left.trace() == 0:
+        raise ValueError("all collected gradients are zero; are the layers trainable and the loss not constant?")
+    return Basis(_leading_eigenvectors(moments.right, rank), _leading_eigenvectors(moments.left, rank))
+
+
+def hosvd_of_unfoldings(gradients: Tensor) -> Basis:
+    """The literal HOSVD: SVD of the two mode unfoldings of ``(n, out_features, in_features)``, in float64.
+
+    Needs the whole stack and factors of its size; kept as the reference that :func:`hosvd` is tested against.
+    """
+    n, out_features, in_features = gradients.shape
+    stack = gradients.to(torch.float64)
+    mode_out = stack.permute(1, 0, 2).reshape(out_features, n * in_features)
+    mode_in = stack.permute(2, 0, 1).reshape(in_features, n * out_features)
+    V = torch.linalg.svd(mode_out, full_matrices=False).U
+    U = torch.linalg.svd(mode_in, full_matrices=False).U
+    return Basis(_fix_signs(U.T), _fix_signs(V.T))
+
+
+def hosvd_tensorly(gradients: Tensor) -> Basis:
+    """The same factors from TensorLy's ``partial_tucker`` without HOOI iterations.
+
+    Args:
+        gradients: ``(n, out_features, in_features)``; the whole stack is held in float64.
+
+    Raises:
+        ImportError: if tensorly is not installed.
+    """
+    import tensorly
+    from tensorly.decomposition import partial_tucker
+
+    stack = gradients.detach().cpu().to(torch.float64)
+    with tensorly.backend_context("pytorch"):
+        # n_iter_max=0 is the HOSVD; any iteration would be HOOI, another subspace.
+        (_, (V, U)), _ = partial_tucker(stack, rank=list(stack.shape[1:]), modes=[1, 2], n_iter_max=0, init="svd")
+    return Basis(_fix_signs(U.T), _fix_signs(V.T))
+
+
+def _leading_eigenvectors(moment: Tensor, rank: int | None) -> Tensor:
+    """Eigenvectors of a symmetric matrix as rows, leading first."""
+    symmetric = (moment + moment.T) / 2
+    try:
+        vectors = torch.linalg.eigh(symmetric).eigenvectors
+    except torch.linalg.LinAlgError:  # cuSOLVER fails on some rank-deficient inputs that LAPACK takes (pytorch#94772)
+        vectors = torch.linalg.eigh(symmetric.cpu()).eigenvectors.to(moment.device)
+    rows = vectors.flip(1).T
+    return _fix_signs(rows if rank is None else rows[:rank])
+
+
+def _fix_signs(rows: Tensor) -> Tensor:
+    largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
+    return (rows * torch.where(largest < 0, -1.0, 1.0)).contiguous()

@@ -1,0 +1,171 @@
+"""From a plain model to SparseGrad layers and back.
+
+Works on any model whose MLPs are ``nn.Linear``. ``target_modules`` maps a layer kind (``up``, ``down``, ``gate``) to a
+regular expression that the *whole* module name must match; its group ``layer`` is the block's index. Suffixes, as PEFT
+matches lists, would take BERT's ``attention.output.dense`` for ``output.dense``: 36 matrices instead of 24.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sparsegrad.basis import Basis
+from sparsegrad.folded import FoldedLinear
+from sparsegrad.linear import SparseGradLinear
+from sparsegrad.rotated import RotatedLinear
+
+FORMS = ("folded", "rotated")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module to replace: its kind, its block's index (None without a group ``layer``), its full name."""
+
+    kind: str
+    layer: int | None
+    name: str
+    module: nn.Module
+
+
+def find_targets(
+    model: nn.Module, target_modules: Mapping[str, str], layers_to_transform: Sequence[int] | None = None
+) -> list[Target]:
+    """The linear layers that the patterns name, in model order.
+
+    Args:
+        model: any module.
+        target_modules: layer kind to regular expression.
+        layers_to_transform: block indices to take; None takes all.
+
+    Raises:
+        ValueError: if a pattern matches nothing, matches something that is no linear layer, or a block is missing.
+    """
+    found = list(_matches(model, target_modules))
+    for kind, pattern in target_modules.items():
+        if not any(target.kind == kind for target in found):
+            linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+            raise ValueError(
+                f"target_modules.{kind}={pattern!r} matches no module in full. Linear layers of this model: "
+                f"{', '.join(linear[:8])}{' ...' if len(linear) > 8 else ''}."
+            )
+    wrong = [t for t in found if not isinstance(t.module, nn.Linear | SparseGradLinear)]
+    if wrong:
+        kinds = ", ".join(f"{t.name} ({type(t.module).__name__})" for t in wrong[:4])
+        raise ValueError(f"target_modules must name nn.Linear layers; these are not: {kinds}.")
+    if layers_to_transform is None:
+        return found
+    missing = sorted(set(layers_to_transform) - {t.layer for t in found})
+    if missing:
+        present = sorted({t.layer for t in found if t.layer is not None})
+        raise ValueError(f"layers_to_transform names blocks {missing}; the model has {present or 'no block index'}.")
+    return [t for t in found if t.layer in set(layers_to_transform)]
+
+
+def sparsify(
+    model: nn.Module,
+    bases: Mapping[str, Basis] | None,
+    k: int | Mapping[str, int],
+    target_modules: Mapping[str, str],
+    layers_to_transform: Sequence[int] | None = None,
+    *,
+    form: str = "folded",
+    matmul: str = "regular",
+    select_in: str = "step",
+) -> nn.Module:
+    """Replace the target layers in place; the function of the model does not change.
+
+    Args:
+        model: a plain model.
+        bases: one for each layer kind, shared by all blocks; None for no rotation (MeProp's space).
+        k: entries kept in each matrix, one number or one a kind.
+        target_modules, layers_to_transform: see :func:`find_targets`.
+        form: ``folded`` (default) or ``rotated``.
+        matmul: ``regular`` or ``sparse_by_dense``; for the rotated form.
+        select_in: ``step`` or ``backward``; see :mod:`sparsegrad.linear`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: on an unmatched target, a basis missing or of other shapes, k out of range, or an unknown option.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form={form!r}; allowed: {', '.join(FORMS)}.")
+    if form == "folded" and matmul != "regular":
+        raise ValueError(f"matmul={matmul!r} belongs to form='rotated'; form='folded' has no rotated product.")
+    targets = find_targets(model, target_modules, layers_to_transform)
+    if any(isinstance(t.module, SparseGradLinear) for t in targets):
+        raise ValueError("the model holds SparseGrad layers already: merge(model) first.")
+    shared = _shared_bases(targets, bases)
+    options = {"select_in": select_in} | ({"matmul": matmul} if form == "rotated" else {})
+    layer_class = FoldedLinear if form == "folded" else RotatedLinear
+    built = []
+    for target in targets:  # build all before replacing any: an error leaves the model as it was
+        linear = target.module
+        size = k if isinstance(k, int) else k[target.kind]
+        try:
+            layer = layer_class(linear.weight, linear.bias, shared.get(target.kind), size, **options)
+        except ValueError as error:
+            raise ValueError(f"{target.name}: {error}") from None
+        layer.weight.requires_grad_(linear.weight.requires_grad)
+        built.append((target.name, layer.train(linear.training)))
+    for name, layer in built:
+        model.set_submodule(name, layer)
+    return model
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Replace every SparseGrad layer by the ``nn.Linear`` of the same function, in place.
+
+    Returns:
+        The same model, plain again: ``save_pretrained`` and FastChat take it.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SparseGradLinear):
+            linear = module.to_linear().train(module.training)
+            linear.weight.requires_grad_(module.weight.requires_grad)
+            model.set_submodule(name, linear)
+    return model
+
+
+def sparsegrad_layers(model: nn.Module) -> dict[str, SparseGradLinear]:
+    """SparseGrad layers by full module name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, SparseGradLinear)}
+
+
+def _matches(model: nn.Module, target_modules: Mapping[str, str]) -> Iterator[Target]:
+    compiled = {}
+    for kind, pattern in target_modules.items():
+        try:
+            compiled[kind] = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"target_modules.{kind}={pattern!r} is no regular expression: {error}.") from None
+    for name, module in model.named_modules():
+        for kind, pattern in compiled.items():
+            match = pattern.fullmatch(name)
+            if match:
+                index = match.groupdict().get("layer")
+                yield Target(kind, None if index is None else int(index), name, module)
+                break
+
+
+def _shared_bases(targets: Sequence[Target], bases: Mapping[str, Basis] | None) -> dict[str, Basis]:
+    """One basis object a kind, copied, in the precision of the weights but at least float32."""
+    if bases is None:
+        return {}
+    shared = {}
+    for target in targets:
+        if target.kind in shared:
+            continue
+        if target.kind not in bases:
+            raise ValueError(f"no basis for layer kind {target.kind!r}; given: {', '.join(bases) or 'none'}.")
+        weight, basis = target.module.weight, bases[target.kind]
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        factors = (factor.to(device=weight.device, dtype=dtype, copy=True) for factor in (basis.U, basis.V))
+        shared[target.kind] = Basis(*factors)
+    return shared

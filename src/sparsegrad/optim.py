@@ -1,0 +1,248 @@
+"""One optimizer for a SparseGrad model (paper, section 3.2; D8, D9).
+
+Dense groups follow ``torch.optim.AdamW``. The weights of SparseGrad layers follow lazy Adam, the rule of
+``torch.optim.SparseAdam``: moments move only where the gradient holds an entry, the step count is the parameter's own.
+``SparseAdam`` keeps two dense moments as large as the weight; here the state holds the entries touched so far and
+nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from sparsegrad.linear import SparseGradLinear
+
+
+def lazy_adam_delta(
+    m: Tensor, v: Tensor, g: Tensor, step: int, lr: float, betas: tuple[float, float], eps: float
+) -> Tensor:
+    """Update moments in place and return what to add to the weights, for the entries given.
+
+    The rule is ``torch.optim.SparseAdam``'s, eps outside the bias correction as there.
+
+    Args:
+        m, v, g: ``(n,)``, first and second moments and gradient of n entries.
+        step: optimizer steps of this parameter, this one included; from 1.
+    """
+    beta1, beta2 = betas
+    m.lerp_(g, 1 - beta1)
+    v.lerp_(g * g, 1 - beta2)
+    step_size = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+    return -step_size * m / (v.sqrt() + eps)
+
+
+def insert_sorted(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Union of two ascending int64 index vectors.
+
+    Returns:
+        The union, ascending; the places in it of the old indices; the places in it of the new ones.
+    """
+    at = torch.searchsorted(old, new)
+    known = at < len(old)
+    known[known.clone()] = old[at[known]] == new[known]
+    added = new[~known]
+    union = old.new_empty(len(old) + len(added))
+    place_old = torch.arange(len(old), device=old.device) + torch.searchsorted(added, old)
+    place_added = torch.arange(len(added), device=old.device) + torch.searchsorted(old, added)
+    union[place_old], union[place_added] = old, added
+    return union, place_old, torch.searchsorted(union, new)
+
+
+class SparseGradAdamW(Optimizer):
+    """AdamW for dense groups, lazy Adam with compact state for SparseGrad weights.
+
+    Args:
+        params: from :func:`sparsegrad.param_groups`. A group with the key ``layers`` (one SparseGrad layer for each of
+            its parameters) is a SparseGrad group.
+        lr: learning rate of groups that name none.
+        betas, eps: as in ``torch.optim.AdamW``, for both kinds.
+        weight_decay: for dense groups; lazy Adam has none, as SparseAdam has none (D9).
+
+    Raises:
+        ValueError: on hyper-parameters out of range, a SparseGrad group with weight decay, or a SparseGrad weight whose
+            layer is not given.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if lr < 0 or eps < 0 or weight_decay < 0:
+            raise ValueError(f"lr={lr}, eps={eps}, weight_decay={weight_decay}; none may be negative.")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas={betas}; each must lie in [0, 1).")
+        self._layers: dict[nn.Parameter, SparseGradLinear] = {}
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; see the class for SparseGrad groups."""
+        param_group = dict(param_group)
+        layers = list(param_group.pop("layers", ()))
+        parameters = param_group["params"]
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        param_group["params"], param_group["sparsegrad"] = parameters, bool(layers)
+        if layers:
+            if [id(p) for p in parameters] != [id(layer.weight) for layer in layers]:
+                raise ValueError(
+                    "a SparseGrad group needs 'layers': one for each of its parameters, in the same order."
+                )
+            if param_group.setdefault("weight_decay", 0.0) != 0:
+                raise ValueError("lazy Adam has no weight decay: give weight_decay to the dense groups only.")
+            self._layers.update(zip(parameters, layers, strict=True))
+        super().add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, those that layers hold in compact form too."""
+        super().zero_grad(set_to_none)
+        for layer in self._layers.values():
+            layer.zero_gradient()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step; the SparseGrad gradients are taken from their layers.
+
+        Raises:
+            ValueError: if a SparseGrad gradient is not finite.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["sparsegrad"]:
+                for parameter in group["params"]:
+                    self._step_sparse(self._layers[parameter], parameter, group)
+            else:
+                self._step_dense(group)
+        return loss
+
+    def _step_sparse(self, layer: SparseGradLinear, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        gradient = layer.take_gradient()
+        if gradient is None:
+            return
+        indices, g = gradient
+        precision = torch.promote_types(parameter.dtype, torch.float32)
+        g = g.to(precision)
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["indices"], state["exp_avg"], state["exp_avg_sq"] = indices[:0], g[:0], g[:0]
+        union, place_old, place = insert_sorted(state["indices"], indices)
+        if len(union) > len(state["indices"]):
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = g.new_zeros(len(union)).index_copy_(0, place_old, state[key])
+            state["indices"] = union
+        state["step"] += 1
+        m, v = state["exp_avg"][place], state["exp_avg_sq"][place]
+        delta = lazy_adam_delta(m, v, g, int(state["step"]), group["lr"], group["betas"], group["eps"])
+        state["exp_avg"][place], state["exp_avg_sq"][place] = m, v
+        layer.add_(indices, delta)
+
+    def _step_dense(self, group: dict[str, Any]) -> None:
+        with_gradient = [p for p in group["params"] if p.grad is not None]
+        weights = []
+        for parameter in with_gradient:
+            state = self.state[parameter]
+            precision = torch.promote_types(parameter.dtype, torch.float32)
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = torch.zeros_like(parameter, dtype=precision)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=precision)
+                if parameter.dtype != precision:  # bfloat16 swallows small updates: step a float32 master
+                    state["master"] = parameter.detach().to(precision)
+            weights.append(state.get("master", parameter))
+        states = [self.state[p] for p in with_gradient]
+        adamw(
+            weights,
+            [p.grad.to(w.dtype) for p, w in zip(with_gradient, weights, strict=True)],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        for parameter, weight in zip(with_gradient, weights, strict=True):
+            if weight is not parameter:
+                parameter.copy_(weight)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; indices, moments and masters keep their own dtypes.
+
+        Raises:
+            ValueError: if the groups are another model's.
+        """
+        super().load_state_dict(state_dict)
+        # torch casts every state tensor to the parameter's dtype, which would destroy indices and masters.
+        saved = state_dict["state"]
+        order = [index for group in state_dict["param_groups"] for index in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in zip(order, parameters, strict=True):
+            for key, value in saved.get(index, {}).items():
+                device = "cpu" if key == "step" else parameter.device
+                self.state[parameter][key] = value.to(device=device, copy=True)
+
+    def touched(self, layer: SparseGradLinear) -> Tensor:
+        """Flat indices, int64 and ascending, of the entries that the layer's steps have moved so far."""
+        state = self.state.get(layer.weight, {})
+        return state.get("indices", torch.empty(0, dtype=torch.int64, device=layer.weight.device))
+
+
+def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Every trainable parameter in exactly one group: SparseGrad weights, and all others.
+
+    Biases, LayerNorm and everything else outside the SparseGrad weights are dense (D8: the released code forgot some).
+
+    Args:
+        model: after :func:`sparsegrad.sparsify`.
+        weight_decay: for the dense group.
+    """
+    layers = [m for m in model.modules() if isinstance(m, SparseGradLinear) and m.weight.requires_grad]
+    sparse = {id(layer.weight) for layer in layers}
+    dense = [p for p in model.parameters() if p.requires_grad and id(p) not in sparse]
+    groups = []
+    if dense:
+        groups.append({"params": dense, "weight_decay": weight_decay})
+    if layers:
+        groups.append({"params": [layer.weight for layer in layers], "layers": layers})
+    return groups
+
+
+@torch.no_grad()
+def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
+    """``torch.nn.utils.clip_grad_norm_`` for any model: SparseGrad weights count with the entries that are kept.
+
+    Returns:
+        The norm before clipping.
+
+    Raises:
+        ValueError: if a SparseGrad gradient is not finite.
+    """
+    layers = [m for m in model.modules() if isinstance(m, SparseGradLinear)]
+    sparse = {id(layer.weight) for layer in layers}
+    for layer in layers:
+        layer.select()
+    kept = [pair[1] for pair in (layer._pending() for layer in layers) if pair is not None]
+    dense = [p.grad for p in model.parameters() if p.grad is not None and id(p) not in sparse]
+    total = torch.nn.utils.get_total_norm(kept + dense)
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for gradient in dense:
+        gradient.mul_(scale)
+    for layer in layers:
+        layer.scale_gradient(scale)
+    return total

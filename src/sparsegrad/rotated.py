@@ -1,0 +1,112 @@
+"""The paper's form: the parameter is W_rot = V W U^T, and every pass multiplies by U^T, W_rot and V (Table 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparsegrad.basis import Basis
+from sparsegrad.linear import SparseGradLinear, autocast
+
+MATMULS = ("regular", "sparse_by_dense")
+
+
+class RotatedLinear(SparseGradLinear):
+    """The paper's layer: y = x U^T W_rot^T V + b, with a COO gradient of W_rot.
+
+    Args:
+        weight, bias, basis, k, select_in: as in :class:`SparseGradLinear`; the basis must be full.
+        matmul: ``regular``, or ``sparse_by_dense`` (paper, equations 1-2: rows of the output gradient that are zero, as
+            padding leaves them, are skipped; the result is the same).
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        basis: Basis | None,
+        k: int,
+        *,
+        select_in: str = "step",
+        matmul: str = "regular",
+    ) -> None:
+        if matmul not in MATMULS:
+            raise ValueError(f"matmul={matmul!r}; allowed: {', '.join(MATMULS)}.")
+        if basis is not None and not basis.is_full:
+            raise ValueError(
+                "form 'rotated' keeps W_rot = V W U^T whole, so it needs a full basis; this one is truncated."
+            )
+        super().__init__(weight, bias, basis, k, select_in=select_in)
+        self.matmul = matmul
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in_features) -> (..., out_features)``."""
+        x = autocast(x)
+        if self.basis is not None:
+            x = x @ self.basis.U.to(x.dtype).T
+        y = _RotatedProduct.apply(x, self.weight, self)
+        if self.basis is not None:
+            y = y @ self.basis.V.to(y.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _from_original(self, weight: Tensor) -> Tensor:
+        return weight if self.basis is None else self.basis.rotate(weight)
+
+    def _to_original(self, weight: Tensor) -> Tensor:
+        return weight if self.basis is None else self.basis.rotate_back(weight)
+
+    def _gradient_to_rotated(self, dense: Tensor) -> Tensor:
+        return dense
+
+    def _pending(self) -> tuple[Tensor, Tensor] | None:
+        if self.weight.grad is None:
+            return None
+        coo = self.weight.grad.coalesce()
+        row, column = coo.indices()
+        return row * self.in_features + column, coo.values()
+
+    def _set_pending(self, indices: Tensor, values: Tensor) -> None:
+        self.weight.grad = self._coo(indices, values.to(self.weight.dtype))
+
+    def _add(self, target: Tensor, indices: Tensor, delta: Tensor) -> None:
+        target.view(-1).index_add_(0, indices, delta)
+
+    def _coo(self, indices: Tensor, values: Tensor) -> Tensor:
+        rows_columns = torch.stack((indices // self.in_features, indices % self.in_features))
+        return torch.sparse_coo_tensor(
+            rows_columns, values, self.weight.shape, is_coalesced=True, check_invariants=False
+        )
+
+
+class _RotatedProduct(torch.autograd.Function):
+    """x_rot W_rot^T with the paper's backward: a sparse or dense gradient of W_rot, optionally sparse by dense."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, layer: RotatedLinear) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.layer = layer
+        return x @ weight.to(x.dtype).T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        layer: RotatedLinear = ctx.layer
+        g2, x2 = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+        weight = weight.to(g.dtype)
+        if layer.matmul == "sparse_by_dense":
+            rows = g2.any(dim=1).nonzero().flatten()
+            small = g2[rows]
+            G = small.T @ x2[rows]
+            grad_x = torch.zeros_like(x2).index_copy_(0, rows, small @ weight).view_as(x)
+        else:
+            G = g2.T @ x2
+            grad_x = g @ weight
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None
+        G = G.to(layer.weight.dtype)
+        if layer.select_in == "backward":
+            layer._refuse_second_backward(layer.weight.grad is not None)
+            G = layer._coo(*layer._top_k(G))
+        return grad_x, G, None
