@@ -206,9 +206,11 @@ def hosvd_tensorly(gradients: Tensor) -> Basis:
     from tensorly.decomposition import partial_tucker
 
     stack = gradients.detach().cpu().to(torch.float64)
+    n, out_features, in_features = stack.shape
+    rank = [min(out_features, n * in_features), min(in_features, n * out_features)]
     with tensorly.backend_context("pytorch"):
         # n_iter_max=0 is the HOSVD; any iteration would be HOOI, another subspace.
-        (_, (V, U)), _ = partial_tucker(stack, rank=list(stack.shape[1:]), modes=[1, 2], n_iter_max=0, init="svd")
+        (_, (V, U)), _ = partial_tucker(stack, rank=rank, modes=[1, 2], n_iter_max=0, init="svd")
     return Basis(_fix_signs(U.T), _fix_signs(V.T))
 
 

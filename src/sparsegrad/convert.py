@@ -43,7 +43,8 @@ def find_targets(
         layers_to_transform: block indices to take; None takes all.
 
     Raises:
-        ValueError: if a pattern matches nothing, matches something that is no linear layer, or a block is missing.
+        ValueError: if a pattern matches nothing, matches something that is no linear layer, a block is missing, or the
+            blocks leave a layer kind without any layer.
     """
     found = list(_matches(model, target_modules))
     for kind, pattern in target_modules.items():
@@ -63,7 +64,14 @@ def find_targets(
     if missing:
         present = sorted({t.layer for t in found if t.layer is not None})
         raise ValueError(f"layers_to_transform names blocks {missing}; the model has {present or 'no block index'}.")
-    return [t for t in found if t.layer in set(layers_to_transform)]
+    kept = [t for t in found if t.layer in set(layers_to_transform)]
+    left_out = [kind for kind in target_modules if not any(t.kind == kind for t in kept)]
+    if left_out:
+        raise ValueError(
+            f"layers_to_transform={list(layers_to_transform)} leaves no layer of kind {', '.join(left_out)}: name blocks "
+            "of that kind, with the group 'layer' in its pattern, or leave the kind out of target_modules."
+        )
+    return kept
 
 
 def sparsify(
@@ -107,7 +115,11 @@ def sparsify(
     built = []
     for target in targets:  # build all before replacing any: an error leaves the model as it was
         linear = target.module
-        size = k if isinstance(k, int) else k[target.kind]
+        size = k
+        if isinstance(k, Mapping):
+            if target.kind not in k:
+                raise ValueError(f"no k for layer kind {target.kind!r}; given: {', '.join(k) or 'none'}.")
+            size = k[target.kind]
         try:
             layer = layer_class(linear.weight, linear.bias, shared.get(target.kind), size, **options)
         except ValueError as error:
@@ -127,9 +139,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, SparseGradLinear):
-            linear = module.to_linear().train(module.training)
-            linear.weight.requires_grad_(module.weight.requires_grad)
-            model.set_submodule(name, linear)
+            model.set_submodule(name, module.to_linear().train(module.training))
     return model
 
 

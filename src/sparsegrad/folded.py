@@ -70,7 +70,7 @@ class FoldedLinear(SparseGradLinear):
     def _rotated_gradient(self, g: Tensor, x: Tensor) -> Tensor:
         """G_rot from the output gradient ``(N, out)`` and the input ``(N, in)``, the cheaper of two exact ways."""
         if self.basis is None:
-            return g.T @ x
+            return (g.T @ x).to(self.weight.dtype)
         U, V = self.basis.U, self.basis.V
         o, i = self.out_features, self.in_features
         if len(x) * (i * i + o * o) < o * i * (i + o):  # rotate both factors: 2N(i^2 + o^2) against 2oi(i + o) flop

@@ -66,11 +66,21 @@ class SparseGradLinear(nn.Module):
         self.zero_gradient()
         return gradient
 
+    def selected_gradient(self) -> tuple[Tensor, Tensor] | None:
+        """Indices and values of a gradient that is selected already; None where there is none or it is still dense."""
+        dense = self.weight.grad is not None and not self.weight.grad.is_sparse
+        return None if dense else self._pending()
+
     def select(self) -> None:
-        """Replace a dense gradient by its top k entries in the rotated basis; no effect when that is done."""
+        """Replace a dense gradient by its top k entries in the rotated basis; no effect when that is done.
+
+        Raises:
+            RuntimeError: if a gradient was selected before and neither taken nor forgotten.
+        """
         dense = self.weight.grad
         if dense is not None and not dense.is_sparse:
             self.weight.grad = None
+            self._refuse_second_backward(self._pending() is not None)
             self._set_pending(*self._top_k(self._gradient_to_rotated(dense)))
 
     def scale_gradient(self, factor: Tensor | float) -> None:
@@ -88,9 +98,6 @@ class SparseGradLinear(nn.Module):
             indices: flat, int64 ``(n,)``, no duplicates.
             delta: ``(n,)``.
         """
-        if self.master is not None and torch.finfo(self.weight.dtype).bits >= 32:
-            self.weight.copy_(self.master)  # the model was cast back up
-            self.master = None
         self._keep_master(None)
         target = self.weight if self.master is None else self.master
         self._add(target, indices, delta.to(target.dtype))
@@ -111,9 +118,10 @@ class SparseGradLinear(nn.Module):
         """A plain ``nn.Linear`` with the same function, on the same device and in the same dtype."""
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        linear.weight = nn.Parameter(self.original_weight().to(self.weight.dtype).clone())
+        weight = self.original_weight().to(self.weight.dtype).clone()
+        linear.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone())
+            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return linear
 
     def zero_gradient(self) -> None:
@@ -158,15 +166,19 @@ class SparseGradLinear(nn.Module):
         if pending:
             raise RuntimeError(
                 "a second backward pass met a gradient that no optimizer step has taken. With select_in='backward' "
-                "each step is one backward pass: use select_in='step' to accumulate gradients, and give the optimizer "
-                "sparsegrad.param_groups(model)."
+                "each step is one backward pass: use select_in='step' to accumulate gradients, clip after the last "
+                "micro-batch, and give the optimizer sparsegrad.param_groups(model)."
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseGradLinear:
         master, self.master = self.master, None
         super()._apply(fn, recurse)
-        if master is not None:
-            self.master = master.to(fn(master).device)
+        if torch.finfo(self.weight.dtype).bits < 32:
+            self.master = None if master is None else master.to(fn(master).device)
+            self._keep_master(None)  # the model was cast down
+        elif master is not None:
+            with torch.no_grad():
+                self.weight.copy_(master)  # the model was cast back up
         return self
 
 
@@ -187,4 +199,5 @@ def _fitting_basis(basis: Basis, weight: Tensor) -> Basis:
 def autocast(x: Tensor) -> Tensor:
     """The input in autocast's dtype where autocast is on, as ``F.linear`` would cast it."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if casts else x

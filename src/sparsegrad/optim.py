@@ -63,6 +63,7 @@ class SparseGradAdamW(Optimizer):
         lr: learning rate of groups that name none.
         betas, eps: as in ``torch.optim.AdamW``, for both kinds.
         weight_decay: for dense groups; lazy Adam has none, as SparseAdam has none (D9).
+        fused: use torch's fused AdamW kernel for dense groups (CPU and CUDA); several times faster.
 
     Raises:
         ValueError: on hyper-parameters out of range, a SparseGrad group with weight decay, or a SparseGrad weight whose
@@ -76,11 +77,13 @@ class SparseGradAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        fused: bool = False,
     ) -> None:
         if lr < 0 or eps < 0 or weight_decay < 0:
             raise ValueError(f"lr={lr}, eps={eps}, weight_decay={weight_decay}; none may be negative.")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas={betas}; each must lie in [0, 1).")
+        self._fused = fused
         self._layers: dict[nn.Parameter, SparseGradLinear] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -155,7 +158,7 @@ class SparseGradAdamW(Optimizer):
             state = self.state[parameter]
             precision = torch.promote_types(parameter.dtype, torch.float32)
             if not state:
-                state["step"] = torch.tensor(0.0)
+                state["step"] = torch.tensor(0.0, device=parameter.device if self._fused else "cpu")
                 state["exp_avg"] = torch.zeros_like(parameter, dtype=precision)
                 state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=precision)
                 if parameter.dtype != precision:  # bfloat16 swallows small updates: step a float32 master
@@ -169,6 +172,8 @@ class SparseGradAdamW(Optimizer):
             [s["exp_avg_sq"] for s in states],
             [],
             [s["step"] for s in states],
+            foreach=False if self._fused else None,
+            fused=self._fused,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -194,7 +199,8 @@ class SparseGradAdamW(Optimizer):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in zip(order, parameters, strict=True):
             for key, value in saved.get(index, {}).items():
-                device = "cpu" if key == "step" else parameter.device
+                on_cpu = key == "step" and (parameter in self._layers or not self._fused)
+                device = "cpu" if on_cpu else parameter.device
                 self.state[parameter][key] = value.to(device=device, copy=True)
 
     def touched(self, layer: SparseGradLinear) -> Tensor:
@@ -237,7 +243,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     sparse = {id(layer.weight) for layer in layers}
     for layer in layers:
         layer.select()
-    kept = [pair[1] for pair in (layer._pending() for layer in layers) if pair is not None]
+    kept = [pair[1] for pair in (layer.selected_gradient() for layer in layers) if pair is not None]
     dense = [p.grad for p in model.parameters() if p.grad is not None and id(p) not in sparse]
     total = torch.nn.utils.get_total_norm(kept + dense)
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)

@@ -63,6 +63,7 @@ class RotatedLinear(SparseGradLinear):
         if self.weight.grad is None:
             return None
         coo = self.weight.grad.coalesce()
+        self._refuse_second_backward(coo._nnz() > self.k)  # one pass that used the layer twice
         row, column = coo.indices()
         return row * self.in_features + column, coo.values()
 
@@ -105,8 +106,8 @@ class _RotatedProduct(torch.autograd.Function):
             grad_x = g @ weight
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None
+        layer._refuse_second_backward(layer.weight.grad is not None and layer.weight.grad.is_sparse)
         G = G.to(layer.weight.dtype)
         if layer.select_in == "backward":
-            layer._refuse_second_backward(layer.weight.grad is not None)
             G = layer._coo(*layer._top_k(G))
         return grad_x, G, None

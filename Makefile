@@ -1,0 +1,39 @@
+# make repro | make test | make lint, each from nothing: the first one sets up .venv from requirements.lock.
+PYTHON ?= python3
+EXPERIMENT ?= smoke
+UV_VERSION := 0.13.8
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+
+.PHONY: repro test test-all lint lock help
+.DEFAULT_GOAL := help
+
+help: ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet uv==$(UV_VERSION)
+	uv pip install --quiet --python .venv/bin/python -r requirements.lock
+	uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
+	.venv/bin/python -m compileall -q -j 0 .venv/lib || true
+	touch $@
+
+repro: .venv/installed ## run EXPERIMENT (smoke, local, paper, paper_released): every stage that is not up to date
+	cmp -s experiments/$(EXPERIMENT).yaml params.yaml || cp experiments/$(EXPERIMENT).yaml params.yaml
+	dvc repro
+
+test: .venv/installed ## the default tests: CPU, offline, short
+	python -m pytest
+
+test-all: .venv/installed ## the slow ones too
+	python -m pytest -m "slow or not slow"
+
+lint: .venv/installed ## ruff
+	ruff check . && ruff format --check .
+
+lock: .venv/installed ## pin requirements.in again
+	uv pip compile --quiet --python-version 3.11 --no-annotate --no-header --upgrade requirements.in -o requirements.lock
+	sed -i 's/+cpu$$//' requirements.lock
+	python -c 'from pathlib import Path; pins = Path("requirements.lock").read_text().split(); head = Path("environment.yml").read_text().split("      - ")[0]; Path("environment.yml").write_text(head + "".join(f"      - {pin}\n" for pin in pins))'

@@ -1,0 +1,79 @@
+"""Gets every model and dataset that an experiment names into data.root, at pinned revisions, checksums verified.
+
+    python experiments/fetch.py experiment=experiments/local.yaml [data.root=/some/where] [dry_run=true] [verify=true]
+
+A second run downloads nothing and verifies; a killed one goes on where it stopped. Exit code 0: all is complete.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from finetune import fetching
+from finetune.hub import FetchError, Hub
+
+log = logging.getLogger("fetch")
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def read(path: Path) -> Mapping[str, Any]:
+    """The content of a YAML file, interpolations left as they are."""
+    if not path.is_file():
+        there = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "no YAML file"
+        raise ValueError(f"there is no {path}; its folder has {there}")
+    return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+
+
+def wanted(experiment: Mapping[str, Any]) -> list[fetching.Source]:
+    """The hub folders behind the names in an experiment file (`data`: one name or a list)."""
+    data = experiment.get("data") or []
+    names = {"model": experiment.get("models") or [], "data": [data] if isinstance(data, str) else data}
+    found = {kind: {name: read(CONF / kind / f"{name}.yaml") for name in names[kind]} for kind in names}
+    return fetching.sources(experiment, found["model"], found["data"])
+
+
+def run(cfg: DictConfig) -> list[str]:
+    """One fetch, dry run or verification; returns its errors, one line each, already logged."""
+    if OmegaConf.is_missing(cfg, "experiment"):
+        raise ValueError("name an experiment file: experiment=experiments/local.yaml")
+    root, sources = Path(cfg.data.root).expanduser(), wanted(read(Path(cfg.experiment)))
+    if not sources:
+        log.info("nothing to fetch: the pipeline makes every model and dataset of %s itself", cfg.experiment)
+        return []
+    hub = Hub(os.environ.get("HF_ENDPOINT") or None, os.environ.get("HF_TOKEN"))
+    if cfg.verify:
+        items = [fetching.Item(source, root / source.folder, complete=True) for source in sources]
+    else:
+        items = fetching.plan(sources, root, hub)
+        for item in items:
+            log.log(logging.ERROR if item.error else logging.INFO, "%s", item)
+        log.info("to download: %s, into %s", fetching.human(sum(item.missing for item in items)), root)
+        fetching.check_room(items, root)
+    errors = [item.error for item in items if item.error] if cfg.dry_run else fetching.fetch(items, hub)
+    if not cfg.dry_run:
+        log.info("%d of %d folders are complete under %s", len(items) - len(errors), len(items), root)
+    return errors
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="fetch")
+def main(cfg: DictConfig) -> None:
+    """Runs it; errors become one line each and exit code 1."""
+    try:
+        failed = bool(run(cfg))
+    except (FetchError, ValueError, OSError, OmegaConfBaseException) as error:
+        log.error("%s", error)
+        failed = True
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

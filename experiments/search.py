@@ -1,0 +1,25 @@
+"""Search learning rate and batch size for every task of a cell.
+
+    python experiments/search.py cell=params.yaml name=smoke model=tiny_bert method=lora scale=smoke data=generated
+
+A killed search goes on where it was; see conf/glue.yaml, conf/scale and conf/protocol for what it searches.
+"""
+
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="glue")
+def main(cfg: DictConfig) -> None:
+    from finetune import cells
+
+    with cells.exit_with_message():
+        config = OmegaConf.to_container(cfg, resolve=True)
+        lists = cells.read_lists(cfg.cell or "params.yaml")
+        cells.search_cell(config, lists["tasks"], Path("results") / cfg.name / "search" / cfg.model.name / cfg.method.name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Checkpoints that a run can be continued from bit for bit: safetensors and JSON, written whole or not at all.
+
+A checkpoint is a folder ``step_00000123``. It is written beside its final name, synced, and renamed; a manifest with
+sizes and hashes tells a whole one from a broken one. Loading takes the newest whole one. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+KEEP = 2
+MANIFEST = "manifest.json"
+
+
+def save_checkpoint(
+    folder: str | Path,
+    step: int,
+    digest: str,
+    model: nn.Module,
+    optimizer: Optimizer,
+    progress: Mapping[str, Any],
+    best: Mapping[str, Tensor] | None,
+) -> None:
+    """Write the state after an optimizer step, and drop all but the newest two checkpoints.
+
+    Args:
+        folder: of this run alone.
+        step: optimizer steps done.
+        digest: hash of the run's configuration.
+        model, optimizer: their states are saved whole, random generators too.
+        progress: JSON values.
+        best: the best weights so far.
+    """
+    folder = Path(folder)
+    final, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    optimizer_tensors, optimizer_json = _pack_optimizer(optimizer)
+    save_file(_unshared(model.state_dict()), temporary / "model.safetensors")
+    save_file(optimizer_tensors, temporary / "optimizer.safetensors")
+    save_file(_random_states(), temporary / "random.safetensors")
+    if best is not None:
+        save_file(_unshared(best), temporary / "best.safetensors")
+    content = {"step": step, "config_hash": digest, "progress": dict(progress), "optimizer": optimizer_json}
+    (temporary / "state.json").write_text(json.dumps(content))
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
+    (temporary / MANIFEST).write_text(json.dumps(files))
+    for path in (*temporary.iterdir(), temporary):
+        _sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    _sync(folder)
+    for old in sorted(folder.glob("step_*"))[:-KEEP]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(
+    folder: str | Path, digest: str, model: nn.Module, optimizer: Optimizer
+) -> tuple[dict[str, Any], dict[str, Tensor] | None] | None:
+    """Put the newest whole checkpoint into model, optimizer and random generators.
+
+    Returns:
+        Progress and best weights; None if there is no whole checkpoint.
+
+    Raises:
+        ValueError: if the newest whole checkpoint is of another configuration.
+    """
+    for path in sorted(Path(folder).glob("step_*"), reverse=True):
+        if not _is_whole(path):
+            continue
+        content = json.loads((path / "state.json").read_text())
+        if content["config_hash"] != digest:
+            raise ValueError(
+                f"{path} is a checkpoint of configuration {content['config_hash']}, this run is {digest}: "
+                f"delete {folder} to start anew, or restore the configuration."
+            )
+        _load_model(model, load_file(path / "model.safetensors"))
+        _unpack_optimizer(optimizer, load_file(path / "optimizer.safetensors"), content["optimizer"])
+        _set_random_states(load_file(path / "random.safetensors"))
+        best = path / "best.safetensors"
+        return content["progress"], load_file(best) if best.exists() else None
+    return None
+
+
+def remove_checkpoints(folder: str | Path) -> None:
+    """Delete a finished run's checkpoints."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the weights on the CPU, shared tensors once."""
+    return {name: tensor.cpu() for name, tensor in _unshared(model.state_dict()).items()}
+
+
+def restore(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put a snapshot back."""
+    _load_model(model, weights)
+
+
+def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies; of tensors that share memory (tied weights, shared bases) the first name only."""
+    seen: set[tuple[int, tuple[int, ...], int]] = set()
+    result = {}
+    for name, tensor in state.items():
+        key = (tensor.untyped_storage().data_ptr(), tuple(tensor.shape), tensor.storage_offset())
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        result[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return result
+
+
+def _load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors in place: tied weights and shared bases follow, optimizers keep their parameters."""
+    state = model.state_dict()
+    unknown = set(tensors) - set(state)
+    if unknown:
+        raise ValueError(f"the checkpoint holds {sorted(unknown)[:3]}, which this model has not.")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
+
+
+def _pack_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    state = optimizer.state_dict()
+    tensors, values = {}, {}
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value.detach().clone(memory_format=torch.contiguous_format)
+            else:
+                values[f"{index}.{key}"] = value
+    return tensors, {"values": values, "param_groups": state["param_groups"]}
+
+
+def _unpack_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in {**tensors, **content["values"]}.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": content["param_groups"]})
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _set_random_states(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    for index in range(len(states) - 1):
+        torch.cuda.set_rng_state(states[f"cuda{index}"], index)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        files = json.loads((path / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return all(
+        (path / name).is_file()
+        and (path / name).stat().st_size == facts["bytes"]
+        and _sha256(path / name) == facts["sha256"]
+        for name, facts in files.items()
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

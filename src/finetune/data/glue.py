@@ -1,0 +1,203 @@
+"""GLUE tasks from a local folder in the hub's layout, or from the hub; tokenised once, padded batch by batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+PADDINGS = ("longest", "max_length")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the project knows of a task; the values stand in ``conf/data``.
+
+    Attributes:
+        name: folder and configuration name, such as ``cola``.
+        columns: one or two text columns.
+        num_labels: classes; 1 means regression.
+        metric: a name of :mod:`finetune.metrics`.
+        validation: the split that is evaluated; test labels of GLUE are not public.
+        label_range: lowest and highest value of a regression label.
+    """
+
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    num_labels: int
+    metric: str
+    validation: str = "validation"
+    label_range: tuple[float, float] | None = None
+
+    @classmethod
+    def from_config(cls, data: Mapping[str, Any]) -> Task:
+        """The task named by ``data.task``.
+
+        Raises:
+            ValueError: if ``data.tasks`` does not list it.
+        """
+        name, tasks = data["task"], data["tasks"]
+        if name not in tasks:
+            raise ValueError(f"data.task={name!r}; {data['name']} has: {', '.join(sorted(tasks))}.")
+        facts = dict(tasks[name])
+        facts["columns"] = tuple(facts["columns"])
+        if facts.get("label_range") is not None:
+            facts["label_range"] = tuple(facts["label_range"])
+        return cls(name=name, **facts)
+
+
+@dataclass
+class Split:
+    """A tokenised split: unpadded ids and labels.
+
+    Attributes:
+        input_ids: one list of token ids an example.
+        token_type_ids: the same for segment ids; None where the tokenizer has none.
+        labels: ``(n,)``, int64 classes or float32 targets.
+        pad_token_id: id that fills up a batch.
+        length: tokens of a padded row; None pads to the longest row of a batch.
+        sha256: of the file that it came from.
+    """
+
+    input_ids: list[list[int]]
+    token_type_ids: list[list[int]] | None
+    labels: Tensor
+    pad_token_id: int
+    length: int | None = None
+    sha256: str = field(default="", compare=False)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Padded tensors ``(batch, tokens)`` and labels ``(batch,)`` of the examples."""
+        length = self.length or max(len(self.input_ids[i]) for i in indices)
+        ids = torch.full((len(indices), length), self.pad_token_id)
+        mask = torch.zeros((len(indices), length), dtype=torch.int64)
+        types = torch.zeros((len(indices), length), dtype=torch.int64)
+        for row, index in enumerate(indices):
+            tokens = self.input_ids[index]
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+            if self.token_type_ids is not None:
+                types[row, : len(tokens)] = torch.tensor(self.token_type_ids[index])
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": self.labels[torch.as_tensor(list(indices))]}
+        return batch if self.token_type_ids is None else batch | {"token_type_ids": types}
+
+
+def load_task(
+    data: Mapping[str, Any], tokenizer: Any, *, max_length: int, padding: str, limit: int | None = None
+) -> tuple[Task, dict[str, Split]]:
+    """Read, check and tokenise the two splits that training needs.
+
+    Args:
+        data: the ``data`` group: root, folder, source, revision, task, tasks.
+        tokenizer: a Hugging Face tokenizer.
+        max_length: longer inputs are cut, the longer sentence of a pair first.
+        padding: ``longest`` of a batch, or ``max_length`` as the released code pads.
+        limit: read at most so many training rows, the first ones.
+
+    Returns:
+        The task and its splits ``train`` and ``validation``.
+
+    Raises:
+        ValueError: on an unknown task or padding, missing files or columns, or labels out of range.
+    """
+    if padding not in PADDINGS:
+        raise ValueError(f"padding={padding!r}; allowed: {', '.join(PADDINGS)}.")
+    task = Task.from_config(data)
+    splits = {}
+    for role, split in (("train", "train"), ("validation", task.validation)):
+        table, digest = _read_split(data, task.name, split)
+        if role == "train" and limit is not None:
+            table = table.slice(0, limit)
+        encoded = encode(table, task, tokenizer, max_length)
+        encoded.length = max_length if padding == "max_length" else None
+        encoded.sha256 = digest
+        splits[role] = encoded
+    return task, splits
+
+
+def encode(table: pa.Table, task: Task, tokenizer: Any, max_length: int) -> Split:
+    """Tokenise a table after checking its columns and labels.
+
+    Raises:
+        ValueError: on missing columns, no rows, empty text cells, or labels out of range.
+    """
+    needed = [*task.columns, "label"]
+    missing = [name for name in needed if name not in table.column_names]
+    if missing:
+        raise ValueError(
+            f"{task.name}: columns {missing} are missing; the file has {table.column_names}, needed {needed}."
+        )
+    if table.num_rows == 0:
+        raise ValueError(f"{task.name}: the file has no rows.")
+    empty = [name for name in needed if table.column(name).null_count]
+    if empty:
+        raise ValueError(f"{task.name}: columns {empty} hold empty cells; every example needs its text and label.")
+    texts = [table.column(name).to_pylist() for name in task.columns]
+    tokens = tokenizer(*texts, truncation="longest_first", max_length=max_length)
+    return Split(
+        input_ids=tokens["input_ids"],
+        token_type_ids=tokens.get("token_type_ids"),
+        labels=_labels(table, task),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _labels(table: pa.Table, task: Task) -> Tensor:
+    column = table.column("label")
+    low, high = pc.min(column).as_py(), pc.max(column).as_py()
+    if task.num_labels == 1:
+        bounds = task.label_range or (float("-inf"), float("inf"))
+        if low < bounds[0] or high > bounds[1]:
+            raise ValueError(f"{task.name}: labels from {low} to {high}; allowed: {bounds[0]} to {bounds[1]}.")
+        return torch.tensor(column.to_pylist(), dtype=torch.float32)
+    if low < 0 or high >= task.num_labels:
+        hint = " (-1 marks GLUE's unlabelled test split)" if low < 0 else ""
+        raise ValueError(f"{task.name}: labels from {low} to {high}{hint}; allowed: 0 to {task.num_labels - 1}.")
+    return torch.tensor(column.to_pylist(), dtype=torch.int64)
+
+
+def _read_split(data: Mapping[str, Any], task: str, split: str) -> tuple[pa.Table, str]:
+    """The split as a table, and the sha256 of its files."""
+    folder = Path(data["root"]) / data["folder"] / task
+    if folder.is_dir():
+        files = sorted(folder.glob(f"{split}-*.parquet"))
+        if not files:
+            raise ValueError(
+                f"{folder} has no {split}-*.parquet; the layout is the hub's (train-00000-of-00001.parquet)."
+            )
+        digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+        try:
+            return pa.concat_tables([pq.read_table(file) for file in files]), digest
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{folder}: the {split} file is no readable parquet ({error}); fetch it again."
+            ) from None
+    if data["source"] is None:
+        raise ValueError(f"{folder} does not exist; the stage that generates {data['name']} writes it.")
+    return _from_hub(data, task, split, folder)
+
+
+def _from_hub(data: Mapping[str, Any], task: str, split: str, folder: Path) -> tuple[pa.Table, str]:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(data["source"], task, split=split, revision=data["revision"])
+    except Exception as error:  # datasets raises many kinds for "no network", all meaning the same to a user
+        raise ValueError(
+            f"{folder} does not exist and {data['source']} could not be loaded from the hub "
+            f"({type(error).__name__}: {error}). "
+            "Set data.root (or SPARSEGRAD_DATA) to a folder that experiments/fetch.py filled."
+        ) from None
+    return dataset.data.table, f"{data['source']}@{data['revision']}"

@@ -1,0 +1,210 @@
+"""A hub of models and datasets: what a repository holds at one commit, and its files, over huggingface.co's protocol.
+
+The one module that imports huggingface_hub (inside functions). Every way in which a hub can refuse becomes a
+`FetchError`: one line that says what is wrong and what to do.
+"""
+
+import fnmatch
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class FetchError(RuntimeError):
+    """Why a folder is not complete, and what to do about it, in one line."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One folder of files at one commit of a hub repository.
+
+    Attributes:
+        repo: Name on the hub, `owner/name`.
+        revision: Commit, 40 hexadecimal digits.
+        folder: Where the files go, below the root.
+        files: Patterns of paths in the repository; each must match.
+        kind: `model` or `dataset`.
+        prefix: Start of the paths in the repository that `folder` already stands for (`cola/`).
+        checksums: Path below `folder` -> pinned sha256.
+    """
+
+    repo: str
+    revision: str
+    folder: str
+    files: tuple[str, ...]
+    kind: str = "model"
+    prefix: str = ""
+    checksums: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[0-9a-f]{40}", str(self.revision)):
+            raise ValueError(f"{self.repo}: revision is {self.revision!r}; pin a commit (40 hexadecimal digits)")
+        if Path(self.folder).is_absolute() or ".." in Path(self.folder).parts:
+            raise ValueError(f"{self.repo}: folder is {self.folder!r}; give a path below data.root")
+        for path in self.checksums:
+            if not any(fnmatch.fnmatchcase(self.prefix + path, pattern) for pattern in self.files):
+                raise ValueError(f"{self.repo}: {path!r} has a pinned checksum but is not among files {self.files}")
+
+    def __str__(self):
+        return f"{self.repo}@{self.revision}"
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file as it must be: path below the folder, size in bytes, and a sha256 or a git blob id (or both)."""
+
+    path: str
+    size: int
+    sha256: str | None
+    blob: str | None = None
+
+    def partial(self, folder: Path) -> Path:
+        """Where an unfinished download waits: named after the content, so that another revision never resumes it."""
+        return folder / f"{self.path}.{(self.sha256 or self.blob)[:8]}.incomplete"
+
+
+class Hub:
+    """A server that speaks huggingface.co's protocol.
+
+    Args:
+        endpoint: Its address; None: huggingface_hub's default.
+        token: Access token; None: anonymous. A token stored on disk is never used.
+    """
+
+    def __init__(self, endpoint: str | None = None, token: str | None = None):
+        from huggingface_hub import HfApi
+
+        self._token: str | bool = (token or "").strip() or False
+        self._api = HfApi(endpoint=endpoint, token=self._token)
+        self._infos: dict[tuple[str, str, str], Any] = {}
+
+    def files(self, source: Source) -> tuple[HubFile, ...]:
+        """The files of a source, with sizes and checksums, as the hub lists them.
+
+        Raises:
+            FetchError: No access, no such repository, revision or file, or a checksum other than the pinned one.
+        """
+        from huggingface_hub import get_hf_file_metadata
+
+        info = self._info(source)
+        listed = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+        for pattern in source.files:
+            if not fnmatch.filter(listed, pattern):
+                raise FetchError(f"{source} has no file {pattern!r}; it has {', '.join(sorted(listed)) or 'none'}")
+        wanted = sorted(name for name in listed if any(fnmatch.fnmatchcase(name, p) for p in source.files))
+        if getattr(info, "gated", False):
+            # A gated repository lists its files to everyone: ask for one now, not after hours of other downloads.
+            with self._explained(source):
+                get_hf_file_metadata(self._url(source, wanted[0]), token=self._token)
+        return tuple(_hub_file(source, listed[name]) for name in wanted)
+
+    def _info(self, source: Source) -> Any:
+        key = (source.kind, source.repo, source.revision)
+        if key not in self._infos:
+            ask = self._api.model_info if source.kind == "model" else self._api.dataset_info
+            with self._explained(source):
+                self._infos[key] = ask(source.repo, revision=source.revision, files_metadata=True, timeout=60)
+        return self._infos[key]
+
+    def download(self, source: Source, file: HubFile, partial: Path) -> None:
+        """Downloads what `partial` does not hold yet.
+
+        Raises:
+            FetchError: The connection failed without any progress, or the disk is full.
+        """
+        from huggingface_hub.errors import HfHubHTTPError, HTTPError  # HTTPError: of the client library, re-exported
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers
+
+        # hf_hub_download throws away a partial file (2.4.0: one temporary name per process), which costs up to 10 GB
+        # per killed download here; its own http_get can resume.
+        headers = {**build_hf_headers(token=self._token), "Accept-Encoding": "identity"}
+        url = self._url(source, source.prefix + file.path)
+        with self._explained(source):
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            partial.touch()
+            while (done := size_of(partial)) < file.size:
+                try:
+                    with partial.open("ab") as handle:
+                        http_get(url, handle, resume_size=done, headers=headers, displayed_filename=file.path)
+                        handle.flush()
+                        os.fsync(handle.fileno())
+                    break
+                except HTTPError as error:
+                    if isinstance(error, HfHubHTTPError) or size_of(partial) <= done:
+                        raise
+                    log.warning("%s: %s; resuming at byte %d", file.path, _first_line(error), size_of(partial))
+
+    def _url(self, source: Source, path: str) -> str:
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(
+            source.repo, path, repo_type=source.kind, revision=source.revision, endpoint=self._api.endpoint
+        )
+
+    @contextmanager
+    def _explained(self, source: Source) -> Iterator[None]:
+        from huggingface_hub import errors
+
+        try:
+            yield
+        except (errors.HTTPError, OSError, ValueError) as error:  # ValueError: no JSON, a malformed name
+            raise FetchError(self._explanation(source, error)) from error
+
+    def _explanation(self, source: Source, error: Exception) -> str:
+        from huggingface_hub import errors
+
+        status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+        page = f"{self._api.endpoint}/{'' if source.kind == 'model' else 'datasets/'}{source.repo}"
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            return (
+                f"{source} must be downloaded, but HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: unset it to fetch"
+            )
+        if isinstance(error, errors.GatedRepoError) or status in (401, 403):
+            token = "a token was sent, it gives no access" if self._token else "HF_TOKEN is not set"
+            return (
+                f"{source}: access refused (HTTP {status}, gated, private or misnamed): accept the licence at {page} "
+                f"and set HF_TOKEN to a token of that account ({token})"
+            )
+        if isinstance(error, errors.RevisionNotFoundError):
+            return f"{source.repo} has no revision {source.revision}: check `revision`"
+        if isinstance(error, errors.EntryNotFoundError):
+            return f"{source}: the hub lists a file that it does not serve: {_first_line(error)}"
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return f"there is no {source.kind} at {page}: check its name"
+        if status is not None:
+            return f"{source}: the hub answers {_first_line(error)}"
+        if isinstance(error, errors.HTTPError):
+            return f"{source}: {self._api.endpoint} can't be reached, run again to go on: {_first_line(error)}"
+        return f"{source}: {_first_line(error)}"
+
+
+def _hub_file(source: Source, listed: Any) -> HubFile:
+    path = listed.rfilename.removeprefix(source.prefix)
+    pinned, lfs = source.checksums.get(path), listed.lfs
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise FetchError(f"{source} lists {path!r}, which would leave the folder: do not trust this hub")
+    if listed.size is None:
+        raise FetchError(f"{source}: the hub gives no size for {path}, so the disk space can't be estimated")
+    if lfs and pinned and pinned != lfs.sha256:
+        raise FetchError(f"{source}: {path} is pinned to sha256 {pinned}, but the hub lists {lfs.sha256}")
+    if not (lfs or pinned or listed.blob_id):
+        raise FetchError(f"{source}: the hub gives no checksum for {path}, and none is pinned")
+    # For an LFS file the blob id is that of its pointer.
+    return HubFile(path, listed.size, pinned or (lfs.sha256 if lfs else None), None if lfs else listed.blob_id)
+
+
+def size_of(path: Path) -> int:
+    """The size of a file in bytes, 0 if there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

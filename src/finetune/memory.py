@@ -1,0 +1,83 @@
+"""Memory by component, in bytes, counted from the tensors themselves; the allocator's peak where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparsegrad import Basis, sparsegrad_layers
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, each storage counted once."""
+    seen = {}
+    for tensor in tensors:
+        if tensor.is_sparse:
+            tensor = tensor.coalesce()
+            parts: tuple[Tensor, ...] = (tensor.indices(), tensor.values())
+        else:
+            parts = (tensor,)
+        for part in parts:
+            storage = part.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+    return sum(seen.values())
+
+
+def components(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
+    """Bytes of parameters, optimizer state and HOSVD bases."""
+    bases = [tensor for module in model.modules() if isinstance(module, Basis) for tensor in module.buffers()]
+    state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor) and v.dim() > 0]
+    return {
+        "parameters": tensor_bytes(model.parameters()),
+        "optimizer_state": tensor_bytes(state),
+        "bases": tensor_bytes(bases),
+    }
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """Bytes of the gradients that are held right now, SparseGrad's selected entries among them."""
+    dense = [p.grad for p in model.parameters() if p.grad is not None]
+    selected = [layer.selected_gradient() for layer in sparsegrad_layers(model).values()]
+    return tensor_bytes([*dense, *(tensor for pair in selected if pair is not None for tensor in pair)])
+
+
+@contextmanager
+def saved_activations(model: nn.Module, notes: dict[str, int | None], active: bool) -> Iterator[None]:
+    """Count what autograd saves in a forward pass, parameters and buffers left out, into ``saved_activations``."""
+    if not active:
+        yield
+        return
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+    notes["saved_activations"] = max(notes.get("saved_activations") or 0, sum(seen.values()))
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start a new peak on a CUDA device; nothing elsewhere."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak(device: torch.device) -> int | None:
+    """The allocator's peak since :func:`reset_peak`; None where torch counts none (CPU)."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def device_name(device: torch.device) -> dict[str, Any]:
+    """Type and name of a device for the record."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return {"type": device.type, "name": name}

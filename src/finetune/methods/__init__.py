@@ -1,0 +1,72 @@
+"""The four methods of the paper behind one interface; the training loop never asks which one it runs.
+
+Every method is given the same targets and the same scope, so that they differ in one thing: how the weights of the MLP
+matrices move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from finetune.methods.base import Method, Targets
+from finetune.methods.full import FullFineTuning
+from finetune.methods.lora import LoRA
+from finetune.methods.meprop import MeProp
+from finetune.methods.sparsegrad import SparseGrad
+from sparsegrad import Basis
+
+__all__ = ["METHODS", "FullFineTuning", "LoRA", "MeProp", "Method", "SparseGrad", "Targets", "build_method"]
+
+METHODS = ("full", "lora", "meprop", "sparsegrad")
+
+
+def build_method(
+    method: Mapping[str, Any],
+    model: Mapping[str, Any],
+    protocol: Mapping[str, Any],
+    *,
+    bases: Mapping[str, Basis] | None = None,
+    one_backward_a_step: bool = False,
+) -> Method:
+    """The method that a configuration names.
+
+    Args:
+        method, model, protocol: the configuration groups.
+        bases: by layer kind; SparseGrad needs them.
+        one_backward_a_step: no accumulation and one process, so that a gradient may be selected in the backward pass.
+
+    Raises:
+        ValueError: on an unknown method, or SparseGrad without bases.
+    """
+    name = method["name"]
+    if name not in METHODS:
+        raise ValueError(f"method={name!r}; allowed: {', '.join(METHODS)}.")
+    targets = Targets(
+        target_modules=dict(model["target_modules"]),
+        layers_to_transform=model["layers_to_transform"],
+        scope=protocol["train"],
+        frozen=tuple(protocol["frozen"].get(name, ())),
+    )
+    k, density = model["k"], protocol["density"]
+    if name == "full":
+        return FullFineTuning(targets)
+    if name == "lora":
+        rank, scale = model["lora_rank"], protocol["lora_scale"]
+        return LoRA(
+            targets, rank=rank, alpha=1.0 if scale == "inverse_rank" else scale * rank, dropout=method["dropout"]
+        )
+    if name == "meprop":
+        return MeProp(targets, k=k, density=density, optimizer_rule=protocol["meprop_optimizer"])
+    if bases is None:
+        raise ValueError("method=sparsegrad needs bases: run the gradients and basis stages, or set basis=PATH.")
+    return SparseGrad(
+        targets,
+        bases=bases,
+        k=k,
+        density=density,
+        orientation=protocol["orientation"],
+        form=method["form"],
+        matmul=method["matmul"],
+        select_in="backward" if one_backward_a_step else "step",
+    )

@@ -1,0 +1,67 @@
+"""MeProp as the paper compares it: the largest entries of the weight gradient, in the original space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from finetune.methods.base import Targets, kept_entries
+from sparsegrad import SparseGradAdamW, merge, param_groups, sparsify, top_k
+
+RULES = ("adamw", "lazy_adam")
+
+
+@dataclass(frozen=True)
+class MeProp:
+    """See :class:`finetune.methods.base.Method`.
+
+    Attributes:
+        k: entries kept a matrix, the same count as SparseGrad's.
+        density: a share instead of a count; wins over k.
+        optimizer_rule: ``adamw``, as the released code: AdamW on the masked dense gradient, so that dropped entries
+            go on moving by momentum (D11); ``lazy_adam``: SparseGrad's optimizer, so that the two methods differ in
+            the basis alone.
+    """
+
+    targets: Targets
+    k: int | None
+    density: float | None = None
+    optimizer_rule: str = "adamw"
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        if self.optimizer_rule not in RULES:
+            raise ValueError(f"protocol.meprop_optimizer={self.optimizer_rule!r}; allowed: {', '.join(RULES)}.")
+        targets = self.targets.set_trainable(model)
+        if self.optimizer_rule == "lazy_adam":
+            k = {t.kind: self.entries(tuple(t.module.weight.shape)) for t in targets}
+            sparsify(model, None, k, self.targets.target_modules, self.targets.layers_to_transform)
+        return model
+
+    def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
+        if self.optimizer_rule == "lazy_adam":
+            return SparseGradAdamW(param_groups(model, weight_decay), lr=lr, fused=True)
+        weights = [target.module.weight for target in self.targets.find(model)]
+        optimizer = AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay, fused=True
+        )
+        # Masked right before the step: after all micro-batches and ranks are summed.
+        optimizer.register_step_pre_hook(lambda *_: self._mask(weights))
+        return optimizer
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        return merge(model)
+
+    def entries(self, shape: tuple[int, int]) -> int:
+        return kept_entries(self.k, self.density, shape)
+
+    @torch.no_grad()
+    def _mask(self, weights: list[nn.Parameter]) -> None:
+        for weight in weights:
+            if weight.grad is None:
+                continue
+            kept = top_k(weight.grad, self.entries(tuple(weight.shape)))
+            values = weight.grad.flatten()[kept]
+            weight.grad.zero_().view(-1)[kept] = values

@@ -1,0 +1,58 @@
+"""SparseGrad behind the comparison's interface; the method itself is the package ``sparsegrad``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import Optimizer
+
+from finetune.methods.base import Targets, kept_entries
+from sparsegrad import Basis, SparseGradAdamW, merge, param_groups, sparsify
+
+
+@dataclass(frozen=True)
+class SparseGrad:
+    """See :class:`finetune.methods.base.Method`.
+
+    Attributes:
+        bases: by layer kind, in the hosvd orientation.
+        k: entries kept a matrix (D1).
+        density: a share instead of a count; wins over k.
+        orientation: ``hosvd`` or ``released`` (D2).
+        form, matmul, select_in: see :func:`sparsegrad.sparsify`.
+    """
+
+    targets: Targets
+    bases: Mapping[str, Basis]
+    k: int | None
+    density: float | None = None
+    orientation: str = "hosvd"
+    form: str = "folded"
+    matmul: str = "regular"
+    select_in: str = "step"
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        targets = self.targets.set_trainable(model)
+        k = {t.kind: self.entries(tuple(t.module.weight.shape)) for t in targets}
+        bases = {kind: basis.oriented(self.orientation) for kind, basis in self.bases.items()}
+        return sparsify(
+            model,
+            bases,
+            k,
+            self.targets.target_modules,
+            self.targets.layers_to_transform,
+            form=self.form,
+            matmul=self.matmul,
+            select_in=self.select_in,
+        )
+
+    def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
+        return SparseGradAdamW(param_groups(model, weight_decay), lr=lr, fused=True)
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        return merge(model)
+
+    def entries(self, shape: tuple[int, int]) -> int:
+        return kept_entries(self.k, self.density, shape)

@@ -1,0 +1,56 @@
+"""GLUE's metrics, from scikit-learn and scipy, and the choices of the released code (protocol.md, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Share of equal entries of two ``(n,)`` arrays."""
+    return float((predictions == labels).mean())
+
+
+def matthews_correlation(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Matthews correlation of two ``(n,)`` arrays, in [-1, 1]; 0 for constant predictions."""
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(labels, predictions))
+
+
+def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Pearson correlation of two ``(n,)`` arrays, in [-1, 1]; 0 where it is not defined (constant predictions)."""
+    from scipy.stats import pearsonr
+
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        return 0.0
+    return float(pearsonr(predictions, labels).statistic)
+
+
+def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """F1 of class 1, for two ``(n,)`` arrays; reported beside accuracy on MRPC and QQP, never in its place."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predictions, zero_division=0.0))
+
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": accuracy,
+    "matthews_correlation": matthews_correlation,
+    "pearson": pearson,
+    "f1": f1,
+}
+
+
+def compute(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
+    """A metric by name.
+
+    Raises:
+        ValueError: on an unknown name or unequal lengths.
+    """
+    if name not in METRICS:
+        raise ValueError(f"metric={name!r}; allowed: {', '.join(METRICS)}.")
+    if predictions.shape != labels.shape:
+        raise ValueError(f"predictions {predictions.shape} and labels {labels.shape} differ in shape.")
+    return METRICS[name](predictions, labels)

@@ -1,0 +1,120 @@
+"""Models and tokenizers from a local folder, the hub, or a configuration with random weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def resolve(model: Mapping[str, Any], root: str | Path) -> tuple[str, dict[str, Any]]:
+    """Where a checkpoint is: a folder given as ``checkpoint``, ``root/folder``, or the hub's name and revision.
+
+    Args:
+        model: the ``model`` group: name, checkpoint, revision, folder.
+        root: ``data.root``.
+
+    Returns:
+        The path or hub name, and the keyword arguments that ``from_pretrained`` needs with it.
+
+    Raises:
+        ValueError: if neither a folder nor a hub name is there.
+    """
+    checkpoint, local = model["checkpoint"], Path(root) / model["folder"]
+    if checkpoint is not None and Path(checkpoint).is_dir():
+        return str(checkpoint), {"local_files_only": True}
+    if local.is_dir():
+        return str(local), {"local_files_only": True}
+    if checkpoint is None:
+        raise ValueError(f"{local} does not exist; the pretrain stage writes it: dvc repro pretrain.")
+    if checkpoint.startswith(("/", "./", "../")):
+        raise ValueError(
+            f"model.checkpoint={checkpoint!r} is no folder; give a folder with config.json, or a hub name."
+        )
+    return checkpoint, {"revision": model["revision"]}
+
+
+def load_tokenizer(model: Mapping[str, Any], root: str | Path) -> Any:
+    """The model's tokenizer (``model.tokenizer`` names another folder or hub name).
+
+    Raises:
+        ValueError: if it can't be found.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = model.get("tokenizer")
+    source, arguments = (tokenizer, {}) if tokenizer else resolve(model, root)
+    try:
+        return AutoTokenizer.from_pretrained(source, **arguments)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer at {source}: {_first_line(error)} {_HINT}") from None
+
+
+def load_classifier(model: Mapping[str, Any], root: str | Path, num_labels: int, seed: int) -> nn.Module:
+    """A sequence classifier; the head (and, with ``random_weights``, everything) is drawn from the seed.
+
+    Args:
+        model: the ``model`` group.
+        root: ``data.root``.
+        num_labels: classes; 1 means regression.
+        seed: of the weights that are not loaded.
+
+    Raises:
+        ValueError: if the checkpoint can't be found or read.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    torch.manual_seed(seed)
+    if model["random_weights"]:
+        config = AutoConfig.for_model(**dict(model["architecture"]), num_labels=num_labels)
+        return AutoModelForSequenceClassification.from_config(config)
+    source, arguments = resolve(model, root)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the head is new is what fine-tuning means, not a warning
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(
+            source, num_labels=num_labels, dtype=torch.float32, **arguments
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no model at {source}: {_first_line(error)} {_HINT}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def fingerprint(model: Mapping[str, Any], root: str | Path) -> str:
+    """What identifies the starting weights: sha256 of a folder's safetensors, or the hub revision.
+
+    Records and bases carry it, so that a basis of another model is refused.
+    """
+    if model["random_weights"]:
+        return "random"
+    source, arguments = resolve(model, root)
+    if "revision" in arguments:
+        return f"{source}@{arguments['revision']}"
+    files = sorted(Path(source).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{source} has no *.safetensors file; weights in other formats are not read.")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            while chunk := handle.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+_HINT = (
+    "Set data.root (or SPARSEGRAD_DATA) to a folder that experiments/fetch.py filled, or model.checkpoint to a folder."
+)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,1 @@
+"""From records to the paper's tables: statistics, layouts, verdicts, writers."""

@@ -1,0 +1,88 @@
+"""Exact parameter counts from an architecture alone, on torch's meta device: no weights, no download, no memory.
+
+Parts of the model, as the paper's Table 1 splits them:
+
+    MLP         both linear layers of a block (all three of LLaMa), weights and biases
+    attention   query, key, value and output projections, weights and biases
+    embeddings  word, position and type tables of an encoder; the input table of LLaMa (not its output head)
+    the rest    LayerNorms, the pooler, the output head: in the total only
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_ENCODER = {
+    "mlp": r"encoder\.layer\.\d+\.(intermediate|output)\.dense\.(weight|bias)",
+    "attention": r"encoder\.layer\.\d+\.attention\.(self\.(query|key|value)|output\.dense)\.(weight|bias)",
+    "embeddings": r"embeddings\.(word|position|token_type)_embeddings\.weight",
+}
+_LLAMA = {
+    "mlp": r"model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.(weight|bias)",
+    "attention": r"model\.layers\.\d+\.self_attn\.[qkvo]_proj\.(weight|bias)",
+    "embeddings": r"model\.embed_tokens\.weight",
+}
+PARTS = {"bert": _ENCODER, "roberta": _ENCODER, "llama": _LLAMA}
+"""Model type -> part -> regular expression over the full name of a parameter."""
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters of a model and its parts.
+
+    Attributes:
+        total: The whole model: an encoder with its pooler and without a task head, or LLaMa with its output head.
+        mlp: Weights and biases of the MLP layers.
+        attention: Weights and biases of the attention projections.
+        embeddings: Embedding tables without LayerNorm.
+    """
+
+    total: int
+    mlp: int
+    attention: int
+    embeddings: int
+
+    def share(self, part: str) -> float:
+        """Share of `total`, `mlp`, `attention` or `embeddings` in the model, in percent."""
+        return 100 * getattr(self, part) / self.total
+
+
+def count_parameters(architecture: Mapping[str, Any]) -> ParameterCounts:
+    """Count the parameters of an architecture without allocating them.
+
+    Args:
+        architecture: Arguments of a transformers configuration with `model_type`: `bert`, `roberta` (counted as the
+            base model) or `llama` (counted as the causal language model).
+
+    Returns:
+        The exact counts; a tied matrix counts once.
+
+    Raises:
+        ValueError: If the model type is none of these, or a part of the model was not found by its name.
+    """
+    kind = architecture.get("model_type")
+    if kind not in PARTS:
+        raise ValueError(f"model_type={kind!r} cannot be counted by part; allowed are {', '.join(PARTS)}")
+    sizes = {name: parameter.numel() for name, parameter in _meta_model(architecture).named_parameters()}
+    parts = {
+        part: sum(size for name, size in sizes.items() if re.fullmatch(pattern, name))
+        for part, pattern in PARTS[kind].items()
+    }
+    missing = [part for part, count in parts.items() if count == 0]
+    if missing:
+        raise ValueError(
+            f"no parameter of {kind} matches {missing}; its modules were renamed: adapt PARTS to {[*sizes]}"
+        )
+    return ParameterCounts(total=sum(sizes.values()), **parts)
+
+
+def _meta_model(architecture: Mapping[str, Any]):
+    """Build the model on the meta device; torch and transformers are imported here because they cost seconds."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**architecture)
+    auto = AutoModelForCausalLM if config.model_type == "llama" else AutoModel
+    with torch.device("meta"):
+        return auto.from_config(config)

@@ -1,0 +1,383 @@
+"""One run: from a configuration to a record. The stages and the search call this and nothing deeper."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune import checkpoint, memory, models, records
+from finetune.data.glue import Split, Task, load_task
+from finetune.evaluation import evaluate
+from finetune.gradients import Collected, PreliminaryOptions, collect
+from finetune.methods import Method, Targets, build_method
+from finetune.tracking import Tracker
+from finetune.training import (
+    NonFiniteLoss,
+    Progress,
+    TrainingOptions,
+    make_accelerator,
+    median_step_seconds,
+    planned_steps,
+    train,
+)
+from sparsegrad import Basis, load_bases
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Inputs:
+    """What several runs of a cell share, loaded once: tokenised tasks, bases, the checkpoint's fingerprint.
+
+    Attributes:
+        config: the composed configuration as plain dictionaries.
+    """
+
+    config: Mapping[str, Any]
+    _tasks: dict[str, tuple[Task, dict[str, Split]]] = field(default_factory=dict)
+    _bases: dict[str, tuple[dict[str, Basis], dict[str, Any]]] = field(default_factory=dict)
+    _fingerprint: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the starting weights."""
+        if self._fingerprint is None:
+            self._fingerprint = models.fingerprint(self.config["model"], self.config["data"]["root"])
+        return self._fingerprint
+
+    def task(self, name: str) -> tuple[Task, dict[str, Split]]:
+        """A task and its tokenised splits."""
+        if name not in self._tasks:
+            config, protocol = self.config, self.config["protocol"]
+            tokenizer = models.load_tokenizer(config["model"], config["data"]["root"])
+            self._tasks[name] = load_task(
+                dict(config["data"]) | {"task": name},
+                tokenizer,
+                max_length=protocol["max_length"],
+                padding=protocol["padding"],
+                limit=config["scale"]["train_examples"],
+            )
+        return self._tasks[name]
+
+    def bases(self, task: str) -> tuple[dict[str, Basis], dict[str, Any]]:
+        """Bases of a task from ``basis``, a file or a folder of ``<task>.safetensors``.
+
+        Raises:
+            ValueError: if they are missing, damaged, or of another checkpoint.
+        """
+        if task not in self._bases:
+            path = Path(self.config["basis"])
+            path = path / f"{task}.safetensors" if path.is_dir() else path
+            bases, facts = load_bases(path)
+            if facts.get("model_sha256") != self.fingerprint:
+                raise ValueError(
+                    f"{path} was made for checkpoint {facts.get('model_sha256')}, this run starts from "
+                    f"{self.fingerprint}: run the gradients and basis stages for model={self.config['model']['name']}."
+                )
+            self._bases[task] = bases, facts
+        return self._bases[task]
+
+
+def identity(inputs: Inputs, task: str, seed: int, hyperparameters: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Everything that decides a run's numbers; its hash names the record. Paths, device and logging are left out."""
+    config = inputs.config
+    facts, splits = inputs.task(task)
+    places = ("checkpoint", "folder", "files", "title", "checksums", "tokenizer")
+    model = {k: v for k, v in config["model"].items() if k not in places}
+    return {
+        "version": config["version"],
+        "kind": kind,
+        "model": model | {"sha256": inputs.fingerprint},
+        "method": dict(config["method"]),
+        "protocol": dict(config["protocol"]),
+        "scale": {k: v for k, v in config["scale"].items() if k not in ("name", "search", "pretrain")},
+        "task": {"name": task, "metric": facts.metric, "columns": list(facts.columns), "num_labels": facts.num_labels},
+        "data_sha256": {role: split.sha256 for role, split in splits.items()},
+        "hyperparameters": dict(hyperparameters),
+        "seed": seed,
+    }
+
+
+def training_options(
+    config: Mapping[str, Any], task: str, seed: int, hyperparameters: Mapping[str, Any]
+) -> TrainingOptions:
+    """Options of one run; the protocol's evaluation interval holds at batch 16 and is scaled by 16 / batch."""
+    protocol, scale = config["protocol"], config["scale"]
+    batch_size = hyperparameters["batch_size"]
+    interval = scale["evaluation_steps"]
+    if interval is None:
+        at_16 = protocol["evaluation_steps"].get(task, 100)
+        interval = max(1, round(at_16 * 16 / batch_size))
+    return TrainingOptions(
+        learning_rate=hyperparameters["learning_rate"],
+        batch_size=batch_size,
+        epochs=scale["epochs"] or protocol["epochs"],
+        max_steps=hyperparameters.get("max_steps") or scale["max_steps"],
+        evaluation_steps=interval,
+        seed=seed,
+        accumulation_steps=scale["accumulation_steps"],
+        evaluation_batch_size=scale["evaluation_batch_size"],
+        patience=protocol["patience"],
+        weight_decay=protocol["weight_decay"],
+        schedule=protocol["schedule"],
+        warmup_steps=protocol["warmup_steps"],
+        max_grad_norm=protocol["max_grad_norm"],
+        precision=scale["precision"] or protocol["precision"],
+        checkpoint_seconds=scale["checkpoint_seconds"],
+    )
+
+
+def train_run(
+    inputs: Inputs,
+    task: str,
+    seed: int,
+    hyperparameters: Mapping[str, Any],
+    *,
+    kind: str = "train",
+    on_evaluation: Callable[[int, float], None] | None = None,
+    save_model: Path | None = None,
+) -> dict[str, Any]:
+    """Prepare, train and evaluate one model.
+
+    Args:
+        inputs: shared inputs of the cell.
+        task: name of a task.
+        seed: of head, data order and dropout.
+        hyperparameters: ``learning_rate``, ``batch_size``, optionally ``max_steps``.
+        kind: ``train`` or ``search``.
+        on_evaluation: see :func:`finetune.training.train`.
+        save_model: folder for the merged, plain model with the best weights; None saves none.
+
+    Returns:
+        The record. A run whose loss is not finite gives one with status ``failed``.
+
+    Raises:
+        ValueError: on bad configuration or data.
+    """
+    config = inputs.config
+    facts, splits = inputs.task(task)
+    digest = records.config_hash(identity(inputs, task, seed, hyperparameters, kind))
+    options = training_options(config, task, seed, hyperparameters)
+    accelerator = make_accelerator(config["device"], options.precision)
+    device = accelerator.device
+    model = models.load_classifier(config["model"], config["data"]["root"], facts.num_labels, seed).to(device)
+    basis_facts: dict[str, Any] = {}
+    method = _method(inputs, model, splits["train"], task, seed, options, accelerator, basis_facts)
+    parameters = count_parameters(model, method)
+    model = method.prepare(model)
+    optimizer = method.optimizer(model, options.learning_rate, options.weight_decay)
+    record = _header(inputs, facts, splits, task, seed, hyperparameters, kind, digest) | {
+        "treatment": _treatment(options, config, parameters["wrapped_layers"]),
+        "parameters": parameters,
+        "basis": basis_facts,
+        "device": memory.device_name(device),
+    }
+    folder = Path(config["checkpoints"]) / digest
+    label = f"{config['model']['name']} {config['method']['name']} {task} seed {seed}"
+    torch.manual_seed(seed)
+    with _tracker(config, record, digest, label) as tracker:
+        try:
+            progress = train(
+                model,
+                optimizer,
+                splits["train"],
+                lambda m: evaluate(m, splits["validation"], facts, options.evaluation_batch_size, device),
+                facts.metric,
+                options,
+                accelerator,
+                tracker=tracker,
+                checkpoints=folder,
+                digest=digest,
+                progress_bar=config["progress"],
+                label=label,
+                on_evaluation=on_evaluation,
+            )
+        except NonFiniteLoss as error:
+            checkpoint.remove_checkpoints(folder)
+            return record | {"status": "failed", "error": str(error), "score": None, "metric": facts.metric}
+        record |= _outcome(progress, facts, options, len(splits["train"]))
+        tracker.summary({"score": record["score"], "steps": progress.step})
+    if save_model is not None:
+        method.merge(model).save_pretrained(save_model)
+    checkpoint.remove_checkpoints(folder)
+    return record
+
+
+def targets_of(config: Mapping[str, Any]) -> Targets:
+    """The target matrices of a configuration."""
+    return Targets(dict(config["model"]["target_modules"]), config["model"]["layers_to_transform"])
+
+
+def preliminary_options(config: Mapping[str, Any]) -> PreliminaryOptions:
+    """Options of the gradient collection."""
+    group = config["protocol"]["preliminary"]
+    return PreliminaryOptions(
+        steps=group["steps"],
+        batch_size=group["batch_size"],
+        update=group["update"],
+        learning_rate=group["learning_rate"],
+        backend=config["protocol"]["hosvd"],
+    )
+
+
+def count_parameters(model: nn.Module, method: Method) -> dict[str, int | float]:
+    """Counts for the tables; a target matrix counts with the numbers that its method trains.
+
+    Args:
+        model: plain; its ``requires_grad`` flags are set as the method will have them.
+
+    Returns:
+        ``total`` (the plain model), ``trainable``, ``trainable_per_layer`` (mean over target matrices),
+        ``wrapped_layers``.
+    """
+    targets = method.targets.set_trainable(model)
+    entries = [method.entries(tuple(target.module.weight.shape)) for target in targets]
+    whole = sum(target.module.weight.numel() for target in targets)
+    return {
+        "total": sum(p.numel() for p in model.parameters()),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad) - whole + sum(entries),
+        "trainable_per_layer": sum(entries) / len(entries),
+        "wrapped_layers": len(targets),
+    }
+
+
+def _method(
+    inputs: Inputs,
+    model: nn.Module,
+    split: Split,
+    task: str,
+    seed: int,
+    options: TrainingOptions,
+    accelerator: Any,
+    facts: dict[str, Any],
+) -> Method:
+    """The configured method; SparseGrad gets its bases from the file, or collects them here."""
+    config = inputs.config
+    bases = None
+    if config["method"]["name"] == "sparsegrad":
+        if config["basis"] is not None and config["protocol"]["preliminary"]["scope"] == "task":
+            bases, found = inputs.bases(task)
+        else:
+            collected = collect_for_run(inputs, model, split, seed, accelerator.device)
+            bases, found = collected.bases(), collected.facts
+        facts.update({name: value for name, value in found.items() if name != "content"})
+    one_backward = options.accumulation_steps == 1 and accelerator.num_processes == 1
+    return build_method(
+        config["method"], config["model"], config["protocol"], bases=bases, one_backward_a_step=one_backward
+    )
+
+
+def collect_for_run(inputs: Inputs, model: nn.Module, split: Split, seed: int, device: torch.device) -> Collected:
+    """Gradient collection inside a run (``protocol.preliminary.scope=run``, or no basis file given)."""
+    config = inputs.config
+    return collect(
+        model,
+        split,
+        targets_of(config),
+        preliminary_options(config),
+        seed=seed,
+        device=device,
+        keep_weights=config["protocol"]["preliminary"]["keep_weights"],
+        progress_bar=config["progress"],
+    )
+
+
+def _header(
+    inputs: Inputs,
+    facts: Task,
+    splits: Mapping[str, Split],
+    task: str,
+    seed: int,
+    hyperparameters: Mapping[str, Any],
+    kind: str,
+    digest: str,
+) -> dict[str, Any]:
+    config = inputs.config
+    model = config["model"]
+    return {
+        "schema": records.SCHEMA,
+        "version": config["version"],
+        "status": "finished",
+        "error": None,
+        "run": {
+            "experiment": config["name"],
+            "kind": kind,
+            "model": model["name"],
+            "method": config["method"]["name"],
+            "task": task,
+            "seed": seed,
+            "protocol": config["protocol"]["name"],
+            "scale": config["scale"]["name"],
+            "config_hash": digest,
+        },
+        "hyperparameters": dict(hyperparameters),
+        "model": {
+            "title": model["title"],
+            "checkpoint": model["checkpoint"],
+            "revision": model["revision"],
+            "sha256": inputs.fingerprint,
+            "random_weights": model["random_weights"],
+        },
+        "data": {
+            "task": task,
+            "sha256": {role: split.sha256 for role, split in splits.items()},
+            "rows": {role: len(split) for role, split in splits.items()},
+            "score_split": facts.validation,
+        },
+        "config": {key: config[key] for key in ("model", "method", "protocol", "scale")},
+        "provenance": records.provenance(),
+    }
+
+
+def _treatment(options: TrainingOptions, config: Mapping[str, Any], matrices: int) -> dict[str, Any]:
+    """What all methods must share, printed in the record."""
+    search = config["scale"]["search"]
+    return {
+        "padding": config["protocol"]["padding"],
+        "precision": options.precision,
+        "optimizer": "AdamW",
+        "target_matrices": matrices,
+        "train": config["protocol"]["train"],
+        "search_trials": search["trials"],
+        "max_steps": options.max_steps,
+        "evaluation_steps": options.evaluation_steps,
+    }
+
+
+def _outcome(progress: Progress, facts: Task, options: TrainingOptions, examples: int) -> dict[str, Any]:
+    return {
+        "metric": facts.metric,
+        "score": progress.score,
+        "training": {
+            "steps": progress.step,
+            "planned_steps": planned_steps(examples, options),
+            "epochs": progress.step * options.batch_size / examples,
+            "best_step": progress.best_step,
+            "stopped": progress.stopped,
+            "resumed": progress.resumed,
+            "seconds": progress.seconds,
+            "step_seconds_median": median_step_seconds(progress),
+        },
+        "memory": progress.memory,
+        "evaluations": progress.evaluations,
+    }
+
+
+def _tracker(config: Mapping[str, Any], record: Mapping[str, Any], digest: str, name: str) -> Tracker:
+    wandb, run = config["wandb"], record["run"]
+    return Tracker(
+        wandb["mode"],
+        wandb["folder"],
+        project=wandb["project"],
+        run_id=digest,
+        group=f"{run['experiment']}/{run['model']}/{run['task']}",
+        job_type=run["kind"],
+        name=name,
+        config={key: record[key] for key in ("run", "hyperparameters", "config")},
+    )
