@@ -95,13 +95,25 @@ def identity(inputs: Inputs, task: str, seed: int, hyperparameters: Mapping[str,
         "kind": kind,
         "model": model | {"sha256": inputs.fingerprint},
         "method": dict(config["method"]),
-        "protocol": dict(config["protocol"]),
-        "scale": {k: v for k, v in config["scale"].items() if k not in ("name", "search", "pretrain")},
+        "protocol": {k: v for k, v in config["protocol"].items() if k != "search"},
+        "scale": {name: config["scale"][name] for name in _SIZES},
+        "basis": _basis_scope(config),
         "task": {"name": task, "metric": facts.metric, "columns": list(facts.columns), "num_labels": facts.num_labels},
         "data_sha256": {role: split.sha256 for role, split in splits.items()},
         "hyperparameters": dict(hyperparameters),
         "seed": seed,
     }
+
+
+# What of conf/scale decides numbers; the rest (batch of evaluation, time between checkpoints) does not.
+_SIZES = ("train_examples", "epochs", "max_steps", "evaluation_steps", "accumulation_steps", "precision")
+
+
+def _basis_scope(config: Mapping[str, Any]) -> str | None:
+    """Where SparseGrad's bases come from: ``task`` (a file of the basis stage) or ``run`` (collected in the run)."""
+    if config["method"]["name"] != "sparsegrad":
+        return None
+    return "run" if config["basis"] is None else config["protocol"]["preliminary"]["scope"]
 
 
 def training_options(
@@ -261,7 +273,7 @@ def _method(
     config = inputs.config
     bases = None
     if config["method"]["name"] == "sparsegrad":
-        if config["basis"] is not None and config["protocol"]["preliminary"]["scope"] == "task":
+        if _basis_scope(config) == "task":
             bases, found = inputs.bases(task)
         else:
             collected = collect_for_run(inputs, model, split, seed, accelerator.device)
