@@ -1,6 +1,6 @@
 """HOSVD bases from gradient moments, for every task of an experiment.
 
-    python experiments/basis.py cell=params.yaml name=smoke model=tiny_bert
+python experiments/basis.py cell=params.yaml name=smoke model=tiny_bert
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Preliminary phase: gradient moments of the MLP matrices, for every task of an experiment.
 
-    python experiments/gradients.py cell=params.yaml name=smoke model=tiny_bert scale=smoke data=generated
+python experiments/gradients.py cell=params.yaml name=smoke model=tiny_bert scale=smoke data=generated
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Build one table of the paper, as CSV, Markdown and LaTeX, from an experiment's records.
 
-    python experiments/table.py number=9 name=local
+python experiments/table.py number=9 name=local
 """
 
 import logging

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 
@@ -49,9 +50,13 @@ def load_tokenizer(model: Mapping[str, Any], root: str | Path) -> Any:
     tokenizer = model.get("tokenizer")
     source, arguments = (tokenizer, {}) if tokenizer else resolve(model, root)
     try:
-        return AutoTokenizer.from_pretrained(source, **arguments)
+        found = AutoTokenizer.from_pretrained(source, **arguments)
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer at {source}: {_first_line(error)} {_HINT}") from None
+    # Without its files transformers 5 builds one from config.json alone, to which every word is unknown.
+    if len(found) <= len(found.all_special_tokens):
+        raise ValueError(f"no tokenizer at {source}: its files hold no vocabulary. {_HINT}")
+    return found
 
 
 def load_classifier(model: Mapping[str, Any], root: str | Path, num_labels: int, seed: int) -> nn.Module:
@@ -82,7 +87,7 @@ def load_classifier(model: Mapping[str, Any], root: str | Path, num_labels: int,
         return AutoModelForSequenceClassification.from_pretrained(
             source, num_labels=num_labels, dtype=torch.float32, **arguments
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"no model at {source}: {_first_line(error)} {_HINT}") from None
     finally:
         logging.set_verbosity(verbosity)

@@ -156,8 +156,15 @@ def encode(table: pa.Table, task: Task, tokenizer: Any, max_length: int) -> Spli
 
 def _labels(table: pa.Table, task: Task) -> Tensor:
     column = table.column("label")
+    regression, kind = task.num_labels == 1, column.type
+    if not (pa.types.is_integer(kind) or (regression and pa.types.is_floating(kind))):
+        raise ValueError(
+            f"{task.name}: labels are of type {kind}; needed: {'numbers' if regression else 'whole numbers'}."
+        )
+    if not pc.all(pc.is_finite(column)).as_py():
+        raise ValueError(f"{task.name}: some labels are NaN or infinite; every example needs its label.")
     low, high = pc.min(column).as_py(), pc.max(column).as_py()
-    if task.num_labels == 1:
+    if regression:
         bounds = task.label_range or (float("-inf"), float("inf"))
         if low < bounds[0] or high > bounds[1]:
             raise ValueError(f"{task.name}: labels from {low} to {high}; allowed: {bounds[0]} to {bounds[1]}.")

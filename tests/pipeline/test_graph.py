@@ -1,0 +1,62 @@
+"""The DVC graph of every experiment: it resolves, its stages are the expected ones, its configurations compose."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = ("smoke", "local", "paper", "paper_released")
+
+
+@pytest.fixture(params=EXPERIMENTS)
+def experiment(request, tmp_path):
+    """A copy of the pipeline with one experiment in place, outside the repository; its name and its content."""
+    for name in ("conf", ".dvc/config"):
+        source = ROOT / name
+        target = tmp_path / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    shutil.copy(ROOT / "experiments" / f"{request.param}.yaml", tmp_path / "params.yaml")
+    (tmp_path / ".dvc" / "config").write_text("[core]\n    analytics = false\n    no_scm = true\n")
+    return tmp_path, request.param, yaml.safe_load((tmp_path / "params.yaml").read_text())
+
+
+def stages(folder: Path) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "stage", "list", "--name-only"], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_graph_resolves_into_the_expected_cells(experiment):
+    folder, name, content = experiment
+    found = stages(folder)
+    assert len(found) == len(set(found))
+    cells = {f"{model}-{method}" for model in content["models"] for method in content["methods"]}
+    for kind in ("search", "train"):
+        assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{cell}" for cell in cells}
+    for kind in ("gradients", "basis"):
+        assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{m}" for m in content["models"]}
+    tables = {f"{table}@{name}" for table, where in content["tables"].items() if where}
+    assert {s for s in found if s.startswith("table_")} == tables
+    if name == "smoke":
+        assert len(found) <= 45
+
+
+def test_commands_name_existing_configurations(experiment):
+    folder, name, content = experiment
+    for group, values in (
+        ("model", content["models"]),
+        ("method", content["methods"]),
+        ("protocol", [content["protocol"]]),
+        ("scale", [content["scale"]]),
+        ("data", [content["data"]]),
+    ):
+        for value in values:
+            assert (folder / "conf" / group / f"{value}.yaml").is_file(), f"{name}: {group}={value}"
