@@ -18,7 +18,7 @@ import yaml
 from tqdm import tqdm
 
 from finetune import gradients, models, records
-from finetune.run import Inputs, collect_for_run, identity, train_run
+from finetune.run import Inputs, collect_for_run, for_task, identity, train_run
 from finetune.training import NonFiniteLoss, make_accelerator
 from sparsegrad import load_tensors, save_bases, save_tensors
 
@@ -117,15 +117,19 @@ def search_cell(config: Mapping[str, Any], tasks: Sequence[str], folder: Path) -
         seed=protocol["search_seed"],
     )
     for task in tqdm(tasks, desc="tasks", disable=not config["progress"]):
-        base = identity(inputs, task, protocol["search_seed"], {"max_steps": settings["max_steps"]}, "search")
+        steps = for_task(settings["max_steps"], task)
+        base = identity(inputs, task, protocol["search_seed"], {"max_steps": steps}, "search")
         digest = records.config_hash(base)
 
-        def objective(point: dict[str, Any], report: Any, task: str = task) -> float:
-            chosen = point | {"max_steps": settings["max_steps"]}
+        def objective(
+            point: dict[str, Any], report: Any, task: str = task, steps: int | None = steps
+        ) -> tuple[float, float]:
+            chosen = point | {"max_steps": steps}
             record = train_run(inputs, task, protocol["search_seed"], chosen, kind="search", on_evaluation=report)
             if record["status"] != "finished":
                 raise NonFiniteLoss(record["error"])
-            return record["score"]
+            best = next(e for e in record["evaluations"] if e["step"] == record["training"]["best_step"])
+            return record["score"], best["loss"]
 
         study = run_search(objective, space, open_storage(folder / f"{task}.journal"), digest)
         header = {

@@ -96,7 +96,7 @@ def identity(inputs: Inputs, task: str, seed: int, hyperparameters: Mapping[str,
         "model": model | {"sha256": inputs.fingerprint},
         "method": dict(config["method"]),
         "protocol": {k: v for k, v in config["protocol"].items() if k != "search"},
-        "scale": {name: config["scale"][name] for name in _SIZES},
+        "scale": {name: for_task(config["scale"][name], task) for name in _SIZES},
         "basis": _basis_scope(config),
         "task": {"name": task, "metric": facts.metric, "columns": list(facts.columns), "num_labels": facts.num_labels},
         "data_sha256": {role: split.sha256 for role, split in splits.items()},
@@ -107,6 +107,11 @@ def identity(inputs: Inputs, task: str, seed: int, hyperparameters: Mapping[str,
 
 # What of conf/scale decides numbers; the rest (batch of evaluation, time between checkpoints) does not.
 _SIZES = ("train_examples", "epochs", "max_steps", "evaluation_steps", "accumulation_steps", "precision")
+
+
+def for_task(value: Any, task: str) -> Any:
+    """A value of ``conf/scale`` that may be one for all tasks, or a mapping from tasks, with ``default``, to values."""
+    return value.get(task, value["default"]) if isinstance(value, Mapping) else value
 
 
 def _basis_scope(config: Mapping[str, Any]) -> str | None:
@@ -130,7 +135,7 @@ def training_options(
         learning_rate=hyperparameters["learning_rate"],
         batch_size=batch_size,
         epochs=scale["epochs"] or protocol["epochs"],
-        max_steps=hyperparameters.get("max_steps") or scale["max_steps"],
+        max_steps=hyperparameters.get("max_steps") or for_task(scale["max_steps"], task),
         evaluation_steps=interval,
         seed=seed,
         accumulation_steps=scale["accumulation_steps"],

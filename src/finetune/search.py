@@ -23,6 +23,8 @@ from finetune.training import NonFiniteLoss
 
 log = logging.getLogger(__name__)
 DIVERGED = "diverged"
+LOSS = "validation_loss"
+Objective = Callable[[dict[str, Any], Callable[[int, float], None]], tuple[float, float] | float]
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def open_storage(location: str | Path) -> BaseStorage:
 
 
 def run_search(
-    objective: Callable[[dict[str, Any], Callable[[int, float], None]], float],
+    objective: Objective,
     space: SearchSpace,
     storage: BaseStorage,
     study_name: str,
@@ -77,7 +79,8 @@ def run_search(
     """Run what is missing of a search.
 
     Args:
-        objective: gets the hyper-parameters and a function that reports (step, score) and may prune; returns the score.
+        objective: gets the hyper-parameters and a function that reports (step, score) and may prune; returns the score,
+            or the score and the validation loss, which breaks ties.
         space: what to search.
         storage: see :func:`open_storage`.
         study_name: from the configuration's hash, so that another configuration is another study.
@@ -123,7 +126,7 @@ def summary(study: optuna.Study, space: SearchSpace) -> dict[str, Any]:
         raise ValueError(
             f"no trial of {len(finished(study))} completed (pruned or diverged): lower search.learning_rate."
         )
-    best = max(complete, key=lambda t: (t.value, -t.number))
+    best = max(complete, key=lambda t: (t.value, -t.user_attrs.get(LOSS, 0.0), -t.number))
     rates = sorted({t.params["learning_rate"] for t in finished(study)})
     return {
         "best": {**best.params, "value": best.value, "trial": best.number},
@@ -133,6 +136,7 @@ def summary(study: optuna.Study, space: SearchSpace) -> dict[str, Any]:
                 "number": t.number,
                 "state": "diverged" if t.user_attrs.get(DIVERGED) else t.state.name.lower(),
                 "value": t.value if t.state == TrialState.COMPLETE else None,
+                LOSS: t.user_attrs.get(LOSS),
                 **t.params,
                 "seconds": t.duration.total_seconds() if t.duration else None,
                 "intermediate": {str(step): value for step, value in t.intermediate_values.items()},
@@ -147,7 +151,7 @@ def summary(study: optuna.Study, space: SearchSpace) -> dict[str, Any]:
 def _one_trial(
     study: optuna.Study,
     space: SearchSpace,
-    objective: Callable[[dict[str, Any], Callable[[int, float], None]], float],
+    objective: Objective,
 ) -> None:
     number = len(study.get_trials(deepcopy=False))
     study.sampler = optuna.samplers.TPESampler(seed=space.seed + number, n_startup_trials=max(5, len(space.points)))
@@ -175,6 +179,9 @@ def _one_trial(
         study.tell(trial, state=TrialState.FAIL)
         raise
     else:
+        if isinstance(value, tuple):
+            value, loss = value
+            trial.set_user_attr(LOSS, loss)
         study.tell(trial, value)
         log.info("trial %d %s: %.4f", trial.number, point, value)
 

@@ -52,10 +52,8 @@ def build_method(
     if name == "full":
         return FullFineTuning(targets)
     if name == "lora":
-        rank, scale = model["lora_rank"], protocol["lora_scale"]
-        return LoRA(
-            targets, rank=rank, alpha=1.0 if scale == "inverse_rank" else scale * rank, dropout=method["dropout"]
-        )
+        rank, alpha = model["lora_rank"], lora_alpha(protocol["lora_scale"], model["lora_rank"])
+        return LoRA(targets, rank=rank, alpha=alpha, dropout=method["dropout"])
     if name == "meprop":
         return MeProp(targets, k=k, density=density, optimizer_rule=protocol["meprop_optimizer"])
     if bases is None:
@@ -70,3 +68,16 @@ def build_method(
         matmul=method["matmul"],
         select_in="backward" if one_backward_a_step else "step",
     )
+
+
+def lora_alpha(scale: str | float, rank: int) -> float:
+    """PEFT's alpha for ``protocol.lora_scale``, which is alpha / rank (D12).
+
+    Raises:
+        ValueError: if the scale is neither ``inverse_rank`` nor a positive number.
+    """
+    if scale == "inverse_rank":
+        return 1.0
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
+        raise ValueError(f"protocol.lora_scale={scale!r}; allowed: inverse_rank, or a positive number (alpha / rank).")
+    return scale * rank

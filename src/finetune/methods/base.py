@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sparsegrad import Target, entries_for_density, find_targets
+from sparsegrad.select import check_k
 
 SCOPES = ("all", "mlp")
 
@@ -81,10 +82,10 @@ def kept_entries(k: int | None, density: float | None, shape: tuple[int, int]) -
     """Entries kept of a matrix: a density wins over the model's k.
 
     Raises:
-        ValueError: if neither is given, or the density is out of range.
+        ValueError: if neither is given, or what is given is out of range.
     """
     if density is not None:
         return entries_for_density(density, shape)
     if k is None:
         raise ValueError("set protocol.density (a share of the entries) or model.k (a number of entries).")
-    return k
+    return check_k(k, shape)

@@ -35,8 +35,8 @@ class MeProp:
         if self.optimizer_rule not in RULES:
             raise ValueError(f"protocol.meprop_optimizer={self.optimizer_rule!r}; allowed: {', '.join(RULES)}.")
         targets = self.targets.set_trainable(model)
+        k = {t.kind: self.entries(tuple(t.module.weight.shape)) for t in targets}
         if self.optimizer_rule == "lazy_adam":
-            k = {t.kind: self.entries(tuple(t.module.weight.shape)) for t in targets}
             sparsify(model, None, k, self.targets.target_modules, self.targets.layers_to_transform)
         return model
 
