@@ -68,8 +68,8 @@ def find_targets(
     left_out = [kind for kind in target_modules if not any(t.kind == kind for t in kept)]
     if left_out:
         raise ValueError(
-            f"layers_to_transform={list(layers_to_transform)} leaves no layer of kind {', '.join(left_out)}: name blocks "
-            "of that kind, with the group 'layer' in its pattern, or leave the kind out of target_modules."
+            f"layers_to_transform={list(layers_to_transform)} leaves no layer of kind {', '.join(left_out)}: name "
+            "blocks of that kind, with the group 'layer' in its pattern, or leave the kind out of target_modules."
         )
     return kept
 

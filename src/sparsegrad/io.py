@@ -123,7 +123,9 @@ def save_adapter(
     sparse = {f"{name}.weight" for name in layers}
     dense = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in sparse}
     tensors |= {f"dense.{name}": parameter for name, parameter in dense.items()}
-    save_tensors(path, tensors, {"content": "adapter", "bases": bases, "sparsify": dict(sparsify_config)})
+    shapes = {name: [layer.out_features, layer.in_features] for name, layer in layers.items()}
+    metadata = {"content": "adapter", "bases": bases, "shapes": shapes, "sparsify": dict(sparsify_config)}
+    save_tensors(path, tensors, metadata)
 
 
 @torch.no_grad()
@@ -147,11 +149,14 @@ def load_adapter(path: str | Path, model: nn.Module) -> nn.Module:
     parameters = dict(model.named_parameters())
     dense = {n.removeprefix("dense."): t for n, t in tensors.items() if n.startswith("dense.")}
     unknown = [n for n, t in dense.items() if n not in parameters or parameters[n].shape != t.shape]
+    targets = find_targets(model, config["target_modules"], config.get("layers_to_transform"))
+    shapes = {t.name: [t.module.out_features, t.module.in_features] for t in targets}
+    unknown += [n for n in shapes | metadata["shapes"] if shapes.get(n) != metadata["shapes"].get(n)]
     if unknown:
         raise ValueError(
             f"{path} is an adapter of another architecture: {', '.join(unknown[:4])} do not fit this model."
         )
-    kinds = _label_of_kind(model, config, metadata["bases"])
+    kinds = {t.kind: metadata["bases"][t.name] for t in targets if t.name in metadata["bases"]}
     bases = {kind: Basis(tensors[f"{label}.U"], tensors[f"{label}.V"]) for kind, label in kinds.items()} or None
     sparsify(model, bases, **config)
     for name, layer in sparsegrad_layers(model).items():
@@ -163,8 +168,3 @@ def load_adapter(path: str | Path, model: nn.Module) -> nn.Module:
         if name in dense:
             parameter.copy_(dense[name])
     return model
-
-
-def _label_of_kind(model: nn.Module, config: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, str]:
-    targets = find_targets(model, config["target_modules"], config.get("layers_to_transform"))
-    return {t.kind: labels[t.name] for t in targets if t.name in labels}

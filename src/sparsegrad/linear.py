@@ -50,7 +50,7 @@ class SparseGradLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
         self.register_buffer("master", None)
         self.weight = nn.Parameter(self._from_original(weight.detach()).to(weight.dtype).clone())
-        self._keep_master(weight)
+        self._keep_master(weight.detach())
 
     def take_gradient(self) -> tuple[Tensor, Tensor] | None:
         """Select, hand the gradient over, and forget it.

@@ -173,7 +173,7 @@ class SparseGradAdamW(Optimizer):
             [],
             [s["step"] for s in states],
             foreach=False if self._fused else None,
-            fused=self._fused,
+            fused=self._fused or None,  # None, not False: torch chooses foreach by device only if both are None
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

@@ -1,0 +1,342 @@
+"""From a plain model to SparseGrad layers and back: targets, refusals, functions that do not change."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sparsegrad import (
+    FoldedLinear,
+    GradientMoments,
+    RotatedLinear,
+    SparseGradAdamW,
+    find_targets,
+    hosvd,
+    merge,
+    param_groups,
+    sparsegrad_layers,
+    sparsify,
+)
+
+FORMS = ["folded", "rotated"]
+FAMILIES = ["bert", "roberta", "llama"]
+CONFS = {"bert_base": 12, "roberta_base": 12, "roberta_large": 24, "minilm": 6, "tiny_bert": 2, "tiny_roberta": 2}
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+def loss(model, tokens):
+    return torch.log_softmax(model(input_ids=tokens).logits, dim=-1)[..., 0].square().sum()
+
+
+def snapshot(model):
+    return dict(model.named_modules()), {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def assert_unchanged(model, before):
+    modules, state = before
+    assert dict(model.named_modules()) == modules  # the same objects
+    after = model.state_dict()
+    assert after.keys() == state.keys() and all(torch.equal(after[name], state[name]) for name in state)
+
+
+# ---- targets ----
+
+
+@pytest.mark.parametrize(("name", "n_blocks"), CONFS.items())
+def test_the_patterns_of_conf_take_exactly_the_mlp_matrices(name, n_blocks, hub_model, model_conf):
+    """Two in each block, with the widths of an MLP; the attention's output.dense is not among them."""
+    conf = model_conf(name)
+    with torch.device("meta"):
+        model = hub_model(name)
+    width, inner = conf["architecture"]["hidden_size"], conf["architecture"]["intermediate_size"]
+    targets = find_targets(model, conf["target_modules"], conf["layers_to_transform"])
+    prefix = f"{conf['architecture']['model_type']}.encoder.layer"
+    expected = [f"{prefix}.{i}.{part}.dense" for i in range(n_blocks) for part in ("intermediate", "output")]
+    assert [t.name for t in targets] == expected
+    assert [t.layer for t in targets] == [i for i in range(n_blocks) for _ in range(2)]
+    shapes = {"up": (inner, width), "down": (width, inner)}
+    assert all(tuple(t.module.weight.shape) == shapes[t.kind] for t in targets)
+    assert all(model.get_submodule(t.name) is t.module for t in targets)
+
+
+def test_suffixes_as_peft_matches_them_would_take_36_matrices_of_bert(hub_model, model_conf):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    with torch.device("meta"):
+        model = hub_model("bert_base")
+    patterns = model_conf("bert_base")["target_modules"]
+    assert len(find_targets(model, patterns)) == 24
+    lora = LoraConfig(r=1, target_modules=["intermediate.dense", "output.dense"])
+    with torch.device("meta"):
+        adapted = inject_adapter_in_model(lora, model)
+    names = {name.split(".lora_A")[0] for name, _ in adapted.named_modules() if name.endswith("lora_A")}
+    assert len(names) == 36
+    assert sum("attention.output.dense" in name for name in names) == 12
+
+
+def test_llama_takes_up_and_down_of_the_blocks_divisible_by_three(hub_model, model_conf):
+    conf = model_conf("llama2_7b")
+    with torch.device("meta"):
+        model = hub_model("llama2_7b")
+    targets = find_targets(model, conf["target_modules"], conf["layers_to_transform"])
+    expected = [f"model.layers.{i}.mlp.{part}_proj" for i in range(0, 32, 3) for part in ("up", "down")]
+    assert sorted(t.name for t in targets) == sorted(expected) and len(targets) == 22
+    assert sum(t.module.weight.numel() for t in targets) == 22 * 4096 * 11008
+    assert len(find_targets(model, conf["target_modules"])) == 64
+    assert [t.name for t in find_targets(model, conf["target_modules"], [31])] == [
+        "model.layers.31.mlp.up_proj",
+        "model.layers.31.mlp.down_proj",
+    ]
+
+
+def test_patterns_match_whole_names(blocks):
+    assert len(find_targets(blocks(), {"up": r"layers\.\d+\.up"})) == 2
+    with pytest.raises(ValueError, match=r"target_modules.up='up' matches no module in full"):
+        find_targets(blocks(), {"up": "up"})
+
+
+def test_a_pattern_without_the_group_has_no_block_index(blocks):
+    assert [t.layer for t in find_targets(blocks(), {"head": "head"})] == [None]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "blocks_to_take", "text"),
+    [
+        (
+            {"gate": r"layers\.(?P<layer>\d+)\.gate"},
+            None,
+            r"target_modules.gate=.* matches no module in full. Linear layers of this model: layers.0.up, ",
+        ),
+        ({"up": r"layers\.\d+\.(up|norm)"}, None, r"must name nn.Linear layers; these are not: layers.0.norm \(LayerN"),
+        ({"up": r"layers\.(\d+\.up"}, None, r"target_modules.up=.* is no regular expression: "),
+        ({"up": r"layers\.(?P<layer>\d+)\.up"}, [0, 2, 5], r"names blocks \[2, 5\]; the model has \[0, 1\]"),
+        ({"up": r"layers\.\d+\.up"}, [0], r"names blocks \[0\]; the model has no block index"),
+        (
+            {"up": r"layers\.(?P<layer>\d+)\.up", "down": r"layers\.\d+\.down"},
+            [0],
+            r"layers_to_transform=\[0\] leaves no layer of kind down: name blocks of that kind",
+        ),
+        ({"up": r"layers\.(?P<layer>\d+)\.up"}, [], r"layers_to_transform=\[\] leaves no layer of kind up"),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused(patterns, blocks_to_take, text, blocks):
+    with pytest.raises(ValueError, match=text):
+        find_targets(blocks(), patterns, blocks_to_take)
+
+
+# ---- sparsify ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("orientation", ["hosvd", "released"])
+def test_sparsify_leaves_the_function_unchanged(family, form, orientation, tiny_transformer, transformer_bases):
+    model, patterns, tokens = tiny_transformer(family)
+    before, names = logits(model, tokens), [t.name for t in find_targets(model, patterns)]
+    bases = {kind: basis.oriented(orientation) for kind, basis in transformer_bases().items()}
+    assert sparsify(model, bases, 5, patterns, form=form) is model
+    torch.testing.assert_close(logits(model, tokens), before, rtol=0, atol=1e-10)
+    layers = sparsegrad_layers(model)
+    assert list(layers) == names
+    assert {type(layer) for layer in layers.values()} == {{"folded": FoldedLinear, "rotated": RotatedLinear}[form]}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_training_a_transformer_lowers_the_loss_and_moves_the_other_parameters_too(form, tiny_transformer):
+    """With bases from the model's own gradients, on BERT; LayerNorms and biases move (D8)."""
+    model, patterns, tokens = tiny_transformer("bert")
+    targets = find_targets(model, patterns)
+    moments = {t.kind: GradientMoments(*t.module.weight.shape) for t in targets}
+    loss(model, tokens).backward()
+    for t in targets:
+        moments[t.kind].update(t.module.weight.grad)
+    model.zero_grad()
+    sparsify(model, {kind: hosvd(m) for kind, m in moments.items()}, 30, patterns, form=form)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer, losses = SparseGradAdamW(param_groups(model), lr=3e-3), []
+    for _ in range(8):
+        optimizer.zero_grad()
+        value = loss(model, tokens)
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert losses[-1] < 0.9 * losses[0]
+    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert not [name for name in still if "LayerNorm" in name or name.endswith("dense.weight")]
+
+
+def test_options_reach_the_layers(blocks, block_bases, block_patterns):
+    options = {"form": "rotated", "matmul": "sparse_by_dense", "select_in": "backward"}
+    model = sparsify(blocks(), block_bases(), {"up": 3, "down": 4}, block_patterns, [1], **options)
+    layers = sparsegrad_layers(model)
+    assert {name: layer.k for name, layer in layers.items()} == {"layers.1.up": 3, "layers.1.down": 4}
+    assert {(layer.matmul, layer.select_in) for layer in layers.values()} == {("sparse_by_dense", "backward")}
+    assert type(model.layers[0].up) is nn.Linear
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_layers_of_a_kind_share_one_basis_which_is_a_copy(form, blocks, block_bases, block_patterns):
+    bases = block_bases()
+    model = sparsify(blocks(n=3, dtype=torch.float32), bases, 5, block_patterns, form=form)
+    layers = sparsegrad_layers(model)
+    for kind in ("up", "down"):
+        shared = {id(layers[f"layers.{i}.{kind}"].basis) for i in range(3)}
+        assert len(shared) == 1 and id(bases[kind]) not in shared
+        assert bases[kind].U.dtype == torch.float64 and layers[f"layers.0.{kind}"].basis.U.dtype == torch.float32
+    assert layers["layers.0.up"].basis is not layers["layers.0.down"].basis
+    same_dtype = sparsify(blocks(), bases, 5, block_patterns, form=form)
+    assert same_dtype.layers[0].up.basis.U.data_ptr() != bases["up"].U.data_ptr()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sparsify_keeps_modes_and_what_is_frozen(form, blocks, block_bases, block_patterns):
+    model = blocks().eval()
+    model.layers[0].train()
+    model.layers[0].up.weight.requires_grad_(False)
+    model.layers[0].up.bias.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    modes = {name: m.training for name, m in model.named_modules()}
+    sparsify(model, block_bases(), 5, block_patterns, form=form)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert {name: m.training for name, m in model.named_modules() if name in modes} == modes
+    merge(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert {name: m.training for name, m in model.named_modules()} == modes
+
+
+REFUSALS = [
+    ({"form": "truncated"}, r"form='truncated'; allowed: folded, rotated"),
+    ({"matmul": "sparse_by_dense"}, r"matmul='sparse_by_dense' belongs to form='rotated'"),
+    ({"form": "rotated", "matmul": "dense"}, r"layers.0.up: matmul='dense'; allowed: regular, sparse_by_dense"),
+    ({"select_in": "forward"}, r"layers.0.up: select_in='forward'; allowed: step, backward"),
+    ({"k": 97}, r"layers.0.up: k=97; a matrix of shape \(12, 8\) allows whole numbers from 1 to 96"),
+    ({"k": 0}, r"layers.0.up: k=0; .* from 1 to 96"),
+    ({"k": 0.01}, r"layers.0.up: k=0.01; .* whole numbers from 1 to 96"),
+    ({"k": {"up": 5, "down": 97}}, r"layers.0.down: k=97; a matrix of shape \(8, 12\)"),
+    ({"k": {"up": 5}}, r"no k for layer kind 'down'; given: up"),
+    ({"layers_to_transform": [0, 7]}, r"names blocks \[7\]; the model has \[0, 1\]"),
+    ({"target_modules": {"up": r"layers\.\d+\.norm"}}, r"these are not: layers.0.norm \(LayerNorm\)"),
+    ({"target_modules": {"up": "nothing"}}, r"target_modules.up='nothing' matches no module in full"),
+    ({"bases": {}}, r"no basis for layer kind 'up'; given: none"),
+    ({"bases": "up only"}, r"no basis for layer kind 'down'; given: up"),
+    ({"bases": "swapped"}, r"layers.0.up: the basis is for weights of shape \(8, 12\), this weight has \(12, 8\)"),
+    ({"bases": "down of another model"}, r"layers.0.down: the basis .* made for another model or layer kind"),
+    ({"bases": "truncated", "form": "rotated"}, r"layers.0.up: form 'rotated' keeps .* this one is truncated"),
+    ({"bases": "truncated", "k": 10}, r"layers.0.up: k=10; a matrix of shape \(3, 3\)"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "text"), REFUSALS, ids=[text[:40] for _, text in REFUSALS])
+def test_a_refusal_says_why_and_leaves_the_model_unchanged(wrong, text, blocks, block_bases, block_patterns):
+    model, good = blocks(), block_bases()
+    moments = GradientMoments(12, 8)
+    moments.update(torch.randn(12, 8))
+    named = {
+        "up only": {"up": good["up"]},
+        "swapped": {"up": good["down"], "down": good["up"]},
+        "down of another model": {"up": good["up"], "down": block_bases(inner=13)["down"]},
+        "truncated": {"up": hosvd(moments, rank=3), "down": good["down"]},
+    }
+    arguments = {"bases": good, "k": 5, "target_modules": block_patterns} | wrong
+    if isinstance(arguments["bases"], str):
+        arguments["bases"] = named[arguments["bases"]]
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=text):
+        sparsify(model, **arguments)
+    assert_unchanged(model, before)
+
+
+def test_a_sparsified_model_is_refused_until_it_is_merged(blocks, block_bases, block_patterns):
+    model = sparsify(blocks(), block_bases(), 5, block_patterns)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"holds SparseGrad layers already: merge\(model\) first"):
+        sparsify(model, block_bases(), 5, block_patterns)
+    assert_unchanged(model, before)
+    sparsify(merge(model), block_bases(1), 5, block_patterns, form="rotated")
+    assert len(sparsegrad_layers(model)) == 4
+
+
+# ---- merge ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("form", FORMS)
+def test_merge_gives_a_plain_model_that_saves_and_loads(family, form, tiny_transformer, transformer_bases, tmp_path):
+    model, patterns, tokens = tiny_transformer(family)
+    plain_types = {name: type(module) for name, module in model.named_modules()}
+    plain_shapes = {name: t.shape for name, t in model.state_dict().items()}
+    base = logits(model, tokens)
+    sparsify(model, transformer_bases(), 20, patterns, form=form)
+    optimizer = SparseGradAdamW(param_groups(model), lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(model, tokens).backward()
+        optimizer.step()
+    trained = logits(model, tokens)
+    assert (trained - base).abs().max() > 1e-4
+
+    assert merge(model) is model and not sparsegrad_layers(model)
+    assert {name: type(module) for name, module in model.named_modules()} == plain_types
+    assert all(type(t.module) is nn.Linear for t in find_targets(model, patterns))
+    assert {name: t.shape for name, t in model.state_dict().items()} == plain_shapes
+    torch.testing.assert_close(logits(model, tokens), trained, rtol=0, atol=1e-10)
+
+    model.float().save_pretrained(tmp_path)  # LLaMa's rotary frequencies are made in float32, so compare there
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+
+
+def test_merge_of_a_plain_model_changes_nothing(blocks):
+    model = blocks()
+    before = snapshot(model)
+    assert_unchanged(merge(model), before)
+
+
+# ---- moving and copying ----
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sharing_survives_casts_and_deepcopy(form, blocks, block_bases, block_patterns):
+    model = sparsify(blocks(n=3, dtype=torch.float32), block_bases(), 5, block_patterns, form=form)
+    for moved in (model.to(torch.float64), model.to(torch.bfloat16), copy.deepcopy(model), model.to("meta")):
+        layers = sparsegrad_layers(moved)
+        for kind in ("up", "down"):
+            assert len({id(layers[f"layers.{i}.{kind}"].basis) for i in range(3)}) == 1
+        assert layers["layers.0.up"].basis is not layers["layers.0.down"].basis
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_deepcopy_trains_apart_from_its_original(form, blocks, block_bases, block_patterns):
+    model = sparsify(blocks(), block_bases(), 5, block_patterns, form=form)
+    twin, before = copy.deepcopy(model), snapshot(model)
+    assert twin.layers[0].up.basis is not model.layers[0].up.basis
+    optimizer = SparseGradAdamW(param_groups(twin), lr=1e-2)
+    twin(torch.randn(4, 8, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    assert_unchanged(model, before)
+    assert not torch.equal(twin.layers[0].up.weight, model.layers[0].up.weight)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_moved_to_cuda_keeps_sharing_and_takes_the_steps_of_the_cpu(form, blocks, block_bases, block_patterns):
+    models = [sparsify(blocks(n=3), block_bases(), 5, block_patterns, form=form) for _ in range(2)]
+    models[1].cuda()
+    layers = sparsegrad_layers(models[1])
+    for kind in ("up", "down"):
+        (shared,) = {layers[f"layers.{i}.{kind}"].basis for i in range(3)}
+        assert shared.U.is_cuda and shared.V.is_cuda
+    for model in models:
+        optimizer = SparseGradAdamW(param_groups(model), lr=1e-2)
+        for i in range(5):
+            x = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+            optimizer.zero_grad()
+            model(x.to(model.head.weight.device)).square().sum().backward()
+            optimizer.step()
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(other.cpu(), one, rtol=0, atol=1e-10)

@@ -1,0 +1,546 @@
+"""Both forms of the layer against nn.Linear, the formulas of Table 2, and a literal loop over W_rot.
+
+The literal loop uses autograd on a plain nn.Linear, a Python sort, torch.optim.SparseAdam and torch.optim.AdamW; it
+shares no code with the library.
+"""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsegrad import (
+    Basis,
+    FoldedLinear,
+    GradientMoments,
+    RotatedLinear,
+    SparseGradAdamW,
+    hosvd,
+    param_groups,
+    sparsify,
+)
+
+OUT, IN, K = 11, 7, 9
+FOLDED = [("folded", {"select_in": s}) for s in ("step", "backward")]
+ROTATED = [
+    ("rotated", {"select_in": s, "matmul": m})
+    for s, m in itertools.product(("step", "backward"), ("regular", "sparse_by_dense"))
+]
+FORMS = [pytest.param(form, options, id="-".join((form, *options.values()))) for form, options in FOLDED + ROTATED]
+STEP_FORMS = [p for p in FORMS if p.values[1]["select_in"] == "step"]
+BACKWARD_FORMS = [p for p in FORMS if p.values[1]["select_in"] == "backward"]
+
+
+def build(form, linear, basis, k=K, **options):
+    layer_class = {"folded": FoldedLinear, "rotated": RotatedLinear}[form]
+    return layer_class(linear.weight, linear.bias, basis, k, **options)
+
+
+def plain(bias=True, out_features=OUT, in_features=IN, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    return nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
+
+
+def batches(n, dims, in_features=IN, out_features=OUT, seed=1):
+    """Inputs, targets and a mask of rows (tokens) that take no part in the loss."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (15,) if dims == 2 else (3, 5)
+    for _ in range(n):
+        x = torch.randn(*shape, in_features, generator=generator, dtype=torch.float64)
+        target = torch.randn(*shape, out_features, generator=generator, dtype=torch.float64)
+        yield x, target, torch.rand(*shape, 1, generator=generator) < 0.6
+
+
+def loss_of(layer, x, target, mask):
+    return ((torch.tanh(layer(x)) - target) ** 2 * mask).sum()
+
+
+def literal_top_k(G, k=K):
+    flat = G.flatten().tolist()
+    return torch.tensor(sorted(sorted(range(len(flat)), key=lambda j: (-abs(flat[j]), j))[:k]))
+
+
+def coo(indices, values, shape):
+    rows_columns = torch.stack((indices // shape[1], indices % shape[1]))
+    return torch.sparse_coo_tensor(rows_columns, values, shape, check_invariants=True).coalesce()
+
+
+def literal_trajectory(linear, basis, update, lr, data):
+    """W and b after each step of the paper's algorithm, done the long way."""
+    linear = copy.deepcopy(linear)
+    U, V = basis.U, basis.V
+    W_rot = (V @ linear.weight.detach() @ U.T).requires_grad_()
+    rotated_adam, adam = torch.optim.SparseAdam([W_rot], lr=lr), None
+    if linear.bias is not None:
+        adam = torch.optim.AdamW([linear.bias], lr=lr, weight_decay=0)
+    for batch in data:
+        linear.zero_grad()
+        loss_of(linear, *batch).backward()
+        G_rot = V @ linear.weight.grad @ U.T
+        indices = literal_top_k(G_rot)
+        if update == "sgd":
+            with torch.no_grad():
+                W_rot.view(-1)[indices] -= lr * G_rot.flatten()[indices]
+                if linear.bias is not None:
+                    linear.bias -= lr * linear.bias.grad
+        else:
+            W_rot.grad = coo(indices, G_rot.flatten()[indices], G_rot.shape)
+            rotated_adam.step()
+            if adam is not None:
+                adam.step()
+        with torch.no_grad():
+            linear.weight.copy_(V.T @ W_rot @ U)
+        yield linear.weight.detach().clone(), None if linear.bias is None else linear.bias.detach().clone()
+
+
+def trajectory(layer, update, lr, data):
+    optimizer = SparseGradAdamW(param_groups(layer), lr=lr)
+    for batch in data:
+        optimizer.zero_grad()
+        loss_of(layer, *batch).backward()
+        if update == "sgd":
+            indices, g = layer.take_gradient()
+            layer.add_(indices, -lr * g)
+            if layer.bias is not None:
+                layer.bias.data -= lr * layer.bias.grad
+        else:
+            optimizer.step()
+        yield layer.original_weight().clone(), None if layer.bias is None else layer.bias.detach().clone()
+
+
+@pytest.mark.parametrize(("form", "options"), FORMS)
+@pytest.mark.parametrize("update", ["sgd", "adam"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_twenty_steps_follow_the_literal_algorithm(form, options, update, bias, dims, random_basis):
+    linear, basis, data = plain(bias), random_basis(OUT, IN), list(batches(20, dims))
+    layer = build(form, linear, basis, **options)
+    steps = zip(
+        trajectory(layer, update, 0.02, data), literal_trajectory(linear, basis, update, 0.02, data), strict=True
+    )
+    for (W, b), (literal_W, literal_b) in steps:
+        torch.testing.assert_close(W, literal_W, rtol=0, atol=1e-10)
+        if bias:
+            torch.testing.assert_close(b, literal_b, rtol=0, atol=1e-10)
+    assert (W - linear.weight).abs().max() > 1e-3  # it has moved
+
+
+# ---- Table 2 of the paper ----
+
+
+@pytest.mark.parametrize("matmul", ["regular", "sparse_by_dense"])
+def test_table_2_of_the_rotated_form(matmul, random_basis):
+    """Forward, the parameter, its gradient and the input's gradient, each against the printed formula."""
+    linear, basis = plain(bias=False), random_basis(OUT, IN)
+    layer = build("rotated", linear, basis, k=OUT * IN, matmul=matmul)
+    U, V, W = basis.U, basis.V, linear.weight.detach()
+    X = torch.randn(15, IN, dtype=torch.float64, requires_grad=True)
+    dY = torch.randn(15, OUT, dtype=torch.float64)
+    Y = layer(X)
+    torch.testing.assert_close(layer.weight.detach(), V @ W @ U.T)
+    torch.testing.assert_close(Y, X @ U.T @ layer.weight.T @ V)
+    Y.backward(dY)
+    torch.testing.assert_close(layer.weight.grad, V @ dY.T @ X.detach() @ U.T)
+    torch.testing.assert_close(X.grad, dY @ W)
+    indices, values = layer.take_gradient()
+    assert torch.equal(indices, torch.arange(OUT * IN))
+    torch.testing.assert_close(values.view(OUT, IN), V @ dY.T @ X.detach() @ U.T)
+
+
+def test_d23_the_printed_input_gradient_is_not_the_input_gradient(random_basis):
+    """The printed formula does not fit unless the layer is square, and is another matrix then."""
+    X, dY = torch.randn(15, OUT, dtype=torch.float64, requires_grad=True), torch.randn(15, OUT, dtype=torch.float64)
+    linear, basis = plain(bias=False, in_features=OUT), random_basis(OUT, OUT)
+    layer = build("rotated", linear, basis)
+    layer(X).backward(dY)
+    printed = dY @ basis.U.T @ layer.weight.detach().T @ basis.V
+    assert not torch.allclose(printed, X.grad)
+    torch.testing.assert_close(X.grad, dY @ linear.weight.detach())
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        torch.randn(15, OUT) @ torch.randn(IN, IN).T @ torch.randn(OUT, IN).T
+
+
+@pytest.mark.parametrize(("form", "options"), FORMS)
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_forward_input_and_bias_gradient_equal_linear(form, options, dims, bias, random_basis):
+    linear, basis = plain(bias), random_basis(OUT, IN)
+    layer = build(form, linear, basis, **options)
+    (x, target, mask), *_ = batches(1, dims)
+    x_layer, x_linear = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch.testing.assert_close(layer(x), linear(x))
+    loss_of(layer, x_layer, target, mask).backward()
+    loss_of(linear, x_linear, target, mask).backward()
+    torch.testing.assert_close(x_layer.grad, x_linear.grad)
+    assert (x_layer.grad[~mask.squeeze(-1)] == 0).all() and not mask.all()
+    if bias:
+        torch.testing.assert_close(layer.bias.grad, linear.bias.grad)
+        # D7: the released code returns the gradient after its rotation by V.
+        assert not torch.allclose(layer.bias.grad, basis.V @ linear.bias.grad)
+
+
+@pytest.mark.parametrize(("form", "options"), FORMS)
+@pytest.mark.parametrize("k", [1, K, OUT * IN])
+def test_the_gradient_is_the_top_k_of_the_rotated_gradient_of_linear(form, options, k, random_basis):
+    linear, basis = plain(), random_basis(OUT, IN)
+    layer = build(form, linear, basis, k=k, **options)
+    batch = next(batches(1, 3))
+    loss_of(layer, *batch).backward()
+    loss_of(linear, *batch).backward()
+    G_rot = basis.V @ linear.weight.grad @ basis.U.T
+    indices, values = layer.take_gradient()
+    assert indices.dtype == torch.int64 and torch.equal(indices, literal_top_k(G_rot, k))
+    torch.testing.assert_close(values, G_rot.flatten()[indices])
+    assert layer.take_gradient() is None
+
+
+@pytest.mark.parametrize(("form", "options"), FORMS)
+def test_no_basis_is_the_original_space(form, options):
+    """MeProp's space: the top k of the gradient of linear itself."""
+    linear = plain()
+    layer = build(form, linear, None, **options)
+    batch = next(batches(1, 3))
+    loss_of(layer, *batch).backward()
+    loss_of(linear, *batch).backward()
+    indices, values = layer.take_gradient()
+    assert torch.equal(indices, literal_top_k(linear.weight.grad))
+    torch.testing.assert_close(values, linear.weight.grad.flatten()[indices])
+    layer.add_(indices, -values)
+    expected = linear.weight.detach().clone()
+    expected.view(-1)[indices] -= values
+    torch.testing.assert_close(layer.original_weight(), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("form", "options"), FORMS)
+def test_add_moves_the_named_entries_of_the_rotated_weight_only(form, options, random_basis):
+    linear, basis = plain(), random_basis(OUT, IN)
+    layer = build(form, linear, basis, **options)
+    indices = torch.tensor([0, 3, 8, 40, OUT * IN - 1])
+    delta = torch.randn(5, dtype=torch.float64)
+    expected = (basis.V @ linear.weight.detach() @ basis.U.T).flatten()
+    expected[indices] += delta
+    layer.add_(indices, delta)
+    torch.testing.assert_close(layer.rotated_weight().flatten(), expected)
+    torch.testing.assert_close(layer.original_weight(), basis.V.T @ expected.view(OUT, IN) @ basis.U)
+    layer.add_(indices[:0], delta[:0])
+    torch.testing.assert_close(layer.rotated_weight().flatten(), expected)
+
+
+@pytest.mark.parametrize(("form", "options"), FORMS)
+def test_autograd_agrees_with_finite_differences(form, options, random_basis):
+    layer = build(form, plain(), random_basis(OUT, IN), **(options | {"select_in": "step"}))
+    x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+
+
+# ---- what a step is ----
+
+
+@pytest.mark.parametrize(("form", "options"), STEP_FORMS)
+def test_four_micro_batches_equal_one_batch(form, options, random_basis):
+    """The sum is selected, not the parts: the control shows that the parts have other leading entries."""
+    linear, basis = plain(), random_basis(OUT, IN)
+    whole, cut = build(form, linear, basis, **options), build(form, linear, basis, **options)
+    x, target, mask = next(batches(1, 2))
+    loss_of(whole, x, target, mask).backward()
+    parts = []
+    for rows in torch.arange(15).tensor_split(4):
+        loss_of(cut, x[rows], target[rows], mask[rows]).backward()
+        alone = build(form, linear, basis, **options)
+        loss_of(alone, x[rows], target[rows], mask[rows]).backward()
+        parts.append(alone.take_gradient()[0])
+    (indices, values), (cut_indices, cut_values) = whole.take_gradient(), cut.take_gradient()
+    assert torch.equal(indices, cut_indices)
+    torch.testing.assert_close(values, cut_values)
+    torch.testing.assert_close(whole.bias.grad, cut.bias.grad)
+    assert any(not torch.equal(part, indices) for part in parts)
+
+
+@pytest.mark.parametrize(("form", "options"), BACKWARD_FORMS)
+def test_select_in_backward_refuses_a_second_backward(form, options, random_basis):
+    layer = build(form, plain(), random_basis(OUT, IN), **options)
+    first, second, third = batches(3, 3)
+    loss_of(layer, *first).backward()
+    with pytest.raises(RuntimeError, match="a second backward pass met a gradient that no optimizer step has taken"):
+        loss_of(layer, *second).backward()
+    assert len(layer.take_gradient()[0]) == K
+    loss_of(layer, *third).backward()  # once the gradient is taken, the next pass is welcome
+    layer.zero_gradient()
+    assert layer.take_gradient() is None
+
+
+@pytest.mark.parametrize(("form", "options"), BACKWARD_FORMS)
+def test_select_in_backward_refuses_a_layer_that_is_used_twice_in_one_pass(form, options, random_basis):
+    """Two selected gradients would add up to as many as 2k entries."""
+    layer = build(form, plain(), random_basis(OUT, IN), **options)
+    first, second = batches(2, 3)
+    with pytest.raises(RuntimeError, match="use select_in='step'"):
+        (loss_of(layer, *first) + loss_of(layer, *second)).backward()
+        layer.take_gradient()
+
+
+@pytest.mark.parametrize(("form", "options"), STEP_FORMS)
+def test_select_in_step_sums_a_layer_that_is_used_twice_in_one_pass(form, options, random_basis):
+    linear, basis = plain(), random_basis(OUT, IN)
+    layer = build(form, linear, basis, **options)
+    first, second = batches(2, 3)
+    for module in (layer, linear):
+        (loss_of(module, *first) + loss_of(module, *second)).backward()
+    G_rot = basis.V @ linear.weight.grad @ basis.U.T
+    indices, values = layer.take_gradient()
+    assert torch.equal(indices, literal_top_k(G_rot))
+    torch.testing.assert_close(values, G_rot.flatten()[indices])
+
+
+@pytest.mark.parametrize(("form", "options"), STEP_FORMS)
+def test_a_backward_after_selection_is_refused(form, options, random_basis):
+    """Clipping selects; a micro-batch after that would be added to a part of the sum, or replace it."""
+    layer = build(form, plain(), random_basis(OUT, IN), **options)
+    first, second = batches(2, 3)
+    loss_of(layer, *first).backward()
+    layer.select()
+    with pytest.raises(RuntimeError, match="clip after the last micro-batch"):
+        loss_of(layer, *second).backward()
+        layer.take_gradient()
+
+
+@pytest.mark.parametrize(("form", "options"), FORMS)
+def test_selecting_twice_changes_nothing_and_scaling_scales(form, options, random_basis):
+    layer, other = (build(form, plain(), random_basis(OUT, IN), **options) for _ in range(2))
+    batch = next(batches(1, 3))
+    for module in (layer, other):
+        loss_of(module, *batch).backward()
+    layer.select()
+    layer.select()
+    layer.scale_gradient(0.25)
+    layer.scale_gradient(torch.tensor(2.0))
+    (indices, values), (expected_indices, expected) = layer.take_gradient(), other.take_gradient()
+    assert torch.equal(indices, expected_indices)
+    torch.testing.assert_close(values, expected / 2)
+    layer.scale_gradient(2.0)  # without a gradient: no effect
+    assert layer.take_gradient() is None
+
+
+@pytest.mark.parametrize(("form", "options"), FORMS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_refused(form, options, bad, random_basis):
+    layer = build(form, plain(), random_basis(OUT, IN), **options)
+    before = layer.weight.detach().clone()
+    with pytest.raises(ValueError, match="gradient holds non-finite values"):
+        (layer(torch.randn(4, IN, dtype=torch.float64)) * bad).sum().backward()
+        layer.take_gradient()
+    assert torch.equal(layer.weight, before)
+
+
+# ---- surroundings ----
+
+
+@pytest.mark.parametrize(("form", "options"), FORMS)
+def test_gradient_checkpointing_gives_the_same_gradients(form, options, random_basis):
+    linear, basis = plain(), random_basis(OUT, IN)
+    x, target, mask = next(batches(1, 3))
+    taken = []
+    for checkpointed in (False, True):
+        layer = build(form, linear, basis, **options)
+        x_leaf = x.clone().requires_grad_()
+
+        def body(t, layer=layer):
+            return torch.tanh(layer(torch.sin(t)))
+
+        y = checkpoint(body, x_leaf, use_reentrant=False) if checkpointed else body(x_leaf)
+        ((y - target) ** 2 * mask).sum().backward()
+        taken.append((*layer.take_gradient(), layer.bias.grad, x_leaf.grad))
+    for without, with_checkpoint in zip(*taken, strict=True):
+        assert torch.equal(without, with_checkpoint)
+
+
+@pytest.mark.parametrize(("form", "options"), FORMS)
+def test_a_frozen_weight_gets_no_gradient_and_passes_one_on(form, options, random_basis):
+    linear, basis = plain(), random_basis(OUT, IN)
+    layer = build(form, linear, basis, **options)
+    layer.weight.requires_grad_(False)
+    (x, target, mask), *_ = batches(1, 3)
+    x_layer, x_linear = x.clone().requires_grad_(), x.clone().requires_grad_()
+    loss_of(layer, x_layer, target, mask).backward()
+    loss_of(linear, x_linear, target, mask).backward()
+    torch.testing.assert_close(x_layer.grad, x_linear.grad)
+    torch.testing.assert_close(layer.bias.grad, linear.bias.grad)
+    assert layer.take_gradient() is None and not [g for g in param_groups(layer) if "layers" in g]
+
+
+@pytest.mark.parametrize(("form", "options"), FORMS)
+def test_without_gradients_the_forward_is_the_same_and_keeps_nothing(form, options, random_basis):
+    linear = plain()
+    layer = build(form, linear, random_basis(OUT, IN), **options)
+    x = torch.randn(4, IN, dtype=torch.float64)
+    with torch.no_grad():
+        y = layer(x)
+    torch.testing.assert_close(y, linear(x).detach())
+    assert not y.requires_grad and layer.take_gradient() is None
+
+
+@pytest.mark.parametrize(("form", "options"), FORMS)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_to_linear_is_the_same_function_and_freezes_what_was_frozen(form, options, bias, random_basis):
+    linear = plain(bias)
+    layer = build(form, linear, random_basis(OUT, IN), **options)
+    layer.add_(torch.arange(K), torch.ones(K, dtype=torch.float64))
+    if bias:
+        layer.bias.requires_grad_(False)
+    back = layer.to_linear()
+    assert type(back) is nn.Linear and (back.bias is not None) == bias
+    x = torch.randn(4, IN, dtype=torch.float64)
+    torch.testing.assert_close(back(x), layer(x))
+    assert back.weight.requires_grad and not (bias and back.bias.requires_grad)
+    layer.add_(torch.arange(K), torch.ones(K, dtype=torch.float64))
+    assert not torch.allclose(back(x), layer(x))  # a copy, not a view
+
+
+def test_a_truncated_basis_in_the_folded_form_moves_the_leading_block_only():
+    """With every entry of the block kept, the step is the gradient projected on both leading subspaces."""
+    linear, moments = plain(), GradientMoments(OUT, IN)
+    for batch in batches(6, 2):
+        moments.update(torch.autograd.grad(loss_of(linear, *batch), linear.weight)[0])
+    basis = hosvd(moments, rank=3)
+    batch = next(batches(1, 3, seed=9))
+    G = torch.autograd.grad(loss_of(linear, *batch), linear.weight)[0]
+    projected = (basis.V.T @ basis.V) @ G @ (basis.U.T @ basis.U)
+    for select_in in ("step", "backward"):
+        layer = FoldedLinear(linear.weight, linear.bias, basis, 9, select_in=select_in)
+        loss_of(layer, *batch).backward()
+        indices, values = layer.take_gradient()
+        layer.add_(indices, -values)
+        torch.testing.assert_close(layer.original_weight(), linear.weight.detach() - projected)
+    with pytest.raises(ValueError, match=r"k=10; a matrix of shape \(3, 3\) allows whole numbers from 1 to 9"):
+        FoldedLinear(linear.weight, linear.bias, basis, 10)
+    with pytest.raises(ValueError, match="form 'rotated' keeps .* needs a full basis; this one is truncated"):
+        RotatedLinear(linear.weight, linear.bias, basis, 9)
+
+
+@pytest.mark.parametrize(("form", "options"), FORMS)
+@pytest.mark.parametrize("orientation", ["hosvd", "released"])
+def test_both_orientations_leave_the_forward_unchanged(form, options, orientation, random_basis):
+    """D2: forward equivalence holds either way; the gradient of the released one is V G U."""
+    linear, basis = plain(), random_basis(OUT, IN)
+    layer = build(form, linear, basis.oriented(orientation), **options)
+    batch = next(batches(1, 3))
+    torch.testing.assert_close(layer(batch[0]), linear(batch[0]))
+    loss_of(layer, *batch).backward()
+    loss_of(linear, *batch).backward()
+    U = basis.U if orientation == "hosvd" else basis.U.T
+    G_rot = basis.V @ linear.weight.grad @ U.T
+    indices, values = layer.take_gradient()
+    assert torch.equal(indices, literal_top_k(G_rot))
+    torch.testing.assert_close(values, G_rot.flatten()[indices])
+
+
+@pytest.mark.parametrize("form", ["folded", "rotated"])
+def test_two_models_with_different_bases_do_not_disturb_each_other(form, blocks, block_bases, block_patterns):
+    """Steps of two models in turn equal the steps of each alone, though both come from one process."""
+
+    def model(seed):
+        return sparsify(blocks(seed=seed), block_bases(seed), 5, block_patterns, form=form)
+
+    def step(net, optimizer, i):
+        x = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+        optimizer.zero_grad()
+        net(x).square().sum().backward()
+        optimizer.step()
+
+    def run(nets):
+        optimizers = [SparseGradAdamW(param_groups(net), lr=1e-2) for net in nets]
+        for i in range(4):
+            for net, optimizer in zip(nets, optimizers, strict=True):
+                step(net, optimizer, i)
+        return [{name: p.detach() for name, p in net.named_parameters()} for net in nets]
+
+    together = run([model(0), model(1)])
+    alone = run([model(0)]) + run([model(1)])
+    for mixed, single in zip(together, alone, strict=True):
+        assert all(torch.equal(mixed[name], single[name]) for name in single)
+
+
+# ---- cost ----
+
+
+def flops(layer, x):
+    with FlopCounterMode(display=False) as counter:
+        layer(x).square().sum().backward()
+    return counter.get_total_flops()
+
+
+def test_sparse_by_dense_multiplies_only_rows_that_are_not_zero(random_basis):
+    """Equations 1-2: with 3 of 12 rows left, the two products of the backward cost a quarter."""
+    x = torch.randn(12, IN, dtype=torch.float64)
+    mask = (torch.arange(12) < 3).double()[:, None]
+
+    def backward_flops(matmul):
+        layer = build("rotated", plain(), random_basis(OUT, IN), matmul=matmul)
+        y = layer(x)
+        with FlopCounterMode(display=False) as counter:
+            (y * mask).square().sum().backward()
+        return counter.get_total_flops()
+
+    through_v = 2 * 12 * OUT * OUT  # the gradient passes V before the product, in both
+    assert backward_flops("regular") - through_v == 2 * (2 * 12 * OUT * IN)
+    assert backward_flops("sparse_by_dense") - through_v == 2 * (2 * 3 * OUT * IN)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 7, 8, 9, 20, 100])
+def test_folded_takes_the_cheaper_of_two_exact_ways(tokens, random_basis):
+    """Rotate both factors, 2N(i^2 + o^2), or the product, 2oi(i + o); both are counted, not timed."""
+    layer = build("folded", plain(), random_basis(OUT, IN), select_in="backward")
+    cheaper = min(2 * tokens * (IN * IN + OUT * OUT), 2 * OUT * IN * (IN + OUT))
+    forward_and_product = 2 * (2 * tokens * OUT * IN)
+    assert flops(layer, torch.randn(tokens, IN, dtype=torch.float64)) == forward_and_product + cheaper
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize("form", ["folded", "rotated"])
+def test_refusals_say_what_was_received_and_what_is_allowed(form, random_basis):
+    linear, basis = plain(), random_basis(OUT, IN)
+    with pytest.raises(ValueError, match="select_in='forward'; allowed: step, backward"):
+        build(form, linear, basis, select_in="forward")
+    with pytest.raises(ValueError, match=r"k=78; a matrix of shape \(11, 7\) allows whole numbers from 1 to 77"):
+        build(form, linear, basis, k=78)
+    with pytest.raises(ValueError, match=r"basis is for weights of shape \(7, 11\), this weight has \(11, 7\)"):
+        build(form, linear, random_basis(IN, OUT))
+    with pytest.raises(ValueError, match="matmul='dense'; allowed: regular, sparse_by_dense"):
+        RotatedLinear(linear.weight, linear.bias, basis, K, matmul="dense")
+
+
+# ---- CUDA ----
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("update", ["sgd", "adam"])
+@pytest.mark.parametrize(("form", "options"), FORMS)
+def test_forms_on_cuda_follow_the_literal_algorithm_of_the_cpu(form, options, update, random_basis):
+    linear, basis, data = plain(), random_basis(OUT, IN), list(batches(20, 3))
+    layer = build(form, linear, basis, **options).to("cuda")
+    on_cuda = [tuple(t.to("cuda") for t in batch) for batch in data]
+    steps = zip(
+        trajectory(layer, update, 0.02, on_cuda), literal_trajectory(linear, basis, update, 0.02, data), strict=True
+    )
+    for (W, b), (literal_W, literal_b) in steps:
+        torch.testing.assert_close(W.cpu(), literal_W, rtol=0, atol=1e-10)
+        torch.testing.assert_close(b.cpu(), literal_b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.cuda
+def test_hosvd_on_cuda_gives_the_subspaces_of_the_cpu():
+    linear, cpu, cuda = plain(), GradientMoments(OUT, IN), GradientMoments(OUT, IN, device="cuda")
+    for batch in batches(12, 2):
+        G = torch.autograd.grad(loss_of(linear, *batch), linear.weight)[0]
+        cpu.update(G)
+        cuda.update(G)
+    one, other = hosvd(cpu), hosvd(cuda)
+    assert isinstance(other, Basis) and other.U.is_cuda
+    torch.testing.assert_close(other.U.cpu(), one.U, rtol=0, atol=1e-8)
+    torch.testing.assert_close(other.V.cpu(), one.V, rtol=0, atol=1e-8)

@@ -1,0 +1,115 @@
+"""Selection (D6): exactly k entries, by absolute value, ties to the lowest flat index."""
+
+import pytest
+import torch
+
+from sparsegrad import entries_for_density, top_k
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def literal_top_k(G, k):
+    flat = G.flatten().tolist()
+    return sorted(sorted(range(len(flat)), key=lambda j: (-abs(flat[j]), j))[:k])
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_a_literal_sort(seed, dtype):
+    """Half of the cases are made of few integers, so that nearly every entry is tied."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = [(1, 1), (1, 9), (9, 1), (6, 5)][seed % 4]
+    G = torch.randn(shape, generator=generator)
+    G = (G.round() if seed < 4 else G).to(dtype)
+    for k in range(1, G.numel() + 1):
+        indices = top_k(G, k)
+        assert indices.dtype == torch.int64
+        assert indices.tolist() == literal_top_k(G, k)
+
+
+def test_keeps_exactly_k_of_an_all_negative_gradient():
+    """The control is the rule of some of the released files: the k-th largest *signed* value as threshold."""
+    G = -torch.rand(20, 10) - 0.1
+    assert len(top_k(G, 7)) == 7
+    assert set(top_k(G, 7).tolist()) == set(G.flatten().argsort()[:7].tolist())
+    signed_threshold = G.flatten().topk(7).values[-1]
+    assert (G.abs() >= signed_threshold).sum() == G.numel()
+
+
+def test_keeps_exactly_k_of_a_symmetric_gradient():
+    G = torch.randn(40, 25)
+    assert len(top_k(G, 100)) == 100
+    assert (top_k(G, 100) == top_k(-G, 100)).all()
+    assert (G.abs() >= G.flatten().topk(100).values[-1]).sum() > 150  # the signed rule keeps nearly 2k
+
+
+def test_ties_go_to_the_lowest_flat_index():
+    G = torch.tensor([[1.0, -2.0, 2.0], [2.0, -1.0, 3.0]])
+    assert [top_k(G, k).tolist() for k in range(1, 7)] == [
+        [5],
+        [1, 5],
+        [1, 2, 5],
+        [1, 2, 3, 5],
+        [0, 1, 2, 3, 5],
+        [0, 1, 2, 3, 4, 5],
+    ]
+
+
+def test_a_zero_gradient_keeps_the_first_k_entries():
+    assert top_k(torch.zeros(3, 4), 5).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_indices_are_row_major_for_a_transposed_gradient():
+    G = torch.randn(7, 4)
+    assert torch.equal(top_k(G.T, 9), top_k(G.T.contiguous(), 9))
+
+
+def test_the_gradient_is_only_read():
+    G = torch.randn(5, 5, requires_grad=True)
+    before = G.detach().clone()
+    assert not top_k(G, 3).requires_grad
+    assert torch.equal(G.detach(), before)
+
+
+@pytest.mark.parametrize("k", [0, -1, 13, 1.0, 2.5, True, None, "3"])
+def test_refuses_a_bad_k_and_names_the_limit(k):
+    with pytest.raises(ValueError, match=r"k=.*; a matrix of shape \(3, 4\) allows whole numbers from 1 to 12"):
+        top_k(torch.randn(3, 4), k)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("k", [1, 5, 12])
+@pytest.mark.parametrize("place", [0, 11])
+def test_refuses_a_gradient_that_is_not_finite(bad, k, place):
+    G = torch.randn(3, 4)
+    G.view(-1)[place] = bad
+    with pytest.raises(ValueError, match="gradient holds non-finite values: lower the learning rate or check the loss"):
+        top_k(G, k)
+
+
+@pytest.mark.parametrize(
+    ("density", "shape", "k"),
+    [
+        (1, (3, 4), 12),
+        (0.5, (3, 4), 6),
+        (1e-9, (3, 4), 1),
+        (0.01187, (3072, 768), 28005),
+        (0.002, (11008, 4096), 90178),
+    ],
+)
+def test_entries_for_density(density, shape, k):
+    assert entries_for_density(density, shape) == k
+
+
+@pytest.mark.parametrize("density", [0, -0.1, 1.01, float("nan")])
+def test_refuses_a_density_that_is_no_share(density):
+    with pytest.raises(ValueError, match=rf"density={density}; allowed: above 0, at most 1"):
+        entries_for_density(density, (3, 4))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_selection_on_cuda_equals_the_cpu(dtype):
+    G = torch.randn(300, 200).mul(8).round().to(dtype)  # many ties
+    for k in (1, 600, 30_000, 60_000):
+        assert torch.equal(top_k(G.cuda(), k).cpu(), top_k(G, k))
