@@ -18,9 +18,9 @@ def main(cfg: DictConfig) -> None:
     with cells.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)
         lists = cells.read_lists(cfg.cell or "params.yaml")
-        cells.search_cell(
-            config, lists["tasks"], Path("results") / cfg.name / "search" / cfg.model.name / cfg.method.name
-        )
+        folder = Path("results") / cfg.name / "search" / cfg.model.name / cfg.method.name
+        with cells.only_writer(folder, cfg.checkpoints):
+            cells.search_cell(config, lists["tasks"], folder)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,10 @@ def main(cfg: DictConfig) -> float | None:
         if cfg.cell is None:
             return cells.run_one(config)
         lists = cells.read_lists(cfg.cell)
-        results, place = Path("results") / cfg.name, Path(cfg.model.name) / cfg.method.name
-        cells.train_cell(config, lists["tasks"], lists["seeds"], results / "runs" / place, results / "search" / place)
+        place = Path(cfg.model.name) / cfg.method.name
+        folder, search = (Path("results") / cfg.name / kind / place for kind in ("runs", "search"))
+        with cells.only_writer(folder, cfg.checkpoints):
+            cells.train_cell(config, lists["tasks"], lists["seeds"], folder, search)
     return None
 
 

@@ -5,6 +5,7 @@ Plain dictionaries in, files out; the scripts in ``experiments/`` compose the di
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import shutil
 import time
@@ -33,6 +34,25 @@ def exit_with_message() -> Iterator[None]:
     except (ValueError, ImportError) as error:
         log.debug("traceback", exc_info=True)
         raise SystemExit(f"error: {error}") from None
+
+
+@contextmanager
+def only_writer(folder: Path, locks: str | Path) -> Iterator[None]:
+    """Hold a cell's folder for this process; the system frees it when the process ends, however it ends.
+
+    A kill of dvc alone leaves its stage running, and the next ``dvc repro`` would start a second writer.
+
+    Raises:
+        ValueError: if another process holds it.
+    """
+    path = Path(locks) / f"{folder.as_posix().strip('/').replace('/', '-')}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is working on this cell; wait for it, or end it.") from None
+        yield
 
 
 def read_lists(path: str | Path) -> dict[str, list[Any]]:
@@ -128,8 +148,7 @@ def search_cell(config: Mapping[str, Any], tasks: Sequence[str], folder: Path) -
             record = train_run(inputs, task, protocol["search_seed"], chosen, kind="search", on_evaluation=report)
             if record["status"] != "finished":
                 raise NonFiniteLoss(record["error"])
-            best = next(e for e in record["evaluations"] if e["step"] == record["training"]["best_step"])
-            return record["score"], best["loss"]
+            return record["score"], min(evaluation["loss"] for evaluation in record["evaluations"])
 
         study = run_search(objective, space, open_storage(folder / f"{task}.journal"), digest)
         header = {

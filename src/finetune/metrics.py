@@ -20,10 +20,13 @@ def matthews_correlation(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Pearson correlation of two ``(n,)`` arrays, in [-1, 1]; 0 where it is not defined (constant predictions)."""
+    """Pearson correlation of two ``(n,)`` arrays, in [-1, 1]; 0 where it is not defined.
+
+    It is not for constant predictions, nor for those of a model that has diverged.
+    """
     from scipy.stats import pearsonr
 
-    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+    if not np.isfinite(predictions).all() or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return 0.0
     return float(pearsonr(predictions, labels).statistic)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ def training_options(
     """Options of one run; the protocol's evaluation interval holds at batch 16 and is scaled by 16 / batch."""
     protocol, scale = config["protocol"], config["scale"]
     batch_size = hyperparameters["batch_size"]
-    interval = scale["evaluation_steps"]
+    interval = for_task(scale["evaluation_steps"], task)
     if interval is None:
         at_16 = protocol["evaluation_steps"].get(task, 100)
         interval = max(1, round(at_16 * 16 / batch_size))
@@ -143,7 +143,6 @@ def training_options(
         patience=protocol["patience"],
         weight_decay=protocol["weight_decay"],
         schedule=protocol["schedule"],
-        warmup_steps=protocol["warmup_steps"],
         max_grad_norm=protocol["max_grad_norm"],
         precision=scale["precision"] or protocol["precision"],
         checkpoint_seconds=scale["checkpoint_seconds"],
@@ -181,6 +180,8 @@ def train_run(
     facts, splits = inputs.task(task)
     digest = records.config_hash(identity(inputs, task, seed, hyperparameters, kind))
     options = training_options(config, task, seed, hyperparameters)
+    warmup = round(config["protocol"]["warmup_ratio"] * planned_steps(len(splits["train"]), options))
+    options = replace(options, warmup_steps=warmup)
     accelerator = make_accelerator(config["device"], options.precision)
     device = accelerator.device
     model = models.load_classifier(config["model"], config["data"]["root"], facts.num_labels, seed).to(device)

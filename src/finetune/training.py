@@ -16,6 +16,7 @@ from statistics import median
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -24,7 +25,7 @@ from finetune import checkpoint, memory
 from finetune.data.glue import Split
 from finetune.evaluation import summed_loss
 from finetune.tracking import Tracker
-from sparsegrad import clip_grad_norm_
+from sparsegrad import NonFiniteGradient, clip_grad_norm_
 
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("fp32", "bf16")
@@ -32,7 +33,7 @@ TIMED_STEPS = 1000  # the step time is the median over at most so many of the la
 
 
 class NonFiniteLoss(ValueError):
-    """The loss became NaN or infinite."""
+    """The loss, or the gradient of a method that looks at it, became NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
         raise ValueError(f"device={device!r}; allowed: auto, cpu, cuda.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no CUDA device; use device=auto or device=cpu.")
+    AcceleratorState._reset_state()  # it is one a process, and refuses the runs of another precision in a multirun
     return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
 
 
@@ -162,7 +164,7 @@ def train(
         Progress at the end; ``stopped`` says why it ended.
 
     Raises:
-        NonFiniteLoss: if the loss is NaN or infinite.
+        NonFiniteLoss: if the loss, of training or of validation, is NaN or infinite.
     """
     loop = _Loop(model, optimizer, split, options, accelerator)
     progress, best = Progress(), None
@@ -176,7 +178,10 @@ def train(
     model.train()
     with tqdm(total=total, initial=progress.step, desc=label, disable=not progress_bar, leave=False) as bar:
         while progress.step < total and not progress.stopped:
-            loss, seconds = loop.step(progress.step, total, progress.memory)
+            try:
+                loss, seconds = loop.step(progress.step, total, progress.memory)
+            except NonFiniteGradient:  # methods that select entries meet it before the loss is looked at
+                raise _diverged("gradient is not finite", progress.step + 1, options.learning_rate) from None
             progress.step += 1
             progress.step_seconds = [*progress.step_seconds[-TIMED_STEPS + 1 :], seconds]
             bar.update()
@@ -188,6 +193,7 @@ def train(
                 _finite(loss, progress.step, options.learning_rate)
                 memory.reset_peak(accelerator.device)
                 result = evaluate(model)
+                _finite(result["loss"], progress.step, options.learning_rate)
                 progress.memory["peak_evaluation"] = memory.peak(accelerator.device)
                 memory.reset_peak(accelerator.device)
                 best = _note_evaluation(progress, result, metric, model, best, options)
@@ -270,11 +276,15 @@ class _Loop:
         return time.perf_counter()
 
 
-def _finite(loss: Tensor, step: int, learning_rate: float) -> float:
+def _finite(loss: Tensor | float, step: int, learning_rate: float) -> float:
     value = float(loss)
     if not math.isfinite(value):
-        raise NonFiniteLoss(f"loss is {value} at step {step}; lower learning_rate={learning_rate} or check the data.")
+        raise _diverged(f"loss is {value}", step, learning_rate)
     return value
+
+
+def _diverged(what: str, step: int, learning_rate: float) -> NonFiniteLoss:
+    return NonFiniteLoss(f"{what} at step {step}; lower learning_rate={learning_rate} or check the data.")
 
 
 def _note_evaluation(

@@ -15,12 +15,13 @@ from sparsegrad.io import load_adapter, load_bases, load_tensors, save_adapter, 
 from sparsegrad.linear import SparseGradLinear
 from sparsegrad.optim import SparseGradAdamW, clip_grad_norm_, lazy_adam_delta, param_groups
 from sparsegrad.rotated import RotatedLinear
-from sparsegrad.select import entries_for_density, top_k
+from sparsegrad.select import NonFiniteGradient, entries_for_density, top_k
 
 __all__ = [
     "Basis",
     "FoldedLinear",
     "GradientMoments",
+    "NonFiniteGradient",
     "RotatedLinear",
     "SparseGradAdamW",
     "SparseGradLinear",

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 
+class NonFiniteGradient(ValueError):
+    """A gradient holds NaN or infinity: training has diverged."""
+
+
 def check_k(k: int, shape: tuple[int, int]) -> int:
     """Return k if a matrix of this shape has that many entries.
 
@@ -40,14 +44,15 @@ def top_k(G: Tensor, k: int) -> Tensor:
         int64 ``(k,)``, ascending.
 
     Raises:
-        ValueError: if k is out of range or G is not finite.
+        ValueError: if k is out of range.
+        NonFiniteGradient: if G is not finite.
     """
     check_k(k, tuple(G.shape))
     magnitude = G.detach().abs().flatten()
     # topk orders NaN above everything, so its first value tells whether all entries are finite.
     largest = torch.topk(magnitude, k, sorted=True).values
     if not torch.isfinite(largest[0]):
-        raise ValueError("gradient holds non-finite values: lower the learning rate or check the loss.")
+        raise NonFiniteGradient("gradient holds non-finite values: lower the learning rate or check the loss.")
     threshold = largest[-1]
     above = magnitude > threshold
     missing = k - int(above.sum())

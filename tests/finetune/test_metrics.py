@@ -56,6 +56,12 @@ def test_constant_values_have_no_correlation():
     assert metrics.compute("pearson", targets, np.full(5, 2.5)) == 0.0
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_of_a_model_that_diverged_have_no_correlation(value):
+    found = np.array([1.0, value, 2.0, 3.0, 4.0], dtype=np.float32)
+    assert metrics.compute("pearson", found, np.arange(5.0)) == 0.0
+
+
 def test_values_are_plain_floats_for_json():
     targets = np.arange(10, dtype=np.float32)
     assert type(metrics.compute("pearson", targets + 1, targets)) is float

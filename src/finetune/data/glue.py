@@ -188,9 +188,7 @@ def _read_split(data: Mapping[str, Any], task: str, split: str) -> tuple[pa.Tabl
         try:
             return pa.concat_tables([pq.read_table(file) for file in files]), digest
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"{folder}: the {split} file is no readable parquet ({error}); fetch it again."
-            ) from None
+            raise ValueError(f"{folder}: the {split} file is no readable parquet ({error}); fetch it again.") from None
     if data["source"] is None:
         raise ValueError(f"{folder} does not exist; the stage that generates {data['name']} writes it.")
     return _from_hub(data, task, split, folder)
