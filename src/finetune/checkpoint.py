@@ -168,14 +168,12 @@ def _set_random_states(states: Mapping[str, Tensor]) -> None:
 def _is_whole(path: Path) -> bool:
     try:
         files = json.loads((path / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError):
+        return bool(files) and all(
+            (path / name).stat().st_size == facts["bytes"] and _sha256(path / name) == facts["sha256"]
+            for name, facts in files.items()
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # a flipped bit of the manifest: any of these
         return False
-    return all(
-        (path / name).is_file()
-        and (path / name).stat().st_size == facts["bytes"]
-        and _sha256(path / name) == facts["sha256"]
-        for name, facts in files.items()
-    )
 
 
 def _sha256(path: Path) -> str:

@@ -88,6 +88,7 @@ def identity(inputs: Inputs, task: str, seed: int, hyperparameters: Mapping[str,
     """Everything that decides a run's numbers; its hash names the record. Paths, device and logging are left out."""
     config = inputs.config
     facts, splits = inputs.task(task)
+    sizes = [name for name in _SIZES if not (kind == "search" and name == "max_steps")]  # a search has its own
     places = ("checkpoint", "folder", "files", "title", "checksums", "tokenizer")
     model = {k: v for k, v in config["model"].items() if k not in places}
     return {
@@ -96,7 +97,7 @@ def identity(inputs: Inputs, task: str, seed: int, hyperparameters: Mapping[str,
         "model": model | {"sha256": inputs.fingerprint},
         "method": dict(config["method"]),
         "protocol": {k: v for k, v in config["protocol"].items() if k != "search"},
-        "scale": {name: for_task(config["scale"][name], task) for name in _SIZES},
+        "scale": {name: for_task(config["scale"][name], task) for name in sizes},
         "basis": _basis_scope(config),
         "task": {"name": task, "metric": facts.metric, "columns": list(facts.columns), "num_labels": facts.num_labels},
         "data_sha256": {role: split.sha256 for role, split in splits.items()},

@@ -23,6 +23,10 @@ from sparsegrad.select import check_k, top_k
 SELECT_IN = ("step", "backward")
 
 
+class SparseGradWeight(nn.Parameter):
+    """Marks the weight of a SparseGrad layer, so that an optimizer can refuse it without its layer."""
+
+
 class SparseGradLinear(nn.Module):
     """What both forms share: shapes, the shared basis, the pending gradient, float32 masters.
 
@@ -49,7 +53,7 @@ class SparseGradLinear(nn.Module):
         self.basis = None if basis is None else _fitting_basis(basis, weight)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
         self.register_buffer("master", None)
-        self.weight = nn.Parameter(self._from_original(weight.detach()).to(weight.dtype).clone())
+        self.weight = SparseGradWeight(self._from_original(weight.detach()).to(weight.dtype).clone())
         self._keep_master(weight.detach())
 
     def take_gradient(self) -> tuple[Tensor, Tensor] | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from sparsegrad.linear import SparseGradLinear
+from sparsegrad.linear import SparseGradLinear, SparseGradWeight
 
 
 def lazy_adam_delta(
@@ -102,6 +102,11 @@ class SparseGradAdamW(Optimizer):
             if param_group.setdefault("weight_decay", 0.0) != 0:
                 raise ValueError("lazy Adam has no weight decay: give weight_decay to the dense groups only.")
             self._layers.update(zip(parameters, layers, strict=True))
+        elif any(isinstance(p, SparseGradWeight) for p in parameters):
+            raise ValueError(
+                "a dense group holds the weight of a SparseGrad layer, which would be fine-tuned in full: "
+                "give the optimizer sparsegrad.param_groups(model), not model.parameters()."
+            )
         super().add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -121,6 +126,8 @@ class SparseGradAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for layer in self._layers.values():
+            layer.select()  # all before any update: a gradient that is not finite leaves the model as it was
         for group in self.param_groups:
             if group["sparsegrad"]:
                 for parameter in group["params"]:

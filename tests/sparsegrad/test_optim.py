@@ -480,11 +480,6 @@ def test_refuses_layers_that_are_not_those_of_the_parameters(random_basis):
             SparseGradAdamW([{"params": [one.weight], "layers": layers}])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="documented ('Raises: ... a SparseGrad weight whose layer is not given'), not done: model.parameters() "
-    "becomes one dense group, and the MLP weights are fully fine-tuned without a word",
-)
 def test_refuses_a_sparsegrad_weight_without_its_layer(blocks, block_bases, block_patterns):
     model = sparsify(blocks(), block_bases(), 5, block_patterns)
     with pytest.raises(ValueError, match="param_groups"):
