@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune import checkpoint, memory, models, records
+from finetune import checkpoint, memory, models, record_content, records
 from finetune.data.glue import Split, Task, load_task
 from finetune.evaluation import evaluate
 from finetune.gradients import Collected, PreliminaryOptions, collect
@@ -19,10 +19,8 @@ from finetune.methods import Method, Targets, build_method
 from finetune.tracking import Tracker
 from finetune.training import (
     NonFiniteLoss,
-    Progress,
     TrainingOptions,
     make_accelerator,
-    median_step_seconds,
     planned_steps,
     train,
 )
@@ -191,8 +189,10 @@ def train_run(
     parameters = count_parameters(model, method)
     model = method.prepare(model)
     optimizer = method.optimizer(model, options.learning_rate, options.weight_decay)
-    record = _header(inputs, facts, splits, task, seed, hyperparameters, kind, digest) | {
-        "treatment": _treatment(options, config, parameters["wrapped_layers"]),
+    record = record_content.header(
+        inputs.config, inputs.fingerprint, facts, splits, task, seed, hyperparameters, kind, digest
+    ) | {
+        "treatment": record_content.treatment(options, config, parameters["wrapped_layers"]),
         "parameters": parameters,
         "basis": basis_facts,
         "device": memory.device_name(device),
@@ -220,7 +220,7 @@ def train_run(
         except NonFiniteLoss as error:
             checkpoint.remove_checkpoints(folder)
             return record | {"status": "failed", "error": str(error), "score": None, "metric": facts.metric}
-        record |= _outcome(progress, facts, options, len(splits["train"]))
+        record |= record_content.outcome(progress, facts, options, len(splits["train"]))
         tracker.summary({"score": record["score"], "steps": progress.step})
     if save_model is not None:
         method.merge(model).save_pretrained(save_model)
@@ -305,87 +305,6 @@ def collect_for_run(inputs: Inputs, model: nn.Module, split: Split, seed: int, d
         keep_weights=config["protocol"]["preliminary"]["keep_weights"],
         progress_bar=config["progress"],
     )
-
-
-def _header(
-    inputs: Inputs,
-    facts: Task,
-    splits: Mapping[str, Split],
-    task: str,
-    seed: int,
-    hyperparameters: Mapping[str, Any],
-    kind: str,
-    digest: str,
-) -> dict[str, Any]:
-    config = inputs.config
-    model = config["model"]
-    return {
-        "schema": records.SCHEMA,
-        "version": config["version"],
-        "status": "finished",
-        "error": None,
-        "run": {
-            "experiment": config["name"],
-            "kind": kind,
-            "model": model["name"],
-            "method": config["method"]["name"],
-            "task": task,
-            "seed": seed,
-            "protocol": config["protocol"]["name"],
-            "scale": config["scale"]["name"],
-            "config_hash": digest,
-        },
-        "hyperparameters": dict(hyperparameters),
-        "model": {
-            "title": model["title"],
-            "checkpoint": model["checkpoint"],
-            "revision": model["revision"],
-            "sha256": inputs.fingerprint,
-            "random_weights": model["random_weights"],
-        },
-        "data": {
-            "task": task,
-            "sha256": {role: split.sha256 for role, split in splits.items()},
-            "rows": {role: len(split) for role, split in splits.items()},
-            "score_split": facts.validation,
-        },
-        "config": {key: config[key] for key in ("model", "method", "protocol", "scale")},
-        "provenance": records.provenance(),
-    }
-
-
-def _treatment(options: TrainingOptions, config: Mapping[str, Any], matrices: int) -> dict[str, Any]:
-    """What all methods must share, printed in the record."""
-    search = config["scale"]["search"]
-    return {
-        "padding": config["protocol"]["padding"],
-        "precision": options.precision,
-        "optimizer": "AdamW",
-        "target_matrices": matrices,
-        "train": config["protocol"]["train"],
-        "search_trials": search["trials"],
-        "max_steps": options.max_steps,
-        "evaluation_steps": options.evaluation_steps,
-    }
-
-
-def _outcome(progress: Progress, facts: Task, options: TrainingOptions, examples: int) -> dict[str, Any]:
-    return {
-        "metric": facts.metric,
-        "score": progress.score,
-        "training": {
-            "steps": progress.step,
-            "planned_steps": planned_steps(examples, options),
-            "epochs": progress.step * options.batch_size / examples,
-            "best_step": progress.best_step,
-            "stopped": progress.stopped,
-            "resumed": progress.resumed,
-            "seconds": progress.seconds,
-            "step_seconds_median": median_step_seconds(progress),
-        },
-        "memory": progress.memory,
-        "evaluations": progress.evaluations,
-    }
 
 
 def _tracker(config: Mapping[str, Any], record: Mapping[str, Any], digest: str, name: str) -> Tracker:

@@ -83,11 +83,11 @@ def test_loss_goes_down_and_the_score_up(method_name, classifier, build, run_tra
     facts, splits = load("cola")
     progress = run_training(
         model,
-        method.optimizer(model, 5e-3, 0.0),
+        method.optimizer(model, 2e-3, 0.0),
         evaluation=lambda m: evaluate(m, splits["train"], facts, 16, CPU),
         max_steps=60,
         evaluation_steps=15,
-        learning_rate=5e-3,
+        learning_rate=2e-3,
     )
     losses = [evaluation["loss"] for evaluation in progress.evaluations]
     assert losses[-1] < 0.6 * losses[0] and progress.score > 0.8

@@ -14,15 +14,15 @@ A share of the labels is wrong on purpose, so that no method reaches 100 %. The 
 
 from __future__ import annotations
 
-import os
 import random
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from finetune.files import write_atomically
 
 NOUNS = ("dog", "cat", "boy", "girl", "teacher", "doctor", "farmer", "king", "painter", "singer", "driver", "sailor")
 VERBS = ("help", "visit", "call", "greet", "admire", "trust", "warn", "thank")
@@ -35,7 +35,7 @@ def write_corpus(path: str | Path, sentences: int, seed: int) -> None:
     """Write sentences of the grammar, one a line, for masked-language-model pretraining."""
     rng = random.Random(seed)
     lines = [" ".join(_with_time(_clause(rng), rng, rng.randrange(2))) for _ in range(sentences)]
-    _write_atomically(Path(path), ("\n".join(lines) + "\n").encode())
+    write_atomically(Path(path), ("\n".join(lines) + "\n").encode())
 
 
 def write_task(task: str, folder: str | Path, train: int, validation: int, seed: int) -> None:
@@ -65,7 +65,7 @@ def write_task(task: str, folder: str | Path, train: int, validation: int, seed:
         columns["idx"] = pa.array(range(len(part)), type=pa.int32())
         sink = pa.BufferOutputStream()
         pq.write_table(pa.table(columns), sink)
-        _write_atomically(Path(folder) / task / f"{split}-00000-of-00001.parquet", sink.getvalue().to_pybytes())
+        write_atomically(Path(folder) / task / f"{split}-00000-of-00001.parquet", sink.getvalue().to_pybytes())
 
 
 def _clause(rng: random.Random) -> list[str]:
@@ -122,16 +122,3 @@ def _stsb(rng: random.Random) -> dict[str, Any]:
 
 
 TASKS: Mapping[str, Callable[[random.Random], dict[str, Any]]] = {"cola": _cola, "mrpc": _mrpc, "stsb": _stsb}
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

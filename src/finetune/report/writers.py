@@ -6,12 +6,12 @@ The writers know rows and columns only, so that every table of the project can u
 
 import csv
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.files import write_atomically
 from finetune.published import table_numbers
 from finetune.report import stats
 from finetune.report.rows import COLUMNS
@@ -58,7 +58,7 @@ class Context:
     notes: tuple[str, ...] = ()
 
 
-def write_table(folder: str | os.PathLike, number: int, rows: Sequence[Row], context: Context) -> list[Path]:
+def write_table(folder: str | Path, number: int, rows: Sequence[Row], context: Context) -> list[Path]:
     """Write `table_NN.csv`, `table_NN.md` and `table_NN.tex`.
 
     Args:
@@ -81,7 +81,7 @@ def write_table(folder: str | os.PathLike, number: int, rows: Sequence[Row], con
     paths = []
     for suffix, text in texts.items():
         path = Path(folder) / f"table_{number:02d}.{suffix}"
-        _write_atomically(path, text)
+        write_atomically(path, text)
         paths.append(path)
     return paths
 
@@ -247,14 +247,3 @@ def _check(rows: Sequence[Row]) -> None:
         if key in seen:
             raise ValueError(f"two rows of the cell {key}; one per cell is allowed: remove or rename one")
         seen.add(key)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Write beside the target and swap, so that a killed process leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
