@@ -64,7 +64,12 @@ def read_lists(path: str | Path) -> dict[str, list[Any]]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist; a cell needs an experiment file such as params.yaml.")
-    content = yaml.safe_load(path.read_text())
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, no mapping with lists 'tasks' and 'seeds'.")
     lists = {}
     for name in ("tasks", "seeds"):
         if not isinstance(content.get(name), list) or not content[name]:

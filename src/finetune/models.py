@@ -95,6 +95,14 @@ def load_classifier(model: Mapping[str, Any], root: str | Path, num_labels: int,
             logging.enable_progress_bar()
 
 
+def positions(model: nn.Module) -> int | None:
+    """Tokens of the longest input that a model takes; None without a limit."""
+    found = getattr(model.config, "max_position_embeddings", None)
+    if found is not None and model.config.model_type == "roberta":
+        return found - model.config.pad_token_id - 1  # its position ids begin after the padding id
+    return found
+
+
 def fingerprint(model: Mapping[str, Any], root: str | Path) -> str:
     """What identifies the starting weights: sha256 of a folder's safetensors, or the hub revision.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from finetune.gradients import Collected, PreliminaryOptions, collect
 from finetune.methods import Method, Targets, build_method
 from finetune.tracking import Tracker
 from finetune.training import (
+    Ended,
     NonFiniteLoss,
     TrainingOptions,
     make_accelerator,
@@ -67,7 +68,7 @@ class Inputs:
         """Bases of a task from ``basis``, a file or a folder of ``<task>.safetensors``.
 
         Raises:
-            ValueError: if they are missing, damaged, or of another checkpoint.
+            ValueError: if they are missing, damaged, or of another checkpoint, task or preliminary phase.
         """
         if task not in self._bases:
             path = Path(self.config["basis"])
@@ -78,6 +79,12 @@ class Inputs:
                     f"{path} was made for checkpoint {facts.get('model_sha256')}, this run starts from "
                     f"{self.fingerprint}: run the gradients and basis stages for model={self.config['model']['name']}."
                 )
+            for name, value in {"task": task, "preliminary": self.config["protocol"]["preliminary"]}.items():
+                if facts.get(name) != value:
+                    raise ValueError(
+                        f"{path} was made with {name}={facts.get(name)}, this run has {name}={value}: "
+                        "run the gradients and basis stages for this configuration."
+                    )
             self._bases[task] = bases, facts
         return self._bases[task]
 
@@ -184,6 +191,7 @@ def train_run(
     accelerator = make_accelerator(config["device"], options.precision)
     device = accelerator.device
     model = models.load_classifier(config["model"], config["data"]["root"], facts.num_labels, seed).to(device)
+    _check_length(model, splits.values())
     basis_facts: dict[str, Any] = {}
     method = _method(inputs, model, splits["train"], task, seed, options, accelerator, basis_facts)
     parameters = count_parameters(model, method)
@@ -217,6 +225,9 @@ def train_run(
                 label=label,
                 on_evaluation=on_evaluation,
             )
+        except Ended:
+            checkpoint.remove_checkpoints(folder)
+            raise
         except NonFiniteLoss as error:
             checkpoint.remove_checkpoints(folder)
             return record | {"status": "failed", "error": str(error), "score": None, "metric": facts.metric}
@@ -226,6 +237,15 @@ def train_run(
         method.merge(model).save_pretrained(save_model)
     checkpoint.remove_checkpoints(folder)
     return record
+
+
+def _check_length(model: nn.Module, splits: Iterable[Split]) -> None:
+    """Refuse inputs that the model has no positions for, before torch does in its own words."""
+    longest, limit = max(split.longest for split in splits), models.positions(model)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"inputs of {longest} tokens; this model has {limit} positions: set protocol.max_length={limit} or less."
+        )
 
 
 def targets_of(config: Mapping[str, Any]) -> Targets:
@@ -295,6 +315,7 @@ def _method(
 def collect_for_run(inputs: Inputs, model: nn.Module, split: Split, seed: int, device: torch.device) -> Collected:
     """Gradient collection inside a run (``protocol.preliminary.scope=run``, or no basis file given)."""
     config = inputs.config
+    _check_length(model, [split])
     return collect(
         model,
         split,

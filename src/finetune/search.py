@@ -1,8 +1,8 @@
 """Hyper-parameter search that survives kills: an Optuna ask/tell loop over a journal file or a database.
 
-The trial count is a *total*: a rerun finishes a search and repeats nothing. A trial that a kill left running is failed
-and its point tried again. The sampler's seed comes from the trial's number, so a resumed search draws what an unbroken
-one would have drawn (a restarted sampler would repeat its first points: optuna#3255).
+The trial count is a *total*: a rerun finishes a search and repeats nothing. A trial that a kill left running is taken
+up again under its number, with its point. The sampler's seed comes from the trial's number, so a resumed search draws
+what an unbroken one would have drawn (a restarted sampler would repeat its first points: optuna#3255).
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from finetune.training import NonFiniteLoss
+from finetune.training import Ended, NonFiniteLoss
 
 log = logging.getLogger(__name__)
 DIVERGED = "diverged"
 LOSS = "validation_loss"
 Objective = Callable[[dict[str, Any], Callable[[int, float], None]], tuple[float, float] | float]
+
+
+class Pruned(optuna.TrialPruned, Ended):
+    """A trial that the pruner ends."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,14 @@ class SearchSpace:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        low, high = self.learning_rate
-        if not 0 < low < high:
+        if len(self.learning_rate) != 2 or not 0 < self.learning_rate[0] < self.learning_rate[1]:
             raise ValueError(f"search.learning_rate={list(self.learning_rate)}; allowed: [low, high], 0 < low < high.")
         if self.trials < 1 or not self.batch_sizes:
             raise ValueError(f"search.trials={self.trials}, batch_sizes={list(self.batch_sizes)}: both are needed.")
+        low, high = self.learning_rate
         for point in self.points:
+            if {*point} != {"learning_rate", "batch_size"}:
+                raise ValueError(f"search point {dict(point)} needs learning_rate and batch_size, and nothing else.")
             if not low <= point["learning_rate"] <= high or point["batch_size"] not in self.batch_sizes:
                 raise ValueError(f"search point {dict(point)} is outside {[low, high]} x {list(self.batch_sizes)}.")
 
@@ -100,7 +106,7 @@ def run_search(
         study = optuna.create_study(
             storage=storage, study_name=study_name, direction="maximize", load_if_exists=True, pruner=pruner
         )
-        _retry_stale(study, stale_after)
+        _put_back_stale(study, storage, stale_after)
         _enqueue_points(study, space.points)
         while len(finished(study)) < space.trials:
             _one_trial(study, space, objective)
@@ -153,18 +159,20 @@ def _one_trial(
     space: SearchSpace,
     objective: Objective,
 ) -> None:
-    number = len(study.get_trials(deepcopy=False))
-    study.sampler = optuna.samplers.TPESampler(seed=space.seed + number, n_startup_trials=max(5, len(space.points)))
     trial = study.ask()
+    seed, startup = space.seed + trial.number, max(5, len(space.points))
+    study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
+    reported = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)  # before a kill
     point = {
         "learning_rate": trial.suggest_float("learning_rate", *space.learning_rate, log=True),
         "batch_size": trial.suggest_categorical("batch_size", space.batch_sizes),
     }
 
     def report(step: int, score: float) -> None:
-        trial.report(score, step)
+        if step not in reported:
+            trial.report(score, step)
         if trial.should_prune():
-            raise optuna.TrialPruned
+            raise Pruned
 
     try:
         value = objective(point, report)
@@ -186,21 +194,24 @@ def _one_trial(
         log.info("trial %d %s: %.4f", trial.number, point, value)
 
 
-def _retry_stale(study: optuna.Study, stale_after: timedelta) -> None:
-    """Fail trials that a kill left running, and try their points again."""
+def _put_back_stale(study: optuna.Study, storage: BaseStorage, stale_after: timedelta) -> None:
+    """Let the trials that a kill left running wait: the next ones asked for are they, with the points they had."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if trial.datetime_start is not None and datetime.now() - trial.datetime_start < stale_after:
             continue
-        study.tell(trial.number, state=TrialState.FAIL)
-        if {"learning_rate", "batch_size"} <= set(trial.params):
-            study.enqueue_trial(dict(trial.params))
+        if trial.user_attrs.get(DIVERGED):
+            study.tell(trial.number, state=TrialState.FAIL)
+            continue
+        study_id = storage.get_study_id_from_name(study.study_name)
+        trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+        storage.set_trial_state_values(trial_id, TrialState.WAITING)
         log.info("trial %d was killed; its point %s is tried again", trial.number, trial.params)
 
 
 def _enqueue_points(study: optuna.Study, points: Sequence[Mapping[str, Any]]) -> None:
-    """Queue the points that no trial has finished and none waits for."""
-    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-    seen = [t.params for t in finished(study)] + [t.system_attrs.get("fixed_params", {}) for t in waiting]
+    """Queue the points that no trial has finished, none waits for, and no other worker is trying."""
+    pending = study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
+    seen = [t.params for t in finished(study)] + [t.system_attrs.get("fixed_params", t.params) for t in pending]
     for point in points:
         if dict(point) not in seen:
             study.enqueue_trial(dict(point))

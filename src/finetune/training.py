@@ -36,6 +36,10 @@ class NonFiniteLoss(ValueError):
     """The loss, or the gradient of a method that looks at it, became NaN or infinite."""
 
 
+class Ended(Exception):
+    """Raised by ``on_evaluation`` to end a run (pruning): it is not wanted any more, nor are its checkpoints."""
+
+
 @dataclass(frozen=True)
 class TrainingOptions:
     """How to train; the values stand in ``conf/protocol``, ``conf/scale`` and the search's result.
@@ -74,16 +78,22 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs", "evaluation_steps", "accumulation_steps", "evaluation_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; it must be at least 1.")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps={self.max_steps}; it must be at least 1, or null.")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate={self.learning_rate}; it must be positive.")
+            if not _is_count(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)!r}; it must be a whole number, at least 1.")
+        if self.max_steps is not None and not _is_count(self.max_steps):
+            raise ValueError(f"max_steps={self.max_steps!r}; it must be a whole number, at least 1, or null.")
+        if not isinstance(self.learning_rate, int | float) or not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate!r}; it must be a positive number.")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed={self.seed!r}; it must be a whole number.")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={self.schedule!r}; allowed: {', '.join(SCHEDULES)}.")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r}; allowed: {', '.join(PRECISIONS)}.")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value >= 1
 
 
 @dataclass
@@ -158,7 +168,7 @@ def train(
         metric: which of them is the score; higher is better.
         checkpoints: folder for checkpoints of this run alone; None writes none.
         digest: hash of the configuration; a checkpoint of another one is refused.
-        on_evaluation: called with step and score; may raise to end the run (pruning).
+        on_evaluation: called with step and score; may raise :class:`Ended`.
 
     Returns:
         Progress at the end; ``stopped`` says why it ended.

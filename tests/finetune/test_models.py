@@ -128,6 +128,19 @@ def test_tokenizer_of_another_folder(group, copy, tiny_checkpoint):
     assert tokenizer.tokenize("The cat sees") == ["the", "cat", "sees"]
 
 
+@pytest.mark.parametrize(("name", "expected"), [("bert_base", 512), ("roberta_base", 512), ("tiny_roberta", 64)])
+def test_positions_are_the_longest_input(name, expected, compose):
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    architecture = compose(f"model={name}")["model"]["architecture"] | sizes | {"intermediate_size": 24}
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**architecture)).eval()
+    assert models.positions(model) == expected
+    model(input_ids=torch.full((1, expected), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, expected + 1), 5))
+
+
 def test_fingerprint_is_of_the_weights_alone(group, copy):
     before = models.fingerprint(group(), "")
     assert len(before) == 64 and models.fingerprint(group(checkpoint=str(copy)), "") == before

@@ -60,6 +60,7 @@ def overrides(tmp_path_factory) -> tuple[list[str], Path]:
     ], root  # fmt: skip
 
 
+@pytest.mark.timeout(1200)  # a minute on free cores
 def test_one_cell_of_each_stage_runs_at_bert_bases_true_size(overrides):
     arguments, root = overrides
     tasks, results = ["cola"], root / "results"

@@ -78,6 +78,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row that a batch can hold."""
+        return self.length or max(len(row) for row in self.input_ids)
+
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Padded tensors ``(batch, tokens)`` and labels ``(batch,)`` of the examples."""
         length = self.length or max(len(self.input_ids[i]) for i in indices)

@@ -1,0 +1,103 @@
+"""Running the scripts as a user does, each in a process of its own, without importing torch anew for each."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Imports once, then forks a process a command: it gets its folder, its arguments, its own standard output and error.
+FORKS = """
+import json, os, runpy, sys, traceback
+import accelerate, hydra, peft, scipy.stats, sklearn.metrics, transformers
+import finetune.cells, finetune.search
+
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.chdir(job["folder"])
+            for stream, name in ((1, "stdout"), (2, "stderr")):
+                os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+            sys.argv = job["arguments"]
+            sys.path[0] = os.path.dirname(job["arguments"][0])
+            runpy.run_path(job["arguments"][0], run_name="__main__")
+            code = 0
+        except SystemExit as exit:
+            code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+            if isinstance(exit.code, str):
+                sys.stderr.write(exit.code + "\\n")
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """The process that forks."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("SPARSEGRAD_DATA", "WANDB_MODE", "WANDB_API_KEY")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    with process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def script(forks, tmp_path):
+    """``script("train", "seed=1", ...)``: run experiments/train.py in tmp_path / "work", outside the repository.
+
+    Gives ``code``, ``out``, ``err`` and ``folder``.
+    """
+    folder = tmp_path / "work"
+    folder.mkdir()
+
+    def run(name, *arguments):
+        streams = {stream: str(tmp_path / stream) for stream in ("stdout", "stderr")}
+        job = {"folder": str(folder), "arguments": [str(ROOT / "experiments" / f"{name}.py"), *arguments]} | streams
+        print(json.dumps(job), file=forks.stdin, flush=True)
+        code = int(forks.stdout.readline())
+        out, err = (Path(path).read_text() for path in streams.values())
+        return SimpleNamespace(code=code, out=out, err=err, folder=folder)
+
+    return run
+
+
+@pytest.fixture
+def tiny(tiny_checkpoint, glue_root):
+    """Overrides that make a run tiny: six steps on the tiny checkpoint."""
+    return [
+        "model=tiny_bert",
+        f"model.checkpoint={tiny_checkpoint}",
+        f"data.root={glue_root}",
+        "protocol.preliminary.steps=2",
+        "protocol.preliminary.batch_size=8",
+        "protocol.density=0.05",
+        "scale=smoke",
+        "scale.max_steps=6",
+        "scale.evaluation_steps=3",
+        "scale.search.max_steps=4",
+        "scale.search.trials=2",
+        "scale.search.points=[{learning_rate: 0.001, batch_size: 8}]",
+        "batch_size=8",
+        "device=cpu",
+        "progress=false",
+        "wandb.mode=disabled",
+    ]

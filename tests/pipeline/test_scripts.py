@@ -1,0 +1,254 @@
+"""The scripts as a user and DVC run them: what they leave, what they say, what they do after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def files(folder):
+    """All files below a folder, as paths relative to it; locks and Hydra's own left out."""
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in found if not name.startswith("outputs/hydra/") and not name.endswith(".lock"))
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """params.yaml in the folder where the scripts run."""
+
+    def write(**content):
+        lists = {"name": "test", "tasks": ["cola"], "seeds": [1, 2]} | content
+        (tmp_path / "work" / "params.yaml").write_text(yaml.safe_dump(lists))
+
+    return write
+
+
+# One run, several runs
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "meprop", "sparsegrad"])
+def test_a_run_leaves_its_record_and_says_its_score(method, script, tiny):
+    done = script("train", *tiny, f"method={method}", "data.task=mrpc", "seed=3")
+    assert done.code == 0, done.err
+    (path,) = (done.folder / "outputs" / "hand" / "tiny_bert" / method).iterdir()
+    record = read(path)
+    assert (record["status"], record["run"]["task"], record["run"]["seed"]) == ("finished", "mrpc", 3)
+    assert done.out == "" and f"accuracy = {record['score']:.4f}" in done.err
+    assert files(done.folder) == [f"outputs/hand/tiny_bert/{method}/{path.name}"]
+
+
+def test_a_run_is_reused(script, tiny):
+    script("train", *tiny, "method=full")
+    done = script("train", *tiny, "method=full")
+    assert done.code == 0 and "is finished, reused" in done.err
+    assert len(files(done.folder)) == 1
+
+
+def test_multirun_over_methods_and_seeds(script, tiny):
+    done = script("train", "-m", *tiny, "method=full,lora", "seed=1,2", "output=runs")
+    assert done.code == 0, done.err
+    found = {
+        tuple(read(path)["run"][key] for key in ("method", "seed")) for path in done.folder.glob("runs/*/*/*.json")
+    }
+    assert found == {("full", 1), ("full", 2), ("lora", 1), ("lora", 2)}
+    assert len(files(done.folder)) == 4
+
+
+def test_multirun_over_precisions(script, tiny):
+    done = script("train", "-m", *tiny, "method=full", "scale.precision=fp32,bf16", "output=runs")
+    assert done.code == 0, done.err
+    assert len(files(done.folder)) == 2
+
+
+def test_another_folder_for_output(script, tiny, tmp_path):
+    done = script("train", *tiny, "method=full", f"output={tmp_path / 'elsewhere'}", "name=mine")
+    assert done.code == 0 and files(done.folder) == []
+    (path,) = (tmp_path / "elsewhere").rglob("*.json")
+    assert read(path)["run"]["experiment"] == "mine"
+
+
+def test_offline_tracking_stays_below_outputs(script, tiny):
+    done = script("train", *tiny, "method=full", "wandb.mode=offline")
+    assert done.code == 0, done.err
+    assert [name for name in files(done.folder) if name.endswith(".wandb")]
+    assert {name.split("/")[0] for name in files(done.folder)} == {"outputs"}
+
+
+# Cells, as DVC runs them
+
+
+def test_stages_of_a_cell(script, tiny, experiment):
+    experiment(tasks=["cola", "stsb"])
+    cell = [*tiny, "cell=params.yaml", "name=test", "method=sparsegrad", "batch_size=null"]
+    results = script("gradients", *cell).folder / "results" / "test"
+    assert files(results) == ["gradients/tiny_bert/cola.safetensors", "gradients/tiny_bert/stsb.safetensors"]
+    assert script("basis", "cell=params.yaml", "name=test", "model=tiny_bert", "device=cpu").code == 0
+    assert [p.name for p in sorted((results / "basis" / "tiny_bert").iterdir())] == [
+        "cola.safetensors",
+        "hosvd.json",
+        "stsb.safetensors",
+    ]
+    cell.append("basis=results/test/basis/tiny_bert")
+    done = script("search", *cell)
+    assert done.code == 0, done.err
+    found = read(results / "search" / "tiny_bert" / "sparsegrad" / "stsb.json")
+    assert [trial["state"] for trial in found["trials"]] == ["complete"] * 2
+    done = script("train", *cell)
+    assert done.code == 0, done.err
+    runs = results / "runs" / "tiny_bert" / "sparsegrad"
+    listed = read(runs / "cell.json")["records"]
+    assert [name.split("-")[:2] for name in listed] == [[t, s] for t in ("cola", "stsb") for s in ("seed1", "seed2")]
+    records = {name: read(runs / name) for name in listed}
+    assert all(record["basis"]["task"] == record["run"]["task"] for record in records.values())
+    best = {
+        task: read(results / "search" / "tiny_bert" / "sparsegrad" / f"{task}.json")["best"]
+        for task in ("cola", "stsb")
+    }
+    for record in records.values():
+        assert record["hyperparameters"]["learning_rate"] == best[record["run"]["task"]]["learning_rate"]
+    assert {name.split("/")[0] for name in files(done.folder)} == {"params.yaml", "results"}
+
+    before = {name: (results / name).stat().st_mtime_ns for name in files(results / "runs") if name != "cell.json"
+              for name in [f"runs/{name}"] if not name.endswith("cell.json")}  # fmt: skip
+    assert script("train", *cell).code == 0 and script("search", *cell).code == 0
+    assert {name: (results / name).stat().st_mtime_ns for name in before} == before
+
+
+def test_cell_in_which_a_run_fails_ends_with_an_error_and_leaves_the_others(script, tiny, experiment):
+    experiment(seeds=[1])
+    cell = [*tiny, "cell=params.yaml", "name=test", "method=full", "batch_size=null"]
+    assert script("search", *cell).code == 0
+    done = script("train", *cell, "learning_rate=1.0e+30")
+    assert done.code == 1 and "Traceback" not in done.err
+    assert "error: 1 of 1 runs failed; cola-seed1-" in done.err and "lower learning_rate=1e+30" in done.err
+    runs = done.folder / "results" / "test" / "runs" / "tiny_bert" / "full"
+    assert [read(runs / name)["status"] for name in read(runs / "cell.json")["records"]] == ["failed"]
+    assert script("train", *cell).code == 0
+
+
+# Errors
+
+
+ERRORS = {
+    "model": (["model=nope"], "Could not find 'model/nope'"),
+    "method": (["method=nope"], "Could not find 'method/nope'"),
+    "protocol": (["protocol=nope"], "Could not find 'protocol/nope'"),
+    "scale": (["scale=nope"], "Could not find 'scale/nope'"),
+    "key": (["learning_rat=1"], "learning_rat"),
+    "task": (["data.task=nope"], "data.task='nope'; glue has: cola, mnli,"),
+    "task without files": (["data.task=rte"], "could not be loaded from the hub"),
+    "data": (["data.root=/no/such/folder"], "/no/such/folder/glue/cola does not exist"),
+    "checkpoint": (["model.checkpoint=/no/such/folder"], "model.checkpoint='/no/such/folder' is no folder"),
+    "k": (["protocol.density=null", "model.k=2049", "method=sparsegrad"], "k=2049; a matrix of shape (64, 32)"),
+    "k of meprop": (["protocol.density=null", "model.k=2049", "method=meprop"], "k=2049; a matrix of shape (64, 32)"),
+    "rank": (["model.lora_rank=33", "method=lora"], "lora_rank=33; allowed: 1 to 32"),
+    "density": (["protocol.density=2", "method=sparsegrad"], "density=2; allowed: above 0, at most 1"),
+    "targets": (["model.target_modules.up=nope"], "target_modules.up='nope' matches no module"),
+    "scope": (["protocol.train=nope"], "protocol.train='nope'; allowed: all, mlp"),
+    "padding": (["protocol.padding=nope"], "padding='nope'; allowed: longest, max_length"),
+    "schedule": (["protocol.schedule=nope"], "schedule='nope'; allowed: constant, linear, cosine"),
+    "orientation": (["protocol.orientation=nope", "method=sparsegrad"], "orientation='nope'; allowed: hosvd, released"),
+    "form": (["method=sparsegrad", "method.form=nope"], "form='nope'; allowed: folded, rotated"),
+    "length": (["protocol.padding=max_length"], "inputs of 128 tokens; this model has 40 positions"),
+    "learning rate": (["learning_rate=0"], "learning_rate=0; it must be a positive number"),
+    "learning rate word": (["learning_rate=fast"], "learning_rate='fast'"),
+    "batch size": (["batch_size=0"], "batch_size=0; it must be a whole number, at least 1"),
+    "batch size word": (["batch_size=big"], "batch_size='big'"),
+    "seed": (["seed=one"], "seed='one'"),
+    "device": (["device=tpu"], "device='tpu'; allowed: auto, cpu, cuda"),
+    "tracking": (["wandb.mode=nope"], "wandb.mode='nope'; allowed: offline, online, disabled"),
+    "missing basis": (["method=sparsegrad", "basis=no/such/file"], "no/such/file does not exist"),
+    "damaged basis": (["method=sparsegrad", "basis=damaged.safetensors"], "damaged.safetensors is damaged"),
+    "cell": (["cell=no.yaml"], "no.yaml does not exist; a cell needs an experiment file"),
+    "search's seed": (["cell=params.yaml"], "seed 34 is the search's"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_wrong_input_is_one_clear_error_and_leaves_nothing(case, script, tiny, experiment, tmp_path):
+    overrides, text = ERRORS[case]
+    experiment(seeds=[1, 34])
+    (tmp_path / "work" / "damaged.safetensors").write_bytes(b"no safetensors")
+    done = script("train", *tiny, "method=full", *overrides)
+    assert done.code != 0 and text in done.err, done.err
+    assert "Traceback" not in done.err and done.out == ""
+    if "error:" in done.err:
+        assert len([line for line in done.err.splitlines() if line.startswith("error: ")]) == 1
+    assert files(done.folder) == ["damaged.safetensors", "params.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "text"),
+    [
+        ("gradients", ["data.root=/no/such/folder"], "/no/such/folder/glue/cola does not exist"),
+        ("gradients", ["protocol.hosvd=nope"], "hosvd='nope'; allowed: moments, tensorly"),
+        ("gradients", ["protocol.preliminary.steps=0"], "preliminary steps=0"),
+        ("basis", [], "gradients/tiny_bert/cola.safetensors does not exist: run the stage that writes it"),
+        ("search", ["protocol.search.learning_rate=[1.0, 0.1]"], "search.learning_rate=[1.0, 0.1]; allowed"),
+        ("search", ["scale.search.trials=0"], "search.trials=0"),
+        ("search", ["scale.search.points=[{learning_rate: 1.0, batch_size: 8}]"], "search point"),
+        ("search", ["data.root=/no/such/folder"], "/no/such/folder/glue/cola does not exist"),
+        ("train", ["cell=params.yaml"], "search/tiny_bert/full/cola.json does not exist"),
+    ],
+)
+def test_wrong_input_of_a_stage(name, overrides, text, script, tiny, experiment):
+    experiment()
+    done = script(name, *tiny, "method=full", "cell=params.yaml", "name=test", *overrides)
+    assert done.code != 0 and text in done.err, done.err
+    assert "Traceback" not in done.err and done.out == ""
+    assert files(done.folder) == ["params.yaml"]
+
+
+# A real kill
+
+
+def start(folder, *arguments):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "experiments" / "train.py"), *arguments],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+@pytest.mark.parametrize("method", ["sparsegrad"])
+def test_killed_run_ends_as_an_unbroken_one(method, script, tiny):
+    arguments = [*tiny, f"method={method}", "scale.max_steps=60", "scale.evaluation_steps=10", "learning_rate=0.002"]
+    whole = script("train", *arguments, "output=whole", "checkpoints=whole/checkpoints")
+    assert whole.code == 0, whole.err
+    arguments.append("scale.checkpoint_seconds=0")
+    process = start(whole.folder, *arguments, "output=killed")
+    checkpoints = whole.folder / "outputs" / "checkpoints"
+    try:
+        deadline = time.monotonic() + 200
+        while not list(checkpoints.glob("*/step_0000001*")):
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.stderr.close()
+        assert process.wait() == -signal.SIGKILL
+    assert not list(whole.folder.glob("killed/**/*.json"))
+    again = script("train", *arguments, "output=killed")
+    assert again.code == 0, again.err
+    (expected,), (found,) = (
+        [read(path) for path in whole.folder.glob(f"{name}/tiny_bert/*/*.json")] for name in ("whole", "killed")
+    )
+    assert found["training"]["resumed"] >= 1 and expected["training"]["resumed"] == 0
+    for key in ("score", "metric", "evaluations", "parameters", "basis", "run"):
+        assert found[key] == expected[key]
+    assert not list(checkpoints.glob("*"))
