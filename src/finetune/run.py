@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from finetune import checkpoint, memory, models, record_content, records
@@ -208,7 +209,7 @@ def train_run(
     folder = Path(config["checkpoints"]) / digest
     label = f"{config['model']['name']} {config['method']['name']} {task} seed {seed}"
     torch.manual_seed(seed)
-    with _tracker(config, record, digest, label) as tracker:
+    with _tracker(config, record, digest, label, accelerator.is_main_process) as tracker:
         try:
             progress = train(
                 model,
@@ -226,17 +227,23 @@ def train_run(
                 on_evaluation=on_evaluation,
             )
         except Ended:
-            checkpoint.remove_checkpoints(folder)
+            _forget(accelerator, folder)
             raise
         except NonFiniteLoss as error:
-            checkpoint.remove_checkpoints(folder)
+            _forget(accelerator, folder)
             return record | {"status": "failed", "error": str(error), "score": None, "metric": facts.metric}
         record |= record_content.outcome(progress, facts, options, len(splits["train"]))
         tracker.summary({"score": record["score"], "steps": progress.step})
-    if save_model is not None:
+    if save_model is not None and accelerator.is_main_process:
         method.merge(model).save_pretrained(save_model)
-    checkpoint.remove_checkpoints(folder)
+    _forget(accelerator, folder)
     return record
+
+
+def _forget(accelerator: Accelerator, folder: Path) -> None:
+    """Delete a run's checkpoints; of several processes the one that writes them does."""
+    if accelerator.is_main_process:
+        checkpoint.remove_checkpoints(folder)
 
 
 def _check_length(model: nn.Module, splits: Iterable[Split]) -> None:
@@ -328,10 +335,12 @@ def collect_for_run(inputs: Inputs, model: nn.Module, split: Split, seed: int, d
     )
 
 
-def _tracker(config: Mapping[str, Any], record: Mapping[str, Any], digest: str, name: str) -> Tracker:
+def _tracker(
+    config: Mapping[str, Any], record: Mapping[str, Any], digest: str, name: str, is_main_process: bool
+) -> Tracker:
     wandb, run = config["wandb"], record["run"]
     return Tracker(
-        wandb["mode"],
+        wandb["mode"] if is_main_process else "disabled",
         wandb["folder"],
         project=wandb["project"],
         run_id=digest,

@@ -166,7 +166,8 @@ def train(
         split: training rows.
         evaluate: gives loss and metrics of a model.
         metric: which of them is the score; higher is better.
-        checkpoints: folder for checkpoints of this run alone; None writes none.
+        checkpoints: folder for checkpoints of this run alone; None writes none. Of several processes the first writes,
+            all read (their random generators are the first's then: with dropout, exact on one process only).
         digest: hash of the configuration; a checkpoint of another one is refused.
         on_evaluation: called with step and score; may raise :class:`Ended`.
 
@@ -184,6 +185,7 @@ def train(
             progress, best = Progress(**loaded[0]), loaded[1]
             progress.resumed += 1
     total = planned_steps(len(split), options)
+    writes = checkpoints is not None and accelerator.is_main_process
     started, saved = time.monotonic() - progress.seconds, time.monotonic()
     model.train()
     with tqdm(total=total, initial=progress.step, desc=label, disable=not progress_bar, leave=False) as bar:
@@ -211,7 +213,7 @@ def train(
                 if on_evaluation is not None:
                     on_evaluation(progress.step, result[metric])
             progress.seconds = time.monotonic() - started
-            if checkpoints is not None and time.monotonic() - saved >= options.checkpoint_seconds:
+            if writes and time.monotonic() - saved >= options.checkpoint_seconds:
                 checkpoint.save_checkpoint(checkpoints, progress.step, digest, model, optimizer, asdict(progress), best)
                 saved = time.monotonic()
     progress.stopped = progress.stopped or "all steps done"

@@ -118,6 +118,23 @@ def test_stopped_and_extended_search_asks_what_a_longer_one_asks(space, tmp_path
     assert points(study) == points(whole)
 
 
+def test_values_reported_before_a_kill_are_kept_and_reported_once(space, storage):
+    def objective(point, report):
+        report(10, 0.1)
+        if not killed:
+            killed.append(point)
+            raise KeyboardInterrupt
+        report(20, 0.2)
+        return 0.2
+
+    killed = []
+    with pytest.raises(KeyboardInterrupt):
+        run_search(objective, space(trials=1), storage, "a")
+    study = run_search(objective, space(trials=1), storage, "a")
+    assert [trial.intermediate_values for trial in study.trials] == [{10: 0.1, 20: 0.2}]
+    assert study.trials[0].params == killed[0]
+
+
 KILLED = """
     import os, signal, sys
     from finetune.search import SearchSpace, open_storage, run_search

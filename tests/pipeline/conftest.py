@@ -47,7 +47,9 @@ for line in sys.stdin:
 @pytest.fixture(scope="session")
 def forks():
     """The process that forks."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("SPARSEGRAD_DATA", "WANDB_MODE", "WANDB_API_KEY")}
+    # WANDB_SERVICE too: a run in this process leaves its service's address there, and runs of others would go to it.
+    outside = ("SPARSEGRAD_DATA", "WANDB_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(outside)}
     process = subprocess.Popen(
         [sys.executable, "-c", FORKS],
         stdin=subprocess.PIPE,

@@ -211,6 +211,30 @@ def test_wrong_input_of_a_stage(name, overrides, text, script, tiny, experiment)
     assert files(done.folder) == ["params.yaml"]
 
 
+# Several processes
+
+
+@pytest.mark.slow
+def test_a_run_on_two_processes_leaves_one_record(script, tiny, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    arguments = [*tiny, "method=sparsegrad", "scale.checkpoint_seconds=0", "wandb.mode=offline"]
+    folder = tmp_path / "work"
+    done = subprocess.run(
+        [*launch, str(ROOT / "experiments" / "train.py"), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = folder.glob("outputs/hand/tiny_bert/sparsegrad/*")
+    assert read(path)["status"] == "finished" and read(path)["training"]["steps"] == 6
+    assert not list(folder.glob("outputs/checkpoints/*"))
+    assert len(list(folder.rglob("*.wandb"))) == 1
+
+
 # A real kill
 
 

@@ -1,0 +1,210 @@
+"""Configurations: every choice composes, experiments name what exists, pins agree."""
+
+import itertools
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from finetune.methods import METHODS
+from finetune.search import SearchSpace
+from finetune.training import PRECISIONS, SCHEDULES
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
+GROUPS = ("data", "model", "method", "protocol", "scale")
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
+
+
+def names(group):
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(CONF), version_base=None):
+        return OmegaConf.to_container(compose("glue", list(overrides)), resolve=True)
+
+
+def read(path):
+    return yaml.safe_load((ROOT / path).read_text())
+
+
+@pytest.fixture(scope="module")
+def default():
+    return composed()
+
+
+@pytest.fixture(params=EXPERIMENTS)
+def experiment(request):
+    return request.param, read(f"experiments/{request.param}.yaml")
+
+
+# Groups
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group in GROUPS for name in names(group)])
+def test_a_choice_changes_its_own_group_and_nothing_else(group, name, default):
+    """So that all choices of all groups compose with each other; the slow test below tries every one of them."""
+    found = composed(f"{group}={name}")
+    own = {group} | ({"threads", "wandb"} if group == "scale" else set())
+    assert {key for key in found if found[key] != default.get(key)} <= own and found.keys() == default.keys()
+    assert found[group]["name"] == name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", names("model"))
+def test_every_combination_composes(model):
+    for method, protocol, scale in itertools.product(names("method"), names("protocol"), names("scale")):
+        chosen = {"model": model, "method": method, "protocol": protocol, "scale": scale}
+        found = composed(*(f"{group}={name}" for group, name in chosen.items()))
+        assert {group: found[group]["name"] for group in chosen} == chosen
+
+
+def test_the_methods_are_those_of_the_code():
+    assert names("method") == sorted(METHODS)
+
+
+@pytest.mark.parametrize("group", ["protocol", "scale"])
+def test_choices_of_a_group_name_the_same_keys(group):
+    """No default hides in code: what one protocol says, every protocol says."""
+    keys = {name: set(read(f"conf/{group}/{name}.yaml")) for name in names(group)}
+    assert all(found == keys[names(group)[0]] for found in keys.values()), keys
+
+
+def test_models_name_the_keys_that_runs_read():
+    needed = {"name", "title", "checkpoint", "revision", "folder", "files", "random_weights", "architecture"}
+    needed |= {"target_modules", "layers_to_transform", "lora_rank", "k"}
+    for name in names("model"):
+        assert needed <= set(read(f"conf/model/{name}.yaml")), name
+
+
+def test_protocols_hold_allowed_values():
+    for name in names("protocol"):
+        protocol = read(f"conf/protocol/{name}.yaml")
+        assert protocol["schedule"] in SCHEDULES and protocol["precision"] in PRECISIONS
+        assert protocol["padding"] in ("longest", "max_length") and protocol["train"] in ("all", "mlp")
+        assert set(protocol["frozen"]) <= set(METHODS)
+        assert set(protocol["evaluation_steps"]) == set(read("conf/data/glue.yaml")["tasks"])
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")) + sorted((ROOT / "experiments").glob("*.yaml")), ids=str)
+def test_primary_files_begin_by_saying_what_they_are(path):
+    assert path.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("name", [name for name in names("model") if "llama" not in name])
+def test_patterns_find_two_matrices_a_block_and_k_and_rank_fit_them(name):
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from sparsegrad import find_targets
+
+    config = read(f"conf/model/{name}.yaml")
+    with torch.device("meta"):
+        architecture = AutoConfig.for_model(**config["architecture"], num_labels=2)
+        model = AutoModelForSequenceClassification.from_config(architecture)
+    found = find_targets(model, config["target_modules"], config["layers_to_transform"])
+    assert len(found) == 2 * architecture.num_hidden_layers
+    shapes = {target.kind: tuple(target.module.weight.shape) for target in found}
+    hidden, inner = architecture.hidden_size, architecture.intermediate_size
+    assert shapes == {"up": (inner, hidden), "down": (hidden, inner)}
+    assert 0.01 <= config["k"] / (hidden * inner) <= 0.013  # D1: 1.187 % and 1.192 % in the released code
+    assert 1 <= config["lora_rank"] <= hidden
+
+
+# Experiments
+
+
+def test_experiment_names_what_exists(experiment):
+    name, content = experiment
+    assert content["name"] == name
+    for group, chosen in (
+        ("model", content["models"]),
+        ("method", content["methods"]),
+        ("protocol", [content["protocol"]]),
+        ("scale", [content["scale"]]),
+        ("data", [content["data"]]),
+    ):
+        assert chosen and len(chosen) == len(set(chosen)) and set(chosen) <= set(names(group)), group
+    assert set(content["tasks"]) <= set(read(f"conf/data/{content['data']}.yaml")["tasks"])
+    assert set(content["pretrain"]) <= set(content["models"])
+    assert set(content["stands_for"]) == {"bert_base", "roberta_base", "roberta_large"}
+    assert set(filter(None, content["stands_for"].values())) <= set(content["models"])
+
+
+def test_seeds_of_the_report_are_several_and_none_is_the_searchs(experiment):
+    _, content = experiment
+    assert len(content["seeds"]) == len(set(content["seeds"])) >= 3
+    assert read(f"conf/protocol/{content['protocol']}.yaml")["search_seed"] not in content["seeds"]
+
+
+def test_tables_are_stages_and_only_of_this_experiment(experiment):
+    name, content = experiment
+    stages = read("dvc.yaml")["stages"]
+    assert set(content["tables"]) == {stage for stage in stages if stage.startswith("table_")}
+    assert all(where in ([], [name]) for where in content["tables"].values())
+
+
+def test_experiment_has_a_search_for_every_method_with_points_inside_its_space(experiment):
+    _, content = experiment
+    protocol, scale = (read(f"conf/{group}/{content[group]}.yaml") for group in ("protocol", "scale"))
+    settings = scale["search"]
+    space = SearchSpace(
+        tuple(protocol["search"]["learning_rate"]),
+        tuple(protocol["search"]["batch_sizes"]),
+        settings["trials"],
+        tuple(settings["points"]),
+        seed=protocol["search_seed"],
+    )
+    assert space.trials >= len(space.points)
+
+
+def test_experiments_name_the_same_keys():
+    keys = {name: set(read(f"experiments/{name}.yaml")) for name in EXPERIMENTS}
+    assert all(found == keys["smoke"] for found in keys.values()), keys
+
+
+def test_params_are_one_of_the_experiments():
+    contents = {name: (ROOT / "experiments" / f"{name}.yaml").read_bytes() for name in EXPERIMENTS}
+    assert (ROOT / "params.yaml").read_bytes() in contents.values()
+
+
+def test_the_smoke_experiment_is_not_committed_as_done():
+    # As committed: on this machine it may well have been run.
+    found = subprocess.run(["git", "-C", ROOT, "show", "HEAD:dvc.lock"], capture_output=True, text=True, check=False)
+    if found.returncode != 0:
+        pytest.skip("no dvc.lock is committed")
+    assert "@smoke" not in found.stdout
+
+
+# Pins
+
+
+def pins(lines):
+    return sorted(
+        line.strip().removeprefix("- ") for line in lines if "==" in line and not line.strip().startswith("#")
+    )
+
+
+def test_conda_and_pip_have_the_same_pins():
+    locked = pins((ROOT / "requirements.lock").read_text().splitlines())
+    (conda,) = [entry["pip"] for entry in read("environment.yml")["dependencies"] if isinstance(entry, dict)]
+    assert locked == sorted(conda) and len(locked) > 20
+
+
+def test_lock_pins_every_direct_dependency():
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.in").read_text().splitlines()]
+    wanted = {re.split(r"[=<>\[ ]", line)[0].lower().replace("_", "-"): line for line in lines if line}
+    locked = dict(pin.split("==") for pin in pins((ROOT / "requirements.lock").read_text().splitlines()))
+    assert set(wanted) <= set(locked)
+    for name, line in wanted.items():
+        if "==" in line:
+            assert line == f"{name}=={locked[name]}"
+
+
+def test_lock_holds_no_local_versions():
+    assert not [pin for pin in pins((ROOT / "requirements.lock").read_text().splitlines()) if "+" in pin]
