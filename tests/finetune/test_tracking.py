@@ -23,7 +23,9 @@ def quiet_wandb(monkeypatch, tmp_path):
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    return pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
+    yield wandb
+    wandb.teardown()  # its service process, which later processes would find through the environment
 
 
 def test_disabled_does_nothing(track, tmp_path):

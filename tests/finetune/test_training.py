@@ -2,6 +2,7 @@
 
 import math
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -490,7 +491,17 @@ PROCESSES = """
 """
 
 
-def test_two_processes_take_the_steps_of_one(config, random_bases, tmp_path):
+@pytest.fixture
+def ranks():
+    """``ranks(0)``: the environment of one of two processes, as torchrun and ``accelerate launch`` set it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    return lambda rank: common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+
+
+def test_two_processes_take_the_steps_of_one(ranks, config, random_bases, tmp_path):
     import yaml
     from safetensors.torch import save_file
 
@@ -500,18 +511,26 @@ def test_two_processes_take_the_steps_of_one(config, random_bases, tmp_path):
     (tmp_path / "script.py").write_text(textwrap.dedent(PROCESSES))
     bases = {f"{k}.{letter}": getattr(b, letter).contiguous() for k, b in random_bases().items() for letter in "UV"}
     save_file(bases, tmp_path / "bases.safetensors")
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     results = {}
-    for processes, prefix in ((1, []), (2, launch)):
-        out = tmp_path / str(processes)
+    for size in (1, 2):
+        out = tmp_path / str(size)
         out.mkdir()
-        arguments = [str(tmp_path / name) for name in ("script.py", "config.yaml")] + [str(out)]
-        command = [sys.executable, *prefix, *arguments, str(tmp_path / "bases.safetensors")]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.split() == [str(processes)] * processes
-        results[processes] = {name: load_file(out / f"{name}.safetensors") for name in ("full", "sparsegrad")}
+        files = [tmp_path / "script.py", tmp_path / "config.yaml", out, tmp_path / "bases.safetensors"]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, *map(str, files)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | (ranks(rank) if size == 2 else {}),
+            )
+            for rank in range(size)
+        ]
+        for process in processes:
+            found, errors = process.communicate(timeout=240)
+            assert process.returncode == 0, errors[-3000:]
+            assert found.split() == [str(size)]
+        results[size] = {name: load_file(out / f"{name}.safetensors") for name in ("full", "sparsegrad")}
     for name, one in results[1].items():
         two = results[2][name]
         assert one.keys() == two.keys()
