@@ -9,19 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune import metrics
+from finetune.data.examples import Examples
 from finetune.data.glue import Split, Task
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy, or squared error for float labels, summed over the batch.
 
-    A sum, so that dividing by the examples of the *whole* batch makes the step independent of how it is cut into
+    A sum, so that dividing by the predictions of the *whole* batch makes the step independent of how it is cut into
     micro-batches (transformers' classification heads average each micro-batch: transformers#47688).
 
     Args:
-        logits: ``(batch, num_labels)``.
-        labels: ``(batch,)``.
+        logits: ``(batch, num_labels)``, or ``(batch, tokens, vocabulary)`` of a causal language model.
+        labels: ``(batch,)``, or ``(batch, tokens)``, -100 where nothing is learned; token t is predicted at t - 1.
     """
+    if logits.dim() == 3:
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     if labels.is_floating_point():
         return F.mse_loss(logits.float().squeeze(-1), labels, reduction="sum")
     return F.cross_entropy(logits.float(), labels, reduction="sum")
@@ -51,6 +54,25 @@ def evaluate(model: nn.Module, split: Split, task: Task, batch_size: int, device
     if task.metric == "accuracy" and task.num_labels == 2:
         result["f1"] = metrics.compute("f1", found, expected)
     return result
+
+
+@torch.no_grad()
+def evaluate_causal(model: nn.Module, split: Examples, batch_size: int, device: torch.device) -> dict[str, float]:
+    """Mean cross entropy of a causal language model over the predicted tokens of a split, in nats.
+
+    Returns:
+        ``loss``.
+    """
+    training = model.training
+    model.eval()
+    total = 0.0
+    for start in range(0, len(split), batch_size):
+        rows = list(range(start, min(start + batch_size, len(split))))
+        batch = {name: tensor.to(device) for name, tensor in split.batch(rows).items()}
+        labels = batch.pop("labels")
+        total += float(summed_loss(model(**batch).logits, labels))
+    model.train(training)
+    return {"loss": total / split.targets(range(len(split)))}
 
 
 def _by_length(split: Split, batch_size: int) -> Iterator[list[int]]:

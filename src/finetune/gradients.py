@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from finetune.data.glue import Split
+from finetune.data.examples import Examples
 from finetune.evaluation import summed_loss
 from finetune.methods.base import Targets
-from sparsegrad import Basis, GradientMoments, hosvd, hosvd_tensorly
+from sparsegrad import Basis, GradientMoments, Target, hosvd, hosvd_tensorly
 
 BACKENDS = ("moments", "tensorly")
 
@@ -55,14 +56,35 @@ class Collected:
 
     def bases(self) -> dict[str, Basis]:
         """HOSVD bases by layer kind, float64."""
+        return {kind: self.basis(kind) for kind in self.moments}
+
+    def basis(self, kind: str) -> Basis:
+        """HOSVD basis of one layer kind, float64, on the moments' device."""
         if self.stacks:
-            return {kind: hosvd_tensorly(torch.stack(stack)) for kind, stack in self.stacks.items()}
-        return {kind: hosvd(moments) for kind, moments in self.moments.items()}
+            return hosvd_tensorly(torch.stack(self.stacks[kind]))
+        return hosvd(self.moments[kind])
+
+    def share_input(self, kinds: Sequence[str]) -> None:
+        """Give layer kinds that read the same input (LLaMa's gate and up) one U: that of their joint gradients.
+
+        The HOSVD of all their gradients stacked along the output has this input factor.
+
+        Raises:
+            ValueError: if a kind was not collected, or the moments were not (``hosvd=tensorly``).
+        """
+        missing = [kind for kind in kinds if kind not in self.moments]
+        if missing or self.stacks:
+            raise ValueError(
+                f"kinds {list(kinds)} can't share an input basis: missing {missing}, hosvd must be moments."
+            )
+        right = sum(self.moments[kind].right for kind in kinds)
+        for kind in kinds:
+            self.moments[kind].right = right
 
 
 def collect(
     model: nn.Module,
-    split: Split,
+    split: Examples,
     targets: Targets,
     options: PreliminaryOptions,
     *,
@@ -74,7 +96,7 @@ def collect(
     """Collect one gradient a batch and target matrix.
 
     Args:
-        model: plain; it is not changed (a copy is used) unless ``keep_weights``.
+        model: plain; it is not changed (a copy steps, where ``options.update``) unless ``keep_weights``.
         split: training rows; batches are drawn as in training, from the seed.
         targets: the matrices; only they are differentiated, unless ``options.update``.
         seed: of data order and dropout.
@@ -84,33 +106,27 @@ def collect(
     Raises:
         ValueError: if a gradient is not finite, or a target is missing.
     """
-    model = (model if keep_weights else copy.deepcopy(model)).to(device).train()
-    found = targets.find(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(options.update)
-    for target in found:
-        target.module.weight.requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.0, fused=True)
-    collected = Collected({}, {}, {})
+    model = copy.deepcopy(model) if options.update and not keep_weights else model
+    model = model.to(device)
+    found, collected, losses = targets.find(model), Collected({}, {}, {}), []
     torch.manual_seed(seed)
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-    losses = []
-    for step in tqdm(range(options.steps), desc="gradients", disable=not progress_bar, leave=False):
-        start = step * options.batch_size % len(split)
-        rows = order.roll(-start)[: options.batch_size].tolist()
-        batch = {name: tensor.to(device) for name, tensor in split.batch(rows).items()}
-        labels = batch.pop("labels")
-        loss = summed_loss(model(**batch).logits, labels) / len(rows)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise ValueError(f"loss is {value} at preliminary step {step + 1}: check the checkpoint and data.")
-        losses.append(value)
-        loss.backward()
-        for target in found:
-            _keep(collected, target.kind, target.module.weight.grad, options.backend)
-        if options.update:
-            optimizer.step()
-        optimizer.zero_grad()
+    with _keeping_gradients(model, found, collected, options):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.0, fused=True)
+        for step in tqdm(range(options.steps), desc="gradients", disable=not progress_bar, leave=False):
+            start = step * options.batch_size % len(split)
+            rows = order.roll(-start)[: options.batch_size].tolist()
+            batch = {name: tensor.to(device) for name, tensor in split.batch(rows).items()}
+            labels = batch.pop("labels")
+            loss = summed_loss(model(**batch).logits, labels) / max(1, split.targets(rows))
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise ValueError(f"loss is {value} at preliminary step {step + 1}: check the checkpoint and data.")
+            losses.append(value)
+            loss.backward()  # every target's hook adds its gradient to the moments
+            if options.update:
+                optimizer.step()
+            optimizer.zero_grad()
     collected.facts = {
         "gradients": {kind: moments.count for kind, moments in collected.moments.items()},
         "loss_first": losses[0],
@@ -120,12 +136,42 @@ def collect(
     return collected
 
 
-def _keep(collected: Collected, kind: str, gradient: Tensor, backend: str) -> None:
-    if kind not in collected.moments:
-        collected.moments[kind] = GradientMoments(*gradient.shape, device=gradient.device)
-    collected.moments[kind].update(gradient)
-    if backend == "tensorly":
-        collected.stacks.setdefault(kind, []).append(gradient.detach().cpu().clone())
+@contextmanager
+def _keeping_gradients(
+    model: nn.Module, found: Sequence[Target], collected: Collected, options: PreliminaryOptions
+) -> Iterator[None]:
+    """Differentiate the targets (and the rest where an optimizer steps), and take each gradient as it comes.
+
+    A gradient that no optimizer needs is freed at once, so that one is held at a time: LLaMa-2's are 180 MB each.
+    """
+
+    def hook(kind: str) -> Callable[[Tensor], None]:
+        def keep(weight: Tensor) -> None:
+            if kind not in collected.moments:
+                collected.moments[kind] = GradientMoments(*weight.shape, device=weight.device)
+            collected.moments[kind].update(weight.grad)
+            if options.backend == "tensorly":
+                collected.stacks.setdefault(kind, []).append(weight.grad.detach().cpu().clone())
+            if not options.update:
+                weight.grad = None
+
+        return keep
+
+    training, flags = model.training, {p: p.requires_grad for p in model.parameters()}
+    for parameter in flags:
+        parameter.requires_grad_(options.update)
+    for target in found:
+        target.module.weight.requires_grad_(True)
+    hooks = [t.module.weight.register_post_accumulate_grad_hook(hook(t.kind)) for t in found]
+    try:
+        model.train()
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        model.train(training)
 
 
 def pack(collected: Collected) -> dict[str, Tensor]:

@@ -46,6 +46,17 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 }
 
 
+LOWER_IS_BETTER = frozenset({"loss"})
+"""Scores of which the lowest is the best; ``loss`` is the score of a language model."""
+
+
+def improves(name: str, score: float, best: float | None) -> bool:
+    """Whether a score beats the best one so far (None: there is none)."""
+    if best is None:
+        return True
+    return score < best if name in LOWER_IS_BETTER else score > best
+
+
 def compute(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
     """A metric by name.
 

@@ -22,8 +22,9 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from finetune import checkpoint, memory
-from finetune.data.glue import Split
+from finetune.data.examples import Examples
 from finetune.evaluation import summed_loss
+from finetune.metrics import improves
 from finetune.tracking import Tracker
 from sparsegrad import NonFiniteGradient, clip_grad_norm_
 
@@ -145,7 +146,7 @@ def learning_rate_factor(schedule: str, step: int, warmup: int, total: int) -> f
 def train(
     model: nn.Module,
     optimizer: Optimizer,
-    split: Split,
+    split: Examples,
     evaluate: Callable[[nn.Module], dict[str, float]],
     metric: str,
     options: TrainingOptions,
@@ -165,7 +166,7 @@ def train(
         optimizer: the method's.
         split: training rows.
         evaluate: gives loss and metrics of a model.
-        metric: which of them is the score; higher is better.
+        metric: which of them is the score (:func:`finetune.metrics.improves`).
         checkpoints: folder for checkpoints of this run alone; None writes none. Of several processes the first writes,
             all read (their random generators are the first's then: with dropout, exact on one process only).
         digest: hash of the configuration; a checkpoint of another one is refused.
@@ -227,14 +228,19 @@ class _Loop:
     """One optimizer step: micro-batches, sum over processes, clipping, schedule."""
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, split: Split, options: TrainingOptions, accelerator: Accelerator
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        split: Examples,
+        options: TrainingOptions,
+        accelerator: Accelerator,
     ) -> None:
         self.model, self.wrapped = model, accelerator.prepare_model(model)
         self.optimizer, self.split, self.options, self.accelerator = optimizer, split, options, accelerator
         self._epoch, self._order = -1, torch.empty(0)
 
     def step(self, step: int, total: int, notes: dict[str, int | None]) -> tuple[Tensor, float]:
-        """Do step number ``step`` (from 0); returns the batch's mean loss and the seconds it took."""
+        """Do step number ``step`` (from 0); returns the mean loss over its predictions and the seconds it took."""
         options, device = self.options, self.accelerator.device
         started = self._clock(device)
         factor = learning_rate_factor(options.schedule, step, options.warmup_steps, total)
@@ -243,7 +249,7 @@ class _Loop:
         rows = self._rows(step)
         mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         # A process without rows of a short last batch computes one, with weight 0: data parallelism waits for it.
-        scale = self.accelerator.num_processes / len(rows) if mine else 0.0
+        scale = self.accelerator.num_processes / max(1, self.split.targets(rows)) if mine else 0.0
         mine = mine or rows[:1]
         size = math.ceil(len(mine) / options.accumulation_steps)
         first = "saved_activations" not in notes
@@ -310,7 +316,7 @@ def _note_evaluation(
     """Add an evaluation; returns the best weights so far, and sets ``stopped`` when patience is at an end."""
     score = result[metric]
     progress.evaluations.append({"step": progress.step, **result})
-    if progress.score is None or score > progress.score:
+    if improves(metric, score, progress.score):
         progress.score, progress.best_step, progress.stale = score, progress.step, 0
         return checkpoint.snapshot(model)
     progress.stale += 1

@@ -338,7 +338,7 @@ def test_sparsegrad_without_bases(config):
 
 
 def test_unknown_scope_names_the_allowed(method_name, classifier, build):
-    with pytest.raises(ValueError, match=r"protocol.train='head'; allowed: all, mlp\."):
+    with pytest.raises(ValueError, match=r"protocol.train='head'; allowed: all, mlp, targets\."):
         build(method_name, "protocol.train=head").prepare(classifier())
 
 

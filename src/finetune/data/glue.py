@@ -83,6 +83,10 @@ class Split:
         """Tokens of the longest row that a batch can hold."""
         return self.length or max(len(row) for row in self.input_ids)
 
+    def targets(self, indices: Sequence[int]) -> int:
+        """Predictions in these rows: one each."""
+        return len(indices)
+
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Padded tensors ``(batch, tokens)`` and labels ``(batch,)`` of the examples."""
         length = self.length or max(len(self.input_ids[i]) for i in indices)

@@ -16,7 +16,17 @@ from finetune.methods.meprop import MeProp
 from finetune.methods.sparsegrad import SparseGrad
 from sparsegrad import Basis
 
-__all__ = ["METHODS", "FullFineTuning", "LoRA", "MeProp", "Method", "SparseGrad", "Targets", "build_method"]
+__all__ = [
+    "METHODS",
+    "FullFineTuning",
+    "LoRA",
+    "MeProp",
+    "Method",
+    "SparseGrad",
+    "Targets",
+    "build_method",
+    "build_targets",
+]
 
 METHODS = ("full", "lora", "meprop", "sparsegrad")
 
@@ -42,18 +52,13 @@ def build_method(
     name = method["name"]
     if name not in METHODS:
         raise ValueError(f"method={name!r}; allowed: {', '.join(METHODS)}.")
-    targets = Targets(
-        target_modules=dict(model["target_modules"]),
-        layers_to_transform=model["layers_to_transform"],
-        scope=protocol["train"],
-        frozen=tuple(protocol["frozen"].get(name, ())),
-    )
+    targets = build_targets(name, model, protocol)
     k, density = model["k"], protocol["density"]
     if name == "full":
         return FullFineTuning(targets)
     if name == "lora":
         rank, alpha = model["lora_rank"], lora_alpha(protocol["lora_scale"], model["lora_rank"])
-        return LoRA(targets, rank=rank, alpha=alpha, dropout=method["dropout"])
+        return LoRA(targets, rank=rank, alpha=alpha, dropout=protocol.get("lora_dropout", method["dropout"]))
     if name == "meprop":
         return MeProp(targets, k=k, density=density, optimizer_rule=protocol["meprop_optimizer"])
     if bases is None:
@@ -67,6 +72,33 @@ def build_method(
         form=method["form"],
         matmul=method["matmul"],
         select_in="backward" if one_backward_a_step else "step",
+    )
+
+
+def build_targets(method: str, model: Mapping[str, Any], protocol: Mapping[str, Any]) -> Targets:
+    """The matrices that a method treats, by the model's patterns and the protocol's choices.
+
+    A decoder's protocol may name, by method: ``gate`` (methods that treat ``gate_proj`` like up and down), ``also_train``
+    (methods that train it as a whole beside them: D17, D19), ``every_block`` (methods that treat all blocks: D18).
+
+    Raises:
+        ValueError: if a choice needs a pattern that the model has not.
+    """
+    modules, layers, also = dict(model["target_modules"]), model["layers_to_transform"], {}
+    gate = {"gate": model.get("optional_modules", {}).get("gate")}
+    gated, whole = (method in protocol.get(key, ()) for key in ("gate", "also_train"))
+    if (gated or whole) and gate["gate"] is None:
+        raise ValueError(f"protocol asks for gate_proj in method={method}; model {model['name']} names no such module.")
+    if gated:
+        modules |= gate
+    elif whole:
+        also = gate
+    return Targets(
+        target_modules=modules,
+        layers_to_transform=None if method in protocol.get("every_block", ()) else layers,
+        scope=protocol["train"],
+        frozen=tuple(protocol["frozen"].get(method, ())),
+        also_train=also,
     )
 
 

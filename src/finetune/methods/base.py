@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import nn
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from sparsegrad import Target, entries_for_density, find_targets
 from sparsegrad.select import check_k
 
-SCOPES = ("all", "mlp")
+SCOPES = ("all", "mlp", "targets")
 
 
 class Method(Protocol):
@@ -41,15 +41,19 @@ class Targets:
     Attributes:
         target_modules: layer kind to regular expression (see :func:`sparsegrad.find_targets`).
         layers_to_transform: block indices, or None for all.
-        scope: ``all`` trains everything else too, as the paper does (D-section 2: LoRA leaves only the wrapped weights
-            frozen); ``mlp`` trains the target layers and the classification head alone.
+        scope: ``all`` trains everything else too, as the paper does for GLUE (D-section 2: LoRA leaves only the wrapped
+            weights frozen); ``mlp`` trains the target layers and the classification head alone; ``targets`` trains the
+            target layers and nothing else, as the paper does for LLaMa-2.
         frozen: regular expressions searched in parameter names; what they find is not trained.
+        also_train: layer kind to regular expression, as ``target_modules``: layers of the same blocks that train as a
+            whole whatever the method (D17, D19: gate_proj).
     """
 
     target_modules: Mapping[str, str]
     layers_to_transform: Sequence[int] | None = None
     scope: str = "all"
     frozen: tuple[str, ...] = ()
+    also_train: Mapping[str, str] = field(default_factory=dict)
 
     def find(self, model: nn.Module) -> list[Target]:
         """The target layers of a model; ValueError if a pattern matches nothing."""
@@ -65,9 +69,10 @@ class Targets:
             raise ValueError(f"protocol.train={self.scope!r}; allowed: {', '.join(SCOPES)}.")
         targets = self.find(model)
         prefix = f"{model.base_model_prefix}."
-        inside = tuple(f"{target.name}." for target in targets)
+        others = find_targets(model, self.also_train, self.layers_to_transform) if self.also_train else []
+        inside = tuple(f"{target.name}." for target in (*targets, *others))
         for name, parameter in model.named_parameters():
-            head = not name.startswith(prefix)
+            head = self.scope == "mlp" and not name.startswith(prefix)
             parameter.requires_grad_(self.scope == "all" or head or name.startswith(inside))
         for pattern in self.frozen:
             found = [p for n, p in model.named_parameters() if re.search(pattern, n)]
