@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune import fetching
+from finetune.github import GitHub
 from finetune.hub import FetchError, Hub
 
 log = logging.getLogger("fetch")
@@ -32,12 +33,16 @@ def read(path: Path) -> Mapping[str, Any]:
     return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
 
 
-def wanted(experiment: Mapping[str, Any]) -> list[fetching.Source]:
-    """The hub folders behind the names in an experiment file (`data`: one name or a list)."""
-    data = experiment.get("data") or []
-    names = {"model": experiment.get("models") or [], "data": [data] if isinstance(data, str) else data}
-    found = {kind: {name: read(CONF / kind / f"{name}.yaml") for name in names[kind]} for kind in names}
-    return fetching.sources(experiment, found["model"], found["data"])
+def wanted(experiment: Mapping[str, Any]) -> list[fetching.Source | fetching.GitHubSource]:
+    """The folders behind the names in an experiment file (`data`, `chat` and `questions`: one name or a list)."""
+    groups = {"model": ("models", "llama_models"), "data": ("data",), "chat": ("chat",), "questions": ("questions",)}
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for group, keys in groups.items():
+        given = [experiment.get(key) or [] for key in keys]
+        names = [name for names in given for name in ([names] if isinstance(names, str) else names)]
+        found[group] = {name: read(CONF / group / f"{name}.yaml") for name in names}
+    data = {(group, name): config for group in ("data", "chat") for name, config in found[group].items()}
+    return fetching.sources(experiment, found["model"], data, found["questions"])
 
 
 def run(cfg: DictConfig) -> list[str]:
@@ -49,15 +54,16 @@ def run(cfg: DictConfig) -> list[str]:
         log.info("nothing to fetch: the pipeline makes every model and dataset of %s itself", cfg.experiment)
         return []
     hub = Hub(os.environ.get("HF_ENDPOINT") or None, os.environ.get("HF_TOKEN"))
+    servers = fetching.Servers(hub, GitHub(os.environ.get("GITHUB_RAW_ENDPOINT") or None))
     if cfg.verify:
         items = [fetching.Item(source, root / source.folder, complete=True) for source in sources]
     else:
-        items = fetching.plan(sources, root, hub)
+        items = fetching.plan(sources, root, servers)
         for item in items:
             log.log(logging.ERROR if item.error else logging.INFO, "%s", item)
         log.info("to download: %s, into %s", fetching.human(sum(item.missing for item in items)), root)
         fetching.check_room(items, root)
-    errors = [item.error for item in items if item.error] if cfg.dry_run else fetching.fetch(items, hub)
+    errors = [item.error for item in items if item.error] if cfg.dry_run else fetching.fetch(items, servers)
     if not cfg.dry_run:
         log.info("%d of %d folders are complete under %s", len(items) - len(errors), len(items), root)
     return errors

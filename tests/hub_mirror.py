@@ -1,7 +1,8 @@
 """A hub on 127.0.0.1 that speaks as much of huggingface.co's protocol as fetching needs, and can misbehave on demand.
 
 Like the real one it keeps parquet and safetensors files in "LFS": those are listed with a sha256 and served by a
-redirect to another origin, the rest is listed with a git blob id and served in place.
+redirect to another origin, the rest is listed with a git blob id and served in place. Below `/raw` it serves files as
+raw.githubusercontent.com does.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 ROUTES = (
     ("info", re.compile(r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)/revision/(?P<revision>\w+)")),
     ("resolve", re.compile(r"(/(?P<kind>datasets))?/(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>\w+)/(?P<path>.+)")),
+    ("raw", re.compile(r"/(?P<kind>raw)/(?P<name>[^/]+/[^/]+)/(?P<revision>[\w.-]+)/(?P<path>.+)")),
     ("cdn", re.compile(r"/cdn/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)/(?P<path>.+)")),
 )
 
@@ -34,7 +36,8 @@ class Repo:
     """A repository at one commit.
 
     `tampered` is served in place of what is listed, `listing` overrides fields of the listing, and `cuts` ends the
-    connection after so many bytes, once per entry: `(bytes, how)`, how being "close", "reset" or "stall".
+    connection after so many bytes, once per entry: `(bytes, how)`, how being "close", "reset" or "stall". A repository
+    that is not `resumable` sends whole files only.
     """
 
     revision: str
@@ -43,10 +46,14 @@ class Repo:
     tampered: dict[str, bytes] = field(default_factory=dict)
     listing: dict[str, dict] = field(default_factory=dict)
     cuts: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+    resumable: bool = True
 
 
 class HubMirror(ThreadingHTTPServer):
-    """Serves `repos`, `("models" | "datasets", "owner/name") -> Repo`; `bodies` logs `(path, first byte, sent)`."""
+    """Serves `repos`, `(kind, "owner/name") -> Repo`; `bodies` logs `(path, first byte, sent)`.
+
+    A kind is "models" or "datasets" of the hub, or "raw".
+    """
 
     daemon_threads = True
 
@@ -59,6 +66,7 @@ class HubMirror(ThreadingHTTPServer):
         self.faults: list[BaseException] = []
         self.released = threading.Event()
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
+        self.raw_endpoint = f"{self.endpoint}/raw"
 
     def __enter__(self):
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02})
@@ -127,6 +135,13 @@ class Handler(BaseHTTPRequestHandler):
         place = f"http://localhost:{self.server.server_port}/cdn/{kind or 'models'}/{keys['name']}/{path}"
         self.reply(302, {**commit, **linked, "Location": place})
 
+    def raw(self, repo: Repo, path: str, **keys):
+        if "Authorization" in self.headers:
+            self.server.leaked_tokens.append(self.headers["Authorization"])
+        if path not in repo.files:
+            return self.reply(404)
+        self.body(repo, path, {})
+
     def cdn(self, repo: Repo, path: str, **keys):
         if "Authorization" in self.headers:
             self.server.leaked_tokens.append(self.headers["Authorization"])
@@ -135,6 +150,7 @@ class Handler(BaseHTTPRequestHandler):
     def body(self, repo: Repo, path: str, headers: dict[str, str]):
         content = repo.tampered.get(path, repo.files[path])
         start = int(m[1]) if (m := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")) else 0
+        start = start if repo.resumable else 0
         if start:
             headers = {**headers, "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
         limit, how = repo.cuts[path].pop(0) if self.command == "GET" and repo.cuts.get(path) else (None, "")

@@ -1,7 +1,7 @@
 """Models and datasets from their public source into one folder tree, every file verified.
 
-`sources` turns an experiment's names into hub folders, `plan` says what each consists of, `fetch` gets what is
-missing, `verify` re-checks without a network. The tree has the hub's own layout:
+`sources` turns an experiment's names into folders of a hub or of GitHub, `plan` says what each consists of, `fetch`
+gets what is missing, `verify` re-checks without a network. The tree has the hub's own layout:
 
     <root>/models/bert-base-uncased/model.safetensors        <root>/glue/cola/train-00000-of-00001.parquet
 
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.github import GitHub, GitHubSource
 from finetune.hub import FetchError, Hub, HubFile, Source, size_of
 
 log = logging.getLogger(__name__)
@@ -29,10 +30,29 @@ SUMS = "SHA256SUMS"
 
 
 @dataclass(frozen=True)
+class Servers:
+    """Both servers behind one interface: a source is asked of the server that has it."""
+
+    hub: Hub
+    github: GitHub
+
+    def files(self, source: Source | GitHubSource) -> tuple[HubFile, ...]:
+        """The files of a source; see the server's own method."""
+        return self._of(source).files(source)
+
+    def download(self, source: Source | GitHubSource, file: HubFile, partial: Path) -> None:
+        """Downloads what `partial` does not hold yet; see the server's own method."""
+        self._of(source).download(source, file, partial)
+
+    def _of(self, source: Source | GitHubSource) -> Any:
+        return self.github if isinstance(source, GitHubSource) else self.hub
+
+
+@dataclass(frozen=True)
 class Item:
     """One line of the plan: a source, its folder on disk, its files, and why it can't be fetched (or None)."""
 
-    source: Source
+    source: Source | GitHubSource
     folder: Path
     files: tuple[HubFile, ...] = ()
     complete: bool = False
@@ -52,20 +72,26 @@ class Item:
         return f"{self.source.folder}: {self.source}, {len(self.files)} files, {human(size)}: {state}"
 
 
-def sources(experiment: Mapping[str, Any], models: Mapping[str, Mapping], data: Mapping[str, Mapping]) -> list[Source]:
-    """The hub folders that an experiment needs.
+def sources(
+    experiment: Mapping[str, Any],
+    models: Mapping[str, Mapping],
+    data: Mapping[str, Mapping],
+    questions: Mapping[str, Mapping] | None = None,
+) -> list[Source | GitHubSource]:
+    """The folders that an experiment needs.
 
     Args:
-        experiment: `models` and `tasks`, lists of names.
+        experiment: `models`, `llama_models` and `tasks`, lists of names.
         models: Name -> content of conf/model/<name>.yaml. Without a checkpoint on a hub there is nothing to fetch.
-        data: Name -> content of conf/data/<name>.yaml. Without a `source` there is nothing to fetch; with `tasks`
-            each of the experiment's tasks is one folder, otherwise `files` gives the patterns.
+        data: Name -> content of conf/data/<name>.yaml or conf/chat/<name>.yaml. Without a `source` there is nothing to
+            fetch; with `tasks` each of the experiment's tasks is one folder, otherwise `files` gives the patterns.
+        questions: Name -> content of conf/questions/<name>.yaml, whose `sources` are single files of GitHub.
 
     Raises:
-        ValueError: An unknown task, an unpinned revision, or two sources for one folder.
+        ValueError: An unknown task, an unpinned revision or file, or two sources for one folder.
     """
-    found = []
-    for name in experiment.get("models") or []:
+    found: list[Source | GitHubSource] = []
+    for name in [*(experiment.get("models") or []), *(experiment.get("llama_models") or [])]:
         model = models[name]
         if model.get("checkpoint") and not Path(model["checkpoint"]).is_dir():
             sums, files = dict(model.get("checksums") or {}), tuple(model["files"])
@@ -73,7 +99,10 @@ def sources(experiment: Mapping[str, Any], models: Mapping[str, Mapping], data: 
     for config in data.values():
         if config.get("source"):
             found += _dataset(config, experiment.get("tasks") or [])
-    by_folder: dict[str, Source] = {}
+    for config in (questions or {}).values():
+        if config.get("sources"):
+            found.append(GitHubSource.read(config["folder"], config["sources"]))
+    by_folder: dict[str, Source | GitHubSource] = {}
     for source in found:
         other = by_folder.setdefault(source.folder, source)
         if other != source:
@@ -96,8 +125,8 @@ def _dataset(config: Mapping[str, Any], tasks: Sequence[str]) -> list[Source]:
     return found
 
 
-def plan(wanted: Sequence[Source], root: Path, hub: Hub) -> list[Item]:
-    """What every source consists of and what is missing; asks the hub about incomplete folders only."""
+def plan(wanted: Sequence[Source | GitHubSource], root: Path, hub: Hub | Servers) -> list[Item]:
+    """What every source consists of and what is missing; asks the servers about incomplete folders only."""
     items = []
     for source in wanted:
         folder = Path(root) / source.folder
@@ -124,7 +153,7 @@ def check_room(items: Sequence[Item], root: Path) -> None:
         )
 
 
-def _kept(source: Source, folder: Path) -> tuple[HubFile, ...]:
+def _kept(source: Source | GitHubSource, folder: Path) -> tuple[HubFile, ...]:
     """The files of a folder that is complete; empty if it is not."""
     if not (folder / SUMS).is_file():
         return ()
@@ -137,7 +166,7 @@ def _kept(source: Source, folder: Path) -> tuple[HubFile, ...]:
     return tuple(HubFile(name, size_of(folder / name), sha) for name, sha in sums.items())
 
 
-def fetch(items: Sequence[Item], hub: Hub) -> list[str]:
+def fetch(items: Sequence[Item], hub: Hub | Servers) -> list[str]:
     """Downloads and verifies every item; one that fails does not stop the others.
 
     Returns:
@@ -158,7 +187,7 @@ def fetch(items: Sequence[Item], hub: Hub) -> list[str]:
     return errors
 
 
-def _complete(item: Item, hub: Hub) -> None:
+def _complete(item: Item, hub: Hub | Servers) -> None:
     _unfinish(item.folder)
     sums = {}
     missing = item.missing
@@ -175,7 +204,7 @@ def _complete(item: Item, hub: Hub) -> None:
     log.info("%s: %s downloaded, %d files verified", item.folder, human(missing), len(sums))
 
 
-def verify(source: Source, folder: Path) -> None:
+def verify(source: Source | GitHubSource, folder: Path) -> None:
     """Re-checks a complete folder against its SHA256SUMS and the pinned checksums; needs no network.
 
     Raises:
@@ -238,7 +267,7 @@ def _read_sums(folder: Path) -> tuple[str | None, dict[str, str]]:
     return label, sums
 
 
-def _write_sums(folder: Path, source: Source, sums: Mapping[str, str]) -> None:
+def _write_sums(folder: Path, source: Source | GitHubSource, sums: Mapping[str, str]) -> None:
     temporary = folder / f"{SUMS}.tmp"
     with temporary.open("w", encoding="utf-8") as handle:
         handle.write(f"# {source}\n" + "".join(f"{sha}  {name}\n" for name, sha in sums.items()))

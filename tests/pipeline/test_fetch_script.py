@@ -33,6 +33,26 @@ MODELS = {
     },
     "made": {"checkpoint": None, "revision": None, "folder": "models/made", "files": []},
 }
+QUESTIONS = b'{"question_id": 81}\n'
+CHAT = {
+    "conf/chat/oasst1.yaml": {
+        **{"name": "oasst1", "root": "data", "folder": "oasst1", "source": "acme/oasst1", "revision": COMMIT},
+        "files": ["data/train-*.parquet", "data/validation-*.parquet"],
+    },
+    "conf/questions/mt_bench.yaml": {
+        **{"name": "mt_bench", "root": "data", "folder": "mt_bench", "questions": "question.jsonl"},
+        "sources": [
+            {
+                **{"repo": "acme/FastChat", "revision": "v0.2.36", "path": "data/mt_bench/question.jsonl"},
+                **{"file": "question.jsonl", "sha256": hashlib.sha256(QUESTIONS).hexdigest()},
+            }
+        ],
+    },
+    "experiments/llama.yaml": {
+        **{"name": "llama", "models": [], "data": "generated", "tasks": []},
+        **{"llama_models": ["tiny", "made"], "chat": "oasst1", "questions": ["mt_bench"]},
+    },
+}
 GLUE = {"root": "${oc.env:SPARSEGRAD_DATA,data}", "folder": "glue", "source": "acme/glue", "revision": COMMIT}
 EXPERIMENTS = {
     "real": {"name": "real", "models": ["tiny"], "data": "glue", "tasks": ["cola"]},
@@ -46,6 +66,10 @@ def mirror():
         files = {"config.json": b"{}", "model.safetensors": WEIGHTS}
         server.repos["models", "acme/tiny"] = hub_mirror.Repo(COMMIT, files)
         server.repos["datasets", "acme/glue"] = hub_mirror.Repo(COMMIT, {"cola/train-0.parquet": b"PAR1"})
+        server.repos["datasets", "acme/oasst1"] = hub_mirror.Repo(
+            COMMIT, {"data/train-0.parquet": b"PAR1 t", "data/validation-0.parquet": b"PAR1 v", "more.jsonl.gz": b""}
+        )
+        server.repos["raw", "acme/FastChat"] = hub_mirror.Repo("v0.2.36", {"data/mt_bench/question.jsonl": QUESTIONS})
         yield server
 
 
@@ -65,8 +89,13 @@ def project(tmp_path):
 
 
 def command(project, mirror, *overrides, **environment):
-    clean = {k: v for k, v in os.environ.items() if not re.match("HF_|HUGGING|TRANSFORMERS_|SPARSEGRAD_|HYDRA_", k)}
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if not re.match("HF_|HUGGING|TRANSFORMERS_|SPARSEGRAD_|HYDRA_|GITHUB_RAW_", k)
+    }
     ours = {"PYTHONPATH": str(ROOT / "src"), "HF_ENDPOINT": mirror.endpoint, "NO_PROXY": "127.0.0.1,localhost"}
+    ours["GITHUB_RAW_ENDPOINT"] = mirror.raw_endpoint
     ours["HF_HOME"] = str(project / "outputs/huggingface")
     args = [sys.executable, "-W", "error", "experiments/fetch.py", *overrides]
     return {"args": args, "cwd": project, "env": clean | ours | environment}
@@ -106,6 +135,36 @@ def test_dry_run_then_fetch_then_verify(project, mirror):
     bad = launch(project, mirror, "verify=true", HF_HUB_OFFLINE="1")
     assert bad.returncode == 1 and "config.json: expected" in bad.stdout and "1 of 2 folders are complete" in bad.stdout
     assert (project / "data/models/tiny/config.json.corrupt").read_text() == "[]" and mirror.requests == []
+
+
+def test_an_experiment_with_llama_cells(project, mirror):
+    for name, config in CHAT.items():
+        (project / name).parent.mkdir(exist_ok=True)
+        (project / name).write_text(yaml.safe_dump(config))
+    dry = launch(project, mirror, "dry_run=true", experiment="llama")
+    assert dry.returncode == 0, dry.stdout + dry.stderr
+    assert "mt_bench: acme/FastChat@v0.2.36, 1 files, 20 B: 20 B to download" in dry.stdout
+    assert mirror.bodies == [] and not (project / "data").exists()
+    done = launch(project, mirror, experiment="llama")
+    assert done.returncode == 0 and "3 of 3 folders are complete under data" in done.stdout, done.stdout + done.stderr
+    found = sorted(str(p.relative_to(project / "data")) for p in (project / "data").rglob("*") if p.is_file())
+    assert found == [
+        "models/tiny/SHA256SUMS",
+        "models/tiny/config.json",
+        "models/tiny/model.safetensors",
+        "mt_bench/SHA256SUMS",
+        "mt_bench/question.jsonl",
+        "oasst1/SHA256SUMS",
+        "oasst1/data/train-0.parquet",
+        "oasst1/data/validation-0.parquet",
+    ]
+    mirror.requests.clear()
+    (project / "data/mt_bench/question.jsonl").write_bytes(b"{}")
+    bad = launch(project, mirror, "verify=true", experiment="llama")
+    assert bad.returncode == 1 and "question.jsonl: expected" in bad.stdout and mirror.requests == []
+    mirror.repos["raw", "acme/FastChat"].files.clear()
+    gone = launch(project, mirror, experiment="llama")
+    assert gone.returncode == 1 and "there is no " in gone.stdout and "Traceback" not in gone.stdout + gone.stderr
 
 
 def test_resumes_after_a_kill(project, mirror):
