@@ -71,28 +71,57 @@ def load_classifier(model: Mapping[str, Any], root: str | Path, num_labels: int,
     Raises:
         ValueError: if the checkpoint can't be found or read.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
+
+    return _load(AutoModelForSequenceClassification, model, root, seed, num_labels=num_labels)
+
+
+def load_causal(model: Mapping[str, Any], root: str | Path, seed: int) -> nn.Module:
+    """A causal language model in float32, on the CPU.
+
+    Args:
+        model: the ``model`` group.
+        root: ``chat.root``.
+        seed: of the weights, with ``random_weights``.
+
+    Raises:
+        ValueError: if the checkpoint can't be found or read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, model, root, seed)
+
+
+def _load(kind: Any, model: Mapping[str, Any], root: str | Path, seed: int, **changes: Any) -> nn.Module:
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     torch.manual_seed(seed)
     if model["random_weights"]:
-        config = AutoConfig.for_model(**dict(model["architecture"]), num_labels=num_labels)
-        return AutoModelForSequenceClassification.from_config(config)
+        return kind.from_config(AutoConfig.for_model(**dict(model["architecture"]), **changes))
     source, arguments = resolve(model, root)
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # that the head is new is what fine-tuning means, not a warning
+    logging.set_verbosity_error()  # that a head is new is what fine-tuning means, not a warning
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=num_labels, dtype=torch.float32, **arguments
-        )
+        return kind.from_pretrained(source, dtype=torch.float32, **changes, **arguments)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"no model at {source}: {_first_line(error)} {_HINT}") from None
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store the parameters that are not trained in another precision; the trained ones keep theirs, float32.
+
+    In bfloat16 a step below about 1e-3 of a weight would vanish, so only what never steps may be stored in it.
+    """
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def positions(model: nn.Module) -> int | None:

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune import records
-from finetune.data.glue import Split, Task
+from finetune.data.examples import Examples
 from finetune.training import Progress, TrainingOptions, median_step_seconds, planned_steps
 
 
 def header(
     config: Mapping[str, Any],
     fingerprint: str,
-    facts: Task,
-    splits: Mapping[str, Split],
+    splits: Mapping[str, Examples],
+    score_split: str,
     task: str,
     seed: int,
     hyperparameters: Mapping[str, Any],
@@ -51,7 +51,7 @@ def header(
             "task": task,
             "sha256": {role: split.sha256 for role, split in splits.items()},
             "rows": {role: len(split) for role, split in splits.items()},
-            "score_split": facts.validation,
+            "score_split": score_split,
         },
         "config": {key: config[key] for key in ("model", "method", "protocol", "scale")},
         "provenance": records.provenance(),
@@ -60,23 +60,22 @@ def header(
 
 def treatment(options: TrainingOptions, config: Mapping[str, Any], matrices: int) -> dict[str, Any]:
     """What all methods must share, printed in the record."""
-    search = config["scale"]["search"]
     return {
         "padding": config["protocol"]["padding"],
         "precision": options.precision,
         "optimizer": "AdamW",
         "target_matrices": matrices,
         "train": config["protocol"]["train"],
-        "search_trials": search["trials"],
+        "search_trials": config["scale"]["search"]["trials"],
         "max_steps": options.max_steps,
         "evaluation_steps": options.evaluation_steps,
     }
 
 
-def outcome(progress: Progress, facts: Task, options: TrainingOptions, examples: int) -> dict[str, Any]:
+def outcome(progress: Progress, metric: str, options: TrainingOptions, examples: int) -> dict[str, Any]:
     """Score, steps, times, memory and evaluations of a finished run."""
     return {
-        "metric": facts.metric,
+        "metric": metric,
         "score": progress.score,
         "training": {
             "steps": progress.step,

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
-from finetune import checkpoint, memory, models, record_content, records
+from finetune import memory, models, record_content, records
 from finetune.data.glue import Split, Task, load_task
 from finetune.evaluation import evaluate
+from finetune.execution import check_length, count_parameters, execute, read_bases
 from finetune.gradients import Collected, PreliminaryOptions, collect
 from finetune.methods import Method, Targets, build_method
-from finetune.tracking import Tracker
-from finetune.training import (
-    Ended,
-    NonFiniteLoss,
-    TrainingOptions,
-    make_accelerator,
-    planned_steps,
-    train,
-)
-from sparsegrad import Basis, load_bases
-
-log = logging.getLogger(__name__)
+from finetune.training import TrainingOptions, make_accelerator, planned_steps
+from sparsegrad import Basis
 
 
 @dataclass
@@ -74,19 +63,9 @@ class Inputs:
         if task not in self._bases:
             path = Path(self.config["basis"])
             path = path / f"{task}.safetensors" if path.is_dir() else path
-            bases, facts = load_bases(path)
-            if facts.get("model_sha256") != self.fingerprint:
-                raise ValueError(
-                    f"{path} was made for checkpoint {facts.get('model_sha256')}, this run starts from "
-                    f"{self.fingerprint}: run the gradients and basis stages for model={self.config['model']['name']}."
-                )
-            for name, value in {"task": task, "preliminary": self.config["protocol"]["preliminary"]}.items():
-                if facts.get(name) != value:
-                    raise ValueError(
-                        f"{path} was made with {name}={facts.get(name)}, this run has {name}={value}: "
-                        "run the gradients and basis stages for this configuration."
-                    )
-            self._bases[task] = bases, facts
+            preliminary = dict(self.config["protocol"]["preliminary"])
+            expected = {"model_sha256": self.fingerprint, "task": task, "preliminary": preliminary}
+            self._bases[task] = read_bases(path, expected, self.config["model"]["name"])
         return self._bases[task]
 
 
@@ -192,67 +171,34 @@ def train_run(
     accelerator = make_accelerator(config["device"], options.precision)
     device = accelerator.device
     model = models.load_classifier(config["model"], config["data"]["root"], facts.num_labels, seed).to(device)
-    _check_length(model, splits.values())
+    check_length(model, splits.values())
     basis_facts: dict[str, Any] = {}
     method = _method(inputs, model, splits["train"], task, seed, options, accelerator, basis_facts)
     parameters = count_parameters(model, method)
     model = method.prepare(model)
     optimizer = method.optimizer(model, options.learning_rate, options.weight_decay)
     record = record_content.header(
-        inputs.config, inputs.fingerprint, facts, splits, task, seed, hyperparameters, kind, digest
+        config, inputs.fingerprint, splits, facts.validation, task, seed, hyperparameters, kind, digest
     ) | {
         "treatment": record_content.treatment(options, config, parameters["wrapped_layers"]),
         "parameters": parameters,
         "basis": basis_facts,
         "device": memory.device_name(device),
     }
-    folder = Path(config["checkpoints"]) / digest
-    label = f"{config['model']['name']} {config['method']['name']} {task} seed {seed}"
     torch.manual_seed(seed)
-    with _tracker(config, record, digest, label, accelerator.is_main_process) as tracker:
-        try:
-            progress = train(
-                model,
-                optimizer,
-                splits["train"],
-                lambda m: evaluate(m, splits["validation"], facts, options.evaluation_batch_size, device),
-                facts.metric,
-                options,
-                accelerator,
-                tracker=tracker,
-                checkpoints=folder,
-                digest=digest,
-                progress_bar=config["progress"],
-                label=label,
-                on_evaluation=on_evaluation,
-            )
-        except Ended:
-            _forget(accelerator, folder)
-            raise
-        except NonFiniteLoss as error:
-            _forget(accelerator, folder)
-            return record | {"status": "failed", "error": str(error), "score": None, "metric": facts.metric}
-        record |= record_content.outcome(progress, facts, options, len(splits["train"]))
-        tracker.summary({"score": record["score"], "steps": progress.step})
-    if save_model is not None and accelerator.is_main_process:
-        method.merge(model).save_pretrained(save_model)
-    _forget(accelerator, folder)
-    return record
-
-
-def _forget(accelerator: Accelerator, folder: Path) -> None:
-    """Delete a run's checkpoints; of several processes the one that writes them does."""
-    if accelerator.is_main_process:
-        checkpoint.remove_checkpoints(folder)
-
-
-def _check_length(model: nn.Module, splits: Iterable[Split]) -> None:
-    """Refuse inputs that the model has no positions for, before torch does in its own words."""
-    longest, limit = max(split.longest for split in splits), models.positions(model)
-    if limit is not None and longest > limit:
-        raise ValueError(
-            f"inputs of {longest} tokens; this model has {limit} positions: set protocol.max_length={limit} or less."
-        )
+    return execute(
+        config,
+        record,
+        model,
+        optimizer,
+        splits["train"],
+        lambda m: evaluate(m, splits["validation"], facts, options.evaluation_batch_size, device),
+        facts.metric,
+        options,
+        accelerator,
+        on_evaluation=on_evaluation,
+        on_finished=None if save_model is None else lambda m: method.merge(m).save_pretrained(save_model),
+    )
 
 
 def targets_of(config: Mapping[str, Any]) -> Targets:
@@ -270,27 +216,6 @@ def preliminary_options(config: Mapping[str, Any]) -> PreliminaryOptions:
         learning_rate=group["learning_rate"],
         backend=config["protocol"]["hosvd"],
     )
-
-
-def count_parameters(model: nn.Module, method: Method) -> dict[str, int | float]:
-    """Counts for the tables; a target matrix counts with the numbers that its method trains.
-
-    Args:
-        model: plain; its ``requires_grad`` flags are set as the method will have them.
-
-    Returns:
-        ``total`` (the plain model), ``trainable``, ``trainable_per_layer`` (mean over target matrices),
-        ``wrapped_layers``.
-    """
-    targets = method.targets.set_trainable(model)
-    entries = [method.entries(tuple(target.module.weight.shape)) for target in targets]
-    whole = sum(target.module.weight.numel() for target in targets)
-    return {
-        "total": sum(p.numel() for p in model.parameters()),
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad) - whole + sum(entries),
-        "trainable_per_layer": sum(entries) / len(entries),
-        "wrapped_layers": len(targets),
-    }
 
 
 def _method(
@@ -322,7 +247,7 @@ def _method(
 def collect_for_run(inputs: Inputs, model: nn.Module, split: Split, seed: int, device: torch.device) -> Collected:
     """Gradient collection inside a run (``protocol.preliminary.scope=run``, or no basis file given)."""
     config = inputs.config
-    _check_length(model, [split])
+    check_length(model, [split])
     return collect(
         model,
         split,
@@ -332,20 +257,4 @@ def collect_for_run(inputs: Inputs, model: nn.Module, split: Split, seed: int, d
         device=device,
         keep_weights=config["protocol"]["preliminary"]["keep_weights"],
         progress_bar=config["progress"],
-    )
-
-
-def _tracker(
-    config: Mapping[str, Any], record: Mapping[str, Any], digest: str, name: str, is_main_process: bool
-) -> Tracker:
-    wandb, run = config["wandb"], record["run"]
-    return Tracker(
-        wandb["mode"] if is_main_process else "disabled",
-        wandb["folder"],
-        project=wandb["project"],
-        run_id=digest,
-        group=f"{run['experiment']}/{run['model']}/{run['task']}",
-        job_type=run["kind"],
-        name=name,
-        config={key: record[key] for key in ("run", "hyperparameters", "config")},
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import cells, records, run
+from finetune import cells, execution, records, run
 from finetune.evaluation import evaluate
 from finetune.run import Inputs, identity, train_run
 from finetune.training import NonFiniteLoss, make_accelerator
@@ -54,14 +54,14 @@ def trained(monkeypatch):
 
 def diverge(monkeypatch, *seeds):
     """Let the runs of these seeds fail."""
-    train = run.train
+    train = execution.train
 
     def fail(*arguments, label="", **others):
         if any(label.endswith(f"seed {seed}") for seed in seeds):
             raise NonFiniteLoss("loss is nan at step 3; lower learning_rate=0.001 or check the data.")
         return train(*arguments, label=label, **others)
 
-    monkeypatch.setattr(run, "train", fail)
+    monkeypatch.setattr(execution, "train", fail)
 
 
 def without_times(record):

@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from finetune.evaluation import summed_loss
-from finetune.run import count_parameters
+from finetune.execution import count_parameters
 from sparsegrad import SparseGradLinear, top_k
 
 TARGETS = {f"bert.encoder.layer.{i}.{name}" for i in (0, 1) for name in ("intermediate.dense", "output.dense")}

@@ -78,8 +78,8 @@ def build_method(
 def build_targets(method: str, model: Mapping[str, Any], protocol: Mapping[str, Any]) -> Targets:
     """The matrices that a method treats, by the model's patterns and the protocol's choices.
 
-    A decoder's protocol may name, by method: ``gate`` (methods that treat ``gate_proj`` like up and down), ``also_train``
-    (methods that train it as a whole beside them: D17, D19), ``every_block`` (methods that treat all blocks: D18).
+    A decoder's protocol may list methods under ``gate`` (they treat ``gate_proj`` like up and down), ``also_train``
+    (they train it as a whole beside them: D17, D19) and ``every_block`` (they treat all blocks: D18).
 
     Raises:
         ValueError: if a choice needs a pattern that the model has not.
