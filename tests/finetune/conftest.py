@@ -85,6 +85,15 @@ def tokenizer(tiny_checkpoint):
     return AutoTokenizer.from_pretrained(tiny_checkpoint, local_files_only=True)
 
 
+@pytest.fixture(scope="session")
+def llama_tokenizer():
+    """A tokenizer of LLaMA's kind, of 400 tokens, made from a few words."""
+    from finetune.pretraining_causal import train_llama_tokenizer
+
+    words = "where is the cat in house and dog bird on road I think why how so [INST] [/INST] . ? < > / s U N K S Y"
+    return train_llama_tokenizer([words] * 4, 400, 256)
+
+
 @pytest.fixture
 def load(compose, tokenizer, glue_root):
     """``load("cola", root=..., padding="longest", max_length=32, limit=None)``: a task and its splits."""
