@@ -1,0 +1,315 @@
+"""A model's answers to MT-Bench questions, in FastChat's file format: batched, resumable, the same in any batch.
+
+What is answered, with which prompt, temperature and text handling follows FastChat's ``llm_judge/gen_model_answer.py``;
+that script itself knows CUDA only, answers one by one, and starts from the beginning after a kill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from finetune.data.chat import ChatTemplate, special_tokens
+from finetune.models import positions
+from finetune.mt_bench.generation import generate, row_generator, stop_ids
+from finetune.mt_bench.journal import Journal
+from finetune.mt_bench.questions import temperature
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How questions are answered.
+
+    Attributes:
+        max_new_tokens: of one turn; fewer where the model's window leaves less room. FastChat's default is 1024.
+        batch_size: questions at a time; changes no answer.
+        long_prompts: what becomes of a prompt that leaves fewer than ``reserve`` tokens of the model's window for the
+            answer: ``cut`` keeps its BOS and its last tokens, ``refuse`` gives an empty answer.
+        reserve: tokens of the window kept free for the answer.
+        seed: of sampling.
+
+    Raises:
+        ValueError: on a value out of range.
+    """
+
+    max_new_tokens: int = 1024
+    batch_size: int = 8
+    long_prompts: str = "cut"
+    reserve: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size", "reserve"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}; it must be a whole number of at least 1.")
+        if self.long_prompts not in ("cut", "refuse"):
+            raise ValueError(f"long_prompts={self.long_prompts!r}; allowed: cut, refuse.")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the model gets it.
+
+    Attributes:
+        input_ids: empty if refused.
+        limit: new tokens that the answer may have.
+        cut: whether tokens were taken out.
+        refused: whether it was too long to be answered.
+    """
+
+    input_ids: list[int]
+    limit: int
+    cut: bool = False
+    refused: bool = False
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One answer of a question."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    cut: bool
+    refused: bool
+
+
+def answer_questions(
+    model: nn.Module,
+    tokenizer: Any,
+    template: ChatTemplate,
+    questions: Sequence[Mapping[str, Any]],
+    journal_path: str | Path,
+    options: AnswerOptions,
+    *,
+    model_id: str,
+    digest: str,
+    device: torch.device | str,
+    progress_bar: bool,
+) -> dict[str, Any]:
+    """Answer the questions that a file has no answer to; each is on the disk as soon as its batch is done.
+
+    Args:
+        model: a causal language model; moved to the device.
+        tokenizer: the model's.
+        template: the chat template that the model was trained with.
+        questions: with ``question_id``, ``category`` and ``turns``.
+        journal_path: ``<model_id>.jsonl``, one answer a line; in the end sorted by question.
+        options: how.
+        model_id: FastChat's name of the model in the answers.
+        digest: identity of model, questions and options. Answers of another one are moved to ``earlier/``.
+        device: for the model.
+        progress_bar: whether a bar over the questions is shown.
+
+    Returns:
+        ``counts`` (questions; prompts cut and refused, of either turn), ``tokens`` (prompt, new), ``seconds``; all of
+        the whole file, whichever run wrote it.
+
+    Raises:
+        ValueError: if tokenizer and model do not fit, the window is too small, the model's outputs are NaN, memory or
+            the disk is exhausted; what is answered is kept.
+    """
+    _check_window(model, options)
+    set_aside(journal_path, digest)
+    journal = Journal(journal_path, key=lambda item: item["question_id"])
+    model = model.to(device).eval()
+    pending = [question for question in questions if question["question_id"] not in journal.items]
+    done = len(questions) - len(pending)
+    with tqdm(total=len(questions), initial=done, desc=model_id, disable=not progress_bar, leave=False) as bar:
+        for batch in _batches(pending, tokenizer, template, options.batch_size):
+            started = time.perf_counter()
+            answered = _answer_batch(model, tokenizer, template, batch, options)
+            seconds = (time.perf_counter() - started) / len(batch)
+            for question, turns in zip(batch, answered, strict=True):
+                journal.append(_line(question["question_id"], turns, model_id, digest, seconds))
+                bar.update()
+    answers = [journal.items[question["question_id"]] for question in questions]
+    journal.rewrite(sorted(answers, key=lambda item: item["question_id"]))
+    return summary(answers)
+
+
+def summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Counts, tokens and seconds of answer lines; see :func:`answer_questions`."""
+    return {
+        "counts": {
+            "questions": len(answers),
+            "cut": sum(sum(item["cut"]) for item in answers),
+            "refused": sum(sum(item["refused"]) for item in answers),
+        },
+        "tokens": {
+            "prompt": sum(sum(item["prompt_tokens"]) for item in answers),
+            "new": sum(sum(item["new_tokens"]) for item in answers),
+        },
+        "seconds": sum(item["seconds"] for item in answers),
+    }
+
+
+def set_aside(journal_path: str | Path, digest: str) -> None:
+    """Move answers of another configuration, and the record beside them, to ``earlier/``: kept, never mixed."""
+    path = Path(journal_path)
+    if not path.exists():
+        return
+    others = {item.get("config_hash") for item in Journal(path, key=lambda item: item["question_id"]).items.values()}
+    if others <= {digest}:
+        return
+    other = min(str(value) for value in others - {digest})
+    (path.parent / "earlier").mkdir(exist_ok=True)
+    number = 1
+    while (target := path.parent / "earlier" / f"{path.stem}-{other}-{number}.jsonl").exists():
+        number += 1
+    record = path.with_suffix(".json")
+    if record.exists():
+        shutil.move(record, target.with_suffix(".json"))
+    shutil.move(path, target)
+
+
+def fit(input_ids: Sequence[int], window: int | None, bos: int | None, options: AnswerOptions) -> Prompt:
+    """Cut or refuse a prompt that leaves too little of the window, so that prompt and answer never exceed it.
+
+    Args:
+        input_ids: the whole prompt.
+        window: positions of the model; None for no limit.
+        bos: the id that a cut prompt keeps in front if it had it there.
+        options: what to do.
+    """
+    ids = list(input_ids)
+    if window is None:
+        return Prompt(ids, options.max_new_tokens)
+    free = min(options.reserve, options.max_new_tokens)
+    if len(ids) + free <= window:
+        return Prompt(ids, min(options.max_new_tokens, window - len(ids)))
+    if options.long_prompts == "refuse":
+        return Prompt([], 0, refused=True)
+    head = ids[:1] if bos is not None and ids[0] == bos else []
+    return Prompt(head + ids[len(ids) - (window - free - len(head)) :], free, cut=True)
+
+
+def _batches(
+    questions: Sequence[Mapping[str, Any]], tokenizer: Any, template: ChatTemplate, size: int
+) -> Iterator[list[Mapping[str, Any]]]:
+    """Questions of like length together; the longest first, so that memory runs out at once or not at all."""
+    lengths = {q["question_id"]: len(template.encode(tokenizer, q["turns"][:1]).input_ids) for q in questions}
+    ordered = sorted(questions, key=lambda q: (-lengths[q["question_id"]], q["question_id"]))
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
+
+
+def _answer_batch(
+    model: nn.Module,
+    tokenizer: Any,
+    template: ChatTemplate,
+    batch: Sequence[Mapping[str, Any]],
+    options: AnswerOptions,
+) -> list[list[Turn]]:
+    """All turns of some questions."""
+    answered: list[list[Turn]] = [[] for _ in batch]
+    for turn in range(max(len(question["turns"]) for question in batch)):
+        rows = [row for row, question in enumerate(batch) if turn < len(question["turns"])]
+        prompts = {}
+        for row in rows:
+            asked = batch[row]["turns"]
+            told = [text for before, found in enumerate(answered[row]) for text in (asked[before], found.text)]
+            ids = template.encode(tokenizer, [*told, asked[turn]]).input_ids
+            _check_ids(ids, model)
+            prompts[row] = fit(ids, positions(model), tokenizer.bos_token_id, options)
+        texts = _answer_turn(model, tokenizer, template, batch, turn, prompts, options)
+        for row in rows:
+            answered[row].append(texts[row])
+    return answered
+
+
+def _answer_turn(
+    model: nn.Module,
+    tokenizer: Any,
+    template: ChatTemplate,
+    batch: Sequence[Mapping[str, Any]],
+    turn: int,
+    prompts: Mapping[int, Prompt],
+    options: AnswerOptions,
+) -> dict[int, Turn]:
+    """One turn of the questions whose row has a prompt."""
+    stops = stop_ids(model, tokenizer, template.stop_token_ids)
+    turns = {row: Turn("", 0, 0, False, True) for row, prompt in prompts.items() if prompt.refused}
+    open_rows = sorted((row for row in prompts if row not in turns), key=lambda row: prompts[row].limit)
+    # One call for each limit: no row runs past the window while a neighbour with more room is still writing.
+    for limit, group in groupby(open_rows, key=lambda row: prompts[row].limit):
+        rows = list(group)
+        ids = [batch[row]["question_id"] for row in rows]
+        try:
+            written = generate(
+                model,
+                [prompts[row].input_ids for row in rows],
+                limit,
+                [temperature(batch[row]) for row in rows],
+                [row_generator(options.seed, question, turn) for question in ids],
+                stops,
+            )
+        except torch.OutOfMemoryError:
+            raise ValueError(
+                f"out of memory with {len(rows)} questions at a time and {limit} new tokens: set "
+                "scale.answers.batch_size lower and run again; what is answered is kept."
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"questions {', '.join(map(str, ids))}, turn {turn + 1}: {error}") from None
+        for row, tokens in zip(rows, written, strict=True):
+            prompt = prompts[row]
+            text = to_text(tokens, tokenizer, template)
+            turns[row] = Turn(text, len(prompt.input_ids), len(tokens), prompt.cut, False)
+    return turns
+
+
+def to_text(tokens: Sequence[int], tokenizer: Any, template: ChatTemplate) -> str:
+    """Text of new tokens as gen_model_answer makes it: cut at the template's stops, without special tokens."""
+    stop = next((place for place, token in enumerate(tokens) if token in template.stop_token_ids), len(tokens))
+    text = template.cut_at_stop(tokenizer.decode(tokens[:stop], spaces_between_special_tokens=False))
+    for special in sorted(special_tokens(tokenizer)):
+        text = text.replace(special, "")
+    return text.strip()
+
+
+def _line(question_id: int, turns: Sequence[Turn], model_id: str, digest: str, seconds: float) -> dict[str, Any]:
+    """An answer in FastChat's format, and what this project adds."""
+    name = hashlib.sha256(f"{model_id}/{digest}/{question_id}".encode()).hexdigest()[:22]
+    return {
+        "question_id": question_id,
+        "answer_id": name,
+        "model_id": model_id,
+        "choices": [{"index": 0, "turns": [turn.text for turn in turns]}],
+        "tstamp": time.time(),
+        "config_hash": digest,
+        "seconds": seconds,
+        "prompt_tokens": [turn.prompt_tokens for turn in turns],
+        "new_tokens": [turn.new_tokens for turn in turns],
+        "cut": [turn.cut for turn in turns],
+        "refused": [turn.refused for turn in turns],
+    }
+
+
+def _check_window(model: nn.Module, options: AnswerOptions) -> None:
+    window = positions(model)
+    free = min(options.reserve, options.max_new_tokens)
+    if window is not None and free > window - 2:  # BOS and one token of the question
+        raise ValueError(
+            f"reserve={options.reserve} and max_new_tokens={options.max_new_tokens} leave no room for a prompt; this "
+            f"model has {window} positions: set scale.answers.reserve to {window // 2} or less."
+        )
+
+
+def _check_ids(input_ids: Sequence[int], model: nn.Module) -> None:
+    entries = model.get_input_embeddings().num_embeddings
+    if max(input_ids) >= entries:
+        raise ValueError(
+            f"a prompt has token {max(input_ids)}, the model's vocabulary {entries} tokens: this is the tokenizer of "
+            "another model."
+        )
