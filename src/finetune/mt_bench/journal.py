@@ -1,0 +1,141 @@
+"""An append-only JSONL file, one item a line: what was written stays, through a kill and through a full disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from finetune.files import write_atomically
+
+Item = dict[str, Any]
+
+
+class Journal:
+    """The items of a file by key; the last line of a key wins. One process writes, from one thread.
+
+    A last line that a kill cut short is taken off the file, so that its item is done again.
+
+    Args:
+        path: JSONL file; made, with its folder, by the first :meth:`append`.
+        key: what makes an item the same item.
+
+    Attributes:
+        items: the items by key, in the order of the file.
+
+    Raises:
+        ValueError: if a line other than a torn last one holds no item; the message gives its number.
+    """
+
+    def __init__(self, path: str | Path, key: Callable[[Mapping[str, Any]], Hashable]) -> None:
+        self.path = Path(path)
+        self._key = key
+        self.items: dict[Hashable, Item] = {}
+        content = self.path.read_bytes() if self.path.exists() else b""
+        whole, torn = _split_torn(content)
+        for number, line in enumerate(whole.splitlines(), start=1):
+            item = _parse(self.path, number, line)
+            try:
+                self.items[key(item)] = item
+            except KeyError as error:
+                raise _damaged(self.path, number, f"no field {error}") from None
+        if torn:
+            os.truncate(self.path, len(whole))
+        elif len(whole) > len(content):
+            with _clear_error(self.path):
+                self._append(b"\n")
+
+    def append(self, item: Mapping[str, Any]) -> None:
+        """Write an item: it is on the disk when this returns.
+
+        Raises:
+            ValueError: if it can't be written (a full disk); the file then ends with its last whole line.
+        """
+        line = json.dumps(item, allow_nan=False).encode() + b"\n"
+        with _clear_error(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._append(line)
+        self.items[self._key(item)] = dict(item)
+
+    def rewrite(self, items: Iterable[Mapping[str, Any]]) -> None:
+        """Replace the file's content by these items, in their order, at once.
+
+        Raises:
+            ValueError: if they can't be written; the file then holds what it held.
+        """
+        found = {self._key(item): dict(item) for item in items}
+        content = "".join(json.dumps(item, allow_nan=False) + "\n" for item in found.values())
+        with _clear_error(self.path):
+            write_atomically(self.path, content)
+        self.items = found
+
+    def _append(self, line: bytes) -> None:
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            before = os.fstat(handle).st_size
+            try:
+                rest = memoryview(line)
+                while rest:  # the system may take a part, as when the disk has room for no more
+                    rest = rest[os.write(handle, rest) :]
+                os.fsync(handle)
+            except BaseException:
+                with suppress(OSError):
+                    os.ftruncate(handle, before)
+                raise
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def _clear_error(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into a user's error."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{path} can't be written ({error.strerror or error}). What is written is kept: make room, and run again."
+        ) from None
+
+
+def read_items(path: str | Path) -> list[Item]:
+    """The items of a JSONL file that another stage wrote; the file is left as it is.
+
+    Raises:
+        ValueError: if the file is missing, or a line holds no item; the message gives its number.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: run the stage that writes it, or give the path of a file that does.")
+    lines = path.read_bytes().splitlines()
+    return [_parse(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _split_torn(content: bytes) -> tuple[bytes, bytes]:
+    """Whole lines, and the torn last one. No part of an object's text is an object's text: what parses is whole."""
+    end = content.rfind(b"\n") + 1
+    last = content[end:]
+    if not last:
+        return content, b""
+    try:
+        if isinstance(json.loads(last), dict):
+            return content + b"\n", b""
+    except ValueError:
+        pass
+    return content[:end], last
+
+
+def _parse(path: Path, number: int, line: bytes) -> Item:
+    try:
+        item = json.loads(line)
+    except ValueError as error:
+        raise _damaged(path, number, str(error)) from None
+    if not isinstance(item, dict):
+        raise _damaged(path, number, f"a {type(item).__name__}, not an object")
+    return item
+
+
+def _damaged(path: Path, number: int, reason: str) -> ValueError:
+    return ValueError(f"{path}, line {number}: {reason}. A line must be a JSON object: repair it or remove it.")
