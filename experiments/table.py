@@ -1,6 +1,7 @@
 """Build one table of the paper, as CSV, Markdown and LaTeX, from an experiment's records.
 
 python experiments/table.py number=9 name=local
+python experiments/table.py number=6 name=local questions=mt_bench_inf
 """
 
 import logging
@@ -11,6 +12,11 @@ import yaml
 from omegaconf import DictConfig
 
 from finetune import records
+from finetune.mt_bench.journal import read_items
+from finetune.mt_bench.judged import read_judgments
+from finetune.mt_bench.scores import categories_of
+from finetune.report import table_06
+from finetune.report.llama_evidence import PAPER_MODEL, collect_llama_evidence
 from finetune.report.tables import build_table, collect_evidence, write_table
 
 log = logging.getLogger(__name__)
@@ -23,19 +29,40 @@ def main(cfg: DictConfig) -> None:
     try:
         if experiment["name"] != cfg.name:
             raise ValueError(f"{cfg.experiment} is experiment {experiment['name']!r}, not {cfg.name!r}.")
-        evidence = collect_evidence(
-            experiment=cfg.name,
-            protocol=experiment["protocol"],
-            stands_for=experiment["stands_for"],
-            records=[(path.as_posix(), record) for path, record in records.iterate(results / "runs")],
-            searches=[(p.as_posix(), records.read_json(p)) for p in sorted(results.glob("search/*/*/*.json"))],
-            models=[(p.as_posix(), yaml.safe_load(p.read_text())) for p in sorted(Path("conf/model").glob("*.yaml"))],
-        )
-        rows, context = build_table(cfg.number, evidence)
+        build = _table_06 if cfg.number == table_06.NUMBER else _glue_table
+        rows, context = build(cfg, experiment, results)
         for path in write_table(results / "tables", cfg.number, rows, context):
             log.info("%s", path)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
+
+
+def _glue_table(cfg: DictConfig, experiment: dict, results: Path):
+    evidence = collect_evidence(
+        experiment=cfg.name,
+        protocol=experiment["protocol"],
+        stands_for=experiment["stands_for"],
+        records=[(path.as_posix(), record) for path, record in records.iterate(results / "runs")],
+        searches=[(p.as_posix(), records.read_json(p)) for p in sorted(results.glob("search/*/*/*.json"))],
+        models=[(p.as_posix(), yaml.safe_load(p.read_text())) for p in sorted(Path("conf/model").glob("*.yaml"))],
+    )
+    return build_table(cfg.number, evidence)
+
+
+def _table_06(cfg: DictConfig, experiment: dict, results: Path):
+    evidence = collect_llama_evidence(
+        experiment=cfg.name,
+        protocol=experiment["protocol"],
+        stands_for=experiment["stands_for"],
+        records=[(path.as_posix(), record) for path, record in records.iterate(results / "llama" / "runs")],
+        judgments=read_judgments(results / "mt_bench" / "judgments"),
+    )
+    path, categories = Path("conf/model") / f"{PAPER_MODEL}.yaml", None
+    if cfg.questions is not None:
+        questions = Path(cfg.questions.root) / cfg.questions.folder / cfg.questions.questions
+        categories = categories_of(read_items(questions))
+    full_model = (path.as_posix(), yaml.safe_load(path.read_text())) if path.is_file() else None
+    return table_06.build_table_06(evidence, full_model=full_model, categories=categories)
 
 
 if __name__ == "__main__":

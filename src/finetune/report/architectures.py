@@ -77,6 +77,29 @@ def count_parameters(architecture: Mapping[str, Any]) -> ParameterCounts:
     return ParameterCounts(total=sum(sizes.values()), **parts)
 
 
+def mlp_matrices(architecture: Mapping[str, Any]) -> list[tuple[int, str, tuple[int, int]]]:
+    """List the MLP matrices of a LLaMa architecture.
+
+    Args:
+        architecture: As in `count_parameters`, with `model_type: llama`.
+
+    Returns:
+        (block, kind, shape) of each, kind `gate`, `up` or `down`, shape (out_features, in_features).
+
+    Raises:
+        ValueError: If the model type is another, or nothing was found by its name.
+    """
+    if architecture.get("model_type") != "llama":
+        raise ValueError(f"model_type={architecture.get('model_type')!r}; MLP matrices are listed of llama only")
+    pattern = r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight"
+    parameters = _meta_model(architecture).named_parameters()
+    matches = [(re.fullmatch(pattern, name), tuple(parameter.shape)) for name, parameter in parameters]
+    found = [(int(match[1]), match[2], shape) for match, shape in matches if match]
+    if not found:
+        raise ValueError("no parameter of llama is an MLP matrix by its name; its modules were renamed: adapt this")
+    return found
+
+
 def _meta_model(architecture: Mapping[str, Any]):
     """Build the model on the meta device; torch and transformers are imported here because they cost seconds."""
     import torch

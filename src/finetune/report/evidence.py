@@ -133,7 +133,7 @@ def collect_evidence(
     found: dict[Key, Search] = {}
     for path, key, result in _used(searches, experiment, protocol, left_out):
         if key in found:
-            _refuse_twice("search", key, found[key].path, path)
+            refuse_twice("search", key, found[key].path, path)
         found[key] = _search(path, result)
     return Evidence(
         experiment=experiment,
@@ -151,10 +151,10 @@ def _used(pairs, experiment: str, protocol: str, left_out: dict[str, list[str]])
     """Yield (path, key, content) of the training runs of this experiment and protocol; list the others."""
     allowed = {"experiment": [experiment], "protocol": [protocol], "method": [*METHODS.values()], "task": [*TASKS]}
     for path, content in pairs:
-        if _get(path, content, "run", "kind") not in ("train", "search"):
+        if read_key(path, content, "run", "kind") not in ("train", "search"):
             continue
-        model = _get(path, content, "run", "model")
-        other = {name: _get(path, content, "run", name) for name in allowed}
+        model = read_key(path, content, "run", "model")
+        other = {name: read_key(path, content, "run", name) for name in allowed}
         wrong = [f"{name} {value}" for name, value in other.items() if value not in allowed[name]]
         if wrong:
             left_out.setdefault(model, []).append(f"{path} ({', '.join(wrong)})")
@@ -167,77 +167,78 @@ def _index_runs(used) -> tuple[dict[Key, tuple[Run, ...]], dict[Key, tuple[str, 
     runs: dict[Key, dict[int, Run]] = {}
     failed: dict[Key, list[str]] = {}
     for path, key, record in used:
-        if _status(path, record) == "failed":
+        if status_of(path, record) == "failed":
             failed.setdefault(key, []).append(path)
             continue
         run = _run(path, record)
         same = runs.setdefault(key, {}).setdefault(run.seed, run)
         if same is not run:
-            _refuse_twice("record", (*key, run.seed), same.path, path)
+            refuse_twice("record", (*key, run.seed), same.path, path)
     by_seed = {key: tuple(found[seed] for seed in sorted(found)) for key, found in runs.items()}
     return by_seed, {key: tuple(sorted(paths)) for key, paths in failed.items()}
 
 
 def _run(path: str, record: Mapping[str, Any]) -> Run:
     """Read a finished run."""
-    score = _get(path, record, "score")
-    if not _is_number(score) or not -1 <= score <= 1:
+    score = read_key(path, record, "score")
+    if not is_number(score) or not -1 <= score <= 1:
         raise ValueError(
             f"{path}: score is {score!r}; a finished run has a finite score in [-1, 1] (a fraction, not percent): "
             "repair the run or set its status to 'failed'"
         )
-    seed, version = (_get(path, record, *keys) for keys in (("run", "seed"), ("version",)))
-    counts = {name: _get(path, record, "parameters", name) for name in ("trainable", "trainable_per_layer")}
-    bad = [name for name, count in counts.items() if not _is_number(count) or count < 0]
+    seed, version = (read_key(path, record, *keys) for keys in (("run", "seed"), ("version",)))
+    counts = {name: read_key(path, record, "parameters", name) for name in ("trainable", "trainable_per_layer")}
+    bad = [name for name, count in counts.items() if not is_number(count) or count < 0]
     if bad or not isinstance(seed, int) or not isinstance(version, int):
         raise ValueError(f"{path}: seed={seed!r}, version={version!r}, {counts}; integers and counts >= 0 are needed")
     return Run(
         path=path,
-        model=_get(path, record, "run", "model"),
-        title=_get(path, record, "model", "title"),
-        task=_get(path, record, "run", "task"),
+        model=read_key(path, record, "run", "model"),
+        title=read_key(path, record, "model", "title"),
+        task=read_key(path, record, "run", "task"),
         seed=seed,
         score=100 * score,
-        metric=_get(path, record, "metric"),
-        scale=_get(path, record, "run", "scale"),
+        metric=read_key(path, record, "metric"),
+        scale=read_key(path, record, "run", "scale"),
         version=version,
-        random_weights=bool(_get(path, record, "model", "random_weights")),
+        random_weights=bool(read_key(path, record, "model", "random_weights")),
         **counts,
     )
 
 
 def _search(path: str, result: Mapping[str, Any]) -> Search:
     """Read a search; `best` may be null where no trial completed."""
-    best = _get(path, result, "best")
+    best = read_key(path, result, "best")
     settings = {"learning_rate": None, "batch_size": None}
     if best is not None:
-        settings = {name: _get(path, result, "best", name) for name in settings}
-        if not all(_is_number(value) and value > 0 for value in settings.values()):
+        settings = {name: read_key(path, result, "best", name) for name in settings}
+        if not all(is_number(value) and value > 0 for value in settings.values()):
             raise ValueError(f"{path}: best is {best!r}; a learning rate and a batch size above 0 are needed")
-    trials = [trial.get("state", "unknown") for trial in _get(path, result, "trials")]
+    trials = [trial.get("state", "unknown") for trial in read_key(path, result, "trials")]
     states = {state: trials.count(state) for state in sorted(set(trials))}
-    names = {name: _get(path, result, "run", name) for name in ("model", "scale")}
+    names = {name: read_key(path, result, "run", name) for name in ("model", "scale")}
     return Search(path=path, states=states, **names, **settings)
 
 
 def _models(pairs) -> dict[str, tuple[str, Mapping[str, Any]]]:
     found: dict[str, tuple[str, Mapping[str, Any]]] = {}
     for path, config in pairs:
-        name = _get(path, config, "name")
+        name = read_key(path, config, "name")
         if name in found:
-            _refuse_twice("model configuration", (name,), found[name][0], path)
+            refuse_twice("model configuration", (name,), found[name][0], path)
         found[name] = (path, config)
     return found
 
 
-def _status(path: str, record: Mapping[str, Any]) -> str:
-    schema, status = _get(path, record, "schema"), _get(path, record, "status")
+def status_of(path: str, record: Mapping[str, Any]) -> str:
+    """Return `finished` or `failed`, or refuse a record of another schema or status."""
+    schema, status = read_key(path, record, "schema"), read_key(path, record, "status")
     if schema != 1 or status not in ("finished", "failed"):
         raise ValueError(f"{path}: schema={schema!r}, status={status!r}; schema 1, 'finished' or 'failed' are read")
     return status
 
 
-def _get(path: str, content: Any, *keys: str) -> Any:
+def read_key(path: str, content: Any, *keys: str) -> Any:
     """Read a nested key, or say which one is missing where."""
     value = content
     for key in keys:
@@ -247,9 +248,11 @@ def _get(path: str, content: Any, *keys: str) -> Any:
     return value
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _refuse_twice(what: str, key: tuple, first: str, second: str):
+def refuse_twice(what: str, key: tuple, first: str, second: str):
+    """Raise the `ValueError` of two files that claim the same place."""
     raise ValueError(f"two {what} files of {key}: {first} and {second}; one is allowed: remove the stale one")

@@ -27,6 +27,9 @@ MARKS = {
 }
 """Verdict -> its mark in a cell."""
 
+_FORMATS = {"learning rate": ".2e", "Valid Loss": ".4f", "I-Bench Score": ".3f"}
+"""Column -> format of its values."""
+
 _LATEX = {
     "\\": r"\textbackslash{}",
     **{mark: f"\\{mark}" for mark in "&%$#_{}"},
@@ -49,6 +52,7 @@ class Context:
         title: What the table is about.
         models: Sentences: which model stands in which model's place, and that another model is not the paper's.
         notes: Sentences under the table, besides those that the rows themselves give (n, not run, verdicts).
+        counted: What `n` counts.
     """
 
     experiment: str
@@ -56,6 +60,7 @@ class Context:
     title: str
     models: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    counted: str = "runs, or completed trials of a search"
 
 
 def write_table(folder: str | Path, number: int, rows: Sequence[Row], context: Context) -> list[Path]:
@@ -157,7 +162,7 @@ def _notes(rows: Sequence[Row], context: Context) -> list[str]:
     counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in stats.VERDICTS}
     legend = ", ".join(f"{MARKS[verdict]} {verdict} ({count})" for verdict, count in counts.items())
     lines = [f"Verdicts: {legend}."]
-    lines += [f"n (runs, or completed trials of a search): {spread}."] if sizes else []
+    lines += [f"n ({context.counted}): {spread}."] if sizes else []
     lines += [f"Not run: {'; '.join(cells)}." if cells else "Not run: none."]
     return [*lines, *context.notes, "Every cell's sources and records are in the CSV file of the same name."]
 
@@ -196,15 +201,15 @@ def _latex_lines(label: str, found: Sequence[Row | None]) -> list[list[str]]:
 
 
 def _number(row: Row, name: str) -> str:
-    """Format a value for readers: settings and shares by their column, counts with separators, scores to 0.01."""
+    """Format a value for readers: some by their column, counts with separators, the rest to 0.01."""
     value = row[name]
     if value is None:
         return ""
-    if row["column"] == "learning rate":
-        return f"{value:.2e}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.2f}%" if row["column"].endswith(" share") else f"{value:,.2f}"
+    if row["column"] in _FORMATS:
+        return format(value, _FORMATS[row["column"]])
+    if row["column"].endswith((" share", "#Train params")):
+        return f"{value:.2f}%" if value >= 1 else f"{value:.3g}%"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
 
 
 def _plain(value: Any) -> str:

@@ -1,0 +1,45 @@
+"""Write the page of Appendix E from an experiment's answers and judgments.
+
+python experiments/examples.py name=local questions=mt_bench_inf
+"""
+
+import logging
+from pathlib import Path
+
+import hydra
+import yaml
+from omegaconf import DictConfig
+
+from finetune.files import write_atomically
+from finetune.mt_bench.judged import read_judgments
+from finetune.mt_bench.questions import load_questions
+from finetune.report.examples import choose_page, read_answers, to_html
+from finetune.report.llama_evidence import PAPER_MODEL
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="examples")
+def main(cfg: DictConfig) -> None:
+    experiment = yaml.safe_load(Path(cfg.experiment).read_text())
+    results = Path("results") / cfg.name
+    try:
+        if experiment["name"] != cfg.name:
+            raise ValueError(f"{cfg.experiment} is experiment {experiment['name']!r}, not {cfg.name!r}.")
+        page = choose_page(
+            experiment=cfg.name,
+            model=experiment["stands_for"].get(PAPER_MODEL),
+            questions=load_questions(Path(cfg.questions.root) / cfg.questions.folder / cfg.questions.questions),
+            examples=list(cfg.questions.examples),
+            answers=read_answers(results / "mt_bench" / "answers"),
+            judgments=read_judgments(results / "mt_bench" / "judgments"),
+        )
+        path = results / "examples.html"
+        write_atomically(path, to_html(page))
+        log.info("%s", path)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

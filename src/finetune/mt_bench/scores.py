@@ -1,0 +1,154 @@
+"""Scores from judgments of single answers, as FastChat's `show_result` defines them.
+
+An item is one turn of one question. With `s(q, t)` the score of an item:
+
+    a model's score     mean of s(q, t) over all its items, both turns together; failed ones (-1) left out
+    per turn            the same over the items of that turn
+    per category        the same over the items of that category's questions, both turns
+
+An item judged several times counts once, with the median (or the mean) of its repeats. What was left out is never
+silent: `finetune.mt_bench.judged` counts what is missing, and a `Score` carries how many items it is made of.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Line = Mapping[str, Any]
+"""A judgment: FastChat's `question_id`, `model`, `judge` (name, prompt), `turn`, `score`; ours adds `repeat`."""
+
+Item = tuple[int, int]
+"""(question id, turn)."""
+
+FAILED = -1
+"""FastChat's score of a judgment without a rating."""
+
+TURNS = (1, 2)
+REPEATS = {"median": statistics.median, "mean": statistics.fmean}
+"""How the repeats of an item become one score."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model's score.
+
+    Attributes:
+        average: Mean over all items, 1 to 10; `None` without an item.
+        turns: Turn -> mean over its items; a turn without an item is not in it.
+        categories: Category -> mean over its items, both turns; empty if no categories were given.
+        items: Number of items behind `average`.
+    """
+
+    average: float | None
+    turns: Mapping[int, float]
+    categories: Mapping[str, float]
+    items: int
+
+
+def show_result(lines: Iterable[Line]) -> dict[str, Score]:
+    """Score each model as FastChat's `show_result --mode single` does: every row with another score than -1 counts.
+
+    Rows that a rerun of FastChat wrote twice count twice, as there; `item_scores` refuses them.
+
+    Args:
+        lines: Judgments by one judge, of any number of models.
+
+    Returns:
+        Model -> score (without categories), in the order of first appearance.
+
+    Raises:
+        ValueError: If a line is no judgment, or several judges are mixed.
+    """
+    lines = _checked(lines, single=("judge",))
+    rows: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:
+        found = rows.setdefault(line["model"], [])
+        if line["score"] != FAILED:
+            found.append((line["turn"], line["score"]))
+    return {model: _score(pairs, {}) for model, pairs in rows.items()}
+
+
+def item_scores(lines: Iterable[Line], repeats: str = "median") -> dict[Item, float]:
+    """Reduce the judgments of one model by one judge to one score an item.
+
+    Args:
+        lines: Judgments; without `repeat` a line is repeat 0. Failed ones (-1) are left out.
+        repeats: `median` or `mean` of an item's repeats.
+
+    Returns:
+        Item -> score, ascending. An item all of whose repeats failed is not in it.
+
+    Raises:
+        ValueError: If `repeats` is unknown, models or judges are mixed, or a repeat of an item occurs twice.
+    """
+    if repeats not in REPEATS:
+        raise ValueError(f"repeats={repeats!r}; allowed: {', '.join(REPEATS)}")
+    found: dict[Item, dict[int, float]] = {}
+    for line in _checked(lines, single=("model", "judge")):
+        item, repeat = (line["question_id"], line["turn"]), line.get("repeat", 0)
+        if repeat in found.setdefault(item, {}):
+            raise ValueError(
+                f"question {item[0]}, turn {item[1]}, repeat {repeat} of {line['model']} was judged twice; one "
+                "judgment each is allowed: leave the older one out"
+            )
+        found[item][repeat] = line["score"]
+    kept = {item: [s for s in scores.values() if s != FAILED] for item, scores in sorted(found.items())}
+    return {item: float(REPEATS[repeats](scores)) for item, scores in kept.items() if scores}
+
+
+def summarize(items: Mapping[Item, float], categories: Mapping[int, str] | None = None) -> Score:
+    """Score a model from its items.
+
+    Args:
+        items: Item -> score (`item_scores`).
+        categories: Question id -> category (`categories_of`); `None` leaves the categories out.
+
+    Raises:
+        ValueError: If a question has no category.
+    """
+    grouped: dict[str, list[float]] = {}
+    for (question, _), score in items.items() if categories is not None else ():
+        if question not in categories:
+            raise ValueError(f"question {question} was judged and has no category; pass the question file it is from")
+        grouped.setdefault(categories[question], []).append(score)
+    return _score([(turn, score) for (_, turn), score in items.items()], grouped)
+
+
+def categories_of(questions: Iterable[Mapping[str, Any]]) -> dict[int, str]:
+    """Question id -> category, from FastChat's question lines."""
+    return {question["question_id"]: question["category"] for question in questions}
+
+
+def is_score(value: Any) -> bool:
+    """Whether a value is a finite number (a rating, or -1)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _score(pairs: Iterable[tuple[int, float]], grouped: Mapping[str, list[float]]) -> Score:
+    pairs = list(pairs)
+    by_turn = {turn: [score for other, score in pairs if other == turn] for turn in TURNS}
+    return Score(
+        average=statistics.fmean(score for _, score in pairs) if pairs else None,
+        turns={turn: statistics.fmean(scores) for turn, scores in by_turn.items() if scores},
+        categories={category: statistics.fmean(scores) for category, scores in grouped.items()},
+        items=len(pairs),
+    )
+
+
+def _checked(lines: Iterable[Line], single: tuple[str, ...]) -> list[Line]:
+    """Check fields and values, and that all lines agree on what must be one: the judge, the model."""
+    lines = list(lines)
+    for number, line in enumerate(lines, 1):
+        missing = {"question_id", "model", "judge", "turn", "score"} - set(line)
+        if missing or line["turn"] not in TURNS or not is_score(line["score"]):
+            raise ValueError(
+                f"judgment {number} is {dict(line)!r:.200}; needed are question_id, model, judge, turn (1 or 2) and "
+                f"score (a number){f': it lacks {sorted(missing)}' if missing else ''}"
+            )
+    for name in single:
+        values = sorted({line["judge"][0] if name == "judge" else line[name] for line in lines})
+        if len(values) > 1:
+            raise ValueError(f"judgments of several {name}s are mixed: {', '.join(values)}; pass those of one {name}")
+    return lines
