@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,11 +41,16 @@ def exit_with_message() -> Iterator[None]:
 def only_writer(folder: Path, locks: str | Path) -> Iterator[None]:
     """Hold a cell's folder for this process; the system frees it when the process ends, however it ends.
 
+    Of several processes of one run the first holds it.
+
     A kill of dvc alone leaves its stage running, and the next ``dvc repro`` would start a second writer.
 
     Raises:
         ValueError: if another process holds it.
     """
+    if not is_first_process():
+        yield
+        return
     path = Path(locks) / f"{folder.as_posix().strip('/').replace('/', '-')}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -55,8 +61,8 @@ def only_writer(folder: Path, locks: str | Path) -> Iterator[None]:
         yield
 
 
-def read_lists(path: str | Path) -> dict[str, list[Any]]:
-    """``tasks`` and ``seeds`` of an experiment file.
+def read_lists(path: str | Path, names: Sequence[str] = ("tasks", "seeds")) -> dict[str, list[Any]]:
+    """Lists of an experiment file.
 
     Raises:
         ValueError: if the file is missing or a list is missing or empty.
@@ -69,9 +75,9 @@ def read_lists(path: str | Path) -> dict[str, list[Any]]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, no mapping with lists 'tasks' and 'seeds'.")
+        raise ValueError(f"{path} holds a {type(content).__name__}, no mapping with lists {list(names)}.")
     lists = {}
-    for name in ("tasks", "seeds"):
+    for name in names:
         if not isinstance(content.get(name), list) or not content[name]:
             raise ValueError(f"{path}: {name!r} is {content.get(name)!r}; it must be a list of at least one.")
         lists[name] = content[name]
@@ -84,7 +90,7 @@ def run_one(config: Mapping[str, Any]) -> float:
     Raises:
         ValueError: if the run fails.
     """
-    _set_threads(config)
+    set_threads(config)
     inputs, task, seed = Inputs(config), config["data"]["task"], config["seed"]
     chosen = hyperparameters(config, None)
     folder = Path(config["output"]) / config["model"]["name"] / config["method"]["name"]
@@ -109,7 +115,7 @@ def train_cell(
     Raises:
         ValueError: if a seed was the search's, or any run failed (after all others are done).
     """
-    _set_threads(config)
+    set_threads(config)
     if config["protocol"]["search_seed"] in seeds:
         raise ValueError(f"seed {config['protocol']['search_seed']} is the search's; seeds={seeds} must be others.")
     inputs, listed, failed = Inputs(config), [], []
@@ -120,8 +126,9 @@ def train_cell(
             listed.append(path.name)
             if record["status"] != "finished":
                 failed.append(f"{path.name}: {record['error']}")
-    _keep_only(folder, listed)
-    records.write_json(folder / "cell.json", {"records": listed})
+    if is_first_process():
+        keep_only(folder, listed)
+        records.write_json(folder / "cell.json", {"records": listed})
     if failed:
         raise ValueError(f"{len(failed)} of {len(listed)} runs failed; " + "; ".join(failed))
 
@@ -130,7 +137,7 @@ def search_cell(config: Mapping[str, Any], tasks: Sequence[str], folder: Path) -
     """The hyper-parameter searches of a cell: a journal and a ``<task>.json`` with best point and all trials each."""
     from finetune.search import SearchSpace, open_storage, run_search, summary
 
-    _set_threads(config)
+    set_threads(config)
     inputs, protocol, settings = Inputs(config), config["protocol"], config["scale"]["search"]
     space = SearchSpace(
         learning_rate=tuple(protocol["search"]["learning_rate"]),
@@ -173,7 +180,7 @@ def search_cell(config: Mapping[str, Any], tasks: Sequence[str], folder: Path) -
 
 def gradients_cell(config: Mapping[str, Any], tasks: Sequence[str], folder: Path) -> None:
     """Moments of the preliminary phase of every task, ``<task>.safetensors`` each."""
-    _set_threads(config)
+    set_threads(config)
     inputs = Inputs(config)
     device = make_accelerator(config["device"], "fp32").device
     for task in tqdm(tasks, desc="tasks", disable=not config["progress"]):
@@ -232,11 +239,17 @@ def _run_or_reuse(
         return records.read_json(path), path
     record = train_run(inputs, task, seed, chosen)
     path = folder / f"{task}-seed{seed}-{digest}.json"
-    records.write_json(path, record)
+    if is_first_process():
+        records.write_json(path, record)
     return record, path
 
 
-def _keep_only(folder: Path, listed: Sequence[str]) -> None:
+def is_first_process() -> bool:
+    """Whether this is the process that writes, of those that ``accelerate launch`` or ``torchrun`` started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def keep_only(folder: Path, listed: Sequence[str]) -> None:
     """Move records of earlier configurations aside: kept, but no longer the cell's."""
     for path in folder.glob("*-seed*-*.json"):
         if path.name not in listed:
@@ -244,6 +257,7 @@ def _keep_only(folder: Path, listed: Sequence[str]) -> None:
             shutil.move(path, folder / "earlier" / path.name)
 
 
-def _set_threads(config: Mapping[str, Any]) -> None:
+def set_threads(config: Mapping[str, Any]) -> None:
+    """Torch's CPU threads, where ``threads`` is given."""
     if config["threads"] is not None:
         torch.set_num_threads(config["threads"])
