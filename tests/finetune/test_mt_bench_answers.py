@@ -417,6 +417,10 @@ def cell(checkpoint, tmp_path):
     return run
 
 
+def refuse(*args):
+    raise ValueError("nothing may be loaded")
+
+
 def files(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
@@ -442,9 +446,9 @@ def test_a_cell_leaves_answers_and_records_of_every_seed(cell, monkeypatch):
     assert {line["config_hash"] for line in lines.values()} == {record["run"]["config_hash"]}
     assert {line["model_id"] for line in lines.values()} == {stems[0]}
     assert (record["precision"], record["sampling"]["top_k"], record["template"]) == ("float32", 50, "llama-2")
-    monkeypatch.setattr(answer_cells, "load_checkpoint", None)  # finished: nothing is loaded
+    monkeypatch.setattr(answer_cells, "load_checkpoint", refuse)  # finished: nothing is loaded
     cell(batch_size=2)
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="2 of 2 seeds failed; seed 1: nothing may be loaded"):
         cell(max_new_tokens=17)
 
 
@@ -496,6 +500,7 @@ def test_a_checkpoint_given_by_hand_is_answered_for_one_seed(checkpoint, tmp_pat
         ({"max_new_tokens": 0}, "max_new_tokens=0; it must be a whole number of at least 1"),
         ({"batch_size": 2.5}, "batch_size=2.5"),
         ({"reserve": True}, "reserve=True"),
+        ({"seed": None}, "seed=None; it must be a whole number of at least 0"),
         ({"long_prompts": "keep"}, "long_prompts='keep'; allowed: cut, refuse"),
     ],
 )
@@ -558,12 +563,45 @@ def leave_out(path, name):
     save_file({key: value for key, value in load_file(path).items() if key != name}, path, {"format": "pt"})
 
 
+def test_a_template_that_is_not_the_trainings_is_refused(cell, tmp_path):
+    (tmp_path / "models" / "seed1" / "training.json").write_text('{"template": "zephyr"}')
+    with pytest.raises(ValueError, match="was trained with template 'zephyr', model.template is 'llama-2'"):
+        cell([1])
+
+
 def test_an_unknown_template_and_dtype_are_refused(checkpoint, tmp_path):
     config = config_for(checkpoint, tmp_path)
     with pytest.raises(ValueError, match="no chat template named 'llama-9'"):
         answer_cells.answer_one(config | {"model": config["model"] | {"template": "llama-9"}}, 1, checkpoint, tmp_path)
     with pytest.raises(ValueError, match="dtype='int8'; allowed: fp32, bf16, fp16, auto"):
         answer_cells.answer_one(config_for(checkpoint, tmp_path, dtype="int8"), 1, checkpoint, tmp_path)
+    with pytest.raises(ValueError, match=r"scale.answers has \['beams'\]; allowed: max_new_tokens, batch_size"):
+        answer_cells.answer_one(config_for(checkpoint, tmp_path, beams=2), 1, checkpoint, tmp_path)
+
+
+def test_bfloat16_is_an_option(checkpoint, tmp_path):
+    path = answer_cells.answer_one(config_for(checkpoint, tmp_path, dtype="bf16"), 1, checkpoint, tmp_path)
+    assert (read_json(path)["precision"], read_json(path)["options"]["dtype"]) == ("bfloat16", "bf16")
+    assert len(read(path.with_suffix(".jsonl"))) == len(QUESTIONS)
+
+
+def test_exhausted_memory_is_told_and_what_was_answered_is_kept(answer, monkeypatch, tmp_path):
+    reference, calls = answer(file="reference.jsonl", batch_size=3)[0], []
+
+    def generate(*args):
+        calls.append(1)
+        if len(calls) > 2:  # both turns of the first batch
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generation.generate(*args)
+
+    monkeypatch.setattr(answers, "generate", generate)
+    with pytest.raises(
+        ValueError, match="out of memory with 3 questions.*scale.answers.batch_size lower and run again"
+    ):
+        answer(batch_size=3)
+    assert len(read(tmp_path / "answers.jsonl")) == 3
+    monkeypatch.undo()
+    assert turns(answer(batch_size=1)[0]) == turns(reference)
 
 
 # ---- a real model, real questions ----

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from torch import nn
 from tqdm import tqdm
 
 from finetune import memory, models, records
+from finetune.cells import set_threads
+from finetune.chat_run import MERGED
 from finetune.data.chat import chat_template
-from finetune.mt_bench.answers import AnswerOptions, answer_questions, set_aside
+from finetune.mt_bench.answers import AnswerOptions, answer_questions
 from finetune.mt_bench.generation import sampling_settings
 from finetune.mt_bench.questions import load_questions
 from finetune.training import make_accelerator
@@ -57,8 +59,6 @@ def answer_cell(config: Mapping[str, Any], seeds: Sequence[int], models_folder: 
     """
     if config["checkpoint"] is not None and len(seeds) > 1:
         raise ValueError(f"checkpoint={config['checkpoint']} is one model, the seeds are {list(seeds)}: give one seed.")
-    if config["threads"] is not None:
-        torch.set_num_threads(config["threads"])
     listed, failed = [], []
     for seed in tqdm(seeds, desc="seeds", disable=not config["progress"]):
         try:
@@ -89,12 +89,9 @@ def answer_one(config: Mapping[str, Any], seed: int, checkpoint: Path, folder: P
     Raises:
         ValueError: on a wrong configuration or checkpoint, and as :func:`finetune.mt_bench.answers.answer_questions`.
     """
-    group = dict(config["scale"]["answers"])
-    dtype = group.pop("dtype", "fp32")
-    if dtype not in DTYPES:
-        raise ValueError(f"scale.answers.dtype={dtype!r}; allowed: {', '.join(DTYPES)}.")
-    options = AnswerOptions(**group)
-    template = chat_template(config["model"]["template"])
+    set_threads(config)
+    options, dtype = _options(config["scale"]["answers"])
+    template = chat_template(config["model"].get("template"))
     place = config["questions"]
     file = Path(place["root"]) / place["folder"] / place["questions"]
     questions = load_questions(file)
@@ -106,8 +103,6 @@ def answer_one(config: Mapping[str, Any], seed: int, checkpoint: Path, folder: P
         if record["run"]["config_hash"] == digest and record["answers"]["sha256"] == _sha256(answers):
             log.info("%s is finished, reused", path)
             return path
-    folder.mkdir(parents=True, exist_ok=True)
-    set_aside(answers, digest)
     device = make_accelerator(config["device"], "fp32").device
     model, tokenizer = load_checkpoint(checkpoint, DTYPES[dtype])
     facts = answer_questions(
@@ -168,6 +163,18 @@ def load_checkpoint(folder: Path, dtype: torch.dtype | str) -> tuple[nn.Module, 
     return model, tokenizer
 
 
+def _options(group: Mapping[str, Any]) -> tuple[AnswerOptions, str]:
+    """``scale.answers``: the options, and the weights' data type, which is the loader's."""
+    known = [field.name for field in fields(AnswerOptions)]
+    unknown = set(group) - {*known, "dtype"}
+    if unknown:
+        raise ValueError(f"scale.answers has {sorted(unknown)}; allowed: {', '.join(known)}, dtype.")
+    dtype = group.get("dtype", "fp32")
+    if dtype not in DTYPES:
+        raise ValueError(f"scale.answers.dtype={dtype!r}; allowed: {', '.join(DTYPES)}.")
+    return AnswerOptions(**{name: value for name, value in group.items() if name != "dtype"}), dtype
+
+
 def _header(
     config: Mapping[str, Any],
     seed: int,
@@ -180,6 +187,7 @@ def _header(
     """Who answers what, how; the hash is of all that decides the answers, so not of batch size, device and paths."""
     if not (checkpoint / "config.json").is_file():
         raise ValueError(f"{checkpoint} holds no model: run llama_train for seed {seed}, or give checkpoint=FOLDER.")
+    _check_template(checkpoint, config["model"]["template"])
     settings = {name: _sha256(checkpoint / name) for name in SETTINGS if (checkpoint / name).is_file()}
     model = {"sha256": models.fingerprint(_group(checkpoint), ""), "settings": settings}
     questions = {"name": config["questions"]["name"], "file": file.name, "sha256": _sha256(file), "count": number}
@@ -213,6 +221,14 @@ def _header(
         "model": {"title": config["model"]["title"], "checkpoint": str(checkpoint)} | model,
         "questions": questions,
     }
+
+
+def _check_template(checkpoint: Path, name: str) -> None:
+    """Refuse to ask a model in another template than it was trained with; a checkpoint from elsewhere does not say."""
+    if (checkpoint / MERGED).is_file():
+        trained = records.read_json(checkpoint / MERGED).get("template")
+        if trained != name:
+            raise ValueError(f"{checkpoint} was trained with template {trained!r}, model.template is {name!r}.")
 
 
 def _group(checkpoint: Path) -> dict[str, Any]:

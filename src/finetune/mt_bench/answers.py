@@ -32,7 +32,8 @@ class AnswerOptions:
 
     Attributes:
         max_new_tokens: of one turn; fewer where the model's window leaves less room. FastChat's default is 1024.
-        batch_size: questions at a time; changes no answer.
+        batch_size: questions at a time; changes no answer, but for the rounding of batched sums: none was seen to
+            change in float32, some will in bfloat16.
         long_prompts: what becomes of a prompt that leaves fewer than ``reserve`` tokens of the model's window for the
             answer: ``cut`` keeps its BOS and its last tokens, ``refuse`` gives an empty answer.
         reserve: tokens of the window kept free for the answer.
@@ -49,10 +50,10 @@ class AnswerOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_size", "reserve"):
+        for name, least in {"max_new_tokens": 1, "batch_size": 1, "reserve": 1, "seed": 0}.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}; it must be a whole number of at least 1.")
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r}; it must be a whole number of at least {least}.")
         if self.long_prompts not in ("cut", "refuse"):
             raise ValueError(f"long_prompts={self.long_prompts!r}; allowed: cut, refuse.")
 

@@ -1,0 +1,38 @@
+"""Answer MT-Bench questions with fine-tuned decoders: one checkpoint, or all seeds of a cell.
+
+    python experiments/answers.py model=stories260k method=sparsegrad seed=1
+    python experiments/answers.py model=llama2_7b method=full scale=llama/paper checkpoint=path/to/merged/model
+
+As DVC runs it: ``cell=params.yaml name=smoke model=tiny_llama method=lora``; see conf/mt_bench.yaml. A killed run goes
+on where it was.
+"""
+
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="mt_bench")
+def main(cfg: DictConfig) -> None:
+    from finetune import cells
+    from finetune.mt_bench import answer_cells
+
+    with cells.exit_with_message():
+        config = OmegaConf.to_container(cfg, resolve=True)
+        place = Path(cfg.model.name) / cfg.method.name
+        if cfg.cell is None:
+            checkpoint = Path(cfg.checkpoint or Path(cfg.output) / place / f"seed{cfg.seed}")
+            folder = Path(cfg.output) / "mt_bench" / "answers" / place
+            with cells.only_writer(folder, cfg.checkpoints):
+                answer_cells.answer_one(config, cfg.seed, checkpoint, folder)
+            return
+        seeds = cells.read_lists(cfg.cell, ["llama_seeds"])["llama_seeds"]
+        results = Path("results") / cfg.name
+        folder = results / "mt_bench" / "answers" / place
+        with cells.only_writer(folder, cfg.checkpoints):
+            answer_cells.answer_cell(config, seeds, results / "llama" / "models" / place, folder)
+
+
+if __name__ == "__main__":
+    main()
