@@ -67,9 +67,7 @@ class Journal:
             ValueError: if they can't be written; the file then holds what it held.
         """
         found = {self._key(item): dict(item) for item in items}
-        content = "".join(json.dumps(item, allow_nan=False) + "\n" for item in found.values())
-        with _clear_error(self.path):
-            write_atomically(self.path, content)
+        write_items(self.path, found.values())
         self.items = found
 
     def _append(self, line: bytes) -> None:
@@ -111,6 +109,17 @@ def read_items(path: str | Path) -> list[Item]:
         raise ValueError(f"{path} does not exist: run the stage that writes it, or give the path of a file that does.")
     lines = path.read_bytes().splitlines()
     return [_parse(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def write_items(path: str | Path, items: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSONL file at once.
+
+    Raises:
+        ValueError: if it can't be written; what was there stays.
+    """
+    content = "".join(json.dumps(item, allow_nan=False) + "\n" for item in items)
+    with _clear_error(Path(path)):
+        write_atomically(path, content)
 
 
 def _split_torn(content: bytes) -> tuple[bytes, bytes]:

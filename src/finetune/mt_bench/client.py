@@ -1,0 +1,268 @@
+"""One question to a judge model behind an OpenAI-compatible endpoint, and what its failure means.
+
+What concerns one item (a time-out, 429 or 5xx after retries, broken JSON, an empty answer) is an :class:`ItemFailed`;
+what every other item would meet too (a refused key, an unknown model, no server) is a :class:`JudgeUnusable`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+TOKEN_PARAMETERS = ("max_tokens", "max_completion_tokens")
+PLACEHOLDER_KEY = "none"  # the client wants some key; a local server looks at none
+SECRET_LENGTH = 8  # a shorter "key" is a word such as EMPTY; taking it out of texts would damage them
+QUOTED = 200  # characters of a server's message that are kept
+
+
+class ItemFailed(Exception):
+    """One item has no judgment; the others may have.
+
+    Attributes:
+        attempts: requests made for it.
+    """
+
+    def __init__(self, reason: str, attempts: int = 1) -> None:
+        super().__init__(reason)
+        self.attempts = attempts
+
+
+class JudgeUnusable(ValueError):
+    """No item can be judged until the user changes something."""
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """How answers are judged.
+
+    Attributes:
+        model: the judge's name at the endpoint.
+        base_url: of the endpoint, such as ``http://127.0.0.1:8000/v1``; without user, password or query.
+        api_key_env: environment variable that holds the key; None for an endpoint that asks for none.
+        temperature: None sends none: some newer models refuse it. FastChat's is 0.
+        max_tokens: of a judgment; None sends none. FastChat's is 2048.
+        token_parameter: ``max_tokens``, or ``max_completion_tokens`` as newer models call it.
+        timeout: seconds for one request.
+        max_retries: of a request after a time-out, a broken connection, 408, 409, 429 or 5xx.
+        parallel: requests at a time.
+        repeats: judgments of each item.
+        measures_quality: False for a judge whose scores only show that the pipeline works.
+
+    Raises:
+        ValueError: on a value out of range.
+    """
+
+    model: str
+    base_url: str
+    api_key_env: str | None = None
+    temperature: float | None = 0.0
+    max_tokens: int | None = 2048
+    token_parameter: str = "max_tokens"
+    timeout: float = 120.0
+    max_retries: int = 5
+    parallel: int = 8
+    repeats: int = 1
+    measures_quality: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise ValueError(f"judge.model={self.model!r}; it must be the judge's name at the endpoint.")
+        _check_url(self.base_url)
+        for name, least in (("max_retries", 0), ("parallel", 1), ("repeats", 1)):
+            _check_number(name, getattr(self, name), least, whole=True)
+        _check_number("timeout", self.timeout, 0, above=True)
+        if self.temperature is not None:
+            _check_number("temperature", self.temperature, 0)
+        if self.max_tokens is not None:
+            _check_number("max_tokens", self.max_tokens, 1, whole=True)
+        if self.token_parameter not in TOKEN_PARAMETERS:
+            raise ValueError(f"judge.token_parameter={self.token_parameter!r}; allowed: {', '.join(TOKEN_PARAMETERS)}.")
+
+    def sampling(self) -> dict[str, float | int]:
+        """What of the options goes into a request beside model and messages."""
+        temperature = None if self.temperature is None else float(self.temperature)  # 0 and 0.0 are one configuration
+        found = {"temperature": temperature, self.token_parameter: self.max_tokens}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+class JudgeClient:
+    """Asks the judge. May be used from several threads; a context manager that closes its connections.
+
+    The key stays inside the ``openai`` client: no attribute, message or repr of this class shows it, and it is taken
+    out of what the endpoint sends back.
+
+    Raises:
+        ValueError: if the environment variable ``api_key_env`` is not set or holds no key.
+    """
+
+    def __init__(self, options: JudgeOptions) -> None:
+        from openai import OpenAI
+
+        self.options = options
+        key = read_key(options.api_key_env)
+        self._client = OpenAI(
+            base_url=options.base_url,
+            api_key=key,
+            timeout=options.timeout,
+            max_retries=options.max_retries,
+        )
+        self._reached = False  # whether the endpoint has ever answered
+        self._missed = 0  # items in a row that found no server
+        self._last = threading.local()
+
+    def __enter__(self) -> JudgeClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    @property
+    def attempts(self) -> int:
+        """Requests that this thread's last answer took."""
+        return getattr(self._last, "attempts", 1)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why this thread's last answer ended: ``stop``, or ``length`` if it was cut at ``max_tokens``."""
+        return getattr(self._last, "finish_reason", None)
+
+    def complete(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The judge's answer to a conversation.
+
+        Raises:
+            ItemFailed: if this conversation got none.
+            JudgeUnusable: if no other would.
+        """
+        import openai
+
+        try:
+            response = self._client.chat.completions.with_raw_response.create(
+                model=self.options.model, messages=list(messages), **self.options.sampling()
+            )
+        except openai.APIStatusError as error:
+            self._heard()
+            raise self._refused(error) from None
+        except openai.APIConnectionError as error:
+            raise self._unconnected(error) from None
+        self._heard()
+        self._last.attempts = 1 + response.retries_taken
+        self._last.finish_reason = None
+        text, self._last.finish_reason = _content(response.http_response.content, self.attempts)
+        return self._without_key(text)
+
+    def _heard(self) -> None:
+        self._reached, self._missed = True, 0
+
+    def _refused(self, error: Any) -> Exception:
+        """What an HTTP status means, as an exception to raise."""
+        status, model, url = error.status_code, self.options.model, self.options.base_url
+        if status in (401, 403):  # servers quote the key in these: their text is left out
+            where = (
+                f"environment variable {self.options.api_key_env}" if self.options.api_key_env else "judge.api_key_env"
+            )
+            return JudgeUnusable(f"{url} refuses access (HTTP {status}): check the key in {where} and what it may use.")
+        said = self._quote(error.body.get("message") if isinstance(error.body, Mapping) else error.message)
+        if status == 404:
+            return JudgeUnusable(f"{url} has no judge model {model!r}, or is no such address (HTTP 404: {said}).")
+        if status == 402 or error.code == "insufficient_quota":
+            return JudgeUnusable(f"{url}: the account has no quota left (HTTP {status}: {said}).")
+        if error.code in ("unsupported_parameter", "unsupported_value"):
+            return JudgeUnusable(
+                f"{model} refuses a parameter (HTTP {status}: {said}): set judge.temperature=null, "
+                "judge.max_tokens=null or judge.token_parameter=max_completion_tokens."
+            )
+        return ItemFailed(f"HTTP {status}: {said}", _attempts(error))
+
+    def _unconnected(self, error: Any) -> Exception:
+        """What a connection without an answer means: nobody there, or one request that went wrong."""
+        import openai
+
+        cause, attempts = error.__cause__, _attempts(error)
+        if type(cause).__name__ in ("ConnectError", "ConnectTimeout"):
+            self._missed += 1
+            if not self._reached or self._missed > self.options.parallel:
+                return JudgeUnusable(
+                    f"no judge answers at {self.options.base_url} ({self._quote(str(cause)) or type(cause).__name__}, "
+                    f"{attempts} attempts): start it, or set judge.base_url."
+                )
+            return ItemFailed("no connection", attempts)
+        if isinstance(error, openai.APITimeoutError):
+            return ItemFailed(f"no answer within {self.options.timeout:g} s", attempts)
+        return ItemFailed(f"connection broken ({type(cause).__name__})", attempts)
+
+    def _quote(self, text: Any) -> str:
+        return self._without_key(" ".join(str(text).split()))[:QUOTED]
+
+    def _without_key(self, text: str) -> str:
+        key = self._client.api_key
+        return text.replace(key, "***") if len(key) >= SECRET_LENGTH else text
+
+
+def read_key(variable: str | None) -> str:
+    """The key in an environment variable; a placeholder for None.
+
+    Raises:
+        ValueError: if the variable is not set, empty, or holds what no HTTP header can; the message names the variable
+            and shows nothing of its value.
+    """
+    if variable is None:
+        return PLACEHOLDER_KEY
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ValueError(f"environment variable {variable} is not set: put the judge's API key into it.")
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError(f"environment variable {variable} holds no API key: it has spaces or characters beyond ASCII.")
+    return key
+
+
+def _content(body: bytes, attempts: int) -> tuple[str, str | None]:
+    """Text and finish reason of a chat completion."""
+    try:
+        content = json.loads(body)
+    except ValueError:
+        raise ItemFailed("the answer is no JSON", attempts) from None
+    try:
+        choice = content["choices"][0]
+        text = choice["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        raise ItemFailed("the answer is no chat completion: it has no choices[0].message.content", attempts) from None
+    reason = choice.get("finish_reason")
+    if not isinstance(text, str) or not text.strip():
+        raise ItemFailed(f"the judge's answer is empty (finish_reason {reason!r})", attempts)
+    return text, reason
+
+
+def _attempts(error: Any) -> int:
+    """Requests behind an error: the client numbers its retries in a header."""
+    try:
+        return 1 + int(error.request.headers.get("x-stainless-retry-count", 0))
+    except ValueError:
+        return 1
+
+
+def _check_url(url: Any) -> None:
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except (ValueError, AttributeError, TypeError):
+        whole = False
+    shown = "one with '@'" if "@" in str(url) else repr(url)  # it may hold a password
+    if not whole:
+        raise ValueError(f"judge.base_url is {shown}; it must be an address such as http://127.0.0.1:8000/v1.")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(
+            "judge.base_url must have no user, password, query or fragment; a key goes into the environment variable "
+            "that judge.api_key_env names."
+        )
+
+
+def _check_number(name: str, value: Any, least: float, *, whole: bool = False, above: bool = False) -> None:
+    kinds = (int,) if whole else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool) or not (value > least if above else value >= least):
+        kind = "a whole number" if whole else "a number"
+        raise ValueError(f"judge.{name}={value!r}; it must be {kind} {'above' if above else 'of at least'} {least}.")
