@@ -5,7 +5,7 @@ UV_VERSION := 0.13.8
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: repro test test-all lint lock help
+.PHONY: repro plan test test-all lint lock help
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -23,6 +23,9 @@ help: ## what can be made
 repro: .venv/installed ## run EXPERIMENT (smoke, local, paper, paper_released): every stage that is not up to date
 	cmp -s experiments/$(EXPERIMENT).yaml params.yaml || cp experiments/$(EXPERIMENT).yaml params.yaml
 	dvc repro
+
+plan: .venv/installed ## memory, disk and judge calls that EXPERIMENT's LLaMa cells need, calculated
+	python experiments/plan.py experiment=experiments/$(EXPERIMENT).yaml
 
 test: .venv/installed ## the default tests: CPU, offline, short
 	python -m pytest

@@ -1,0 +1,232 @@
+"""What the LLaMa cells of an experiment need, before anything runs: memory against a card's, disk, judge calls.
+
+All is calculated from configuration; bytes throughout, 1 GB is 1e9. Of a projection ``(o, i)``, n the larger of both:
+
+    preliminary phase   the model in float32 (its gradients are never stepped, so no moments of an optimizer); one
+                        gradient and its float64 copy, 12 o i; float64 moments of every kind, 8 (o^2 + i^2);
+                        activations in float32 without checkpointing
+    HOSVD               one projection at a time: its moments, the factor that is done, and for the other one the
+                        symmetric input, the eigenvectors and LAPACK's syevd workspace of two matrices, 4 x 8 n^2
+    disk                merged checkpoints, all weights in the precision of the frozen ones; moments float64, bases
+                        float32; checkpoints of a run: two and a third being written, each with the trained weights,
+                        the best ones, and the optimizer's state
+    judge calls         questions x turns x seeds x repeats for each method
+
+Estimates of time and cost belong here too, as further keys of the dictionaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from finetune import activations
+from finetune.methods import build_targets
+from finetune.training_memory import DTYPES, Setup, TrainingMemory, meta_model, training_memory
+
+CHECKPOINTS = 3
+EIGH = 4  # n x n matrices of float64 in an eigendecomposition: input, eigenvectors, workspace of two
+
+
+@dataclass(frozen=True)
+class Card:
+    """The accelerator that a cell must fit.
+
+    Attributes:
+        name: for the reader.
+        memory: bytes.
+        reserve: bytes of it that the calculation leaves free: CUDA context, libraries' workspaces, gradients of
+            activations, fragmentation.
+    """
+
+    name: str
+    memory: float
+    reserve: float
+
+    def fits(self, needed: float) -> bool:
+        """Whether so many bytes fit beside the reserve."""
+        return needed + self.reserve <= self.memory
+
+
+def plan_model(
+    model: Mapping[str, Any],
+    methods: Mapping[str, Mapping[str, Any]],
+    protocol: Mapping[str, Any],
+    scale: Mapping[str, Any],
+    *,
+    seeds: int,
+    questions: int,
+    turns: int,
+    touched: float,
+    card: Card,
+) -> dict[str, Any]:
+    """Everything that one model's cells need; JSON values.
+
+    Args:
+        model, protocol, scale: the configuration groups of a decoder.
+        methods: name to configuration group.
+        seeds: number of report seeds.
+        questions, turns: of the judged question set.
+        touched: see :class:`finetune.training_memory.Setup`.
+        card: what the cells must fit.
+
+    Raises:
+        ValueError: on a configuration that a run would refuse.
+    """
+    setup = setup_of(protocol, scale, touched)
+    total = sum(parameter.numel() for parameter in meta_model(model["architecture"]).parameters())
+    training = {name: training_memory(method, model, protocol, setup) for name, method in methods.items()}
+    found: dict[str, Any] = {"parameters": total, "setup": asdict(setup), "training": {}}
+    for name, memory in training.items():
+        fits = {"peak": memory.peak, "fits": card.fits(memory.peak), "share": memory.trained / total}
+        found["training"][name] = asdict(memory) | fits
+    if "sparsegrad" in methods:
+        for name, needed in (
+            ("preliminary", _preliminary(model, protocol, setup)),
+            ("hosvd", _hosvd(_shapes(model, protocol))),
+        ):
+            found[name] = needed | {"fits": card.fits(needed["peak"])}
+    weights = total * DTYPES[setup.frozen_dtype].itemsize
+    found["host"] = {"loading": 4 * total}
+    found["disk"] = _disk(weights, training, seeds, _shapes(model, protocol) if "sparsegrad" in methods else {})
+    repeats = scale["judging"]["repeats"]
+    calls = questions * turns * seeds * repeats
+    found["judging"] = {"per_method": calls, "calls": calls * len(methods), "repeats": repeats}
+    return found
+
+
+def setup_of(protocol: Mapping[str, Any], scale: Mapping[str, Any], touched: float) -> Setup:
+    """The sizes that a run on one device takes from its configuration groups."""
+    batch = scale["batch_size"] or protocol["batch_size"]
+    micro_batch = min(scale["micro_batch_size"], batch)
+    return Setup(
+        micro_batch=micro_batch,
+        tokens=scale["max_length"] or protocol["max_length"],
+        accumulation_steps=-(-batch // micro_batch),
+        precision=scale["precision"] or protocol["precision"],
+        frozen_dtype=scale["frozen_dtype"],
+        checkpointing=scale["gradient_checkpointing"],
+        touched=touched,
+    )
+
+
+def _shapes(model: Mapping[str, Any], protocol: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Shape of SparseGrad's matrices by layer kind."""
+    targets = build_targets("sparsegrad", model, protocol).find(meta_model(model["architecture"]))
+    return {target.kind: tuple(target.module.weight.shape) for target in targets}
+
+
+def _moments(shape: tuple[int, int]) -> int:
+    return 8 * (shape[0] ** 2 + shape[1] ** 2)
+
+
+def _preliminary(model: Mapping[str, Any], protocol: Mapping[str, Any], setup: Setup) -> dict[str, int]:
+    plain, shapes = meta_model(model["architecture"]), _shapes(model, protocol)
+    total = sum(parameter.numel() for parameter in plain.parameters())
+    update = protocol["preliminary"]["update"]
+    plain.requires_grad_(update)
+    for target in build_targets("sparsegrad", model, protocol).find(plain):
+        target.module.weight.requires_grad_(True)
+    rows = protocol["preliminary"]["batch_size"]
+    saved = activations.measure(plain, rows, setup.tokens, precision="fp32", frozen_dtype=torch.float32)
+    found = {
+        "parameters": 4 * total,
+        "moments": sum(_moments(shape) for shape in shapes.values()),
+        "gradient": max(12 * o * i for o, i in shapes.values()) + (12 * total if update else 0),
+        "activations": saved.peak(checkpointing=False),
+    }
+    return found | {"peak": sum(found.values())}
+
+
+def _hosvd(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    peaks = []
+    for o, i in shapes.values():
+        inside = max(EIGH * 8 * i * i, 8 * i * i + EIGH * 8 * o * o)  # first U, then V beside it
+        peaks.append((_moments((o, i)) + inside, inside, _moments((o, i))))
+    peak, inside, moments = max(peaks)
+    return {"moments": moments, "decomposition": inside, "peak": peak}
+
+
+def _disk(
+    weights: int, training: Mapping[str, TrainingMemory], seeds: int, shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, int]:
+    """Checkpoints of a run are deleted when it ends, so the largest method's count once."""
+    largest = max((2 * memory.snapshot + memory.optimizer_state for memory in training.values()), default=0)
+    moments = sum(_moments(shape) for shape in shapes.values())
+    found = {
+        "merged": weights * len(training) * seeds,
+        "moments": moments,
+        "bases": moments // 2,
+        "checkpoints": CHECKPOINTS * largest,
+    }
+    return found | {"total": sum(found.values())}
+
+
+def lines(name: str, found: Mapping[str, Any], card: Card) -> list[str]:
+    """One model's plan for a reader, in GB."""
+    setup, methods = found["setup"], found["training"]
+    batch = f"{setup['accumulation_steps']} x {setup['micro_batch']} x {setup['tokens']} tokens"
+    kind = "with" if setup["checkpointing"] else "without"
+    rows = [["", *methods]]
+    rows += [[title, *(_gb(memory[key]) for memory in methods.values())] for key, title in _COMPONENTS.items()]
+    rows.append([f"fits {card.name}", *("yes" if memory["fits"] else "NO" for memory in methods.values())])
+    rows.append(["trainable", *(f"{100 * memory['share']:.3f} %" for memory in methods.values())])
+    text = [
+        f"{name}: {found['parameters']:,} parameters; {batch} a step, {setup['precision']}, frozen weights in "
+        f"{setup['frozen_dtype']}, {kind} gradient checkpointing",
+        f"{card.name}: {_gb(card.memory)} GB, {_gb(card.reserve)} of them kept free. Training, GB:",
+        *_aligned(rows),
+        "The largest of gradients + activations, gradients + selection, folding back and snapshot is in the peak.",
+        *_lazy(setup["touched"], methods),
+    ]
+    for key, title in (("preliminary", "Preliminary phase"), ("hosvd", "HOSVD, largest projection")):
+        if key in found:
+            text.append(f"{title}, GB: {_listed(found[key])}: {'fits' if found[key]['fits'] else 'does NOT fit'}")
+    judging = found["judging"]
+    return [
+        *text,
+        f"Main memory while a checkpoint loads: {_gb(found['host']['loading'])} GB",
+        f"Disk, GB: {_listed(found['disk'])}",
+        f"Judge calls: {judging['calls']:,} ({judging['per_method']:,} a method, {judging['repeats']} repeats)",
+    ]
+
+
+_COMPONENTS = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer_state": "optimizer state",
+    "bases": "bases",
+    "activations": "activations",
+    "selection": "selection",
+    "folding": "folding back",
+    "snapshot": "snapshot",
+    "peak": "peak",
+}
+
+
+def _lazy(touched: float, methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the optimizer state of methods with lazy Adam stands for, if there are any."""
+    first, end = "optimizer_state_first", "optimizer_state"
+    listed = [f"{name} {_gb(memory[first])}" for name, memory in methods.items() if memory[first] != memory[end]]
+    if not listed:
+        return []
+    return [f"Lazy Adam's state: {100 * touched:.0f} % of the entries touched; after one step: {', '.join(listed)}"]
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_gb(value)}" for key, value in values.items() if not isinstance(value, bool))
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
