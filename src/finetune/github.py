@@ -38,7 +38,7 @@ class GitHubFile:
     def __post_init__(self):
         for name, pattern, wanted in (
             ("repo", r"[\w.-]+/[\w.-]+", "owner/name"),
-            ("revision", r"[\w.-]+", "a commit or a tag"),
+            ("revision", r"(?!(main|master|HEAD)$)[\w.-]+", "a commit or a tag, a branch moves on"),
             ("sha256", r"[0-9a-f]{64}", "64 hexadecimal digits, the only thing that pins the content"),
         ):
             given = getattr(self, name)

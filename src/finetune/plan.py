@@ -2,11 +2,12 @@
 
 All is calculated from configuration; bytes throughout, 1 GB is 1e9. Of a projection ``(o, i)``, n the larger of both:
 
-    preliminary phase   the model in float32 (its gradients are never stepped, so no moments of an optimizer); one
-                        gradient and its float64 copy, 12 o i; float64 moments of every kind, 8 (o^2 + i^2);
-                        activations in float32 without checkpointing
-    HOSVD               one projection at a time: its moments, the factor that is done, and for the other one the
-                        symmetric input, the eigenvectors and LAPACK's syevd workspace of two matrices, 4 x 8 n^2
+    preliminary phase   the model in float32; one gradient at a time and its float64 copy, 12 o i (with
+                        preliminary.update all gradients and AdamW's moments); float64 moments of every kind,
+                        8 (o^2 + i^2); activations in float32 without checkpointing
+    HOSVD               one projection at a time: its moments, the factor that is done, and for the other one five
+                        float64 matrices, 5 x 8 n^2: the symmetric input and the eigenvectors, beside them syevd's
+                        workspace of two, then three copies while rows are put in order and signs fixed
     disk                merged checkpoints, all weights in the precision of the frozen ones; moments float64, bases
                         float32; checkpoints of a run: two and a third being written, each with the trained weights,
                         the best ones, and the optimizer's state
@@ -22,13 +23,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from finetune import activations
 from finetune.methods import build_targets
 from finetune.training_memory import DTYPES, Setup, TrainingMemory, meta_model, training_memory
+from sparsegrad import Target
 
 CHECKPOINTS = 3
-EIGH = 4  # n x n matrices of float64 in an eigendecomposition: input, eigenvectors, workspace of two
+EIGH = 5  # n x n matrices of float64 at most in sparsegrad.hosvd's decomposition of one moment
 
 
 @dataclass(frozen=True)
@@ -83,15 +86,16 @@ def plan_model(
     for name, memory in training.items():
         fits = {"peak": memory.peak, "fits": card.fits(memory.peak), "share": memory.trained / total}
         found["training"][name] = asdict(memory) | fits
+    shapes: dict[str, tuple[int, int]] = {}
     if "sparsegrad" in methods:
-        for name, needed in (
-            ("preliminary", _preliminary(model, protocol, setup)),
-            ("hosvd", _hosvd(_shapes(model, protocol))),
-        ):
+        plain = meta_model(model["architecture"])
+        targets = build_targets("sparsegrad", model, protocol).find(plain)
+        shapes = {target.kind: tuple(target.module.weight.shape) for target in targets}
+        preliminary = _preliminary(plain, targets, protocol["preliminary"], setup)
+        for name, needed in (("preliminary", preliminary), ("hosvd", _hosvd(shapes))):
             found[name] = needed | {"fits": card.fits(needed["peak"])}
-    weights = total * DTYPES[setup.frozen_dtype].itemsize
     found["host"] = {"loading": 4 * total}
-    found["disk"] = _disk(weights, training, seeds, _shapes(model, protocol) if "sparsegrad" in methods else {})
+    found["disk"] = _disk(total * DTYPES[setup.frozen_dtype].itemsize, training, seeds, shapes)
     repeats = scale["judging"]["repeats"]
     calls = questions * turns * seeds * repeats
     found["judging"] = {"per_method": calls, "calls": calls * len(methods), "repeats": repeats}
@@ -113,29 +117,25 @@ def setup_of(protocol: Mapping[str, Any], scale: Mapping[str, Any], touched: flo
     )
 
 
-def _shapes(model: Mapping[str, Any], protocol: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Shape of SparseGrad's matrices by layer kind."""
-    targets = build_targets("sparsegrad", model, protocol).find(meta_model(model["architecture"]))
-    return {target.kind: tuple(target.module.weight.shape) for target in targets}
-
-
 def _moments(shape: tuple[int, int]) -> int:
     return 8 * (shape[0] ** 2 + shape[1] ** 2)
 
 
-def _preliminary(model: Mapping[str, Any], protocol: Mapping[str, Any], setup: Setup) -> dict[str, int]:
-    plain, shapes = meta_model(model["architecture"]), _shapes(model, protocol)
+def _preliminary(
+    plain: nn.Module, targets: Sequence[Target], preliminary: Mapping[str, Any], setup: Setup
+) -> dict[str, int]:
     total = sum(parameter.numel() for parameter in plain.parameters())
-    update = protocol["preliminary"]["update"]
-    plain.requires_grad_(update)
-    for target in build_targets("sparsegrad", model, protocol).find(plain):
+    shapes = {target.kind: tuple(target.module.weight.shape) for target in targets}
+    plain.requires_grad_(preliminary["update"])
+    for target in targets:
         target.module.weight.requires_grad_(True)
-    rows = protocol["preliminary"]["batch_size"]
+    rows = preliminary["batch_size"]
     saved = activations.measure(plain, rows, setup.tokens, precision="fp32", frozen_dtype=torch.float32)
+    stepped = 12 * total if preliminary["update"] else 0  # gradients and AdamW's moments of the whole model
     found = {
         "parameters": 4 * total,
         "moments": sum(_moments(shape) for shape in shapes.values()),
-        "gradient": max(12 * o * i for o, i in shapes.values()) + (12 * total if update else 0),
+        "gradients": max(12 * o * i for o, i in shapes.values()) + stepped,
         "activations": saved.peak(checkpointing=False),
     }
     return found | {"peak": sum(found.values())}

@@ -162,7 +162,12 @@ def meta_model(architecture: Mapping[str, Any]) -> nn.Module:
 
     Args:
         architecture: arguments of a transformers configuration, ``model_type`` among them.
+
+    Raises:
+        ValueError: if there is none.
     """
+    if not architecture or "model_type" not in architecture:
+        raise ValueError(f"model.architecture={architecture!r}; memory is calculated from an architecture: give one.")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):

@@ -174,6 +174,7 @@ def test_no_account_is_used(mirror, tmp_path, monkeypatch):
         ({"sha256": "ABC"}, "sha256 is 'ABC'"),
         ({"repo": "https://github.com/acme/chat"}, "give owner/name"),
         ({"revision": None}, "acme/chat: data/question.jsonl: revision is None; give a commit or a tag"),
+        ({"revision": "main"}, "revision is 'main'; give a commit or a tag, a branch moves on"),
         ({"revision": "../v1"}, "give a commit or a tag"),
         ({"path": "../secret"}, "path is '../secret'; give a relative path"),
         ({"file": "/etc/passwd"}, "file is '/etc/passwd'; give a relative path"),

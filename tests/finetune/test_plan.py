@@ -201,6 +201,11 @@ def test_setups_that_make_no_sense(changes, message):
         Setup(**{"micro_batch": 1, "tokens": 8} | changes)
 
 
+def test_a_model_without_an_architecture_is_refused():
+    with pytest.raises(ValueError, match="memory is calculated from an architecture: give one"):
+        training_memory.training_memory(FILES["full"], MODEL | {"architecture": None}, PROTOCOL, Setup(1, 8))
+
+
 def test_the_rotated_form_is_refused():
     with pytest.raises(ValueError, match="memory is calculated for form=folded only"):
         training_memory.training_memory(FILES["sparsegrad"] | {"form": "rotated"}, MODEL, PROTOCOL, Setup(1, 8))
@@ -242,8 +247,17 @@ def test_the_preliminary_phase_is_counted_as_it_runs():
     with memory.saved_activations(model, notes, True):
         summed_loss(model(input_ids=ids, use_cache=False).logits, ids)
     assert plan["activations"] == pytest.approx(notes["saved_activations"] + 2 * 4 * 3 * TOKENS * 96, rel=0.001)
+    stepped = planned(protocol=PROTOCOL | {"preliminary": {"steps": 3, "batch_size": 3, "update": True}})["preliminary"]
+    assert stepped["gradients"] - plan["gradients"] == 12 * planned()["parameters"]
     no_bases = planned(methods={"full": FILES["full"]})
     assert "preliminary" not in no_bases and "hosvd" not in no_bases and no_bases["disk"]["moments"] == 0
+
+
+def test_hosvd_is_counted_for_one_projection():
+    plan = planned()["hosvd"]
+    assert plan["moments"] == 8 * (32**2 + 80**2)
+    # Of up U (32) comes first and V (80) beside it; of down V is the smaller one, and U is alone at its peak.
+    assert plan["peak"] == plan["moments"] + 8 * 32**2 + 5 * 8 * 80**2
 
 
 def test_fits_means_beside_the_reserve():
