@@ -491,6 +491,43 @@ def test_a_checkpoint_given_by_hand_is_answered_for_one_seed(checkpoint, tmp_pat
         answer_cells.answer_cell(config, [1, 2], tmp_path / "none", tmp_path / "answers")
 
 
+# ---- the script ----
+
+
+@pytest.fixture
+def script(checkpoint, tmp_path):
+    """``script("seed=3", ...)``: experiments/answers.py in a folder with two trained models and params.yaml."""
+    shutil.copytree(checkpoint, tmp_path / "results" / "mine" / "llama" / "models" / "llama2_7b" / "lora" / "seed4")
+    shutil.copytree(checkpoint, tmp_path / "outputs" / "mine" / "llama2_7b" / "lora" / "seed3")
+    (tmp_path / "params.yaml").write_text("llama_seeds: [4]\n")
+    own = config_for(checkpoint, tmp_path)
+    place = [f"questions.{name}={own['questions'][name]}" for name in ("root", "folder", "questions")]
+    sizes = [f"scale.answers.{name}={value}" for name, value in own["scale"]["answers"].items()]
+    common = ["name=mine", "model=llama2_7b", "++model.template=llama-2", "method=lora", "device=cpu", "progress=false"]
+
+    def run(*arguments):
+        file = Path(__file__).parents[2] / "experiments" / "answers.py"
+        command = [sys.executable, str(file), *common, *place, *sizes, *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    return run
+
+
+def test_the_script_answers_for_one_seed_by_hand(script, tmp_path):
+    done = script("seed=3")
+    assert done.returncode == 0 and "7 answers in" in done.stderr, done.stderr
+    folder = tmp_path / "outputs" / "mine" / "mt_bench" / "answers" / "llama2_7b" / "lora"
+    assert files(folder) == ["llama2_7b-lora-seed3.json", "llama2_7b-lora-seed3.jsonl"]
+    assert read_json(folder / "llama2_7b-lora-seed3.json")["run"]["protocol"] == "sound"
+
+
+def test_the_script_answers_for_a_cell(script, tmp_path):
+    done = script("cell=params.yaml")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "results" / "mine" / "mt_bench" / "answers" / "llama2_7b" / "lora"
+    assert files(folder) == ["cell.json", "llama2_7b-lora-seed4.json", "llama2_7b-lora-seed4.jsonl"]
+
+
 # ---- bad input ----
 
 
