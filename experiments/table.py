@@ -58,7 +58,7 @@ def _table_06(cfg: DictConfig, experiment: dict, results: Path):
         judgments=read_judgments(results / "mt_bench" / "judgments"),
     )
     path, categories = Path("conf/model") / f"{PAPER_MODEL}.yaml", None
-    if cfg.questions is not None:
+    if cfg.get("questions") is not None:
         questions = Path(cfg.questions.root) / cfg.questions.folder / cfg.questions.questions
         categories = categories_of(read_items(questions))
     full_model = (path.as_posix(), yaml.safe_load(path.read_text())) if path.is_file() else None

@@ -4,6 +4,8 @@ The page is one file without any external resource; every text of a model, a jud
 first turn of a question is shown, as in the paper.
 """
 
+import hashlib
+import json
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -183,11 +185,13 @@ def _card(page: Page, label: str, method: str, number: int) -> str:
         reason = "no answers of this method" if answers is None else "this question was not answered"
         return "\n".join(["<article>", *parts, f'<p class="none">{reason}</p>', "</article>"])
     judged = page.judged.get(method)
-    found = [one for one in (judged.lines if judged else ()) if (one["question_id"], one["turn"]) == (number, TURN)]
+    text = line["choices"][0]["turns"][TURN - 1]
+    mine = [one for one in (judged.lines if judged else ()) if (one["question_id"], one["turn"]) == (number, TURN)]
+    found = [one for one in mine if one.get("answer_sha256") == _sha256(text)]
     parts.append(_score(found, judged))
+    parts += [f'<p class="warning">{_OTHER_ANSWER}</p>'] if len(found) < len(mine) else []
     flags = [text for name, text in _FLAGS.items() if _flag(line, name)]
     parts += [f'<p class="warning">{text}</p>' for text in flags]
-    text = line["choices"][0]["turns"][TURN - 1]
     parts.append(f'<p class="text">{escape(text)}</p>' if text.strip() else '<p class="none">an empty answer</p>')
     parts += [_words(one) for one in found]
     return "\n".join(["<article>", *parts, "</article>"])
@@ -209,12 +213,19 @@ def _words(line: Mapping[str, Any]) -> str:
     return f'<details><summary>{title}</summary><p class="text">{words}</p></details>'
 
 
+def _sha256(text: str) -> str:
+    """As `finetune.mt_bench.judging` names the answers that a prompt for the first turn held."""
+    return hashlib.sha256(json.dumps([text]).encode()).hexdigest()
+
+
 def _flag(line: Mapping[str, Any], name: str) -> bool:
     marks = line.get(name, ())
     return len(marks) >= TURN and bool(marks[TURN - 1])
 
 
 _NO_QUALITY = "The scores are not a measure of quality: this judge only exercises the pipeline."
+
+_OTHER_ANSWER = "Judgments of another answer than this one are not shown: run the judgments stage again."
 
 _FLAGS = {
     "cut": "The prompt was longer than the model's window and was cut.",

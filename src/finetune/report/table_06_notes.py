@@ -104,7 +104,7 @@ def pairs(evidence: LlamaEvidence, categories: Mapping[int, str] | None, seed: i
         unpaired = f", {found.unpaired} items not paired" if found.unpaired else ""
         notes.append(
             f"{label}: {found.difference:+.3f}{interval}, noise {threshold:.3f}: "
-            f"{verdict if quality else f'{verdict}, {stats.NOT_COMPARABLE} in quality'} "
+            f"{verdict if quality else f'{stats.NOT_COMPARABLE} in quality (by the rule: {verdict})'} "
             f"({found.items} items of {found.questions} questions{unpaired})."
         )
     return notes

@@ -1,0 +1,118 @@
+"""Table 6 and the page of Appendix E as their stages make them, from files in the folders of an experiment."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+RUN = {"experiment": "test", "model": "tiny", "method": "lora", "seed": 1, "protocol": "sound", "scale": "smoke"}
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = content if isinstance(content, list) else [content]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def results(tmp_path):
+    """One trained, answered and judged model, and two questions, as an experiment's stages leave them."""
+    work = tmp_path / "work"
+    work.mkdir(exist_ok=True)
+    places = {"name": "test", "protocol": "sound", "stands_for": {"llama2_7b": "tiny"}}
+    (work / "params.yaml").write_text(yaml.safe_dump(places))
+    root = work / "results" / "test"
+    questions = [{"question_id": q, "category": "writing", "turns": [f"Question {q}?", "And then?"]} for q in (84, 95)]
+    write(root / "chat" / "mt_bench" / "question.jsonl", questions)
+    record = {
+        "schema": 1,
+        "version": 1,
+        "status": "finished",
+        "run": RUN | {"kind": "llama", "task": "oasst1", "config_hash": "a"},
+        "metric": "loss",
+        "score": 1.5,
+        "parameters": {"total": 1000, "trainable": 5},
+        "model": {"title": "Tiny LLaMA", "random_weights": False},
+    }
+    runs = root / "llama" / "runs" / "tiny" / "lora"
+    write(runs / "oasst1-seed1-a.json", record)
+    write(runs / "cell.json", {"records": ["oasst1-seed1-a.json"]})
+    name = "tiny-lora-seed1"
+    answers = root / "mt_bench" / "answers" / "tiny" / "lora"
+    write(answers / f"{name}.json", {"run": RUN | {"kind": "answers", "config_hash": "b"}, "template": "llama-2"})
+    lines = [
+        {"question_id": q, "choices": [{"index": 0, "turns": [f"Answer {q}", "more"]}], "config_hash": "b"}
+        for q in (84, 95)
+    ]
+    write(answers / f"{name}.jsonl", lines)
+    judge = {"model": "local", "measures_quality": False, "temperature": 0, "max_tokens": 64, "repeats": 1}
+    record = {
+        "run": RUN | {"kind": "judgments", "config_hash": "c"},
+        "judge": judge,
+        "questions": {"file": "question.jsonl", "sha256": "0" * 64, "count": 2},
+        "answers": {"cut": 0, "refused": 0},
+    }
+    judgments = root / "mt_bench" / "judgments" / "tiny" / "lora"
+    write(judgments / f"{name}.json", record)
+    facts = {"model": name, "judge": ["local", "single-v1"], "repeat": 0, "judgment": "[[6]]", "config_hash": "c"}
+    lines = [{"question_id": q, "turn": t, "score": 6} | facts for q in (84, 95) for t in (1, 2)]
+    write(judgments / f"{name}.jsonl", lines)
+    return root
+
+
+def test_table_6(script, results):
+    done = script("table", "number=6", "name=test", "questions=generated")
+    assert done.code == 0 and done.out == "", done.err
+    with (results / "tables" / "table_06.csv").open(newline="") as file:
+        cells = {(row["row"], row["column"]): row for row in csv.DictReader(file)}
+    assert [cells["LoRA", column]["ours"] for column in ("#Train params", "Valid Loss", "I-Bench Score")] == [
+        "0.5",
+        "1.5",
+        "6",
+    ]
+    # Run outside the repository, where conf/model is not: no shares, and no error.
+    assert len(cells) == 12
+    assert "writing 6.000" in (results / "tables" / "table_06.md").read_text()
+    assert (results / "tables" / "table_06.tex").is_file()
+
+
+def test_table_6_with_nothing_done_says_why(script, results):
+    for part in ("llama", "mt_bench"):
+        (results / part).rename(results.parent / part)
+    (results.parents[1] / "conf" / "model").mkdir(parents=True)
+    source = Path(__file__).parents[2] / "conf" / "model" / "llama2_7b.yaml"
+    (results.parents[1] / "conf" / "model" / "llama2_7b.yaml").write_text(source.read_text())
+    done = script("table", "number=6", "name=test")
+    assert done.code == 0, done.err
+    with (results / "tables" / "table_06.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["verdict"] for row in rows[:12]] == ["not run"] * 12 and len(rows) == 24
+    assert all("no finished run of tiny" in row["source"] or "no judgments" in row["source"] for row in rows[:12])
+    assert f"{float(rows[12]['ours']):.2f}" == "14.72"
+
+
+def test_examples(script, results):
+    done = script("examples", "name=test", "questions=generated")
+    assert done.code == 0 and done.out == "", done.err
+    page = (results / "examples.html").read_text()
+    assert all(
+        text in page
+        for text in ("Question 84?", "Answer 84", "Answer 95", "tiny stands in", "not a measure of quality")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "text"),
+    [
+        ("table", ["number=6", "questions=nope"], "Could not find 'questions/nope'"),
+        ("table", ["number=6", "name=other"], "params.yaml is experiment 'test', not 'other'"),
+        ("examples", ["questions=generated", "questions.examples=[1]"], "name at least one question"),
+        ("examples", ["questions=generated", "questions.root=/no/such/folder"], "/no/such/folder/mt_bench"),
+    ],
+)
+def test_wrong_input(name, overrides, text, script, results):
+    done = script(name, "name=test", *overrides)
+    assert done.code != 0 and text in done.err and "Traceback" not in done.err, done.err
+    assert not (results / "tables").exists() and not (results / "examples.html").exists()
