@@ -109,7 +109,7 @@ def chat_run(inputs: ChatInputs, seed: int, save_model: Path | None = None) -> d
 def _prepare(model: nn.Module, method: Method, scale: Mapping[str, Any], device: torch.device, seed: int) -> nn.Module:
     """The model as the method trains it: what is frozen in its storage precision, on the device."""
     if scale["gradient_checkpointing"]:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        models.checkpoint_activations(model)
     model.config.use_cache = False
     torch.manual_seed(seed)  # LoRA draws its weights
     model = method.prepare(model)

@@ -25,9 +25,10 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     if logits.dim() == 3:
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    logits = logits.float() if torch.finfo(logits.dtype).bits < 32 else logits
     if labels.is_floating_point():
-        return F.mse_loss(logits.float().squeeze(-1), labels, reduction="sum")
-    return F.cross_entropy(logits.float(), labels, reduction="sum")
+        return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype), reduction="sum")
+    return F.cross_entropy(logits, labels, reduction="sum")
 
 
 @torch.no_grad()

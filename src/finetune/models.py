@@ -124,6 +124,18 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+def checkpoint_activations(model: nn.Module) -> None:
+    """Keep the input of every block alone and compute the rest again in the backward pass.
+
+    Non-reentrant: the reentrant form gives no gradient where a block's input needs none, as all do here.
+    """
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # gradient_checkpointing_enable is its older name
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
 def positions(model: nn.Module) -> int | None:
     """Tokens of the longest input that a model takes; None without a limit."""
     found = getattr(model.config, "max_position_embeddings", None)

@@ -1,5 +1,6 @@
 """What the tests of the comparison share: composed configurations, tiny classifiers, tokenised tasks, methods."""
 
+import socket
 from copy import deepcopy
 from pathlib import Path
 
@@ -188,3 +189,68 @@ def run_training(load, options):
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def chat_root(tmp_path_factory):
+    """``chat.root``: 24 generated message trees, a LLaMA of random weights and its tokenizer. Read only."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from finetune.data.generated_chat import write_chat
+    from finetune.pretraining_causal import train_llama_tokenizer
+
+    root = tmp_path_factory.mktemp("chat")
+    write_chat(root, trees=24, dialogues=20, seed=0)
+    tokenizer = train_llama_tokenizer((root / "text" / "dialogues.txt").read_text().splitlines(), 400, 128)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, bos_token_id=1, eos_token_id=2, **sizes)
+    )
+    model.save_pretrained(root / "models" / "tiny")
+    tokenizer.save_pretrained(root / "models" / "tiny")
+    return root
+
+
+@pytest.fixture
+def chat_config(compose, chat_root, tmp_path):
+    """``chat_config("method=lora", ...)``: six steps of eight packed blocks on the tiny LLaMA; files go to tmp_path."""
+
+    def make(*overrides):
+        found = compose(
+            "model=llama2_7b",
+            "model.name=tiny",
+            "model.folder=models/tiny",
+            "model.layers_to_transform=[0,3]",
+            "model.lora_rank=2",
+            "model.k=40",
+            "chat=generated_chat",
+            f"chat.root={chat_root}",
+            "protocol.preliminary.steps=3",
+            "scale=llama/smoke",
+            "scale.max_length=32",
+            "scale.batch_size=8",
+            "scale.micro_batch_size=3",
+            "scale.max_steps=6",
+            "scale.warmup_steps=2",
+            "scale.evaluation_steps=3",
+            "learning_rate=0.005",
+            "device=cpu",
+            "progress=false",
+            "wandb.mode=disabled",
+            *overrides,
+            config_name="llama",
+        )
+        return found | {name: str(tmp_path / name) for name in ("output", "checkpoints")}
+
+    return make
+
+
+@pytest.fixture
+def ranks():
+    """``ranks(0)``: the environment of one of two processes, as torchrun and ``accelerate launch`` set it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    return lambda rank: common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}

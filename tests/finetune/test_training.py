@@ -2,7 +2,6 @@
 
 import math
 import os
-import socket
 import subprocess
 import sys
 import textwrap
@@ -492,16 +491,6 @@ PROCESSES = """
         torch.distributed.destroy_process_group()
     print(accelerator.num_processes)
 """
-
-
-@pytest.fixture
-def ranks():
-    """``ranks(0)``: the environment of one of two processes, as torchrun and ``accelerate launch`` set it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    return lambda rank: common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
 
 
 def test_two_processes_take_the_steps_of_one(ranks, config, random_bases, tmp_path):
