@@ -113,6 +113,7 @@ class JudgeClient:
         )
         self._reached = False  # whether the endpoint has ever answered
         self._missed = 0  # items in a row that found no server
+        self._unusable: str | None = None
         self._last = threading.local()
 
     def __enter__(self) -> JudgeClient:
@@ -140,15 +141,17 @@ class JudgeClient:
         """
         import openai
 
+        if self._unusable is not None:  # found by another thread
+            raise JudgeUnusable(self._unusable)
         try:
             response = self._client.chat.completions.with_raw_response.create(
                 model=self.options.model, messages=list(messages), **self.options.sampling()
             )
         except openai.APIStatusError as error:
             self._heard()
-            raise self._refused(error) from None
+            raise self._remembered(self._refused(error)) from None
         except openai.APIConnectionError as error:
-            raise self._unconnected(error) from None
+            raise self._remembered(self._unconnected(error)) from None
         self._heard()
         self._last.attempts = 1 + response.retries_taken
         self._last.finish_reason = None
@@ -158,6 +161,11 @@ class JudgeClient:
     def _heard(self) -> None:
         self._reached, self._missed = True, 0
 
+    def _remembered(self, error: Exception) -> Exception:
+        if isinstance(error, JudgeUnusable):
+            self._unusable = str(error)
+        return error
+
     def _refused(self, error: Any) -> Exception:
         """What an HTTP status means, as an exception to raise."""
         status, model, url = error.status_code, self.options.model, self.options.base_url
@@ -166,7 +174,8 @@ class JudgeClient:
                 f"environment variable {self.options.api_key_env}" if self.options.api_key_env else "judge.api_key_env"
             )
             return JudgeUnusable(f"{url} refuses access (HTTP {status}): check the key in {where} and what it may use.")
-        said = self._quote(error.body.get("message") if isinstance(error.body, Mapping) else error.message)
+        told = error.body.get("message") if isinstance(error.body, Mapping) else None
+        said = self._quote(told or error.response.text or error.message)
         if status == 404:
             return JudgeUnusable(f"{url} has no judge model {model!r}, or is no such address (HTTP 404: {said}).")
         if status == 402 or error.code == "insufficient_quota":

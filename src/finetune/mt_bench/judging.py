@@ -199,7 +199,8 @@ def _judge(
 
     def keep(item: Item, done: Future[Line]) -> None:
         try:
-            journal.append(done.result())
+            if item.key not in journal.items:  # an interruption may come after the writing
+                journal.append(done.result())
         except ItemFailed as error:
             failures.append(_failure(item, error))
         bar.update()
@@ -208,10 +209,13 @@ def _judge(
         fastchat_asks(client.complete, client.options.model),
         ThreadPoolExecutor(client.options.parallel) as pool,
     ):
-        waiting = {pool.submit(judge_item, item, client, digest): item for item in pending}
+        waiting: dict[Future[Line], Item] = {}
         try:
+            for item in pending:
+                waiting[pool.submit(judge_item, item, client, digest)] = item
             for done in as_completed(list(waiting)):
-                keep(waiting.pop(done), done)
+                keep(waiting[done], done)
+                del waiting[done]
         except BaseException:  # Ctrl-C too: begun requests are paid for
             under_way = {done: item for done, item in waiting.items() if not done.cancel()}
             for done in as_completed(under_way):
