@@ -216,6 +216,7 @@ def test_the_papers_own_model_is_compared():
     [
         ({"judge": {"measures_quality": False}}, "the judge's scores are no measure of quality"),
         ({"judge": {"model": "qwen"}}, "judge qwen is not the paper's GPT-4"),
+        ({"judge": {"model": "gpt-4.1-2025-04-14"}}, "judge gpt-4.1-2025-04-14 is not the paper's GPT-4"),
         ({"questions": {"file": "question.jsonl"}}, "questions question.jsonl are not the paper's mt_bench_inf"),
         ({"questions": {"count": 21}}, "2 judgments are missing"),
         ({"scale": "local"}, "scale local is not the paper's"),
@@ -384,6 +385,8 @@ def test_scores_by_turn_and_category():
     categories = {question: "math" if question > 90 else "writing" for question in range(81, 101)}
     notes = table([], [judged("full", 1, [scores])], categories=categories)[1].notes
     assert "Regular FT: turn 1 2.500, turn 2 4.500, writing 3.000, math 4.000." in notes
+    twice = table([], [judged("full", 1, [flat(5), flat(5.25)])])[1].notes
+    assert "Regular FT: turn 1 5.125, turn 2 5.125, spread of a mean over repeats 0.250." in twice
 
 
 # Files

@@ -116,7 +116,9 @@ def to_html(page: Page) -> str:
     body = [
         f"<h1>Answers side by side: experiment {escape(page.experiment)}</h1>",
         "<p>First turns of MT-Bench questions, as in Appendix E of the paper (arXiv 2410.07383).</p>",
-        *(f"<p{_mark(text)}>{escape(text)}</p>" for text in _facts(page)),
+        '<ul class="facts">',
+        *(f"<li{_mark(text)}>{escape(text)}</li>" for text in _facts(page)),
+        "</ul>",
         *(_question(page, question) for question in page.questions),
     ]
     return _PAGE.format(title=escape(f"Answers: {page.experiment}"), style=_STYLE, body="\n".join(body))
@@ -240,6 +242,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 90rem; font: 1rem/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } h3 { font-size: 1rem; margin: 0; }
+.facts { list-style: none; padding: 0; }
 small, .none { color: var(--faint); font-weight: normal; }
 .warning { color: var(--warn); font-weight: 600; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; }

@@ -8,6 +8,7 @@ Beside the printed columns stand the trainable shares of LLaMa-2-7B itself under
 the printed 22 % and 0.5 % follow from other readings than the text's (D17 to D19).
 """
 
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -33,8 +34,8 @@ PAPER_RUNS = 3
 PAPER_QUESTIONS = "mt_bench_inf"
 """Stem of the paper's question file, Inflection's corrected MT-Bench."""
 
-PAPER_JUDGE = "gpt-4"
-"""The paper's judge; its snapshot is not stated, so every name that begins so counts."""
+PAPER_JUDGE = r"gpt-4(-.+)?"
+"""The paper's judge as a pattern of names; its snapshot is not stated. GPT-4o and GPT-4.1 are other models."""
 
 LOSS_MARGIN = 0.05
 """Largest difference of losses that counts as agreement: the largest deviation printed in the column, in nats."""
@@ -71,7 +72,7 @@ def build_table_06(
             rows.append(builders[cell.quantity](cell, evidence))
     rows += _share_rows(shares, full_model[0] if full_model else "")
     notes = [
-        *table_06_notes.rules(LOSS_MARGIN, PAPER_RUNS),
+        *table_06_notes.rules(LOSS_MARGIN, PAPER_RUNS, stratified=categories is not None),
         *table_06_notes.judging(evidence, categories),
         *table_06_notes.pairs(evidence, categories, seed),
         *(table_06_notes.readings(shares, rows) if shares else []),
@@ -227,7 +228,7 @@ def _against_judged(cell: Cell, evidence: LlamaEvidence, judged: Sequence[Judged
     record = judged[0].record
     if not record["judge"]["measures_quality"]:
         reasons.append("the judge's scores are no measure of quality")
-    elif not record["judge"]["model"].startswith(PAPER_JUDGE):
+    elif not re.fullmatch(PAPER_JUDGE, record["judge"]["model"]):
         reasons.append(f"judge {record['judge']['model']} is not the paper's GPT-4")
     file = record["questions"]["file"]
     if file.rsplit("/", 1)[-1].removesuffix(".jsonl") != PAPER_QUESTIONS:

@@ -23,7 +23,7 @@ LABELS = {method: label for label, method in METHODS.items()}
 """Method -> row label."""
 
 
-def rules(loss_margin: float, paper_runs: int) -> list[str]:
+def rules(loss_margin: float, paper_runs: int, stratified: bool) -> list[str]:
     """State how the columns are computed and compared."""
     return [
         "#Train params is trainable / total parameters of the model that ran, in percent. It agrees if, rounded to the "
@@ -34,8 +34,9 @@ def rules(loss_margin: float, paper_runs: int) -> list[str]:
         f"inconclusive if not. The paper states no number of runs for this table; {paper_runs} are assumed, as it says "
         "for GLUE.",
         "I-Bench Score is FastChat's: the mean over both turns of all questions, an item judged several times with its "
-        "median; mean over seeds, 95 % bootstrap interval over questions with the seeds averaged first. The paper "
-        "prints no deviation for it: at best the comparison is inconclusive.",
+        "median; mean over seeds, 95 % bootstrap interval over questions with the seeds averaged first"
+        f"{', drawn within their categories' if stratified else ''}. The paper prints no deviation for it: at best the "
+        "comparison is inconclusive.",
         f"Protocols that may be compared with the print: {', '.join(PAPER_PROTOCOLS)}.",
     ]
 
@@ -68,7 +69,9 @@ def judging(evidence: LlamaEvidence, categories: Mapping[int, str] | None) -> li
         turns = ", ".join(f"turn {turn} {_mean([s.turns.get(turn) for s in scores])}" for turn in (1, 2))
         names = dict.fromkeys(name for score in scores for name in score.categories)
         by_category = [f"{name} {_mean([s.categories.get(name) for s in scores])}" for name in names]
-        notes.append(f"{LABELS[method]}: {', '.join([turns, *by_category])}.")
+        noise = _noise(_with_lines(evidence, method))
+        spread = [f"spread of a mean over repeats {noise:.3f}"] if noise is not None else []
+        notes.append(f"{LABELS[method]}: {', '.join([turns, *by_category, *spread])}.")
     return notes
 
 
