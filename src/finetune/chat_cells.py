@@ -17,7 +17,7 @@ from tqdm import tqdm
 from finetune import gradients, records
 from finetune.cells import is_first_process, keep_only, set_threads
 from finetune.chat_inputs import TASK, ChatInputs, identity
-from finetune.chat_run import MERGED, chat_run, collect_gradients
+from finetune.chat_run import MERGED, chat_run, collect_gradients, load_for_gradients
 from finetune.training import make_accelerator
 from sparsegrad import Basis, load_tensors, save_bases, save_tensors
 
@@ -30,7 +30,7 @@ def gradients_cell(config: Mapping[str, Any], path: Path) -> None:
     inputs = ChatInputs(config)
     device = make_accelerator(config["device"], "fp32").device
     seed = config["seed"]
-    collected = collect_gradients(inputs, inputs.load_model(seed), seed, device)
+    collected = collect_gradients(inputs, load_for_gradients(inputs, seed), seed, device)
     metadata = collected.facts | inputs.facts | {"content": "moments", "model": config["model"]["name"]}
     save_tensors(path, gradients.pack(collected), metadata)
 

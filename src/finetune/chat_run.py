@@ -30,22 +30,35 @@ MERGED = "training.json"
 
 
 def collect_gradients(inputs: ChatInputs, model: nn.Module, seed: int, device: torch.device) -> Collected:
-    """The preliminary phase: moments of the gradients of SparseGrad's target matrices."""
-    protocol = inputs.config["protocol"]
+    """The preliminary phase: moments of the gradients of SparseGrad's target matrices, in the training's precision."""
+    protocol, scale = inputs.config["protocol"], inputs.config["scale"]
     targets = build_targets("sparsegrad", inputs.config["model"], protocol)
-    collected = collect(
-        model,
-        inputs.splits["train"],
-        targets,
-        preliminary_options(inputs.config),
-        seed=seed,
-        device=device,
-        progress_bar=inputs.config["progress"],
-    )
+    bf16 = (scale["precision"] or protocol["precision"]) == "bf16"
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        collected = collect(
+            model,
+            inputs.splits["train"],
+            targets,
+            preliminary_options(inputs.config),
+            seed=seed,
+            device=device,
+            progress_bar=inputs.config["progress"],
+        )
     shared = [kind for kind in protocol["shared_input"] if kind in targets.target_modules]
     if len(shared) > 1:
         collected.share_input(shared)
     return collected
+
+
+def load_for_gradients(inputs: ChatInputs, seed: int) -> nn.Module:
+    """The starting model as the preliminary phase needs it: what is not differentiated in its storage precision."""
+    config, model = inputs.config, inputs.load_model(seed)
+    if config["scale"]["gradient_checkpointing"]:
+        models.checkpoint_activations(model)
+    if not config["protocol"]["preliminary"]["update"]:
+        build_targets("sparsegrad", config["model"], config["protocol"]).set_trainable(model)
+        models.cast_frozen(model, DTYPES[config["scale"]["frozen_dtype"]])
+    return model
 
 
 def chat_run(inputs: ChatInputs, seed: int, save_model: Path | None = None) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 All is calculated from configuration; bytes throughout, 1 GB is 1e9. Of a projection ``(o, i)``, n the larger of both:
 
-    preliminary phase   the model in float32; one gradient at a time and its float64 copy, 12 o i (with
-                        preliminary.update all gradients and AdamW's moments); float64 moments of every kind,
-                        8 (o^2 + i^2); activations in float32 without checkpointing
+    preliminary phase   the target matrices in float32 and the rest in the storage precision (with
+                        preliminary.update all in float32, and all gradients and AdamW's moments); one gradient at a
+                        time and its float64 copy, 12 o i; float64 moments of every kind, 8 (o^2 + i^2); activations
+                        as in training
     HOSVD               one projection at a time: its moments, the factor that is done, and for the other one five
                         float64 matrices, 5 x 8 n^2: the symmetric input and the eigenvectors, beside them syevd's
                         workspace of two, then three copies while rows are put in order and signs fixed
@@ -130,13 +131,15 @@ def _preliminary(
     for target in targets:
         target.module.weight.requires_grad_(True)
     rows = preliminary["batch_size"]
-    saved = activations.measure(plain, rows, setup.tokens, precision="fp32", frozen_dtype=torch.float32)
+    stored = torch.float32 if preliminary["update"] else DTYPES[setup.frozen_dtype]
+    saved = activations.measure(plain, rows, setup.tokens, precision=setup.precision, frozen_dtype=stored)
     stepped = 12 * total if preliminary["update"] else 0  # gradients and AdamW's moments of the whole model
+    differentiated = sum(target.module.weight.numel() for target in targets)
     found = {
-        "parameters": 4 * total,
+        "parameters": 4 * differentiated + stored.itemsize * (total - differentiated),
         "moments": sum(_moments(shape) for shape in shapes.values()),
         "gradients": max(12 * o * i for o, i in shapes.values()) + stepped,
-        "activations": saved.peak(checkpointing=False),
+        "activations": saved.peak(checkpointing=setup.checkpointing),
     }
     return found | {"peak": sum(found.values())}
 

@@ -430,3 +430,18 @@ def test_a_file_that_holds_no_moments_is_refused(stages, tmp_path):
     stages("method=full", seeds=(1,))
     with pytest.raises(ValueError, match="holds 'bases', not moments"):
         chat_cells.basis_cell(tmp_path / "basis.safetensors", tmp_path / "x.safetensors", device="cpu", threads=None)
+
+
+def test_gradients_are_collected_with_the_rest_in_bf16(chat_config, tmp_path):
+    from sparsegrad import load_tensors
+
+    change = ["scale.precision=bf16", "scale.frozen_dtype=bf16"]
+    for name, overrides in (("fp32", []), ("bf16", change)):
+        chat_cells.gradients_cell(chat_config(*overrides), tmp_path / f"{name}.safetensors")
+    model = chat_run.load_for_gradients(ChatInputs(chat_config(*change)), 0)
+    kept = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
+    assert kept == {f"model.layers.{i}.mlp.{m}_proj.weight" for i in (0, 3) for m in ("up", "down")}
+    one, two = (load_tensors(tmp_path / f"{name}.safetensors")[0] for name in ("fp32", "bf16"))
+    for key, moment in one.items():
+        assert moment.dtype == torch.float64 and moment.shape[0] == moment.shape[1]
+        assert float((moment - two[key]).norm() / moment.norm()) < 0.05
