@@ -177,8 +177,11 @@ def test_no_answers_of_one_seed_leave_the_others_judged(judge):
 
 def test_a_missing_key_and_wrong_settings_are_named(judge, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    folder = judge()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="environment variable OPENAI_API_KEY is not set"):
         judge("openai")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     with pytest.raises(ValueError, match="judge.measures_quality=false"):
         judge(measures_quality=True)
     with pytest.raises(ValueError, match="judge holds .*tokens.*; allowed: .*allowed_failures.*max_tokens"):

@@ -491,8 +491,8 @@ def test_kill_9_then_a_rerun_no_item_twice_none_missing(judge, lines, server, tm
     server.answer = lambda item, times: bench.says("[[6]]")
     assert judge() == {"items": 16, "judged": 16, "failed": 0, "reused": len(done)}
     assert items_of(lines()) == ITEMS
-    assert all(server.count(item) == 1 for item in done)  # others: the killed process may have asked for two of them
-    assert sum(map(server.count, ITEMS)) <= 18
+    asked = {item: server.count(item) for item in ITEMS}  # the killed process had asked for some that it did not write
+    assert all(asked[item] == 1 if item in done else asked[item] <= 2 for item in ITEMS)
     assert [line["score"] for line in lines()] == [5 if item in done else 6 for item in ITEMS]
 
 

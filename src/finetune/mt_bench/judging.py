@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,20 +84,23 @@ def judge_answers(
         raise ValueError(f"{model_id} has no answer to questions {missing}: run the answers stage for it.")
     digest = digest or judging_hash(questions, references, prompts, options)
     items = list(make_items(questions, references, prompts, answers, model_id, options))
-    journal = _open(Path(folder) / f"{model_id}.jsonl", items, digest)
-    pending = [item for item in items if item.key not in journal.items]
-    reused = len(items) - len(pending)
+    path = Path(folder) / f"{model_id}.jsonl"
+    journal, earlier = Journal(path, _key), Journal(path.parent / "earlier" / path.name, _full_key)
+    valid = _valid(items, digest, journal, earlier)
+    pending = [item for item in items if item.key not in valid]
+    client = JudgeClient(options) if pending else nullcontext()  # without a key nothing is moved
+    _set_aside(valid, journal, earlier)
     failures: list[Line] = []
-    bar = tqdm(total=len(items), initial=reused, desc=model_id, disable=not progress_bar, leave=False)
+    bar = tqdm(total=len(items), initial=len(valid), desc=model_id, disable=not progress_bar, leave=False)
     try:
-        if pending:
-            with bar, JudgeClient(options) as client:
+        with client, bar:
+            if pending:
                 _judge(pending, client, digest, journal, failures, bar)
     finally:
         failures.sort(key=lambda line: (line["question_id"], line["turn"], line["repeat"]))
         write_items(failures_path(folder, model_id), failures)
     journal.rewrite(journal.items[item.key] for item in items if item.key in journal.items)
-    return {"items": len(items), "judged": len(journal.items), "failed": len(failures), "reused": reused}
+    return {"items": len(items), "judged": len(journal.items), "failed": len(failures), "reused": len(valid)}
 
 
 def failures_path(folder: str | Path, model_id: str) -> Path:
@@ -152,19 +155,10 @@ def make_items(
     for match in sorted(matches, key=lambda match: (match.question["question_id"], match.multi_turn)):
         turn = 2 if match.multi_turn else 1
         told = json.dumps(match.answer["choices"][0]["turns"][:turn])
+        digest = hashlib.sha256(told.encode()).hexdigest()
+        asked = (match.question["question_id"], turn, model_id, match.judge.prompt_template["name"], options.model)
         for repeat in range(options.repeats):
-            yield Item(
-                key=(
-                    match.question["question_id"],
-                    turn,
-                    model_id,
-                    match.judge.prompt_template["name"],
-                    options.model,
-                    repeat,
-                ),
-                answer_sha256=hashlib.sha256(told.encode()).hexdigest(),
-                match=match,
-            )
+            yield Item((*asked, repeat), digest, match)
 
 
 @contextmanager
@@ -205,10 +199,7 @@ def _judge(
             failures.append(_failure(item, error))
         bar.update()
 
-    with (
-        fastchat_asks(client.complete, client.options.model),
-        ThreadPoolExecutor(client.options.parallel) as pool,
-    ):
+    with fastchat_asks(client.complete, client.options.model), ThreadPoolExecutor(client.options.parallel) as pool:
         waiting: dict[Future[Line], Item] = {}
         try:
             for item in pending:
@@ -261,20 +252,26 @@ def judge_item(item: Item, client: JudgeClient, digest: str) -> Line:
     }
 
 
-def _open(path: Path, items: Sequence[Item], digest: str) -> Journal:
-    """The journal with the judgments that are still valid; others move to ``earlier/``, and come back from there."""
-    journal = Journal(path, _key)
-    earlier = Journal(path.parent / "earlier" / path.name, _full_key)
-    wanted = {item.key: (*item.key, item.answer_sha256, digest) for item in items}
-    stale = [line for key, line in journal.items.items() if wanted.get(key) != _full_key(line)]
-    for line in stale:
-        if _full_key(line) not in earlier.items:
+def _valid(items: Sequence[Item], digest: str, journal: Journal, earlier: Journal) -> dict[Key, Line]:
+    """Judgments of these very answers by this configuration, those of ``earlier/`` too: old answers may be back."""
+    valid = {}
+    for item in items:
+        full = (*item.key, item.answer_sha256, digest)
+        line = journal.items.get(item.key)
+        if line is None or _full_key(line) != full:
+            line = earlier.items.get(full)
+        if line is not None:
+            valid[item.key] = line
+    return valid
+
+
+def _set_aside(valid: Mapping[Key, Line], journal: Journal, earlier: Journal) -> None:
+    """Leave the valid judgments in the journal; others are kept in ``earlier/``, never mixed."""
+    for key, line in journal.items.items():
+        if valid.get(key) != line and _full_key(line) not in earlier.items:
             earlier.append(line)
-    valid = {key: line for key, line in journal.items.items() if wanted.get(key) == _full_key(line)}
-    back = {key: earlier.items[full] for key, full in wanted.items() if key not in valid and full in earlier.items}
-    if stale or back or not path.exists():
-        journal.rewrite((valid | back).values())
-    return journal
+    if journal.items != valid or not journal.path.exists():
+        journal.rewrite(valid.values())
 
 
 def _key(line: Mapping[str, Any]) -> Key:
