@@ -24,9 +24,9 @@ def names(group):
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-def composed(*overrides):
+def composed(*overrides, entry="glue"):
     with initialize_config_dir(str(CONF), version_base=None):
-        return OmegaConf.to_container(compose("glue", list(overrides)), resolve=True)
+        return OmegaConf.to_container(compose(entry, list(overrides)), resolve=True)
 
 
 def read(path):
@@ -68,7 +68,7 @@ def test_the_methods_are_those_of_the_code():
     assert names("method") == sorted(METHODS)
 
 
-@pytest.mark.parametrize("group", ["protocol", "scale"])
+@pytest.mark.parametrize("group", ["protocol", "scale", "protocol/llama", "scale/llama", "chat", "questions", "judge"])
 def test_choices_of_a_group_name_the_same_keys(group):
     """No default hides in code: what one protocol says, every protocol says."""
     keys = {name: set(read(f"conf/{group}/{name}.yaml")) for name in names(group)}
@@ -96,7 +96,10 @@ def test_primary_files_begin_by_saying_what_they_are(path):
     assert path.read_text().startswith("# ")
 
 
-@pytest.mark.parametrize("name", [name for name in names("model") if "llama" not in name])
+DECODERS = [name for name in names("model") if read(f"conf/model/{name}.yaml")["architecture"]["model_type"] == "llama"]
+
+
+@pytest.mark.parametrize("name", [name for name in names("model") if name not in DECODERS])
 def test_patterns_find_two_matrices_a_block_and_k_and_rank_fit_them(name):
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -116,6 +119,47 @@ def test_patterns_find_two_matrices_a_block_and_k_and_rank_fit_them(name):
     assert 1 <= config["lora_rank"] <= hidden
 
 
+# Decoders
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_patterns_of_a_decoder_find_the_blocks_of_index_divisible_by_3(name):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from sparsegrad import find_targets
+
+    config = read(f"conf/model/{name}.yaml")
+    with torch.device("meta"):
+        architecture = AutoConfig.for_model(**config["architecture"])
+        model = AutoModelForCausalLM.from_config(architecture)
+    patterns = config["target_modules"] | config["optional_modules"]
+    found = find_targets(model, patterns, config["layers_to_transform"])
+    blocks = range(0, architecture.num_hidden_layers, 3)  # paper, section 4.3
+    expected = {f"model.layers.{i}.mlp.{m}_proj" for i in blocks for m in ("up", "down", "gate")}
+    assert {target.name for target in found} == expected
+    size = architecture.hidden_size * architecture.intermediate_size
+    assert 0.002 <= config["k"] / size <= 0.01 and config["template"] == "llama-2"
+
+
+@pytest.mark.parametrize("entry", ["llama", "mt_bench"])
+def test_choices_of_a_decoder_compose(entry):
+    groups = {"model": DECODERS, "method": names("method")}
+    nested = {group: [f"llama/{name}" for name in names(f"{group}/llama")] for group in ("protocol", "scale")}
+    for group, found in (groups | nested).items():
+        for name in found:
+            assert composed(f"{group}={name}", entry=entry)[group]["name"] == name.removeprefix("llama/")
+
+
+def test_protocols_of_decoders_hold_allowed_values():
+    for name in names("protocol/llama"):
+        protocol = read(f"conf/protocol/llama/{name}.yaml")
+        assert protocol["schedule"] in SCHEDULES and protocol["precision"] in PRECISIONS
+        assert protocol["train"] == "targets" and protocol["loss_on"] in ("answers", "all")
+        for key in ("gate", "also_train", "every_block"):
+            assert set(protocol[key]) <= set(METHODS), key
+
+
 # Experiments
 
 
@@ -128,12 +172,19 @@ def test_experiment_names_what_exists(experiment):
         ("protocol", [content["protocol"]]),
         ("scale", [content["scale"]]),
         ("data", [content["data"]]),
+        ("model", content["llama_models"]),
+        ("protocol/llama", [content["protocol"]]),
+        ("scale/llama", [content["scale"]]),
+        ("chat", [content["chat"]]),
+        ("questions", [content["questions"]]),
+        ("judge", [content["judge"]]),
     ):
         assert chosen and len(chosen) == len(set(chosen)) and set(chosen) <= set(names(group)), group
     assert set(content["tasks"]) <= set(read(f"conf/data/{content['data']}.yaml")["tasks"])
     assert set(content["pretrain"]) <= set(content["models"])
-    assert set(content["stands_for"]) == {"bert_base", "roberta_base", "roberta_large"}
-    assert set(filter(None, content["stands_for"].values())) <= set(content["models"])
+    assert set(content["stands_for"]) == {"bert_base", "roberta_base", "roberta_large", "llama2_7b"}
+    assert set(filter(None, content["stands_for"].values())) <= {*content["models"], *content["llama_models"]}
+    assert set(content["pretrain_chat"]) <= set(content["llama_models"]) and len(set(content["llama_seeds"])) >= 2
 
 
 def test_seeds_of_the_report_are_several_and_none_is_the_searchs(experiment):

@@ -43,20 +43,32 @@ def test_graph_resolves_into_the_expected_cells(experiment):
         assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{cell}" for cell in cells}
     for kind in ("gradients", "basis"):
         assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{m}" for m in content["models"]}
+    decoders = content["llama_models"]
+    for kind in ("llama_gradients", "llama_basis"):
+        assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{m}" for m in decoders}
+    for kind in ("llama_train", "answers", "judgments"):
+        expected = {f"{kind}@{name}-{model}-{method}" for model in decoders for method in content["methods"]}
+        assert {s for s in found if s.startswith(f"{kind}@")} == expected
+    assert {s for s in found if s.startswith("examples@")} == {f"examples@{name}"}
     tables = {f"{table}@{name}" for table, where in content["tables"].items() if where}
     assert {s for s in found if s.startswith("table_")} == tables
     if name == "smoke":
-        assert len(found) <= 45
+        assert len(found) <= 50
 
 
 def test_commands_name_existing_configurations(experiment):
     folder, name, content = experiment
     for group, values in (
-        ("model", content["models"]),
+        ("model", content["models"] + content["llama_models"] + content["pretrain_chat"]),
         ("method", content["methods"]),
         ("protocol", [content["protocol"]]),
         ("scale", [content["scale"]]),
         ("data", [content["data"]]),
+        ("chat", [content["chat"]]),
+        ("questions", [content["questions"]]),
+        ("judge", [content["judge"]]),
+        ("protocol/llama", [content["protocol"]]),
+        ("scale/llama", [content["scale"]]),
     ):
         for value in values:
             assert (folder / "conf" / group / f"{value}.yaml").is_file(), f"{name}: {group}={value}"
