@@ -108,3 +108,25 @@ def glue_root(tmp_path_factory, write_task):
     for task in ("cola", "mrpc", "stsb"):
         write_task(root, task)
     return root
+
+
+@pytest.fixture(scope="session")
+def chat_root(tmp_path_factory):
+    """``chat.root``: 24 generated message trees, a LLaMA of random weights and its tokenizer. Read only."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from finetune.data.generated_chat import write_chat
+    from finetune.pretraining_causal import train_llama_tokenizer
+
+    root = tmp_path_factory.mktemp("chat")
+    write_chat(root, trees=24, dialogues=20, seed=0)
+    tokenizer = train_llama_tokenizer((root / "text" / "dialogues.txt").read_text().splitlines(), 400, 128)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, bos_token_id=1, eos_token_id=2, **sizes)
+    )
+    model.save_pretrained(root / "models" / "tiny")
+    tokenizer.save_pretrained(root / "models" / "tiny")
+    return root

@@ -191,27 +191,6 @@ def run_training(load, options):
     return make
 
 
-@pytest.fixture(scope="session")
-def chat_root(tmp_path_factory):
-    """``chat.root``: 24 generated message trees, a LLaMA of random weights and its tokenizer. Read only."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from finetune.data.generated_chat import write_chat
-    from finetune.pretraining_causal import train_llama_tokenizer
-
-    root = tmp_path_factory.mktemp("chat")
-    write_chat(root, trees=24, dialogues=20, seed=0)
-    tokenizer = train_llama_tokenizer((root / "text" / "dialogues.txt").read_text().splitlines(), 400, 128)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, bos_token_id=1, eos_token_id=2, **sizes)
-    )
-    model.save_pretrained(root / "models" / "tiny")
-    tokenizer.save_pretrained(root / "models" / "tiny")
-    return root
-
-
 @pytest.fixture
 def chat_config(compose, chat_root, tmp_path):
     """``chat_config("method=lora", ...)``: six steps of eight packed blocks on the tiny LLaMA; files go to tmp_path."""

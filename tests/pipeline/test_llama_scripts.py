@@ -1,0 +1,95 @@
+"""The decoder's stages as DVC runs them, one after the other, on a LLaMA of random weights: gradients to Table 6."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import yaml
+
+MODEL = ["model=llama2_7b", "model.name=tiny", "model.folder=models/tiny", "model.layers_to_transform=[0,3]",
+         "model.lora_rank=2", "model.k=40"]  # fmt: skip
+SIZES = ["scale=llama/smoke", "scale.max_length=32", "scale.batch_size=8", "scale.micro_batch_size=8", "name=test"]
+TRAIN = [*MODEL, *SIZES, "chat=generated_chat", "protocol.preliminary.steps=3", "scale.max_steps=4", "device=cpu",
+         "scale.evaluation_steps=2", "progress=false", "wandb.mode=disabled"]  # fmt: skip
+BENCH = [*MODEL, *SIZES, "scale.answers.max_new_tokens=5", "questions=generated", "device=cpu", "progress=false"]
+
+
+@pytest.fixture
+def work(script, tmp_path, chat_root):
+    folder = tmp_path / "work"
+    shutil.copytree(chat_root, folder / "results" / "test" / "chat")
+    content = {"name": "test", "protocol": "sound", "llama_seeds": [1, 2], "stands_for": {"llama2_7b": "tiny"}}
+    (folder / "params.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_from_gradients_to_table_6(script, work):
+    def done(name, *arguments):
+        ran = script(name, *arguments)
+        assert ran.code == 0, (name, ran.err[-3000:])
+
+    basis = "results/test/llama/basis/tiny.safetensors"
+    done("llama_gradients", *TRAIN)
+    done("llama_basis", *TRAIN)
+    for method in ("full", "sparsegrad"):
+        done("llama_train", *TRAIN, f"method={method}", f"basis={basis}", "cell=params.yaml")
+        done("answers", *BENCH, f"method={method}", "cell=params.yaml")
+        done("judgments", *BENCH, f"method={method}", "judge=local", "cell=params.yaml")
+    done("table", "number=6", "name=test", "questions=generated")
+    done("examples", "name=test", "questions=generated")
+
+    results = work / "results" / "test"
+    with (results / "tables" / "table_06.csv").open() as file:
+        cells = {(row["row"], row["column"]): row for row in csv.DictReader(file)}
+    record = json.loads(next((results / "llama" / "runs" / "tiny" / "full").glob("oasst1-seed1-*.json")).read_text())
+    share = 100 * record["parameters"]["trainable"] / record["parameters"]["total"]
+    assert float(cells["Regular FT", "#Train params"]["ours"]) == pytest.approx(share)
+    loss, score = cells["SparseGrad", "Valid Loss"], cells["SparseGrad", "I-Bench Score"]
+    assert loss["n"] == "2" and loss["paper"] == "1.247" and loss["verdict"] == "not comparable"
+    assert 1 <= float(score["ours"]) <= 10 and score["verdict"] == "not comparable"
+    assert "no measure of quality" in score["source"] and cells["MeProp", "Valid Loss"]["verdict"] == "not run"
+    page = (results / "examples.html").read_text()
+    assert "SparseGrad" in page and "not a measure of quality" in page
+
+    before = contents(results)
+    for method in ("full", "sparsegrad"):
+        done("llama_train", *TRAIN, f"method={method}", f"basis={basis}", "cell=params.yaml")
+        done("answers", *BENCH, f"method={method}", "cell=params.yaml")
+        done("judgments", *BENCH, f"method={method}", "judge=local", "cell=params.yaml")
+    assert contents(results) == before  # what is finished is not done again
+
+
+def test_by_hand(script, work):
+    ran = script("llama_train", *TRAIN, "chat.root=results/test/chat", "method=sparsegrad", "seed=3")
+    assert ran.code == 0 and "validation loss" in ran.err and "(before: " in ran.err
+    assert (work / "outputs" / "test" / "tiny" / "sparsegrad" / "seed3" / "model.safetensors").is_file()
+    ran = script("answers", *BENCH, "method=sparsegrad", "seed=3")
+    assert ran.code == 0, ran.err
+    ran = script("judgments", *BENCH, "method=sparsegrad", "seed=3", "judge=local")
+    assert ran.code == 0, ran.err
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("llama_train", "model.template=null", "template"),
+        ("llama_train", "model.template=nonsense", "nonsense"),
+        ("llama_train", "chat.threads=some", "threads"),
+        ("llama_train", "basis=nowhere.safetensors", "nowhere.safetensors does not exist"),
+        ("llama_train", "cell=nowhere.yaml", "nowhere.yaml does not exist"),
+        ("llama_basis", "name=other", "run the stage that writes it"),
+        ("answers", "seed=9", "llama_train"),
+        ("judgments", "seed=9", "seed9.jsonl does not exist: run the stage"),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_code_1(name, change, told, script, work):
+    common = BENCH if name in ("answers", "judgments") else TRAIN
+    extra = ["judge=local"] if name == "judgments" else []
+    ran = script(name, *common, "method=sparsegrad", *extra, change)
+    assert ran.code == 1 and ran.err.strip().splitlines()[-1].startswith("error: ") and told in ran.err, ran.err
+    assert "Traceback" not in ran.err
