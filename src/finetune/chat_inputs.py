@@ -106,8 +106,8 @@ class ChatInputs:
 
 _CHOICES = ("languages", "threads", "deleted", "review", "validation_share")
 _SIZES = (
-    "train_examples", "epochs", "max_steps", "warmup_steps", "batch_size", "learning_rate", "evaluation_steps",
-    "micro_batch_size", "precision", "frozen_dtype", "max_length",
+    "train_examples", "epochs", "max_steps", "warmup_steps", "evaluation_steps", "micro_batch_size", "precision",
+    "frozen_dtype", "max_length",
 )  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def identity(inputs: ChatInputs, seed: int) -> dict[str, Any]:
         "kind": "llama",
         "model": {k: v for k, v in config["model"].items() if k not in places} | {"sha256": inputs.fingerprint},
         "method": dict(config["method"]),
-        "protocol": dict(config["protocol"]),
+        "protocol": {k: v for k, v in config["protocol"].items() if k not in ("batch_size", "learning_rate")},
         "scale": {name: config["scale"][name] for name in _SIZES},
         "basis": None if config["method"]["name"] != "sparsegrad" else "run" if config["basis"] is None else "task",
         "data": inputs.data_identity,
@@ -130,11 +130,20 @@ def identity(inputs: ChatInputs, seed: int) -> dict[str, Any]:
 
 
 def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Learning rate and batch size: given by hand, else the scale's, else the protocol's."""
-    return {
-        name: next(place[name] for place in (config, config["scale"], config["protocol"]) if place[name] is not None)
-        for name in ("learning_rate", "batch_size")
-    }
+    """Learning rate and batch size: given by hand, else the scale's, else the protocol's.
+
+    Each may be one value, or a mapping from methods to values.
+
+    Raises:
+        ValueError: if a mapping leaves the method out.
+    """
+    method, found = config["method"]["name"], {}
+    for name in ("learning_rate", "batch_size"):
+        value = next(place[name] for place in (config, config["scale"], config["protocol"]) if place[name] is not None)
+        if isinstance(value, Mapping) and method not in value:
+            raise ValueError(f"{name} is given for {', '.join(value)}; method={method} needs one too.")
+        found[name] = value[method] if isinstance(value, Mapping) else value
+    return found
 
 
 def training_options(config: Mapping[str, Any], seed: int, processes: int) -> TrainingOptions:

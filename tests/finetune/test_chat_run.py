@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from finetune import chat_cells, chat_run, records
-from finetune.chat_inputs import ChatInputs, identity, training_options
+from finetune.chat_inputs import ChatInputs, hyperparameters, identity, training_options
 from finetune.evaluation import evaluate_causal, summed_loss
 from finetune.execution import count_parameters
 from finetune.gradients import Collected
@@ -352,6 +352,15 @@ def test_the_hash_holds_what_decides_numbers_and_nothing_else(chat_config):
     base = digest()
     assert {digest(change) for change in same} == {base}
     assert len({digest(change) for change in other} | {base, digest(seed=2)}) == len(other) + 2
+
+
+def test_hyperparameters_may_be_given_by_method(chat_config):
+    change = ("learning_rate=null", "scale.learning_rate={lora: 0.1, full: 0.2}")
+    assert hyperparameters(chat_config("method=full", *change)) == {"learning_rate": 0.2, "batch_size": 8}
+    with pytest.raises(ValueError, match="learning_rate is given for lora, full; method=meprop needs one too"):
+        hyperparameters(chat_config("method=meprop", *change))
+    both = [chat_config("method=full", *change), chat_config("method=full", "learning_rate=0.2")]
+    assert len({records.config_hash(identity(ChatInputs(config), 1)) for config in both}) == 1
 
 
 def test_bad_inputs(chat_config, run):
