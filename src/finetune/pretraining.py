@@ -146,13 +146,13 @@ def pretrain(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    _save(model, tokenizer, folder)
+    save_pretrained(model, tokenizer, folder)
     tail = losses[-max(1, steps // 10) :]
     return {"loss": sum(tail) / len(tail), "steps": steps, "seconds": time.monotonic() - started}
 
 
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Save into a sibling folder, then rename."""
+def save_pretrained(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Save into a sibling folder, then rename: a kill leaves no half-written model."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from finetune.data.chat import ChatTemplate
+from finetune.data.oasst import IGNORED, PackedSplit, pack
+from finetune.pretraining import save_pretrained
 
 SPECIAL = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2, as LLaMA's
 
@@ -60,3 +70,104 @@ def train_llama_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int
         unk_token=SPECIAL[0], bos_token=SPECIAL[1], eos_token=SPECIAL[2], pad_token=SPECIAL[2],
         model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip
+
+
+def pretrain_causal(
+    dialogues: str | Path,
+    folder: str | Path,
+    architecture: Mapping[str, Any],
+    template: ChatTemplate,
+    *,
+    vocab_size: int,
+    length: int,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    device: torch.device,
+    progress_bar: bool = True,
+) -> dict[str, float]:
+    """Train a tokenizer and a language model on dialogues, packed, and save both, whole or not at all.
+
+    Answers and their ends are learned; questions are drawn at random, nothing in them can be predicted.
+
+    Args:
+        dialogues: text, one dialogue a line, its turns separated by tabs.
+        folder: what ``AutoModelForCausalLM.from_pretrained`` loads later; replaced if it exists.
+        architecture: keyword arguments of the configuration; ``vocab_size`` is the tokenizer's.
+        template: what the model is asked in later.
+        length: tokens of a row.
+
+    Returns:
+        ``loss`` (of an answer's token, mean over the last tenth of the steps), ``tokens`` in the text, ``steps``,
+        ``seconds``.
+
+    Raises:
+        ValueError: if the text is missing, the model type is not ``llama``, or rows are longer than the model's window.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of writing two files
+    if architecture["model_type"] != "llama":
+        raise ValueError(f"model_type={architecture['model_type']!r}; tiny decoders are made for: llama.")
+    window = architecture["max_position_embeddings"]
+    if length > window:
+        raise ValueError(f"length={length}; the model has {window} positions: choose at most so many.")
+    turns = _read_dialogues(Path(dialogues))
+    started = time.monotonic()
+    tokenizer = train_llama_tokenizer(_plain(turns, template), vocab_size, window)
+    rows = _packed(turns, template, tokenizer, length)
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": tokenizer.pad_token_id}
+    config = AutoConfig.for_model(**dict(architecture), **ids, vocab_size=len(tokenizer))
+    model = AutoModelForCausalLM.from_config(config).to(device).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    losses = []
+    for step in tqdm(range(steps), desc=f"pretrain {Path(folder).name}", disable=not progress_bar, leave=False):
+        batch = rows.batch(torch.randint(len(rows), (batch_size,), generator=generator).tolist())
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, (step + 1) / (0.05 * steps), 2 * (1 - step / steps))
+        logits = model(input_ids=batch["input_ids"].to(device)).logits
+        labels = batch["labels"][:, 1:].to(device)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    save_pretrained(model, tokenizer, Path(folder))
+    tail = losses[-max(1, steps // 10) :]
+    facts = {"loss": sum(tail) / len(tail), "tokens": rows.input_ids.numel()}
+    return facts | {"steps": steps, "seconds": time.monotonic() - started}
+
+
+def _read_dialogues(path: Path) -> list[list[str]]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; the generate_chat stage writes it.")
+    turns = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line]
+    if odd := [number for number, line in enumerate(turns, 1) if len(line) % 2 or not all(line)]:
+        raise ValueError(f"{path}, line {odd[0]}: needs turns of user and assistant in pairs, separated by tabs.")
+    return turns
+
+
+def _plain(turns: Iterable[list[str]], template: ChatTemplate) -> Iterable[str]:
+    """The text that a vocabulary is learned from: rendered, a line wherever a special token stands."""
+    for dialogue in turns:
+        text = template.prompt(dialogue)
+        for token in SPECIAL:
+            text = text.replace(token, "\n")
+        yield text
+
+
+def _packed(turns: Iterable[list[str]], template: ChatTemplate, tokenizer: Any, length: int) -> PackedSplit:
+    """Rows of one dialogue after the other; answers and their ends are learned."""
+    encoded = [template.encode(tokenizer, dialogue) for dialogue in turns]
+    ids = torch.tensor([token for dialogue in encoded for token in dialogue.input_ids])
+    trained = torch.tensor([flag for dialogue in encoded for flag in dialogue.trained])
+    packed = pack(ids, trained, length)
+    if not len(packed):
+        raise ValueError(f"the dialogues have {len(ids)} tokens, too few for one row of {length}; give more.")
+    return packed

@@ -157,9 +157,9 @@ def _distinct_sentences(rng: random.Random) -> Callable[[], Sentence]:
 
 
 def _dialogue(rng: random.Random, sentence: Sentence) -> list[str]:
-    """Two to four exchanges about a sentence."""
+    """One to three exchanges about a sentence."""
     known = [request for request in REQUESTS if request not in TAUGHT_LATER]
-    requests = rng.sample(known, rng.randint(2, 4))
+    requests = rng.sample(known, rng.randint(1, 3))
     turns = []
     for place, request in enumerate(requests):
         turns += [ask(request, sentence, place == 0), answer(request, sentence)]
