@@ -165,8 +165,8 @@ def _plain(turns: Iterable[list[str]], template: ChatTemplate) -> Iterable[str]:
 def _packed(turns: Iterable[list[str]], template: ChatTemplate, tokenizer: Any, length: int) -> PackedSplit:
     """Rows of one dialogue after the other; answers and their ends are learned."""
     encoded = [template.encode(tokenizer, dialogue) for dialogue in turns]
-    ids = torch.tensor([token for dialogue in encoded for token in dialogue.input_ids])
-    trained = torch.tensor([flag for dialogue in encoded for flag in dialogue.trained])
+    ids = torch.tensor([token for dialogue in encoded for token in dialogue.input_ids], dtype=torch.int64)
+    trained = torch.tensor([flag for dialogue in encoded for flag in dialogue.trained], dtype=torch.bool)
     packed = pack(ids, trained, length)
     if not len(packed):
         raise ValueError(f"the dialogues have {len(ids)} tokens, too few for one row of {length}; give more.")
