@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,13 @@ def chat_root(tmp_path_factory):
     model.save_pretrained(root / "models" / "tiny")
     tokenizer.save_pretrained(root / "models" / "tiny")
     return root
+
+
+@pytest.fixture
+def ranks():
+    """``ranks(0)``: the environment of one of two processes, as torchrun and ``accelerate launch`` set it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    return lambda rank: common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}

@@ -1,6 +1,5 @@
 """What the tests of the comparison share: composed configurations, tiny classifiers, tokenised tasks, methods."""
 
-import socket
 from copy import deepcopy
 from pathlib import Path
 
@@ -223,13 +222,3 @@ def chat_config(compose, chat_root, tmp_path):
         return found | {name: str(tmp_path / name) for name in ("output", "checkpoints")}
 
     return make
-
-
-@pytest.fixture
-def ranks():
-    """``ranks(0)``: the environment of one of two processes, as torchrun and ``accelerate launch`` set it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    return lambda rank: common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}

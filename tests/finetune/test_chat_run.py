@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ SCRIPT = """
         torch.manual_seed(0)
         model = method.prepare(model)
         # batches of 11 of the rows: the last of an epoch is short, and no cut of it is even
-        options = TrainingOptions(1e-2, 11, 2, 4, 7, accumulation_steps=accumulation, max_grad_norm=0.5,
+        options = TrainingOptions(1e-2, 11, 2, 8, 7, accumulation_steps=accumulation, max_grad_norm=0.5,
                                   schedule="cosine", warmup_steps=2)
         nothing = dict.fromkeys(("project", "run_id", "group", "job_type", "name"), "") | {"config": {}}
         progress = train(model, method.optimizer(model, 1e-2, 0.0), inputs.splits["train"],
@@ -155,19 +156,28 @@ SCRIPT = """
 """
 
 
-@pytest.fixture
-def trained(chat_config, ranks, tmp_path):
-    """``trained(processes, accumulation, checkpointing)``: weights of two methods in float64 and the steps taken."""
+REAL = Path(os.environ.get("SPARSEGRAD_DATA", Path(__file__).parents[2] / "data"))
+
+
+@pytest.fixture(params=["generated", "real"])
+def trained(request, chat_config, ranks, tmp_path):
+    """``trained(processes, accumulation, checkpointing)``: weights of three methods in float64 and the steps taken."""
     import yaml
     from safetensors.torch import save_file
 
-    config = chat_config("scale.train_examples=40")
+    change, sizes = ["scale.train_examples=40"], (48, 32)
+    if request.param == "real":
+        if not ((REAL / "oasst1").is_dir() and (REAL / "models" / "stories260K").is_dir()):
+            pytest.skip(f"no oasst1 and models/stories260K in {REAL} (SPARSEGRAD_DATA)")
+        change += ["chat=oasst1", f"chat.root={REAL}", "model=stories260k", "model.folder=models/stories260K"]
+        sizes = (172, 64)
+    config = chat_config(*change)
     config["methods"] = {name: chat_config(f"method={name}")["method"] for name in ("full", "lora", "sparsegrad")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
     generator = torch.Generator().manual_seed(0)
     wide, narrow = (
-        torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q.contiguous() for n in (48, 32)
+        torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q.contiguous() for n in sizes
     )
     pairs = {"up": (narrow, wide), "down": (wide.T.contiguous(), narrow.T.contiguous())}
     tensors = {

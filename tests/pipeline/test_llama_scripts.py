@@ -2,11 +2,16 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
+SCRIPTS = Path(__file__).resolve().parents[2] / "experiments"
 MODEL = ["model=llama2_7b", "model.name=tiny", "model.folder=models/tiny", "model.layers_to_transform=[0,3]",
          "model.lora_rank=2", "model.k=40"]  # fmt: skip
 SIZES = ["scale=llama/smoke", "scale.max_length=32", "scale.batch_size=8", "scale.micro_batch_size=8", "name=test"]
@@ -72,6 +77,34 @@ def test_by_hand(script, work):
     assert ran.code == 0, ran.err
     ran = script("judgments", *BENCH, "method=sparsegrad", "seed=3", "judge=local")
     assert ran.code == 0, ran.err
+
+
+def test_two_processes_train_as_one_and_the_first_writes(work, ranks):
+    """As ``accelerate launch`` and torchrun start them; one step's difference is float32 rounding."""
+
+    def run(output, processes):
+        own = ["method=sparsegrad", f"output={output}", f"checkpoints={output}", "scale.micro_batch_size=4"]
+        command = [sys.executable, str(SCRIPTS / "llama_train.py"), *TRAIN, "chat.root=results/test/chat", *own]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        started = [
+            subprocess.Popen(
+                command, cwd=work, stderr=subprocess.PIPE, text=True,
+                env=environment | (ranks(rank) if processes > 1 else {}),
+            )
+            for rank in range(processes)
+        ]  # fmt: skip
+        for process in started:
+            _, errors = process.communicate(timeout=240)
+            assert process.returncode == 0, errors[-3000:]
+        [path] = (work / output).rglob("oasst1-seed1-*.json")
+        assert (path.parent / "seed1" / "model.safetensors").is_file()
+        return json.loads(path.read_text())
+
+    one, two = run("one", 1), run("two", 2)
+    assert (one["device"]["processes"], two["device"]["processes"]) == (1, 2)
+    assert one["run"] == two["run"] and one["baseline"] == pytest.approx(two["baseline"])
+    losses = [[evaluation["loss"] for evaluation in record["evaluations"]] for record in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 2
 
 
 @pytest.mark.parametrize(
