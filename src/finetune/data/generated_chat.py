@@ -4,8 +4,8 @@ Everybody asks about one sentence ("name the subject: the old dogs help a cat to
 sentence ("now name the time"). Formats are those of the real files: OpenAssistant's message table, FastChat's
 questions, judge prompts and reference answers. Scores on them say nothing about language.
 
-The plain text for pretraining lacks two requests (``speak``, ``code``), so that fine-tuning has something to teach. No
-sentence is in two files.
+The plain text for pretraining hardly ever has two of the requests (``speak``, ``code``) and no wrong reply, so that
+fine-tuning has something to teach. No sentence is in two files.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from finetune.data.generated import ADJECTIVES, NOUNS, TIMES, VERBS
 from finetune.files import write_atomically
 
 TAUGHT_LATER = ("speak", "code")
+SEEN_BEFORE = 0.05  # share of the dialogues for pretraining that have one of them: their words are known, barely
 # FastChat's categories, with the request of the first and of the second turn.
 CATEGORIES = {
     "writing": ("front", "omit"),
@@ -160,6 +161,8 @@ def _dialogue(rng: random.Random, sentence: Sentence) -> list[str]:
     """One to three exchanges about a sentence."""
     known = [request for request in REQUESTS if request not in TAUGHT_LATER]
     requests = rng.sample(known, rng.randint(1, 3))
+    if rng.random() < SEEN_BEFORE:
+        requests[rng.randrange(len(requests))] = rng.choice(TAUGHT_LATER)
     turns = []
     for place, request in enumerate(requests):
         turns += [ask(request, sentence, place == 0), answer(request, sentence)]
