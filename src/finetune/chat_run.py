@@ -174,7 +174,8 @@ def save_merged(inputs: ChatInputs, method: Method, model: nn.Module, folder: Pa
     try:
         plain = method.merge(model).to(DTYPES[inputs.config["scale"]["frozen_dtype"]])
         plain.config.use_cache = True
-        plain.save_pretrained(temporary)
+        with models.no_file_bars():
+            plain.save_pretrained(temporary)
         inputs.tokenizer.save_pretrained(temporary)
         records.write_json(temporary / MERGED, {"config_hash": digest, "template": inputs.template.name})
         os.chmod(temporary, 0o755)

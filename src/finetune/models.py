@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +103,26 @@ def _load(kind: Any, model: Mapping[str, Any], root: str | Path, seed: int, **ch
     source, arguments = resolve(model, root)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # that a head is new is what fine-tuning means, not a warning
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        return kind.from_pretrained(source, dtype=torch.float32, **changes, **arguments)
+        with no_file_bars():
+            return kind.from_pretrained(source, dtype=torch.float32, **changes, **arguments)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"no model at {source}: {_first_line(error)} {_HINT}") from None
     finally:
         logging.set_verbosity(verbosity)
-        if bars:
+
+
+@contextmanager
+def no_file_bars() -> Iterator[None]:
+    """Without transformers' progress bars over the files of a checkpoint, which break into those of a cell."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
             logging.enable_progress_bar()
 
 
