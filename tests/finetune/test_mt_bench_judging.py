@@ -444,7 +444,15 @@ def test_a_damaged_line_is_named_and_nothing_is_overwritten(judge, tmp_path):
     assert path.read_bytes() == before
 
 
-def test_ctrl_c_keeps_whole_lines_and_what_was_under_way(judge, lines, server):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C is an exception, even where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_keeps_whole_lines_and_what_was_under_way(interruptible, judge, lines, server):
     def interrupting(item, times):
         if len(server.requests) == 6:
             os.kill(os.getpid(), signal.SIGINT)
