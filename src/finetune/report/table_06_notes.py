@@ -50,7 +50,7 @@ def judging(evidence: LlamaEvidence, categories: Mapping[int, str] | None) -> li
     judge = record["judge"]
     quality = "" if judge["measures_quality"] else " Its scores are no measure of quality."
     notes = [
-        f"Judge: {judge['model']}, temperature {judge['temperature']}, {judge['repeats']} repeats of each item; "
+        f"Judge: {judge['model']}, temperature {judge['temperature']}, {_times(judge['repeats'])}; "
         f"{record['questions']['count']} questions of {record['questions']['file']} "
         f"(sha256 {record['questions']['sha256'][:12]}).{quality}"
     ]
@@ -73,6 +73,10 @@ def judging(evidence: LlamaEvidence, categories: Mapping[int, str] | None) -> li
         spread = [f"spread of a mean over repeats {noise:.3f}"] if noise is not None else []
         notes.append(f"{LABELS[method]}: {', '.join([turns, *by_category, *spread])}.")
     return notes
+
+
+def _times(repeats: int) -> str:
+    return "each item judged once" if repeats == 1 else f"{repeats} repeats of each item"
 
 
 def pairs(evidence: LlamaEvidence, categories: Mapping[int, str] | None, seed: int) -> list[str]:
