@@ -14,8 +14,10 @@ from sparsegrad.folded import FoldedLinear
 from sparsegrad.io import load_adapter, load_bases, load_tensors, save_adapter, save_bases, save_tensors
 from sparsegrad.linear import SparseGradLinear
 from sparsegrad.optim import SparseGradAdamW, clip_grad_norm_, lazy_adam_delta, param_groups
+from sparsegrad.refresh import refresh
 from sparsegrad.rotated import RotatedLinear
 from sparsegrad.select import NonFiniteGradient, entries_for_density, top_k
+from sparsegrad.truncated import TruncatedLinear, core_shape
 
 __all__ = [
     "Basis",
@@ -26,7 +28,9 @@ __all__ = [
     "SparseGradAdamW",
     "SparseGradLinear",
     "Target",
+    "TruncatedLinear",
     "clip_grad_norm_",
+    "core_shape",
     "entries_for_density",
     "find_targets",
     "hosvd",
@@ -38,6 +42,7 @@ __all__ = [
     "load_tensors",
     "merge",
     "param_groups",
+    "refresh",
     "save_adapter",
     "save_bases",
     "save_tensors",

@@ -85,6 +85,12 @@ class Basis(nn.Module):
             raise ValueError("orientation='released' transposes U, so it needs a full basis; this one is truncated.")
         return Basis(self.U.T.contiguous(), self.V)
 
+    def leading(self, rank_out: int, rank_in: int) -> Basis:
+        """The first rows of V and U: this object where it has no more, else a copy of those rows alone."""
+        if self.V.shape[0] == rank_out and self.U.shape[0] == rank_in:
+            return self
+        return Basis(self.U[:rank_in].clone(), self.V[:rank_out].clone())
+
     def orthogonality_error(self) -> float:
         """Largest absolute entry of ``U U^T - I`` and ``V V^T - I``."""
         errors = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +19,9 @@ from sparsegrad.basis import Basis
 from sparsegrad.folded import FoldedLinear
 from sparsegrad.linear import SparseGradLinear
 from sparsegrad.rotated import RotatedLinear
+from sparsegrad.truncated import TruncatedLinear, checked_ranks
 
-FORMS = ("folded", "rotated")
+FORMS = {"folded": FoldedLinear, "rotated": RotatedLinear, "truncated": TruncatedLinear}
 
 
 @dataclass(frozen=True)
@@ -84,17 +86,22 @@ def sparsify(
     form: str = "folded",
     matmul: str = "regular",
     select_in: str = "step",
+    ranks: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    keep: int | Mapping[str, int] | None = None,
+    update: str | None = None,
 ) -> nn.Module:
     """Replace the target layers in place; the function of the model does not change.
 
     Args:
         model: a plain model.
         bases: one for each layer kind, shared by all blocks; None for no rotation (MeProp's space).
-        k: entries kept in each matrix, one number or one a kind.
+        k: entries kept in each matrix, one number or one a kind; for the truncated form, entries of the core.
         target_modules, layers_to_transform: see :func:`find_targets`.
-        form: ``folded`` (default) or ``rotated``.
+        form: ``folded`` (default), ``rotated`` or ``truncated``.
         matmul: ``regular`` or ``sparse_by_dense``; for the rotated form.
-        select_in: ``step`` or ``backward``; see :mod:`sparsegrad.linear`.
+        select_in: ``step`` or ``backward``; see :mod:`sparsegrad.linear`. Not for the truncated form.
+        ranks, keep, update: for the truncated form, see :class:`sparsegrad.TruncatedLinear`; ranks ``(r, c)`` and keep
+            for all kinds, or one a kind.
 
     Returns:
         The same model.
@@ -104,27 +111,33 @@ def sparsify(
     """
     if form not in FORMS:
         raise ValueError(f"form={form!r}; allowed: {', '.join(FORMS)}.")
-    if form == "folded" and matmul != "regular":
-        raise ValueError(f"matmul={matmul!r} belongs to form='rotated'; form='folded' has no rotated product.")
+    if form != "rotated" and matmul != "regular":
+        raise ValueError(f"matmul={matmul!r} belongs to form='rotated'; form={form!r} has no rotated product.")
+    own = {"ranks": ranks, "keep": keep, "update": update}
+    if form != "truncated" and any(value is not None for value in own.values()):
+        given = ", ".join(f"{name}={value!r}" for name, value in own.items() if value is not None)
+        raise ValueError(f"{given} belong to form='truncated'; form={form!r} selects among all entries.")
+    if form == "truncated" and select_in != "step":
+        raise ValueError(f"select_in={select_in!r}; form='truncated' has no dense gradient to avoid: leave it 'step'.")
     targets = find_targets(model, target_modules, layers_to_transform)
     if any(isinstance(t.module, SparseGradLinear) for t in targets):
         raise ValueError("the model holds SparseGrad layers already: merge(model) first.")
-    shared = _shared_bases(targets, bases)
+    leading = form == "truncated"
+    shared = _shared_bases(targets, bases, (k, ranks) if leading else None)
     options = {"select_in": select_in} | ({"matmul": matmul} if form == "rotated" else {})
-    layer_class = FoldedLinear if form == "folded" else RotatedLinear
     built = []
     for target in targets:  # build all before replacing any: an error leaves the model as it was
-        linear = target.module
-        size = k
-        if isinstance(k, Mapping):
-            if target.kind not in k:
-                raise ValueError(f"no k for layer kind {target.kind!r}; given: {', '.join(k) or 'none'}.")
-            size = k[target.kind]
+        linear, kind = target.module, target.kind
+        basis = shared.get(kind)
+        if leading:
+            rows = None if basis is None else (basis.V.shape[0], basis.U.shape[0])
+            options = {"ranks": rows, "keep": _of_kind(keep, kind, "keep"), "update": update}
         try:
-            layer = layer_class(linear.weight, linear.bias, shared.get(target.kind), size, **options)
+            layer = FORMS[form](linear.weight, linear.bias, basis, _of_kind(k, kind, "k"), **options)
         except ValueError as error:
             raise ValueError(f"{target.name}: {error}") from None
-        layer.weight.requires_grad_(linear.weight.requires_grad)
+        layer.kind = kind
+        layer.trained.requires_grad_(linear.weight.requires_grad)
         built.append((target.name, layer.train(linear.training)))
     for name, layer in built:
         model.set_submodule(name, layer)
@@ -164,18 +177,41 @@ def _matches(model: nn.Module, target_modules: Mapping[str, str]) -> Iterator[Ta
                 break
 
 
-def _shared_bases(targets: Sequence[Target], bases: Mapping[str, Basis] | None) -> dict[str, Basis]:
-    """One basis object a kind, copied, in the precision of the weights but at least float32."""
+def _of_kind(value: Any, kind: str, name: str) -> Any:
+    """An option of one layer kind: it may be given for all kinds at once."""
+    if not isinstance(value, Mapping):
+        return value
+    if kind not in value:
+        raise ValueError(f"no {name} for layer kind {kind!r}; given: {', '.join(value) or 'none'}.")
+    return value[kind]
+
+
+def _shared_bases(
+    targets: Sequence[Target], bases: Mapping[str, Basis] | None, core: tuple[Any, Any] | None
+) -> dict[str, Basis]:
+    """One basis object a kind, copied, in the precision of the weights but at least float32.
+
+    Args:
+        core: k and ranks of the truncated form, which is given the leading rows alone; None gives all rows.
+    """
     if bases is None:
         return {}
     shared = {}
     for target in targets:
-        if target.kind in shared:
+        kind = target.kind
+        if kind in shared:
             continue
-        if target.kind not in bases:
-            raise ValueError(f"no basis for layer kind {target.kind!r}; given: {', '.join(bases) or 'none'}.")
-        weight, basis = target.module.weight, bases[target.kind]
+        if kind not in bases:
+            raise ValueError(f"no basis for layer kind {kind!r}; given: {', '.join(bases) or 'none'}.")
+        weight, basis = target.module.weight, bases[kind]
+        r, c = basis.V.shape[0], basis.U.shape[0]
+        if core is not None:
+            k, ranks = _of_kind(core[0], kind, "k"), _of_kind(core[1], kind, "ranks")
+            try:
+                r, c = checked_ranks(k, ranks, basis)
+            except ValueError as error:
+                raise ValueError(f"{target.name}: {error}") from None
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        factors = (factor.to(device=weight.device, dtype=dtype, copy=True) for factor in (basis.U, basis.V))
-        shared[target.kind] = Basis(*factors)
+        factors = (factor.to(device=weight.device, dtype=dtype, copy=True) for factor in (basis.U[:c], basis.V[:r]))
+        shared[kind] = Basis(*factors)
     return shared

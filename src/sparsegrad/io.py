@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sparsegrad.basis import Basis
 from sparsegrad.convert import find_targets, sparsegrad_layers, sparsify
 from sparsegrad.optim import SparseGradAdamW
+from sparsegrad.truncated import TruncatedLinear
 
 ORTHOGONALITY_TOLERANCE = 1e-3  # a float32 basis of 11,008 rows stays below 1e-4
 
@@ -102,6 +103,9 @@ def save_adapter(
 ) -> None:
     """Write what fine-tuning changed: the touched entries in rotated coordinates, and all other trained parameters.
 
+    Of a truncated layer that is the whole core, and its weight too once the basis was refreshed: what earlier bases
+    have moved does not lie in the last one's block.
+
     Args:
         path: a ``.safetensors`` file.
         model: a sparsified model.
@@ -113,15 +117,20 @@ def save_adapter(
     tensors: dict[str, Tensor] = {}
     bases: dict[str, str] = {}
     for name, layer in layers.items():
-        indices = optimizer.touched(layer)
-        tensors[f"indices.{name}"] = indices
-        tensors[f"values.{name}"] = layer.rotated_weight().flatten()[indices]
+        rotated = layer.rotated_weight().flatten()
+        if isinstance(layer, TruncatedLinear):
+            tensors[f"values.{name}"] = rotated
+            if layer.refreshes:
+                tensors[f"weight.{name}"] = layer.weight
+        else:
+            indices = optimizer.touched(layer)
+            tensors[f"indices.{name}"], tensors[f"values.{name}"] = indices, rotated[indices]
         if layer.basis is not None:
             label = kinds.setdefault(id(layer.basis), f"basis{len(kinds)}")
             tensors[f"{label}.U"], tensors[f"{label}.V"] = layer.basis.U, layer.basis.V
             bases[name] = label
-    sparse = {f"{name}.weight" for name in layers}
-    dense = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in sparse}
+    sparse = {id(layer.trained) for layer in layers.values()}
+    dense = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in sparse}
     tensors |= {f"dense.{name}": parameter for name, parameter in dense.items()}
     shapes = {name: [layer.out_features, layer.in_features] for name, layer in layers.items()}
     metadata = {"content": "adapter", "bases": bases, "shapes": shapes, "sparsify": dict(sparsify_config)}
@@ -158,11 +167,16 @@ def load_adapter(path: str | Path, model: nn.Module) -> nn.Module:
         )
     kinds = {t.kind: metadata["bases"][t.name] for t in targets if t.name in metadata["bases"]}
     bases = {kind: Basis(tensors[f"{label}.U"], tensors[f"{label}.V"]) for kind, label in kinds.items()} or None
+    if config.get("form") == "truncated":  # the file holds the leading rows alone
+        config = config | {"ranks": {kind: [basis.V.shape[0], basis.U.shape[0]] for kind, basis in bases.items()}}
     sparsify(model, bases, **config)
     for name, layer in sparsegrad_layers(model).items():
-        indices, values = tensors[f"indices.{name}"], tensors[f"values.{name}"]
+        values = tensors[f"values.{name}"]
+        if f"weight.{name}" in tensors:
+            layer.rebase(layer.basis)
+            layer.weight.copy_(tensors[f"weight.{name}"])
         current = layer.rotated_weight().flatten()
-        indices = indices.to(current.device)
+        indices = tensors.get(f"indices.{name}", torch.arange(len(values))).to(current.device)
         layer.add_(indices, values.to(current) - current[indices])
     for name, parameter in model.named_parameters():
         if name in dense:

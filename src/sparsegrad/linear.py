@@ -5,6 +5,9 @@ Two forms of one layer; in exact arithmetic they take the same steps:
 - :class:`~sparsegrad.rotated.RotatedLinear`, the paper's: the parameter is W_rot.
 - :class:`~sparsegrad.folded.FoldedLinear`: the parameter is W and stays in place.
 
+A third, :class:`~sparsegrad.truncated.TruncatedLinear`, trains the leading block of W_rot alone and never forms the
+rest of its gradient; it takes the same steps wherever the selected entries lie in that block.
+
 Selecting a gradient means to replace it by its top k entries in the rotated basis. It happens once a step, after all
 micro-batches and ranks are summed, so the result does not depend on how a batch is cut (``select_in="step"``). Where
 a batch is one backward pass, ``select_in="backward"`` selects layer by layer and never keeps the dense gradient.
@@ -28,7 +31,7 @@ class SparseGradWeight(nn.Parameter):
 
 
 class SparseGradLinear(nn.Module):
-    """What both forms share: shapes, the shared basis, the pending gradient, float32 masters.
+    """What all forms share: shapes, the shared basis, the pending gradient, float32 masters.
 
     Args:
         weight: ``(out_features, in_features)``, in original coordinates.
@@ -50,11 +53,27 @@ class SparseGradLinear(nn.Module):
         if select_in not in SELECT_IN:
             raise ValueError(f"select_in={select_in!r}; allowed: {', '.join(SELECT_IN)}.")
         self.select_in = select_in
+        self.kind: str | None = None  # set by sparsify: whose basis the layer takes
         self.basis = None if basis is None else _fitting_basis(basis, weight)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
         self.register_buffer("master", None)
-        self.weight = SparseGradWeight(self._from_original(weight.detach()).to(weight.dtype).clone())
+        self.weight = self._held_weight(weight)
         self._keep_master(weight.detach())
+
+    @property
+    def trained(self) -> nn.Parameter:
+        """The parameter whose gradient is selected; the only one that an optimizer is given besides the bias."""
+        return self.weight
+
+    @property
+    def selects(self) -> bool:
+        """Whether a gradient is replaced by its top k entries before a step."""
+        return True
+
+    @property
+    def moves_weight(self) -> bool:
+        """Whether ``weight`` is no longer, or will not stay, what it was: a checkpoint must hold it."""
+        return self.weight.requires_grad
 
     def take_gradient(self) -> tuple[Tensor, Tensor] | None:
         """Select, hand the gradient over, and forget it.
@@ -72,7 +91,7 @@ class SparseGradLinear(nn.Module):
 
     def selected_gradient(self) -> tuple[Tensor, Tensor] | None:
         """Indices and values of a gradient that is selected already; None where there is none or it is still dense."""
-        dense = self.weight.grad is not None and not self.weight.grad.is_sparse
+        dense = self.trained.grad is not None and not self.trained.grad.is_sparse
         return None if dense else self._pending()
 
     def select(self) -> None:
@@ -81,9 +100,9 @@ class SparseGradLinear(nn.Module):
         Raises:
             RuntimeError: if a gradient was selected before and neither taken nor forgotten.
         """
-        dense = self.weight.grad
+        dense = self.trained.grad
         if dense is not None and not dense.is_sparse:
-            self.weight.grad = None
+            self.trained.grad = None
             self._refuse_second_backward(self._pending() is not None)
             self._set_pending(*self._top_k(self._gradient_to_rotated(dense)))
 
@@ -123,21 +142,24 @@ class SparseGradLinear(nn.Module):
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
         weight = self.original_weight().to(self.weight.dtype).clone()
-        linear.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        linear.weight = nn.Parameter(weight, requires_grad=self.trained.requires_grad)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return linear
 
     def zero_gradient(self) -> None:
         """Forget the gradient, selected or not."""
-        self.weight.grad = None
+        self.trained.grad = None
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, k={self.k}, select_in={self.select_in}"
         )
 
-    # A form says how these five are done.
+    def _held_weight(self, weight: Tensor) -> nn.Parameter:
+        return SparseGradWeight(self._from_original(weight.detach()).to(weight.dtype).clone())
+
+    # A form says how these are done.
     def _from_original(self, weight: Tensor) -> Tensor:
         raise NotImplementedError
 

@@ -3,7 +3,8 @@
 Dense groups follow ``torch.optim.AdamW``. The weights of SparseGrad layers follow lazy Adam, the rule of
 ``torch.optim.SparseAdam``: moments move only where the gradient holds an entry, the step count is the parameter's own.
 ``SparseAdam`` keeps two dense moments as large as the weight; here the state holds the entries touched so far and
-nothing else.
+nothing else. The core of a truncated layer has a gradient for every entry at every step, so it follows AdamW (without
+weight decay, bias corrected), unless it selects: then lazy Adam, as everything that selects.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from sparsegrad.linear import SparseGradLinear, SparseGradWeight
+from sparsegrad.select import NonFiniteGradient
 
 
 def lazy_adam_delta(
@@ -95,7 +97,7 @@ class SparseGradAdamW(Optimizer):
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         param_group["params"], param_group["sparsegrad"] = parameters, bool(layers)
         if layers:
-            if [id(p) for p in parameters] != [id(layer.weight) for layer in layers]:
+            if [id(p) for p in parameters] != [id(layer.trained) for layer in layers]:
                 raise ValueError(
                     "a SparseGrad group needs 'layers': one for each of its parameters, in the same order."
                 )
@@ -126,15 +128,20 @@ class SparseGradAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for layer in self._layers.values():
-            layer.select()  # all before any update: a gradient that is not finite leaves the model as it was
+        _select(self._layers.values())  # all before any update: one that is not finite leaves the model as it was
         for group in self.param_groups:
-            if group["sparsegrad"]:
-                for parameter in group["params"]:
+            dense = [p for p in group["params"] if not self._is_lazy(p)]
+            self._step_dense(group, dense)
+            for parameter in dense if group["sparsegrad"] else ():
+                if parameter.grad is not None:
+                    self._layers[parameter].absorb()
+            for parameter in group["params"]:
+                if self._is_lazy(parameter):
                     self._step_sparse(self._layers[parameter], parameter, group)
-            else:
-                self._step_dense(group)
         return loss
+
+    def _is_lazy(self, parameter: nn.Parameter) -> bool:
+        return parameter in self._layers and self._layers[parameter].selects
 
     def _step_sparse(self, layer: SparseGradLinear, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         gradient = layer.take_gradient()
@@ -158,8 +165,8 @@ class SparseGradAdamW(Optimizer):
         state["exp_avg"][place], state["exp_avg_sq"][place] = m, v
         layer.add_(indices, delta)
 
-    def _step_dense(self, group: dict[str, Any]) -> None:
-        with_gradient = [p for p in group["params"] if p.grad is not None]
+    def _step_dense(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        with_gradient = [p for p in parameters if p.grad is not None]
         weights = []
         for parameter in with_gradient:
             state = self.state[parameter]
@@ -206,14 +213,16 @@ class SparseGradAdamW(Optimizer):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in zip(order, parameters, strict=True):
             for key, value in saved.get(index, {}).items():
-                on_cpu = key == "step" and (parameter in self._layers or not self._fused)
+                on_cpu = key == "step" and (self._is_lazy(parameter) or not self._fused)
                 device = "cpu" if on_cpu else parameter.device
                 self.state[parameter][key] = value.to(device=device, copy=True)
 
     def touched(self, layer: SparseGradLinear) -> Tensor:
         """Flat indices, int64 and ascending, of the entries that the layer's steps have moved so far."""
-        state = self.state.get(layer.weight, {})
-        return state.get("indices", torch.empty(0, dtype=torch.int64, device=layer.weight.device))
+        state, device = self.state.get(layer.trained, {}), layer.weight.device
+        if state and not layer.selects:
+            return torch.arange(layer.trained.numel(), device=device)
+        return state.get("indices", torch.empty(0, dtype=torch.int64, device=device))
 
 
 def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -225,14 +234,14 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, 
         model: after :func:`sparsegrad.sparsify`.
         weight_decay: for the dense group.
     """
-    layers = [m for m in model.modules() if isinstance(m, SparseGradLinear) and m.weight.requires_grad]
-    sparse = {id(layer.weight) for layer in layers}
+    layers = [m for m in model.modules() if isinstance(m, SparseGradLinear) and m.trained.requires_grad]
+    sparse = {id(layer.trained) for layer in layers}
     dense = [p for p in model.parameters() if p.requires_grad and id(p) not in sparse]
     groups = []
     if dense:
         groups.append({"params": dense, "weight_decay": weight_decay})
     if layers:
-        groups.append({"params": [layer.weight for layer in layers], "layers": layers})
+        groups.append({"params": [layer.trained for layer in layers], "layers": layers})
     return groups
 
 
@@ -247,9 +256,9 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
         ValueError: if a SparseGrad gradient is not finite.
     """
     layers = [m for m in model.modules() if isinstance(m, SparseGradLinear)]
-    sparse = {id(layer.weight) for layer in layers}
-    for layer in layers:
-        layer.select()
+    _select(layers)
+    layers = [layer for layer in layers if layer.selects]
+    sparse = {id(layer.trained) for layer in layers}
     kept = [pair[1] for pair in (layer.selected_gradient() for layer in layers) if pair is not None]
     dense = [p.grad for p in model.parameters() if p.grad is not None and id(p) not in sparse]
     total = torch.nn.utils.get_total_norm(kept + dense)
@@ -259,3 +268,15 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     for layer in layers:
         layer.scale_gradient(scale)
     return total
+
+
+def _select(layers: Iterable[SparseGradLinear]) -> None:
+    """Select every gradient that is to be selected; of the others, all at once, see that they are finite."""
+    whole = []
+    for layer in layers:
+        if layer.selects:
+            layer.select()
+        elif layer.trained.grad is not None:
+            whole.append(layer.trained.grad)
+    if whole and not torch.isfinite(torch.nn.utils.get_total_norm(whole, norm_type=float("inf"))):
+        raise NonFiniteGradient("gradient holds non-finite values: lower the learning rate or check the loss.")

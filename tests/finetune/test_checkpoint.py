@@ -99,7 +99,9 @@ def assert_same_run(one, other):
 # Exact resume. Five batches an epoch: call 8 ends the run in the middle of the second one.
 
 
-@pytest.mark.parametrize("overrides", [(), ("method.form=rotated",), ("protocol.meprop_optimizer=adamw",)])
+@pytest.mark.parametrize(
+    "overrides", [(), ("method.form=rotated",), ("method.form=truncated",), ("protocol.meprop_optimizer=adamw",)]
+)
 def test_run_killed_in_an_epoch_goes_on_bit_for_bit(method_name, overrides, start):
     if overrides and overrides[0].startswith("method.form") and method_name != "sparsegrad":
         pytest.skip("form is SparseGrad's")

@@ -103,6 +103,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group(method_name, classifi
         ("meprop", ("protocol.meprop_optimizer=lazy_adam",)),
         ("sparsegrad", ()),
         ("sparsegrad", ("method.form=rotated",)),
+        ("sparsegrad", ("method.form=truncated",)),
         ("sparsegrad", ("protocol.orientation=released",)),
     ],
 )
@@ -202,6 +203,25 @@ def test_sparsegrad_moves_k_rotated_entries_a_step(form, classifier, build, batc
         moved = delta.abs().flatten() > 1e-3  # lazy Adam's first step is lr = 1e-2 for every kept entry
         assert int(moved.sum()) == 20
         torch.testing.assert_close(delta.abs().flatten()[moved], torch.full((20,), 1e-2), rtol=1e-2, atol=0)
+
+
+def test_the_truncated_form_moves_a_square_block_within_the_budget(classifier, build, random_bases, step):
+    """k = 30 entries are a core of 5 x 5; the method counts what trains, and nothing else moves."""
+    method = build("sparsegrad", "method.form=truncated", "model.k=30", "protocol.density=null", one_backward=True)
+    plain_model, bases = classifier(), random_bases()
+    assert method.entries((64, 32)) == 25
+    assert count_parameters(classifier(), method)["trainable_per_layer"] == 25
+    model, _ = trained(method, classifier(), step)
+    cores = [p for name, p in model.named_parameters() if name.endswith(".core")]
+    assert [p.numel() for p in cores] == 4 * [25]
+    merged = method.merge(model)
+    for name in TARGETS:
+        basis = bases["up" if "intermediate" in name else "down"]
+        moved = merged.get_submodule(name).weight - plain_model.get_submodule(name).weight
+        moved = basis.rotate(moved.detach())
+        assert (moved[:5, :5].abs() > 1e-3).all()
+        moved[:5, :5] = 0
+        assert moved.abs().max() < 1e-5
 
 
 def test_meprop_first_step_moves_the_largest_entries_of_the_gradient(classifier, build, batch, step):

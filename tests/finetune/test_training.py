@@ -159,7 +159,7 @@ def test_accumulation_does_not_change_the_steps(method_name, fit):
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
-@pytest.mark.parametrize("form", ["folded", "rotated"])
+@pytest.mark.parametrize("form", ["folded", "rotated", "truncated"])
 def test_accumulation_does_not_change_the_steps_with_clipping(form, fit):
     overrides = (f"method.form={form}",)
     changes = {"max_steps": 6, "max_grad_norm": 0.5, "overrides": overrides}

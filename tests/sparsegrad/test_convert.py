@@ -11,6 +11,7 @@ from sparsegrad import (
     GradientMoments,
     RotatedLinear,
     SparseGradAdamW,
+    TruncatedLinear,
     find_targets,
     hosvd,
     merge,
@@ -19,7 +20,8 @@ from sparsegrad import (
     sparsify,
 )
 
-FORMS = ["folded", "rotated"]
+LAYERS = {"folded": FoldedLinear, "rotated": RotatedLinear, "truncated": TruncatedLinear}
+FORMS = list(LAYERS)
 FAMILIES = ["bert", "roberta", "llama"]
 CONFS = {"bert_base": 12, "roberta_base": 12, "roberta_large": 24, "minilm": 6, "tiny_bert": 2, "tiny_roberta": 2}
 
@@ -143,7 +145,7 @@ def test_sparsify_leaves_the_function_unchanged(family, form, orientation, tiny_
     torch.testing.assert_close(logits(model, tokens), before, rtol=0, atol=1e-10)
     layers = sparsegrad_layers(model)
     assert list(layers) == names
-    assert {type(layer) for layer in layers.values()} == {{"folded": FoldedLinear, "rotated": RotatedLinear}[form]}
+    assert {type(layer) for layer in layers.values()} == {LAYERS[form]}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -202,7 +204,9 @@ def test_sparsify_keeps_modes_and_what_is_frozen(form, blocks, block_bases, bloc
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     modes = {name: m.training for name, m in model.named_modules()}
     sparsify(model, block_bases(), 5, block_patterns, form=form)
-    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    now = {name: p.requires_grad for name, p in model.named_parameters()}
+    trained = {f"{name}.weight": layer.trained.requires_grad for name, layer in sparsegrad_layers(model).items()}
+    assert {name: (now | trained)[name] for name in flags} == flags
     assert {name: m.training for name, m in model.named_modules() if name in modes} == modes
     merge(model)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
@@ -210,8 +214,22 @@ def test_sparsify_keeps_modes_and_what_is_frozen(form, blocks, block_bases, bloc
 
 
 REFUSALS = [
-    ({"form": "truncated"}, r"form='truncated'; allowed: folded, rotated"),
-    ({"matmul": "sparse_by_dense"}, r"matmul='sparse_by_dense' belongs to form='rotated'"),
+    ({"form": "diagonal"}, r"form='diagonal'; allowed: folded, rotated, truncated"),
+    ({"matmul": "sparse_by_dense"}, r"matmul='sparse_by_dense' belongs to form='rotated'; form='folded' has no"),
+    ({"matmul": "sparse_by_dense", "form": "truncated"}, r"form='truncated' has no rotated product"),
+    ({"keep": 3, "ranks": (2, 2)}, r"ranks=\(2, 2\), keep=3 belong to form='truncated'; form='folded' selects among"),
+    ({"form": "truncated", "select_in": "backward"}, r"form='truncated' has no dense gradient to avoid: leave it"),
+    ({"form": "truncated", "bases": None}, r"layers.0.up: form 'truncated' .* so it needs a basis"),
+    ({"form": "truncated", "k": 97}, r"layers.0.up: k=97; a matrix of shape \(12, 8\)"),
+    ({"form": "truncated", "k": {"up": 5}}, r"no k for layer kind 'down'; given: up"),
+    ({"form": "truncated", "ranks": {"up": (2, 2)}}, r"no ranks for layer kind 'down'; given: up"),
+    ({"form": "truncated", "keep": {"down": 2}}, r"no keep for layer kind 'up'; given: down"),
+    ({"form": "truncated", "ranks": (9, 9)}, r"layers.0.up: ranks=\(9, 9\); this basis allows .* to \(12, 8\)"),
+    ({"form": "truncated", "ranks": (3, 2)}, r"layers.0.up: ranks=\(3, 2\) are 6 entries, more than k=5"),
+    ({"form": "truncated", "keep": 5}, r"layers.0.up: k=5; a matrix of shape \(2, 2\) allows .* 1 to 4"),
+    ({"form": "truncated", "update": "later"}, r"layers.0.up: update='later'; allowed: in_place, side"),
+    ({"form": "truncated", "bases": "swapped"}, r"layers.0.up: the basis is for weights of shape \(8, 12\)"),
+    ({"form": "truncated", "bases": "truncated", "k": 10}, r"layers.0.up: k=10; a matrix of shape \(3, 3\)"),
     ({"form": "rotated", "matmul": "dense"}, r"layers.0.up: matmul='dense'; allowed: regular, sparse_by_dense"),
     ({"select_in": "forward"}, r"layers.0.up: select_in='forward'; allowed: step, backward"),
     ({"k": 97}, r"layers.0.up: k=97; a matrix of shape \(12, 8\) allows whole numbers from 1 to 96"),

@@ -401,7 +401,7 @@ def test_steps_and_clipping_refuse_a_gradient_that_is_not_finite(form, bad, rand
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
-@pytest.mark.parametrize("form", ["folded", "rotated"])
+@pytest.mark.parametrize("form", ["folded", "rotated", "truncated"])
 def test_every_trainable_parameter_is_in_exactly_one_group(family, form, tiny_transformer, transformer_bases):
     """D8: LayerNorm and biases included; what is frozen is in none."""
     model, patterns, _ = tiny_transformer(family)
@@ -417,7 +417,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group(family, form, tiny_tr
     norms = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
     assert norms and all(id(p) in in_dense for norm in norms for p in norm.parameters())
     layers = sparsegrad_layers(model)
-    assert {id(p) for p in sparse["params"]} == {id(layer.weight) for layer in layers.values()}
+    assert {id(p) for p in sparse["params"]} == {id(layer.trained) for layer in layers.values()}
     assert all(layer.bias is None or id(layer.bias) in in_dense for layer in layers.values())
     assert sparse["layers"] == list(layers.values())
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 from torch import nn
 from torch.optim import Optimizer
 
 from finetune.methods.base import Targets, kept_entries
-from sparsegrad import Basis, SparseGradAdamW, merge, param_groups, sparsify
+from sparsegrad import Basis, SparseGradAdamW, core_shape, merge, param_groups, sparsify
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,11 @@ class SparseGrad:
 
     Attributes:
         bases: by layer kind, in the hosvd orientation.
-        k: entries kept a matrix (D1).
+        k: entries kept a matrix (D1); of the truncated form, entries of the core at most.
         density: a share instead of a count; wins over k.
         orientation: ``hosvd`` or ``released`` (D2).
-        form, matmul, select_in: see :func:`sparsegrad.sparsify`.
+        form, matmul, select_in: see :func:`sparsegrad.sparsify`. The truncated form selects nothing: its core, square
+            within the budget of k entries, trains whole.
     """
 
     targets: Targets
@@ -35,7 +37,7 @@ class SparseGrad:
 
     def prepare(self, model: nn.Module) -> nn.Module:
         targets = self.targets.set_trainable(model)
-        k = {t.kind: self.entries(tuple(t.module.weight.shape)) for t in targets}
+        k = {t.kind: kept_entries(self.k, self.density, tuple(t.module.weight.shape)) for t in targets}
         bases = {kind: basis.oriented(self.orientation) for kind, basis in self.bases.items()}
         return sparsify(
             model,
@@ -45,7 +47,7 @@ class SparseGrad:
             self.targets.layers_to_transform,
             form=self.form,
             matmul=self.matmul,
-            select_in=self.select_in,
+            select_in="step" if self.form == "truncated" else self.select_in,
         )
 
     def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
@@ -55,4 +57,5 @@ class SparseGrad:
         return merge(model)
 
     def entries(self, shape: tuple[int, int]) -> int:
-        return kept_entries(self.k, self.density, shape)
+        k = kept_entries(self.k, self.density, shape)
+        return prod(core_shape(k, shape)) if self.form == "truncated" else k

@@ -1,0 +1,278 @@
+"""The truncated form: W_rot is trained in its leading r x c block alone, the core S, and nothing else is ever formed.
+
+    V_r = V[:r]  (r, out_features)      U_c = U[:c]  (c, in_features)      W_now = W + V_r^T S U_c
+    z = x U_c^T  (N, c)                 dS = (g V_r^T)^T z  (r, c)         dx = g W_now
+
+dS is the leading block of G_rot = V G U^T, exactly: nothing inside the block is approximated, so the steps are those of
+the other forms wherever the entries that they select lie in it. The backward pass needs z and not x, no gradient or
+state of W's size exists, and S is an ordinary parameter with an ordinary dense gradient: accumulation, all-reduce and
+clipping work as for any other. What the block leaves out is lost: accuracy is to be measured, not assumed.
+
+Two ways to apply a step (``update``):
+
+- ``in_place``: the optimizer steps S from zero, adds V_r^T S U_c to W and sets S to zero again; forward is a plain
+  linear.
+- ``side``: W stays as it is, and S as a float32 side path, y += (z S^T) V_r, until it is merged. In bfloat16 a step
+  below about 1e-3 of the weight would vanish in place; S loses none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import isqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sparsegrad.basis import Basis
+from sparsegrad.linear import SparseGradLinear, SparseGradWeight, autocast
+from sparsegrad.select import check_k
+
+UPDATES = ("in_place", "side")
+
+
+def core_shape(k: int, limits: tuple[int, int], ratio: float = 1.0) -> tuple[int, int]:
+    """r and c of a core of at most k entries.
+
+    Args:
+        k: budget of entries.
+        limits: the largest r and c: the shape of the weight, or the rows of V and U of a truncated basis.
+        ratio: r / c wanted. 1 gives the square core, r = c = floor(sqrt(k)). Where one side meets its limit, the other
+            takes the rest of the budget.
+
+    Raises:
+        ValueError: if k is out of range or the ratio is not positive.
+    """
+    check_k(k, limits)
+    if not 0 < ratio < float("inf"):
+        raise ValueError(f"ratio={ratio!r}; r / c must be a positive number, 1 for a square core.")
+    c = max(1, min(k, isqrt(int(k / ratio))))
+    r = c if ratio == 1 else max(1, min(round(c * ratio), k // c))
+    if r >= limits[0]:
+        r, c = limits[0], min(k // limits[0], limits[1])
+    if c >= limits[1]:
+        r, c = min(k // limits[1], limits[0]), limits[1]
+    return r, c
+
+
+class TruncatedLinear(SparseGradLinear):
+    """A linear trained in the leading block of its rotated weight.
+
+    Args:
+        weight: ``(out_features, in_features)``; shared, not copied, where ``update`` is ``side``.
+        bias: ``(out_features,)`` or None.
+        basis: for layers of this kind. Only the leading rows are kept: an object of r and c rows is shared as it is.
+        k: budget of entries; :func:`core_shape` makes it a square core, unless ``ranks`` says otherwise.
+        ranks: ``(r, c)``; r * c may not exceed k.
+        keep: entries of the core's gradient kept at a step, by absolute value, selected after all sums; None keeps all.
+        update: ``in_place`` or ``side``; None takes ``in_place`` for float32 and wider, ``side`` below.
+
+    Attributes:
+        core: S, ``(r, c)``, in float32 at least.
+        refreshes: how often the basis was changed (:func:`sparsegrad.refresh`), int64 scalar.
+
+    Raises:
+        ValueError: if the basis is missing or of other shapes, k, ranks or keep are out of range, or the update is
+            unknown or would lose its steps.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        basis: Basis | None,
+        k: int,
+        *,
+        ranks: Sequence[int] | None = None,
+        keep: int | None = None,
+        update: str | None = None,
+    ) -> None:
+        if basis is None:
+            raise ValueError("form 'truncated' trains the leading block of a rotated weight, so it needs a basis.")
+        low = torch.finfo(weight.dtype).bits < 32
+        update = update or ("side" if low else "in_place")
+        if update not in UPDATES:
+            raise ValueError(f"update={update!r}; allowed: {', '.join(UPDATES)}.")
+        if low and update == "in_place":
+            raise ValueError(f"update='in_place' would lose small steps in {weight.dtype}: use update='side'.")
+        self.update = update  # before the rest: it decides how the weight is held
+        r, c = checked_ranks(k, ranks, basis)
+        super().__init__(weight, bias, basis.leading(r, c), r * c if keep is None else check_k(keep, (r, c)))
+        self.keep = keep
+        self.ranks = (r, c)
+        precision = torch.promote_types(weight.dtype, torch.float32)
+        self.core = SparseGradWeight(torch.zeros(r, c, dtype=precision, device=weight.device))
+        self.register_buffer("refreshes", torch.zeros((), dtype=torch.int64, device=weight.device))
+        self._gradient: tuple[Tensor, Tensor] | None = None
+        self.register_load_state_dict_post_hook(_absorb_loaded)
+
+    @property
+    def trained(self) -> nn.Parameter:
+        return self.core
+
+    @property
+    def selects(self) -> bool:
+        return self.keep is not None
+
+    @property
+    def moves_weight(self) -> bool:
+        return (self.update == "in_place" and self.core.requires_grad) or bool(self.refreshes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in_features) -> (..., out_features)``."""
+        core = self.core if self.update == "side" or self.core.requires_grad else None
+        return _TruncatedProduct.apply(
+            autocast(x), self.weight, self.bias, core, self.basis.U, self.basis.V, self.update == "side"
+        )
+
+    @torch.no_grad()
+    def absorb(self) -> None:
+        """After a step of S: add it to W and start from zero again, where steps are taken in place."""
+        if self.update == "in_place":
+            add_product_(self.weight, self.basis.V, self.core, self.basis.U)
+            self.core.zero_()
+
+    @torch.no_grad()
+    def add_(self, indices: Tensor, delta: Tensor) -> None:
+        """``W_rot[:r, :c].flatten()[indices] += delta``; arguments as in the other forms, indices of the block."""
+        self.core.view(-1).index_add_(0, indices, delta.to(self.core.dtype))
+        self.absorb()
+
+    @torch.no_grad()
+    def original_weight(self) -> Tensor:
+        """W + V_r^T S U_c, ``(out_features, in_features)``, in float32 at least."""
+        weight = self.weight.detach()
+        if self.update == "in_place":
+            return weight
+        return add_product_(weight.to(self.core.dtype, copy=True), self.basis.V, self.core, self.basis.U)
+
+    @torch.no_grad()
+    def rebase(self, basis: Basis) -> None:
+        """Move S into W, so that the basis may be changed; the caller changes it.
+
+        Where W is below float32, what its rounding loses is kept in S, as far as it lies in the new block.
+
+        Args:
+            basis: the new one, with r and c rows.
+        """
+        self.refreshes += 1
+        if self.update == "in_place":
+            return
+        exact = self.original_weight()
+        self.weight = nn.Parameter(exact.to(self.weight.dtype), requires_grad=False)  # the old one may be shared
+        lost = torch.finfo(self.weight.dtype).bits < 32
+        self.core.copy_(basis.rotate(exact - self.weight) if lost else torch.zeros_like(self.core))
+
+    def select(self) -> None:
+        if self.selects:
+            super().select()
+
+    def zero_gradient(self) -> None:
+        super().zero_gradient()
+        self._gradient = None
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, ranks={self.ranks}, keep={self.keep}, update={self.update}"
+
+    def _held_weight(self, weight: Tensor) -> nn.Parameter:
+        own = weight.detach()
+        return nn.Parameter(own.clone() if self.update == "in_place" else own, requires_grad=False)
+
+    def _keep_master(self, original: Tensor | None) -> None:
+        """No copy of W's size: below float32 the core is the master."""
+
+    def _gradient_to_rotated(self, dense: Tensor) -> Tensor:
+        return dense
+
+    def _pending(self) -> tuple[Tensor, Tensor] | None:
+        if self.selects or self.core.grad is None:
+            return self._gradient
+        return torch.arange(self.core.numel(), device=self.core.device), self.core.grad.flatten()
+
+    def _set_pending(self, indices: Tensor, values: Tensor) -> None:
+        if self.selects:
+            self._gradient = (indices, values)
+        else:
+            self.core.grad = values.view_as(self.core)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TruncatedLinear:
+        core = self.core.detach()
+        nn.Module._apply(self, fn, recurse)
+        if torch.finfo(self.weight.dtype).bits < 32:
+            self.update = "side"  # the model was cast down: in place its steps would vanish from now on
+            if torch.finfo(self.core.dtype).bits < 32:
+                self.core.data = core.to(device=self.core.device, dtype=torch.promote_types(core.dtype, torch.float32))
+        return self
+
+
+class _TruncatedProduct(torch.autograd.Function):
+    """The linear and its side path; saves z ``(N, c)`` and references to what the layer holds anyway."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor | None, U: Tensor, V: Tensor, side: bool
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        z = None if core is None else F.linear(rows, U.to(x.dtype))
+        if side:
+            y.addmm_(z @ core.to(x.dtype).T, V.to(x.dtype))
+        # The bases in their own precision: their casts would be saved activations too.
+        ctx.save_for_backward(weight, bias, core, U, V, z if ctx.needs_input_grad[3] else None)
+        ctx.side = side
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        weight, bias, core, U, V, z = ctx.saved_tensors
+        needs_x, _, needs_bias, needs_core = ctx.needs_input_grad[:4]
+        grad_x = grad_bias = grad_core = None
+        rows = g.reshape(-1, g.shape[-1])
+        h = rows @ V.to(g.dtype).T if needs_core or ctx.side else None
+        if needs_x:
+            grad_x = rows @ weight.to(g.dtype)
+            if ctx.side:
+                grad_x.addmm_(h @ core.to(g.dtype), U.to(g.dtype))
+            grad_x = grad_x.view(*g.shape[:-1], weight.shape[1])
+        if needs_bias:
+            grad_bias = rows.sum(dim=0).to(bias.dtype)
+        if needs_core:
+            grad_core = (h.T @ z).to(core.dtype)
+        return grad_x, None, grad_bias, grad_core, None, None, None
+
+
+def _absorb_loaded(layer: TruncatedLinear, _: object) -> None:
+    """A state that was saved with a side path may be loaded into a layer that has none."""
+    if layer.update == "in_place" and not layer.core.is_meta and layer.core.any():
+        layer.absorb()
+
+
+def checked_ranks(k: int, ranks: Sequence[int] | None, basis: Basis) -> tuple[int, int]:
+    """r and c of a budget, or those given.
+
+    Raises:
+        ValueError: if they exceed the budget or the rows of the basis.
+    """
+    limits = (basis.V.shape[0], basis.U.shape[0])
+    if ranks is None:
+        return core_shape(k, limits)
+    check_k(k, (basis.out_features, basis.in_features))
+    if len(ranks) != 2 or not all(isinstance(n, int) and 1 <= n <= m for n, m in zip(ranks, limits, strict=True)):
+        raise ValueError(f"ranks={ranks!r}; this basis allows (r, c) from (1, 1) to {limits}.")
+    r, c = ranks
+    if r * c > k:
+        raise ValueError(f"ranks={(r, c)} are {r * c} entries, more than k={k}: lower one of them or raise k.")
+    return r, c
+
+
+def add_product_(weight: Tensor, V: Tensor, S: Tensor, U: Tensor) -> Tensor:
+    """``weight += V^T S U`` in the cheaper order of its two products; returns the weight."""
+    V, S, U = V.to(weight.dtype), S.to(weight.dtype), U.to(weight.dtype)
+    (r, o), (c, i) = V.shape, U.shape
+    if r * c * i + r * o * i <= r * c * o + c * o * i:
+        return weight.addmm_(V.T, S @ U)
+    return weight.addmm_(V.T @ S, U)

@@ -1,0 +1,702 @@
+"""The truncated form against nn.Linear, the rotated form, and torch.optim; what it saves, holds and never forms."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsegrad import (
+    Basis,
+    RotatedLinear,
+    SparseGradAdamW,
+    TruncatedLinear,
+    clip_grad_norm_,
+    core_shape,
+    load_adapter,
+    load_tensors,
+    merge,
+    param_groups,
+    refresh,
+    save_adapter,
+    sparsegrad_layers,
+    sparsify,
+)
+
+OUT, IN, R, C = 11, 7, 4, 3
+UPDATES = ["in_place", "side"]
+update_modes = pytest.mark.parametrize("update", UPDATES)
+
+
+def plain(bias=True, dtype=torch.float64):
+    torch.manual_seed(0)
+    return nn.Linear(IN, OUT, bias=bias, dtype=dtype)
+
+
+def build(linear, basis, **options):
+    return TruncatedLinear(linear.weight, linear.bias, basis, R * C, **({"ranks": (R, C)} | options))
+
+
+def batches(n, dims=3, seed=1, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (15,) if dims == 2 else (3, 5)
+    for _ in range(n):
+        yield tuple(torch.randn(*shape, f, generator=generator, dtype=torch.float64).to(dtype) for f in (IN, OUT))
+
+
+def loss_of(layer, x, target):
+    return ((torch.tanh(layer(x)) - target) ** 2).sum()
+
+
+def steps(layer, data, loss=loss_of, **options):
+    """Weight and bias after each step of SparseGradAdamW."""
+    optimizer = SparseGradAdamW(param_groups(layer), **options)
+    for batch in data:
+        optimizer.zero_grad()
+        loss(layer, *batch).backward()
+        optimizer.step()
+        yield layer.original_weight().clone(), layer.bias.detach().clone()
+
+
+def perturb(layer):
+    """A core that is not zero, where the form keeps one."""
+    layer.add_(torch.arange(R * C), torch.randn(R * C, dtype=layer.core.dtype))
+
+
+# ---- the same function and the same steps ----
+
+
+@update_modes
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_function_and_gradients_are_those_of_linear(update, dims, bias, random_basis):
+    """The core's gradient is the leading block of V G U^T, before and after the weights have moved."""
+    linear, basis = plain(bias), random_basis(OUT, IN)
+    layer = build(linear, basis, update=update)
+    for _ in range(2):
+        linear = layer.to_linear()
+        (x, target), *_ = batches(1, dims)
+        x_layer, x_linear = x.clone().requires_grad_(), x.clone().requires_grad_()
+        layer.zero_grad()
+        torch.testing.assert_close(layer(x), linear(x))
+        loss_of(layer, x_layer, target).backward()
+        loss_of(linear, x_linear, target).backward()
+        torch.testing.assert_close(x_layer.grad, x_linear.grad)
+        G_rot = basis.V @ linear.weight.grad @ basis.U.T
+        torch.testing.assert_close(layer.core.grad, G_rot[:R, :C])
+        assert layer.core.grad.abs().min() > 0 and layer.weight.grad is None
+        if bias:
+            torch.testing.assert_close(layer.bias.grad, linear.bias.grad)
+        perturb(layer)
+
+
+@update_modes
+def test_autograd_agrees_with_finite_differences(update, random_basis):
+    layer = build(plain(), random_basis(OUT, IN), update=update)
+    perturb(layer)
+    x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
+    inputs = (x, layer.bias) + ((layer.core,) if update == "side" else ())  # in place, no forward reads the core
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), inputs)
+
+
+def in_leading_block(basis, n):
+    """Inputs in the span of U_c and a loss that sees y through V_r alone: all of G_rot lies in the leading block."""
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(n):
+        a = torch.randn(15, C, generator=generator, dtype=torch.float64)
+        yield a @ basis.U[:C], torch.randn(15, R, generator=generator, dtype=torch.float64), basis.V[:R]
+
+
+def block_loss(layer, x, target, V_r):
+    return ((torch.tanh(layer(x) @ V_r.T) - target) ** 2).sum()
+
+
+@update_modes
+@pytest.mark.parametrize("keep", [None, R * C, 5], ids=["whole", "top_all", "top_5"])
+def test_twenty_steps_equal_the_rotated_form_where_gradients_lie_in_the_block(update, keep, random_basis):
+    """No mask is given: the rotated form's top k of all entries turn out to be those of the block.
+
+    The whole core follows AdamW, whose eps stands inside the bias correction and lazy Adam's outside: equal as eps
+    vanishes. With a top k inside the core both forms follow lazy Adam, at any eps.
+    """
+    linear, basis = plain(), random_basis(OUT, IN)
+    options = {"lr": 0.02, "eps": 1e-30 if keep is None else 1e-8}
+    data = list(in_leading_block(basis, 20))
+    rotated = RotatedLinear(linear.weight, linear.bias, basis, keep or R * C)
+    mine = steps(build(linear, basis, update=update, keep=keep), data, block_loss, **options)
+    for (W, b), (W_rot, b_rot) in zip(mine, steps(rotated, data, block_loss, **options), strict=True):
+        torch.testing.assert_close(W, W_rot, rtol=0, atol=1e-10)
+        torch.testing.assert_close(b, b_rot, rtol=0, atol=1e-10)
+    assert (W - linear.weight).abs().max() > 1e-2
+
+
+def test_the_block_is_not_the_whole_where_gradients_leave_it(random_basis):
+    """The control of the test above: on other data the two forms part."""
+    linear, basis, data = plain(), random_basis(OUT, IN), list(batches(3, 2))
+    *_, (W, _) = steps(build(linear, basis), data, lr=0.02)
+    *_, (W_rot, _) = steps(RotatedLinear(linear.weight, linear.bias, basis, R * C), data, lr=0.02)
+    assert (W - W_rot).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("keep", [None, 5], ids=["whole", "top_5"])
+def test_in_place_and_side_take_the_same_steps(keep, random_basis):
+    linear, basis, data = plain(), random_basis(OUT, IN), list(batches(20))
+    one, other = (steps(build(linear, basis, update=u, keep=keep), data, lr=0.05) for u in UPDATES)
+    for (W, b), (W_side, b_side) in zip(one, other, strict=True):
+        torch.testing.assert_close(W, W_side, rtol=0, atol=1e-10)
+        torch.testing.assert_close(b, b_side, rtol=0, atol=1e-10)
+
+
+@update_modes
+@pytest.mark.parametrize("fused", [False, True], ids=["default", "fused"])
+def test_a_whole_core_follows_torchs_adamw_without_weight_decay(update, fused, random_basis):
+    linear, basis = plain(), random_basis(OUT, IN)
+    layer = build(linear, basis, update=update)
+    optimizer = SparseGradAdamW(param_groups(layer, weight_decay=0.5), lr=0.03, fused=fused)
+    S = nn.Parameter(torch.zeros(R, C, dtype=torch.float64))
+    adamw = torch.optim.AdamW([S], lr=0.03, weight_decay=0)
+    for i in range(10):
+        gradient = torch.randn(R, C, dtype=torch.float64) * 10.0 ** (i % 3)
+        layer.core.grad, S.grad = gradient.clone(), gradient
+        optimizer.step()
+        adamw.step()
+        moved = layer.original_weight() - linear.weight
+        torch.testing.assert_close(moved, (basis.V[:R].T @ S @ basis.U[:C]).detach(), rtol=0, atol=1e-12)
+    assert torch.equal(optimizer.touched(layer), torch.arange(R * C))
+
+
+# ---- what is saved, held and formed ----
+
+
+@update_modes
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+def test_exactly_n_times_c_numbers_are_saved_and_the_input_is_let_go(update, precision, random_basis):
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    if dtype == torch.bfloat16 and update == "in_place":
+        pytest.skip("bfloat16 weights take the side path")
+    layer = build(plain(dtype=dtype), random_basis(OUT, IN, dtype=torch.float32), update=update)
+    own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
+    saved = []
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            saved.append(tensor)
+        return tensor
+
+    leaf = torch.randn(3, 5, IN, dtype=dtype, requires_grad=True)
+    x = leaf * 1
+    alive = weakref.ref(x)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            y = layer(x)
+    (z,) = saved
+    assert z.shape == (15, C) and z.is_contiguous()
+    assert z.dtype == (torch.float32 if precision == "float32" else torch.bfloat16)
+    assert z.untyped_storage().nbytes() == 15 * C * z.element_size()  # no view of something larger
+    del x
+    assert alive() is None
+    y.float().sum().backward()
+    assert leaf.grad is not None and layer.core.grad.dtype == torch.float32
+
+
+class LargeResults(TorchDispatchMode):
+    """Operations whose result is a new tensor of a weight's shape, either way round."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shapes, self.found = (shape, shape[::-1]), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        old = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves((args, kwargs)) if is_tensor(t)}
+        for tensor in filter(is_tensor, torch.utils._pytree.tree_leaves(result)):
+            if tuple(tensor.shape) in self.shapes and tensor.untyped_storage().data_ptr() not in old:
+                self.found.append(str(func))
+        return result
+
+
+def is_tensor(value):
+    return isinstance(value, torch.Tensor)
+
+
+@update_modes
+@pytest.mark.parametrize("keep", [None, 5], ids=["whole", "top_5"])
+def test_no_gradient_or_state_of_the_weights_size_is_formed(update, keep, random_basis):
+    """Forward, backward, clipping and step; the folded form, the control, forms several."""
+    layer = build(plain(), random_basis(OUT, IN), update=update, keep=keep)
+    optimizer = SparseGradAdamW(param_groups(layer), lr=0.01)
+    x = torch.randn(20, IN, dtype=torch.float64, requires_grad=True)
+
+    def step(layer, optimizer):
+        with LargeResults((OUT, IN)) as large:
+            layer(x).square().sum().backward()
+            clip_grad_norm_(layer, 1.0)
+            optimizer.step()
+        return large.found
+
+    assert step(layer, optimizer) == [] and step(layer, optimizer) == []
+    assert layer.weight.grad is None and layer.core.grad is None or layer.core.grad.shape == (R, C)
+    sizes = {t.numel() for t in optimizer.state[layer.core].values() if t.dim()}
+    assert sizes and max(sizes) <= R * C
+    buffers = sum(b.numel() for b in layer.buffers())
+    assert buffers == R * OUT + C * IN + 1  # the leading rows, and the count of refreshes
+    folded = sparsify(nn.Sequential(plain()), {"a": random_basis(OUT, IN)}, 5, {"a": "0"})
+    assert step(folded, SparseGradAdamW(param_groups(folded)))
+
+
+def test_a_kind_shares_its_leading_rows(blocks, block_bases, block_patterns):
+    model = sparsify(blocks(n=3), block_bases(), 9, block_patterns, form="truncated")
+    for kind in ("up", "down"):
+        basis = {id(getattr(block, kind).basis): getattr(block, kind).basis for block in model.layers}
+        assert len(basis) == 1
+        (basis,) = basis.values()
+        assert basis.V.shape[0] == basis.U.shape[0] == 3
+        assert basis.U.untyped_storage().nbytes() == basis.U.numel() * 8  # rows of its own, not a view of all
+
+
+def test_the_side_path_shares_the_frozen_weight_and_in_place_copies_it(random_basis):
+    linear = plain()
+    side, own = (build(linear, random_basis(OUT, IN), update=u) for u in ("side", "in_place"))
+    before = linear.weight.detach().clone()
+    assert side.weight.data_ptr() == linear.weight.data_ptr() != own.weight.data_ptr()
+    for layer in (side, own):
+        perturb(layer)
+        layer.rebase(layer.basis)
+    assert torch.equal(linear.weight, before)
+
+
+# ---- sums before the step ----
+
+
+@update_modes
+@pytest.mark.parametrize("keep", [None, 5], ids=["whole", "top_5"])
+def test_four_micro_batches_equal_one_batch(update, keep, random_basis):
+    linear, basis = plain(), random_basis(OUT, IN)
+    whole, cut = (build(linear, basis, update=update, keep=keep) for _ in range(2))
+    x, target = next(batches(1, 2))
+    loss_of(whole, x, target).backward()
+    for rows in torch.arange(15).tensor_split(4):
+        loss_of(cut, x[rows], target[rows]).backward()
+    torch.testing.assert_close(cut.core.grad, whole.core.grad)
+    for layer in (whole, cut):
+        SparseGradAdamW(param_groups(layer), lr=0.1).step()
+    torch.testing.assert_close(cut.original_weight(), whole.original_weight())
+
+
+@update_modes
+@pytest.mark.parametrize("keep", [None, 5], ids=["whole", "top_5"])
+def test_clipping_counts_what_the_step_will_take(update, keep, random_basis):
+    layer = build(plain(), random_basis(OUT, IN), update=update, keep=keep)
+    loss_of(layer, *next(batches(1))).backward()
+    G, bias = layer.core.grad.clone(), layer.bias.grad.clone()
+    kept = G.flatten()[G.abs().flatten().topk(keep or R * C).indices.sort().values]
+    norm = torch.cat((kept, bias)).norm()
+    torch.testing.assert_close(clip_grad_norm_(layer, 0.1), norm)
+    torch.testing.assert_close(layer.bias.grad, bias * (0.1 / (norm + 1e-6)))
+    torch.testing.assert_close(layer.take_gradient()[1], kept * (0.1 / (norm + 1e-6)))
+
+
+@pytest.mark.parametrize("keep", [None, 5], ids=["whole", "top_5"])
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_a_gradient_that_is_not_finite_is_refused_before_anything_moves(keep, bad, blocks, block_bases, block_patterns):
+    model = sparsify(blocks(), block_bases(), 9, block_patterns, form="truncated", keep=keep)
+    optimizer = SparseGradAdamW(param_groups(model))
+    before = copy.deepcopy(model.state_dict())
+    for act in (optimizer.step, lambda: clip_grad_norm_(model, 1.0)):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        model.layers[1].down.core.grad[1, 2] = bad
+        with pytest.raises(ValueError, match="gradient holds non-finite values: lower the learning rate"):
+            act()
+        optimizer.zero_grad()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items()) and not optimizer.state
+
+
+# ---- precision ----
+
+
+def test_defaults_by_precision_and_refusals(random_basis):
+    basis = random_basis(OUT, IN, dtype=torch.float32)
+    for dtype, update in ((torch.float64, "in_place"), (torch.float32, "in_place"), (torch.bfloat16, "side")):
+        layer = build(plain(dtype=dtype), basis)
+        assert layer.update == update and layer.core.dtype == torch.promote_types(dtype, torch.float32)
+    with pytest.raises(ValueError, match="update='in_place' would lose small steps in torch.bfloat16: use update='si"):
+        build(plain(dtype=torch.bfloat16), basis, update="in_place")
+
+
+@pytest.mark.parametrize("cast_later", [False, True], ids=["made in bfloat16", "cast to bfloat16"])
+def test_small_bfloat16_steps_follow_float32(cast_later, random_basis):
+    """Each step is below bfloat16's spacing; in place, the control, nearly all of them vanish."""
+    generator, basis = torch.Generator().manual_seed(0), random_basis(OUT, IN, dtype=torch.float32)
+    start = (0.1 * torch.randn(OUT, IN, generator=generator)).bfloat16()
+    S = torch.randn(R, C, generator=generator).sign() * 2
+    target = start.float() + basis.V[:R].T @ S @ basis.U[:C]
+
+    def train(layer):
+        optimizer = SparseGradAdamW(param_groups(layer), lr=1e-4)
+        for i in range(20):
+            x = torch.randn(64, IN, generator=torch.Generator().manual_seed(i))
+            optimizer.zero_grad()
+            F.mse_loss(layer(x.to(layer.weight.dtype)).float(), x @ target.T).backward()
+            optimizer.step()
+            yield layer.original_weight().double()
+
+    def make(dtype):
+        return TruncatedLinear(start.to(dtype), None, basis, R * C, ranks=(R, C))
+
+    exact = list(train(make(torch.float32)))
+    layer = make(torch.float32 if cast_later else torch.bfloat16).bfloat16()
+    *_, rounded = train(layer)
+    change = exact[-1] - start
+    assert layer.update == "side" and layer.core.dtype == torch.float32 and layer.weight.dtype == torch.bfloat16
+    assert torch.equal(layer.weight, start)
+    assert (rounded - start - change).norm() < 1e-2 * change.norm()
+    in_place = start.clone()
+    for before, after in zip([start.double(), *exact[:-1]], exact, strict=True):
+        in_place += (after - before).bfloat16()
+    assert (in_place.double() - start - change).norm() > 0.5 * change.norm()
+    assert torch.equal(layer.to_linear().weight, layer.original_weight().bfloat16())  # rounded once
+
+
+def test_casts_leave_core_and_bases_in_float32_and_the_function_alone(random_basis):
+    layer = build(plain(dtype=torch.float32), random_basis(OUT, IN, dtype=torch.float32))
+    perturb(layer)
+    linear = layer.to_linear().bfloat16()
+    layer.bfloat16()
+    perturb(layer)
+    core = layer.core.detach().clone()
+    x = torch.randn(4, IN).bfloat16()
+    y = layer(x)
+    assert torch.equal(layer.weight, linear.weight) and not torch.equal(y, linear(x))
+    for cast in (layer.half, layer.float, lambda: layer.to("cpu", torch.bfloat16)):
+        cast()
+        assert torch.equal(layer.core, core) and layer.update == "side" and layer.basis.U.dtype == torch.float32
+    layer.double()
+    assert layer.core.dtype == torch.float64 and torch.equal(layer.core, core.double())
+
+
+@update_modes
+def test_autocast_gives_linears_function_and_gradients_to_bfloat16(update, random_basis):
+    linear, basis = plain(dtype=torch.float32), random_basis(OUT, IN, dtype=torch.float32)
+    layer = build(linear, basis, update=update)
+    x = torch.randn(64, IN)
+    outputs = []
+    for module in (layer, linear):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(module(x))
+        outputs[-1].float().sin().sum().backward()
+    assert outputs[0].dtype == outputs[1].dtype == torch.bfloat16
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-2, atol=1e-2)
+    G = (basis.V @ linear.weight.grad @ basis.U.T)[:R, :C]
+    assert layer.core.grad.dtype == layer.bias.grad.dtype == torch.float32
+    assert (layer.core.grad - G).norm() < 2e-2 * G.norm()
+    double = build(plain(), random_basis(OUT, IN), update=update)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert double(x.double()).dtype == torch.float64
+
+
+# ---- refresh ----
+
+
+def training_model(blocks, block_bases, block_patterns, dtype=torch.float64, **options):
+    basis_type = torch.promote_types(dtype, torch.float32)
+    model = sparsify(blocks(dtype=dtype), block_bases(dtype=basis_type), 9, block_patterns, form="truncated", **options)
+    return model, SparseGradAdamW(param_groups(model), lr=1e-2)
+
+
+def train_blocks(model, optimizer, places, dtype=torch.float64):
+    for i in places:
+        x = torch.randn(6, 8, generator=torch.Generator().manual_seed(i), dtype=torch.float64).to(dtype)
+        optimizer.zero_grad()
+        model(x).float().square().sum().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+@update_modes
+@pytest.mark.parametrize("state", ["reset", "carry"])
+def test_a_refresh_leaves_the_function_and_changes_the_block(update, state, blocks, block_bases, block_patterns):
+    model, optimizer = training_model(blocks, block_bases, block_patterns, update=update)
+    train_blocks(model, optimizer, range(3))
+    x = torch.randn(5, 8, dtype=torch.float64)
+    y, weights = model(x), {n: layer.original_weight().clone() for n, layer in sparsegrad_layers(model).items()}
+    new = block_bases(7)
+    assert refresh(model, new, optimizer, state=state) is model
+    torch.testing.assert_close(model(x), y, rtol=0, atol=1e-12)
+    for i in range(2):
+        assert model.layers[i].up.basis is model.layers[0].up.basis
+        assert torch.equal(model.layers[i].up.basis.U, new["up"].U[:3])
+    train_blocks(model, optimizer, range(3, 6))
+    for name, layer in sparsegrad_layers(model).items():
+        V, U = new[layer.kind].V, new[layer.kind].U
+        moved = V @ (layer.original_weight() - weights[name]) @ U.T
+        assert moved[:3, :3].abs().min() > 1e-4
+        moved[:3, :3] = 0
+        assert moved.abs().max() < 1e-12  # nowhere else in the new coordinates
+    plain_model = merge(copy.deepcopy(model))
+    torch.testing.assert_close(plain_model(x), model(x), rtol=0, atol=1e-12)
+
+
+def test_carried_moments_turn_with_the_basis_and_a_refresh_to_the_same_basis_is_none(
+    blocks, block_bases, block_patterns
+):
+    models = [training_model(blocks, block_bases, block_patterns) for _ in range(2)]
+    for model, optimizer in models:
+        train_blocks(model, optimizer, range(4))
+    (one, first), (other, second) = models
+    refresh(other, block_bases(), second, state="carry")
+    for model, optimizer in models:
+        train_blocks(model, optimizer, range(4, 8))
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+    layer, new = one.layers[0].up, block_bases(5)
+    m, v = (first.state[layer.core][key].clone() for key in ("exp_avg", "exp_avg_sq"))
+    in_original = layer.basis.V.T @ m @ layer.basis.U
+    refresh(one, {"up": new["up"]}, first, state="carry")
+    turned = (new["up"].V @ in_original @ new["up"].U.T)[:3, :3]
+    torch.testing.assert_close(first.state[layer.core]["exp_avg"], turned)
+    assert torch.equal(first.state[layer.core]["exp_avg_sq"], v) and not torch.allclose(turned, m)
+    assert int(first.state[layer.core]["step"]) == 8
+    assert int(one.layers[0].down.refreshes) == 0 and int(layer.refreshes) == 1
+    refresh(one, {"up": block_bases()["up"]}, first, state="reset")
+    assert layer.core not in first.state and one.layers[0].down.core in first.state
+
+
+def test_a_refresh_in_bfloat16_keeps_what_rounding_would_lose(blocks, block_bases, block_patterns):
+    """Within the new block nothing is lost; without the residual, the control, small steps would be."""
+    model, optimizer = training_model(blocks, block_bases, block_patterns, dtype=torch.bfloat16)
+    optimizer.param_groups[1]["lr"] = 1e-5
+    train_blocks(model, optimizer, range(3), torch.bfloat16)
+    layer, new = model.layers[0].up, block_bases(dtype=torch.float32)["up"]
+    exact = layer.original_weight()
+    change = (new.V @ (exact - layer.weight) @ new.U.T)[:3, :3]
+    rounded = (new.V @ (exact.bfloat16() - layer.weight.float()) @ new.U.T)[:3, :3]
+    refresh(model, {"up": new}, optimizer)
+    assert layer.weight.dtype == torch.bfloat16 and layer.core.dtype == torch.float32
+    kept = (new.V @ (layer.original_weight() - exact) @ new.U.T)[:3, :3]
+    assert kept.norm() < 1e-2 * change.norm() < (rounded - change).norm()
+
+
+@pytest.mark.parametrize(
+    ("bases", "options", "text"),
+    [
+        ({}, {"state": "keep"}, "state='keep'; allowed: reset, carry"),
+        ({"gate": (12, 8)}, {}, r"bases for layer kinds \['gate'\]; kinds of this model's truncated layers: down, up"),
+        ({"up": (8, 12)}, {}, r"layers.0.up: the new basis is for weights of shape \(8, 12\), this one has \(12, 8\)"),
+        ({"up": (12, 8, 2)}, {}, "layers.0.up: the new basis has 2 and 2 rows, not 3 and 3"),
+    ],
+)
+def test_a_refresh_that_does_not_fit_is_refused(
+    bases, options, text, random_basis, blocks, block_bases, block_patterns
+):
+    model, optimizer = training_model(blocks, block_bases, block_patterns, keep=4)
+    train_blocks(model, optimizer, range(2))
+    before = copy.deepcopy(model.state_dict())
+
+    def make(out_features, in_features, rank=None):
+        full = random_basis(out_features, in_features)
+        return Basis(full.U[:rank], full.V[:rank])
+
+    with pytest.raises(ValueError, match=text):
+        refresh(model, {kind: make(*sizes) for kind, sizes in bases.items()}, optimizer, **options)
+    with pytest.raises(ValueError, match="with keep the moments are lazy: use state='reset'"):
+        refresh(model, block_bases(1), optimizer, state="carry")
+    model(torch.randn(2, 8, dtype=torch.float64)).sum().backward()
+    with pytest.raises(ValueError, match="layers.0.up holds a gradient in the old basis: refresh after optimizer.ste"):
+        refresh(model, block_bases(1), optimizer)
+    with pytest.raises(ValueError, match="truncated layers: none"):
+        refresh(nn.Linear(2, 2), {})
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+# ---- states and files ----
+
+
+@update_modes
+@pytest.mark.parametrize("keep", [None, 4], ids=["whole", "top_4"])
+@pytest.mark.parametrize("fused", [False, True], ids=["default", "fused"])
+def test_a_state_dict_in_the_middle_of_training_continues_bit_for_bit(
+    update, keep, fused, blocks, block_bases, block_patterns
+):
+    def make(seed):
+        options = {"form": "truncated", "update": update, "keep": keep}
+        model = sparsify(blocks(dtype=torch.float32, seed=seed), block_bases(seed), 9, block_patterns, **options)
+        return model, SparseGradAdamW(param_groups(model), lr=1e-2, fused=fused)
+
+    whole, whole_optimizer = make(0)
+    train_blocks(whole, whole_optimizer, range(6), torch.float32)
+    first, first_optimizer = make(0)
+    train_blocks(first, first_optimizer, range(3), torch.float32)
+    second, second_optimizer = make(1)
+    second.load_state_dict(first.state_dict())
+    second_optimizer.load_state_dict(first_optimizer.state_dict())
+    train_blocks(second, second_optimizer, range(3, 6), torch.float32)
+    expected = whole.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in second.state_dict().items())
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("in_place", "side"), ("side", "in_place")])
+def test_a_state_of_one_update_loads_into_the_other(saved, loaded, blocks, block_bases, block_patterns):
+    model, optimizer = training_model(blocks, block_bases, block_patterns, update=saved)
+    train_blocks(model, optimizer, range(3))
+    other, _ = training_model(blocks, block_bases, block_patterns, update=loaded)
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(4, 8, dtype=torch.float64)
+    torch.testing.assert_close(other(x), model(x), rtol=0, atol=1e-12)
+    assert loaded == "side" or not any(layer.core.any() for layer in sparsegrad_layers(other).values())
+
+
+@update_modes
+@pytest.mark.parametrize("refreshed", [False, True], ids=["one_basis", "refreshed"])
+@pytest.mark.parametrize("keep", [None, 4], ids=["whole", "top_4"])
+def test_an_adapter_comes_back(update, refreshed, keep, blocks, block_bases, block_patterns, tmp_path):
+    """It holds the core and not the matrix, unless earlier bases have moved the matrix elsewhere."""
+    config = {"k": 9, "target_modules": block_patterns, "form": "truncated", "update": update, "keep": keep}
+    model = sparsify(blocks(), block_bases(), **config)
+    optimizer = SparseGradAdamW(param_groups(model), lr=1e-2)
+    train_blocks(model, optimizer, range(3))
+    if refreshed:
+        refresh(model, block_bases(3), optimizer)
+        train_blocks(model, optimizer, range(3, 5))
+    save_adapter(tmp_path / "a", model, optimizer, config)
+    tensors = load_tensors(tmp_path / "a")[0]
+    assert {t.numel() for name, t in tensors.items() if name.startswith("values.")} == {9}
+    assert any(t.shape in ((12, 8), (8, 12)) for t in tensors.values()) == refreshed
+    base = load_adapter(tmp_path / "a", blocks())
+    x = torch.randn(4, 8, dtype=torch.float64)
+    torch.testing.assert_close(base(x), model(x), rtol=0, atol=1e-10)
+    torch.testing.assert_close(merge(base)(x), model(x), rtol=0, atol=1e-10)
+
+
+def test_an_adapter_of_an_oblong_core_comes_back(blocks, block_bases, block_patterns, tmp_path):
+    """Ranks come from the file: the budget alone would make another core."""
+    config = {"k": 24, "target_modules": block_patterns, "form": "truncated", "ranks": {"up": [6, 2], "down": [2, 5]}}
+    model = sparsify(blocks(), block_bases(), **config)
+    optimizer = SparseGradAdamW(param_groups(model), lr=1e-2)
+    train_blocks(model, optimizer, range(3))
+    save_adapter(tmp_path / "a", model, optimizer, config)
+    base = load_adapter(tmp_path / "a", blocks())
+    assert base.layers[1].up.ranks == (6, 2) and base.layers[1].down.ranks == (2, 5)
+    x = torch.randn(4, 8, dtype=torch.float64)
+    torch.testing.assert_close(base(x), model(x), rtol=0, atol=1e-10)
+
+
+# ---- the core's shape ----
+
+
+@pytest.mark.parametrize(
+    ("k", "limits", "ratio", "shape"),
+    [
+        (23_592, (3072, 768), 1, (153, 153)),  # 1 % of BERT's up projection
+        (100_000, (11_008, 4_096), 1, (316, 316)),  # the paper's budget for LLaMa-2
+        (1, (5, 4), 1, (1, 1)),
+        (20, (5, 4), 1, (5, 4)),
+        (50, (3, 100), 1, (3, 16)),
+        (50, (100, 3), 1, (16, 3)),
+        (64, (100, 100), 4, (16, 4)),
+        (64, (100, 100), 0.25, (4, 16)),
+        (64, (10, 100), 4, (10, 6)),
+    ],
+)
+def test_core_shape_spends_at_most_the_budget(k, limits, ratio, shape):
+    assert core_shape(k, limits, ratio) == shape
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.3, 1, 2.7, 500])
+def test_every_budget_gives_a_core_inside_its_limits(ratio):
+    for k in range(1, 78):
+        r, c = core_shape(k, (OUT, IN), ratio)
+        assert 1 <= r <= OUT and 1 <= c <= IN and r * c <= k
+
+
+def test_core_shape_refuses_what_is_no_budget():
+    with pytest.raises(ValueError, match=r"k=78; a matrix of shape \(11, 7\) allows whole numbers from 1 to 77"):
+        core_shape(78, (OUT, IN))
+    with pytest.raises(ValueError, match="ratio=0; r / c must be a positive number"):
+        core_shape(5, (OUT, IN), 0)
+
+
+# ---- surroundings ----
+
+
+@update_modes
+@pytest.mark.filterwarnings(
+    "ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning"
+)  # torch's own
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_one_graph_is_captured_and_agrees_with_eager(update, backend, random_basis):
+    """These backends need no C++ compiler; fullgraph refuses any break."""
+    torch._dynamo.reset()
+    layer = build(plain(), random_basis(OUT, IN), update=update)
+    perturb(layer)
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    results = []
+    for module in (layer, compiled):
+        layer.zero_grad()
+        x, target = next(batches(1))
+        x.requires_grad_()
+        loss_of(module, x, target).backward()
+        results.append((x.grad, layer.core.grad.clone(), layer.bias.grad.clone()))
+    for eager, graph in zip(*results, strict=True):
+        torch.testing.assert_close(graph, eager, rtol=0, atol=1e-12)
+
+
+@update_modes
+def test_a_frozen_core_gets_no_gradient_and_passes_one_on(update, random_basis):
+    linear = plain()
+    layer = build(linear, random_basis(OUT, IN), update=update)
+    layer.core.requires_grad_(False)
+    x, target = next(batches(1))
+    x_layer, x_linear = x.clone().requires_grad_(), x.clone().requires_grad_()
+    loss_of(layer, x_layer, target).backward()
+    loss_of(linear, x_linear, target).backward()
+    torch.testing.assert_close(x_layer.grad, x_linear.grad)
+    torch.testing.assert_close(layer.bias.grad, linear.bias.grad)
+    assert layer.take_gradient() is None and not [g for g in param_groups(layer) if "layers" in g]
+    assert not layer.to_linear().weight.requires_grad
+
+
+@update_modes
+def test_a_layer_that_is_used_twice_or_on_no_rows_sums(update, random_basis):
+    linear, basis = plain(), random_basis(OUT, IN)
+    layer = build(linear, basis, update=update)
+    first, second = batches(2)
+    for module in (layer, linear):
+        (loss_of(module, *first) + loss_of(module, *second) + module(first[0][:0]).sum()).backward()
+    torch.testing.assert_close(layer.core.grad, (basis.V @ linear.weight.grad @ basis.U.T)[:R, :C])
+
+
+# ---- CUDA ----
+
+
+@pytest.mark.cuda
+@update_modes
+@pytest.mark.parametrize("keep", [None, 5], ids=["whole", "top_5"])
+def test_steps_on_cuda_are_those_of_the_cpu(update, keep, random_basis):
+    linear, basis, data = plain(), random_basis(OUT, IN), list(batches(20))
+    layer = build(linear, basis, update=update, keep=keep).to("cuda")
+    on_cuda = [tuple(t.to("cuda") for t in batch) for batch in data]
+    reference = steps(build(linear, basis, update=update, keep=keep), data, lr=0.02)
+    for (W, b), (W_cpu, b_cpu) in zip(steps(layer, on_cuda, lr=0.02), reference, strict=True):
+        torch.testing.assert_close(W.cpu(), W_cpu, rtol=0, atol=1e-10)
+        torch.testing.assert_close(b.cpu(), b_cpu, rtol=0, atol=1e-10)
+
+
+@pytest.mark.cuda
+@update_modes
+def test_a_refresh_on_cuda_leaves_the_function(update, blocks, block_bases, block_patterns):
+    model = sparsify(blocks(), block_bases(), 9, block_patterns, form="truncated", update=update).cuda()
+    optimizer = SparseGradAdamW(param_groups(model), lr=1e-2, fused=True)
+    x = torch.randn(5, 8, dtype=torch.float64, device="cuda")
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    y = model(x)
+    refresh(model, block_bases(4), optimizer, state="carry")
+    torch.testing.assert_close(model(x), y, rtol=0, atol=1e-12)
