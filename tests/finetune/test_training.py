@@ -469,7 +469,7 @@ PROCESSES = """
     bases = {kind: Basis(bases[f"{kind}.U"], bases[f"{kind}.V"]) for kind in ("up", "down")}
     accelerator = make_accelerator("cpu", "fp32")
     facts, splits = load_task(config["data"], load_tokenizer(config["model"], ""), max_length=32, padding="longest")
-    for name in ("full", "sparsegrad"):
+    for name in config["methods"]:
         model = load_classifier(config["model"], "", 2, 0)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -499,6 +499,7 @@ def test_two_processes_take_the_steps_of_one(ranks, config, random_bases, tmp_pa
 
     found = config("method=sparsegrad")
     found["methods"] = {name: config(f"method={name}")["method"] for name in ("full", "sparsegrad")}
+    found["methods"]["truncated"] = found["methods"]["sparsegrad"] | {"form": "truncated"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(found))
     (tmp_path / "script.py").write_text(textwrap.dedent(PROCESSES))
     bases = {f"{k}.{letter}": getattr(b, letter).contiguous() for k, b in random_bases().items() for letter in "UV"}
@@ -522,7 +523,7 @@ def test_two_processes_take_the_steps_of_one(ranks, config, random_bases, tmp_pa
             found, errors = process.communicate(timeout=240)
             assert process.returncode == 0, errors[-3000:]
             assert found.split() == [str(size)]
-        results[size] = {name: load_file(out / f"{name}.safetensors") for name in ("full", "sparsegrad")}
+        results[size] = {name: load_file(out / f"{name}.safetensors") for name in ("full", "sparsegrad", "truncated")}
     for name, one in results[1].items():
         two = results[2][name]
         assert one.keys() == two.keys()
