@@ -2,6 +2,7 @@
 
 python experiments/table.py number=9 name=local
 python experiments/table.py number=6 name=local questions=mt_bench_inf
+python experiments/table.py number=7 name=local
 """
 
 import logging
@@ -15,7 +16,8 @@ from finetune import records
 from finetune.mt_bench.journal import read_items
 from finetune.mt_bench.judged import read_judgments
 from finetune.mt_bench.scores import categories_of
-from finetune.report import table_06
+from finetune.report import efficiency_tables, table_06
+from finetune.report.efficiency_evidence import collect_efficiency_evidence
 from finetune.report.llama_evidence import PAPER_MODEL, collect_llama_evidence
 from finetune.report.tables import build_table, collect_evidence, write_table
 
@@ -29,7 +31,8 @@ def main(cfg: DictConfig) -> None:
     try:
         if experiment["name"] != cfg.name:
             raise ValueError(f"{cfg.experiment} is experiment {experiment['name']!r}, not {cfg.name!r}.")
-        build = _table_06 if cfg.number == table_06.NUMBER else _glue_table
+        own = {table_06.NUMBER: _table_06} | dict.fromkeys(efficiency_tables.TITLES, _efficiency_table)
+        build = own.get(cfg.number, _glue_table)
         rows, context = build(cfg, experiment, results)
         for path in write_table(results / "tables", cfg.number, rows, context):
             log.info("%s", path)
@@ -63,6 +66,18 @@ def _table_06(cfg: DictConfig, experiment: dict, results: Path):
         categories = categories_of(read_items(questions))
     full_model = (path.as_posix(), yaml.safe_load(path.read_text())) if path.is_file() else None
     return table_06.build_table_06(evidence, full_model=full_model, categories=categories)
+
+
+def _efficiency_table(cfg: DictConfig, experiment: dict, results: Path):
+    models = experiment.get("efficiency_models") or []
+    files = sorted((results / "efficiency" / models[0]).glob("*.json")) if models else []
+    evidence = collect_efficiency_evidence(
+        experiment=cfg.name,
+        protocol=experiment["protocol"],
+        models=models,
+        records=[(path.as_posix(), records.read_json(path)) for path in files],
+    )
+    return efficiency_tables.build_efficiency_table(cfg.number, evidence)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ NOT_IN_THE_METHOD = {
 }
 NOT_ON_IMPORT = {"datasets", "dvc", "fastchat", "hydra", "omegaconf", "openai", "tensorly", "wandb"}
 
+NOT_TO_MEASURE = NOT_ON_IMPORT | {"optuna", "pyarrow", "scipy", "sklearn"}
+
 IMPORT_AND_LIST = """
 import importlib, sys
 for name in sys.argv[1:]:
@@ -86,6 +88,12 @@ def test_importing_the_comparison_loads_no_heavy_or_optional_package():
     assert not loaded & NOT_ON_IMPORT
 
 
+def test_measuring_efficiency_needs_torch_transformers_accelerate_and_peft_alone():
+    modules = [name for name in modules_of("finetune", SRC) if name.startswith("finetune.efficiency")]
+    loaded = imported_with(modules, SRC)
+    assert len(modules) > 5 and not loaded & NOT_TO_MEASURE
+
+
 def test_the_method_never_imports_the_comparison_and_neither_imports_a_script():
     """Inside functions neither."""
     for file in source_files(SRC / "sparsegrad"):
@@ -113,6 +121,10 @@ def test_a_planted_import_is_caught(folder, statement, tmp_path):
     assert imported_with(modules, tmp_path) & NOT_ON_IMPORT == {"omegaconf"}
     (tmp_path / folder / "planted.py").write_text(f"def lazily():\n    {statement}\n")
     assert not imported_with(modules, tmp_path) & NOT_ON_IMPORT
+
+
+def test_the_pipelines_packages_are_seen_where_they_are_imported():
+    assert "pyarrow" in imported_with(["finetune.data.glue"], SRC) & NOT_TO_MEASURE
 
 
 def test_a_planted_module_that_does_not_import_is_not_passed_over(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from finetune import metrics
 from finetune.data.examples import Examples
-from finetune.data.glue import Split, Task
+
+if TYPE_CHECKING:  # reading a task needs pyarrow; a loss does not
+    from finetune.data.glue import Split, Task
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -18,8 +18,7 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     seen = {}
     for tensor in tensors:
         if tensor.is_sparse:
-            tensor = tensor.coalesce()
-            parts: tuple[Tensor, ...] = (tensor.indices(), tensor.values())
+            parts: tuple[Tensor, ...] = (tensor._indices(), tensor._values())  # what is held, not a coalesced copy
         else:
             parts = (tensor,)
         for part in parts:
@@ -42,7 +41,8 @@ def components(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
 def gradient_bytes(model: nn.Module) -> int:
     """Bytes of the gradients that are held right now, SparseGrad's selected entries among them."""
     dense = [p.grad for p in model.parameters() if p.grad is not None]
-    selected = [layer.selected_gradient() for layer in sparsegrad_layers(model).values()]
+    compact = [layer for layer in sparsegrad_layers(model).values() if layer.weight.grad is None]
+    selected = [layer.selected_gradient() for layer in compact]
     return tensor_bytes([*dense, *(tensor for pair in selected if pair is not None for tensor in pair)])
 
 

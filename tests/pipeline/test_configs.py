@@ -68,7 +68,10 @@ def test_the_methods_are_those_of_the_code():
     assert names("method") == sorted(METHODS)
 
 
-@pytest.mark.parametrize("group", ["protocol", "scale", "protocol/llama", "scale/llama", "chat", "questions", "judge"])
+@pytest.mark.parametrize(
+    "group",
+    ["protocol", "scale", "protocol/llama", "scale/llama", "scale/efficiency", "chat", "questions", "judge"],
+)
 def test_choices_of_a_group_name_the_same_keys(group):
     """No default hides in code: what one protocol says, every protocol says."""
     keys = {name: set(read(f"conf/{group}/{name}.yaml")) for name in names(group)}
@@ -151,6 +154,15 @@ def test_choices_of_a_decoder_compose(entry):
             assert composed(f"{group}={name}", entry=entry)[group]["name"] == name.removeprefix("llama/")
 
 
+@pytest.mark.parametrize("name", names("scale/efficiency"))
+def test_choices_of_the_efficiency_stage_compose(name):
+    from finetune.efficiency.cell import _options
+
+    found = composed(f"scale=efficiency/{name}", entry="efficiency")
+    assert found["scale"]["name"] == name and found["scale"]["rounds"] >= 2
+    assert _options(found | {"device": "cpu"}, 2).batch_size == found["scale"]["batch_size"]
+
+
 def test_protocols_of_decoders_hold_allowed_values():
     for name in names("protocol/llama"):
         protocol = read(f"conf/protocol/llama/{name}.yaml")
@@ -173,6 +185,8 @@ def test_experiment_names_what_exists(experiment):
         ("scale", [content["scale"]]),
         ("data", [content["data"]]),
         ("model", content["llama_models"]),
+        ("model", content["efficiency_models"]),
+        ("scale/efficiency", [content["scale"]]),
         ("protocol/llama", [content["protocol"]]),
         ("scale/llama", [content["scale"]]),
         ("chat", [content["chat"]]),
@@ -182,6 +196,7 @@ def test_experiment_names_what_exists(experiment):
         assert chosen and len(chosen) == len(set(chosen)) and set(chosen) <= set(names(group)), group
     assert set(content["tasks"]) <= set(read(f"conf/data/{content['data']}.yaml")["tasks"])
     assert set(content["pretrain"]) <= set(content["models"])
+    assert set(content["efficiency_models"]) <= set(content["models"])
     assert set(content["stands_for"]) == {"bert_base", "roberta_base", "roberta_large", "llama2_7b"}
     assert set(filter(None, content["stands_for"].values())) <= {*content["models"], *content["llama_models"]}
     assert set(content["pretrain_chat"]) <= set(content["llama_models"]) and len(set(content["llama_seeds"])) >= 2

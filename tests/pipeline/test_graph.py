@@ -43,6 +43,8 @@ def test_graph_resolves_into_the_expected_cells(experiment):
         assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{cell}" for cell in cells}
     for kind in ("gradients", "basis"):
         assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{m}" for m in content["models"]}
+    measured = {f"efficiency@{name}-{model}" for model in content["efficiency_models"]}
+    assert {s for s in found if s.startswith("efficiency@")} == measured
     decoders = content["llama_models"]
     for kind in ("llama_gradients", "llama_basis"):
         assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{m}" for m in decoders}
@@ -53,13 +55,15 @@ def test_graph_resolves_into_the_expected_cells(experiment):
     tables = {f"{table}@{name}" for table, where in content["tables"].items() if where}
     assert {s for s in found if s.startswith("table_")} == tables
     if name == "smoke":
-        assert len(found) <= 50
+        assert len(found) <= 54
 
 
 def test_commands_name_existing_configurations(experiment):
     folder, name, content = experiment
     for group, values in (
         ("model", content["models"] + content["llama_models"] + content["pretrain_chat"]),
+        ("model", content["efficiency_models"]),
+        ("scale/efficiency", [content["scale"]]),
         ("method", content["methods"]),
         ("protocol", [content["protocol"]]),
         ("scale", [content["scale"]]),

@@ -1,0 +1,120 @@
+"""python -m finetune.efficiency: measure all variants of a model on tasks whose lengths are given as files."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune import records
+from finetune.efficiency.lengths import PADDINGS, read_lengths
+from finetune.efficiency.task import KEEPS, EfficiencyOptions, measure_task
+from finetune.efficiency.variants import PRECISIONS, VARIANTS
+
+log = logging.getLogger("finetune.efficiency")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and write ``<output>/<task>.json`` for every lengths file.
+
+    Raises:
+        SystemExit: with one line of explanation, if an argument or a file is refused.
+    """
+    given = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        model, protocol = (_read(path) for path in (given.model, given.protocol))
+        tasks = [read_lengths(path) for path in given.lengths]
+        names = [lengths.task for lengths in tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--lengths are of the tasks {', '.join(names)}; one file a task.")
+        model["architecture"] = model.get("architecture", {}) | _vocabulary(given.vocabulary)
+        options = EfficiencyOptions(
+            batch_size=given.batch_size,
+            batches=given.batches,
+            rounds=given.rounds,
+            warmup_steps=given.warmup,
+            padding=given.padding or protocol["padding"],
+            max_length=given.max_length or protocol["max_length"],
+            precision=given.precision or protocol["precision"],
+            variants=given.variants,
+            keep=given.keep,
+            device=given.device,
+            threads=given.threads,
+            seed=given.seed,
+        )
+        for lengths in tasks:
+            record = measure_task(model, protocol, lengths, options, experiment=given.experiment, scale=given.scale)
+            path = Path(given.output) / f"{lengths.task}.json"
+            records.write_json(path, record)
+            for line in summary(record):
+                log.info("%s", line)
+            log.info("%s", path)
+    except (ValueError, KeyError, OSError) as error:
+        text = f"a configuration has no {error}" if isinstance(error, KeyError) else str(error)
+        raise SystemExit(f"error: {text}") from None
+
+
+def summary(record: Mapping[str, Any]) -> list[str]:
+    """The record in a few lines: steps per second, ratio to full fine-tuning, peaks in MB."""
+    device, run = record["device"], record["run"]
+    lines = [f"{run['model']} {run['task']} on {device['name']} ({device['type']}, {device['threads']} threads)"]
+    lines += [f"warning: {warning}" for warning in record["warnings"]]
+    lines.append(f"{'':<24}{'steps/s':>9}{'/ full':>8}{'training MB':>13}{'evaluation MB':>15}{'predicted':>11}")
+    for entry in record["variants"]:
+        if entry["status"] != "finished":
+            lines.append(f"{entry['name']:<24}{entry['status']}: {entry['reason']}")
+            continue
+        memory = entry["memory"]
+        ratio = f"{entry['ratio_to_full']['mean']:.3f}" if "ratio_to_full" in entry else ""
+        lines.append(
+            f"{entry['name']:<24}{entry['steps_per_second']:>9.3f}{ratio:>8}{memory['peak_training'] / 1e6:>13.1f}"
+            f"{memory['peak_evaluation'] / 1e6:>15.1f}{memory['predicted_over_measured']['peak_training']:>11.3f}"
+        )
+    return lines
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m finetune.efficiency", description=__doc__)
+    parser.add_argument("--model", required=True, help="a model's YAML file, such as conf/model/roberta_base.yaml")
+    parser.add_argument("--protocol", required=True, help="a protocol's, such as conf/protocol/printed.yaml")
+    parser.add_argument("--lengths", required=True, nargs="+", help="JSON files of token lengths, one a task")
+    parser.add_argument("--output", required=True, help="folder for <task>.json")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows of a step (default: 32)")
+    parser.add_argument("--batches", type=int, default=8, help="different batches of a round (default: 8)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds over all variants (default: 5)")
+    parser.add_argument("--warmup", type=int, default=3, help="untimed steps of a fresh variant (default: 3)")
+    parser.add_argument("--padding", choices=PADDINGS, help="default: the protocol's")
+    parser.add_argument("--max-length", type=int, help="default: the protocol's")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), help="default: the protocol's")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help=", ".join(variant.name for variant in VARIANTS))
+    parser.add_argument("--keep", choices=KEEPS, default="auto", help="variants in memory between rounds")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--vocabulary", type=int, help="tokens, where the model's file names none")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--experiment", default="hand", help="name for the record")
+    parser.add_argument("--scale", default="hand", help="name for the record")
+    return parser
+
+
+def _read(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise ValueError(f"{path} does not exist; give a YAML file such as those in conf/.")
+    content = yaml.safe_load(Path(path).read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, no mapping.")
+    return content
+
+
+def _vocabulary(size: int | None) -> dict[str, int]:
+    return {} if size is None else {"vocab_size": size}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Memory of one variant: counted by component, measured at its peak by the allocator.
+
+On CUDA the peak is the caching allocator's; on a CPU it is the running sum of the profiler's memory record, from before
+the model is built to the end. Scratch memory that a library takes without torch's allocator is in neither.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune import memory
+from finetune.efficiency.timing import release
+from finetune.efficiency.variants import Trainee, mean_loss, train_step
+from sparsegrad import Basis
+
+TRAINING, EVALUATION = "finetune.training", "finetune.evaluation"
+RESIDENT = ("parameters", "optimizer_state", "bases", "buffers")
+"""Components that are there all the time; gradients and saved activations come and go within a step."""
+
+
+def measure_memory(
+    make: Callable[[], Trainee], batch: Mapping[str, Tensor], *, precision: str, device: torch.device, warmup_steps: int
+) -> dict[str, Any]:
+    """Build a variant alone, train and evaluate one batch, and say what memory that took.
+
+    Args:
+        make: builds the variant; nothing else that it trains may be in memory.
+        batch: on the device.
+        warmup_steps: optimizer steps before the one that is measured; at least one is made, so that there is a state.
+
+    Returns:
+        In bytes: ``components`` (``parameters``, ``gradients`` after the backward pass, ``optimizer_state``, ``bases``,
+        ``buffers``, ``saved_activations``), ``peak_training`` of a whole step, and ``peak_evaluation`` of a forward
+        pass without gradients with the optimizer's state in memory, as the authors measured (D21).
+    """
+    run = _on_cuda if device.type == "cuda" else _on_cpu
+    release(device)
+    found = run(make, batch, precision, device, max(1, warmup_steps))
+    release(device)
+    return found
+
+
+def _on_cuda(
+    make: Callable[[], Trainee], batch: Mapping[str, Tensor], precision: str, device: torch.device, warmup: int
+) -> dict[str, Any]:
+    before = torch.cuda.memory_allocated(device)
+    trainee = make()
+    notes = _warm_up(trainee, batch, precision, warmup)
+    peaks = {}
+    for name, call in (("peak_training", train_step), ("peak_evaluation", _evaluate)):
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call(trainee, batch, precision)
+        torch.cuda.synchronize(device)
+        peaks[name] = torch.cuda.max_memory_allocated(device) - before
+    return {"components": _components(trainee, notes), **peaks, "measured_by": "torch.cuda.max_memory_allocated"}
+
+
+def _on_cpu(
+    make: Callable[[], Trainee], batch: Mapping[str, Tensor], precision: str, device: torch.device, warmup: int
+) -> dict[str, Any]:
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainee = make()
+        notes = _warm_up(trainee, batch, precision, warmup)
+        with record_function(TRAINING):
+            train_step(trainee, batch, precision)
+        with record_function(EVALUATION):
+            _evaluate(trainee, batch, precision)
+        components = _components(trainee, notes)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        peaks = peaks_in_trace(json.loads(path.read_text())["traceEvents"], (TRAINING, EVALUATION))
+    return {
+        "components": components,
+        "peak_training": peaks[TRAINING],
+        "peak_evaluation": peaks[EVALUATION],
+        "measured_by": "torch.profiler, running sum of allocations",
+    }
+
+
+def peaks_in_trace(events: list[dict[str, Any]], spans: tuple[str, ...]) -> dict[str, int]:
+    """Most bytes allocated at once within each span of a profiler's trace.
+
+    Args:
+        events: ``traceEvents``; memory events are named ``[memory]`` and hold ``Bytes``, negative where freed.
+        spans: names of ``record_function`` blocks.
+
+    Raises:
+        ValueError: if a span is not in the trace.
+    """
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    found = {}
+    for span in spans:
+        blocks = [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("name") == span and e.get("ph") == "X"]
+        if not blocks:
+            raise ValueError(f"the trace has no block {span!r}; profile with ProfilerActivity.CPU.")
+        start, end = blocks[0]
+        total = sum(change for time, change in changes if time < start)
+        highest = total
+        for time, change in changes:
+            if start <= time <= end:
+                total += change
+                highest = max(highest, total)
+        found[span] = int(highest)
+    return found
+
+
+def _warm_up(trainee: Trainee, batch: Mapping[str, Tensor], precision: str, steps: int) -> dict[str, int | None]:
+    """Train until the optimizer has its state; count gradients and saved activations in the first step."""
+    notes: dict[str, int | None] = {}
+    for number in range(steps):
+        with memory.saved_activations(trainee.model, notes, number == 0):
+            loss = mean_loss(trainee.model, batch, precision)
+        loss.backward()
+        if number == 0:
+            notes["gradients"] = memory.gradient_bytes(trainee.model)
+        trainee.optimizer.step()
+        trainee.optimizer.zero_grad()
+    return notes
+
+
+@torch.no_grad()
+def _evaluate(trainee: Trainee, batch: Mapping[str, Tensor], precision: str) -> None:
+    trainee.model.eval()
+    mean_loss(trainee.model, batch, precision)
+    trainee.model.train()
+
+
+def _components(trainee: Trainee, notes: Mapping[str, int | None]) -> dict[str, int | None]:
+    in_bases = {id(t) for m in trainee.model.modules() if isinstance(m, Basis) for t in m.buffers()}
+    buffers = memory.tensor_bytes(t for t in trainee.model.buffers() if id(t) not in in_bases)
+    return {**memory.components(trainee.model, trainee.optimizer), "buffers": buffers, **notes}
