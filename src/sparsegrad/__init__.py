@@ -14,6 +14,7 @@ from sparsegrad.folded import FoldedLinear
 from sparsegrad.io import load_adapter, load_bases, load_tensors, save_adapter, save_bases, save_tensors
 from sparsegrad.linear import SparseGradLinear
 from sparsegrad.optim import SparseGradAdamW, clip_grad_norm_, lazy_adam_delta, param_groups
+from sparsegrad.quantized import QuantizedTruncatedLinear
 from sparsegrad.refresh import refresh
 from sparsegrad.rotated import RotatedLinear
 from sparsegrad.select import NonFiniteGradient, entries_for_density, top_k
@@ -24,6 +25,7 @@ __all__ = [
     "FoldedLinear",
     "GradientMoments",
     "NonFiniteGradient",
+    "QuantizedTruncatedLinear",
     "RotatedLinear",
     "SparseGradAdamW",
     "SparseGradLinear",

@@ -18,6 +18,7 @@ from torch import nn
 from sparsegrad.basis import Basis
 from sparsegrad.folded import FoldedLinear
 from sparsegrad.linear import SparseGradLinear
+from sparsegrad.quantized import QuantizedTruncatedLinear, is_quantized
 from sparsegrad.rotated import RotatedLinear
 from sparsegrad.truncated import TruncatedLinear, checked_ranks
 
@@ -132,12 +133,17 @@ def sparsify(
         if leading:
             rows = None if basis is None else (basis.V.shape[0], basis.U.shape[0])
             options = {"ranks": rows, "keep": _of_kind(keep, kind, "keep"), "update": update}
+        quantized = is_quantized(linear)
+        if quantized and not leading:
+            raise ValueError(f"{target.name} is quantised ({type(linear).__name__}): use form='truncated'.")
+        source = (linear,) if quantized else (linear.weight, linear.bias)
+        layer_class = QuantizedTruncatedLinear if quantized else FORMS[form]
         try:
-            layer = FORMS[form](linear.weight, linear.bias, basis, _of_kind(k, kind, "k"), **options)
+            layer = layer_class(*source, basis, _of_kind(k, kind, "k"), **options)
         except ValueError as error:
             raise ValueError(f"{target.name}: {error}") from None
         layer.kind = kind
-        layer.trained.requires_grad_(linear.weight.requires_grad)
+        layer.trained.requires_grad_(quantized or linear.weight.requires_grad)
         built.append((target.name, layer.train(linear.training)))
     for name, layer in built:
         model.set_submodule(name, layer)

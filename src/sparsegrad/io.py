@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
 from sparsegrad.convert import find_targets, sparsegrad_layers, sparsify
+from sparsegrad.linear import SparseGradLinear
 from sparsegrad.optim import SparseGradAdamW
+from sparsegrad.quantized import QuantizedTruncatedLinear
 from sparsegrad.truncated import TruncatedLinear
 
 ORTHOGONALITY_TOLERANCE = 1e-3  # a float32 basis of 11,008 rows stays below 1e-4
@@ -131,7 +133,8 @@ def save_adapter(
             bases[name] = label
     sparse = {id(layer.trained) for layer in layers.values()}
     dense = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in sparse}
-    tensors |= {f"dense.{name}": parameter for name, parameter in dense.items()}
+    plain = _plain_names(layers)
+    tensors |= {f"dense.{plain.get(name, name)}": parameter for name, parameter in dense.items()}
     shapes = {name: [layer.out_features, layer.in_features] for name, layer in layers.items()}
     metadata = {"content": "adapter", "bases": bases, "shapes": shapes, "sparsify": dict(sparsify_config)}
     save_tensors(path, tensors, metadata)
@@ -178,7 +181,14 @@ def load_adapter(path: str | Path, model: nn.Module) -> nn.Module:
         current = layer.rotated_weight().flatten()
         indices = tensors.get(f"indices.{name}", torch.arange(len(values))).to(current.device)
         layer.add_(indices, values.to(current) - current[indices])
+    plain = _plain_names(sparsegrad_layers(model))
     for name, parameter in model.named_parameters():
+        name = plain.get(name, name)
         if name in dense:
             parameter.copy_(dense[name])
     return model
+
+
+def _plain_names(layers: Mapping[str, SparseGradLinear]) -> dict[str, str]:
+    """Biases that stand elsewhere than in the plain model: a quantised linear is kept inside its layer."""
+    return {f"{n}.linear.bias": f"{n}.bias" for n, m in layers.items() if isinstance(m, QuantizedTruncatedLinear)}

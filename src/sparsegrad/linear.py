@@ -54,7 +54,7 @@ class SparseGradLinear(nn.Module):
             raise ValueError(f"select_in={select_in!r}; allowed: {', '.join(SELECT_IN)}.")
         self.select_in = select_in
         self.kind: str | None = None  # set by sparsify: whose basis the layer takes
-        self.basis = None if basis is None else _fitting_basis(basis, weight)
+        self.basis = None if basis is None else fitting_basis(basis, tuple(weight.shape), weight.device)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
         self.register_buffer("master", None)
         self.weight = self._held_weight(weight)
@@ -208,18 +208,18 @@ class SparseGradLinear(nn.Module):
         return self
 
 
-def _fitting_basis(basis: Basis, weight: Tensor) -> Basis:
-    """The basis, checked against the weight and moved to its device.
+def fitting_basis(basis: Basis, shape: tuple[int, int], device: torch.device) -> Basis:
+    """The basis, checked against the weight's shape and moved to its device.
 
     Layers of a kind are given one object, and it is changed in place, so that they go on sharing it.
     """
     expected = (basis.out_features, basis.in_features)
-    if tuple(weight.shape) != expected:
+    if shape != expected:
         raise ValueError(
-            f"the basis is for weights of shape {expected}, this weight has {tuple(weight.shape)}: "
+            f"the basis is for weights of shape {expected}, this weight has {shape}: "
             "it was made for another model or layer kind; run the gradients and basis stages for this model."
         )
-    return basis.to(weight.device)
+    return basis.to(device)
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import nn
 from sparsegrad.basis import Basis
 from sparsegrad.convert import sparsegrad_layers
 from sparsegrad.optim import SparseGradAdamW
+from sparsegrad.quantized import QuantizedTruncatedLinear
 from sparsegrad.truncated import TruncatedLinear
 
 STATES = ("reset", "carry")
@@ -78,6 +79,8 @@ def refresh(
 
 def _check(name: str, layer: TruncatedLinear, basis: Basis) -> None:
     old, (r, c) = layer.basis, layer.ranks
+    if isinstance(layer, QuantizedTruncatedLinear):
+        raise ValueError(f"{name} is quantised: its weight can't take the core in, so its basis can't be changed.")
     if (basis.out_features, basis.in_features) != (old.out_features, old.in_features):
         raise ValueError(
             f"{name}: the new basis is for weights of shape {(basis.out_features, basis.in_features)}, "

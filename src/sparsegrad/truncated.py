@@ -13,7 +13,8 @@ Two ways to apply a step (``update``):
 - ``in_place``: the optimizer steps S from zero, adds V_r^T S U_c to W and sets S to zero again; forward is a plain
   linear.
 - ``side``: W stays as it is, and S as a float32 side path, y += (z S^T) V_r, until it is merged. In bfloat16 a step
-  below about 1e-3 of the weight would vanish in place; S loses none.
+  below about 1e-3 of the weight would vanish in place; S loses none. Quantised weights:
+  :class:`~sparsegrad.quantized.QuantizedTruncatedLinear`.
 """
 
 from __future__ import annotations
@@ -100,13 +101,14 @@ class TruncatedLinear(SparseGradLinear):
         self.update = update  # before the rest: it decides how the weight is held
         r, c = checked_ranks(k, ranks, basis)
         super().__init__(weight, bias, basis.leading(r, c), r * c if keep is None else check_k(keep, (r, c)))
-        self.keep = keep
-        self.ranks = (r, c)
-        precision = torch.promote_types(weight.dtype, torch.float32)
-        self.core = SparseGradWeight(torch.zeros(r, c, dtype=precision, device=weight.device))
-        self.register_buffer("refreshes", torch.zeros((), dtype=torch.int64, device=weight.device))
-        self._gradient: tuple[Tensor, Tensor] | None = None
+        self._add_core((r, c), keep, torch.promote_types(weight.dtype, torch.float32), weight.device)
         self.register_load_state_dict_post_hook(_absorb_loaded)
+
+    def _add_core(self, ranks: tuple[int, int], keep: int | None, dtype: torch.dtype, device: torch.device) -> None:
+        self.ranks, self.keep = ranks, keep
+        self.core = SparseGradWeight(torch.zeros(*ranks, dtype=dtype, device=device))
+        self.register_buffer("refreshes", torch.zeros((), dtype=torch.int64, device=device))
+        self._gradient: tuple[Tensor, Tensor] | None = None
 
     @property
     def trained(self) -> nn.Parameter:
@@ -123,7 +125,7 @@ class TruncatedLinear(SparseGradLinear):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features) -> (..., out_features)``."""
         core = self.core if self.update == "side" or self.core.requires_grad else None
-        return _TruncatedProduct.apply(
+        return TruncatedProduct.apply(
             autocast(x), self.weight, self.bias, core, self.basis.U, self.basis.V, self.update == "side"
         )
 
@@ -208,22 +210,34 @@ class TruncatedLinear(SparseGradLinear):
         return self
 
 
-class _TruncatedProduct(torch.autograd.Function):
-    """The linear and its side path; saves z ``(N, c)`` and references to what the layer holds anyway."""
+class TruncatedProduct(torch.autograd.Function):
+    """The linear and its side path; saves z ``(N, c)`` and references to what the layer holds anyway.
+
+    Without a weight it is the side path alone.
+    """
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor | None, U: Tensor, V: Tensor, side: bool
+        ctx,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        core: Tensor | None,
+        U: Tensor,
+        V: Tensor,
+        side: bool,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        y = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         z = None if core is None else F.linear(rows, U.to(x.dtype))
+        if weight is not None:
+            y = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if side:
-            y.addmm_(z @ core.to(x.dtype).T, V.to(x.dtype))
+            t, V_r = z @ core.to(x.dtype).T, V.to(x.dtype)
+            y = t @ V_r if weight is None else y.addmm_(t, V_r)
         # The bases in their own precision: their casts would be saved activations too.
         ctx.save_for_backward(weight, bias, core, U, V, z if ctx.needs_input_grad[3] else None)
         ctx.side = side
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return y.view(*x.shape[:-1], V.shape[1])
 
     @staticmethod
     @once_differentiable
@@ -234,10 +248,11 @@ class _TruncatedProduct(torch.autograd.Function):
         rows = g.reshape(-1, g.shape[-1])
         h = rows @ V.to(g.dtype).T if needs_core or ctx.side else None
         if needs_x:
-            grad_x = rows @ weight.to(g.dtype)
+            grad_x = None if weight is None else rows @ weight.to(g.dtype)
             if ctx.side:
-                grad_x.addmm_(h @ core.to(g.dtype), U.to(g.dtype))
-            grad_x = grad_x.view(*g.shape[:-1], weight.shape[1])
+                t, U_c = h @ core.to(g.dtype), U.to(g.dtype)
+                grad_x = t @ U_c if weight is None else grad_x.addmm_(t, U_c)
+            grad_x = grad_x.view(*g.shape[:-1], U.shape[1])
         if needs_bias:
             grad_bias = rows.sum(dim=0).to(bias.dtype)
         if needs_core:

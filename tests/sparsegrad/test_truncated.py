@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsegrad import (
     Basis,
+    QuantizedTruncatedLinear,
     RotatedLinear,
     SparseGradAdamW,
     TruncatedLinear,
@@ -583,6 +584,87 @@ def test_an_adapter_of_an_oblong_core_comes_back(blocks, block_bases, block_patt
     assert base.layers[1].up.ranks == (6, 2) and base.layers[1].down.ranks == (2, 5)
     x = torch.randn(4, 8, dtype=torch.float64)
     torch.testing.assert_close(base(x), model(x), rtol=0, atol=1e-10)
+
+
+# ---- quantised weights ----
+
+
+class PackedLinear(nn.Linear):
+    """Stores bytes in one column, as bitsandbytes' 4 bit linear does, and computes in its input's dtype."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, dtype=torch.float32)
+        with torch.no_grad():
+            scale = linear.weight.abs().max() / 127
+            packed = (linear.weight / scale).round().to(torch.int8).view(torch.uint8).reshape(-1, 1)
+            self.weight = nn.Parameter(packed, requires_grad=False)
+            self.bias = None if linear.bias is None else nn.Parameter(linear.bias.float())
+        self.register_buffer("scale", scale.float())
+
+    def forward(self, x):
+        weight = self.weight.view(torch.int8).reshape(self.out_features, self.in_features).float() * self.scale
+        return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def exact(self):
+        return (self.weight.view(torch.int8).reshape(self.out_features, self.in_features).float() * self.scale).double()
+
+
+def packed_blocks(blocks):
+    model = blocks(dtype=torch.float32)
+    for block in model.layers:
+        block.up, block.down = PackedLinear(block.up), PackedLinear(block.down)
+    return model
+
+
+@pytest.mark.parametrize("keep", [None, 4], ids=["whole", "top_4"])
+def test_a_quantised_model_trains_like_its_dequantised_copy(keep, blocks, block_bases, block_patterns, tmp_path):
+    """Side path on both; then merged, and as an adapter on a fresh copy. The bytes never change."""
+    reference, model = packed_blocks(blocks), packed_blocks(blocks)
+    for block in reference.layers:
+        for kind in ("up", "down"):
+            linear = nn.Linear(1, 1)
+            linear.weight = nn.Parameter(getattr(block, kind).exact().float())
+            linear.bias = nn.Parameter(getattr(block, kind).bias.detach().clone())
+            linear.out_features, linear.in_features = linear.weight.shape
+            setattr(block, kind, linear)
+    bases, config = block_bases(), {"k": 9, "target_modules": block_patterns, "form": "truncated", "keep": keep}
+    with pytest.raises(ValueError, match=r"layers.0.up is quantised \(PackedLinear\): use form='truncated'"):
+        sparsify(model, bases, 9, block_patterns)
+    with pytest.raises(ValueError, match="layers.0.up: update='in_place'; a quantised weight takes no steps"):
+        sparsify(model, bases, update="in_place", **config)
+    sparsify(model, bases, **config)
+    sparsify(reference, bases, update="side", **config)
+    for one in (model, reference):
+        optimizer = SparseGradAdamW(param_groups(one), lr=1e-2)
+        train_blocks(one, optimizer, range(5), torch.float32)
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(model(x), reference(x), rtol=0, atol=1e-5)
+    assert model.layers[0].up.core.abs().max() > 1e-2
+    assert torch.equal(model.layers[0].up.weight, packed_blocks(blocks).layers[0].up.weight)
+
+    save_adapter(tmp_path / "a", model, optimizer, config)
+    torch.testing.assert_close(load_adapter(tmp_path / "a", packed_blocks(blocks))(x), model(x), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="layers.0.up is quantised: its weight can't take the core in"):
+        refresh(model, bases)
+    model.bfloat16()
+    assert model.layers[0].up.core.dtype == torch.float32
+    assert model(x.bfloat16()).dtype == torch.bfloat16
+    y = model.float()(x)
+    assert type(merge(model).layers[0].up) is nn.Linear and model.layers[0].up.weight.dtype == torch.float32
+    torch.testing.assert_close(model(x), y, rtol=0, atol=1e-5)
+
+
+def test_a_quantised_layer_is_its_linear_at_first_and_saves_z_alone(random_basis):
+    packed = PackedLinear(plain())
+    layer = QuantizedTruncatedLinear(packed, random_basis(OUT, IN, dtype=torch.float32), R * C)
+    x = torch.randn(3, 5, IN)
+    torch.testing.assert_close(layer(x), packed(x))
+    torch.testing.assert_close(layer.original_weight().double(), packed.exact())
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x).sum().backward()
+    assert not [t for t in saved if t.numel() == x.numel()] and [t for t in saved if t.shape == (15, 3)]
+    assert layer.core.grad.abs().min() > 0 and packed.weight.grad is None
 
 
 # ---- the core's shape ----
