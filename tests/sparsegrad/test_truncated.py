@@ -258,6 +258,13 @@ def test_a_kind_shares_its_leading_rows(blocks, block_bases, block_patterns):
         assert basis.U.untyped_storage().nbytes() == basis.U.numel() * 8  # rows of its own, not a view of all
 
 
+def test_a_layer_alone_keeps_the_leading_rows_only(random_basis):
+    layer = build(plain(), random_basis(OUT, IN))
+    for rows, number in ((layer.basis.V, R * OUT), (layer.basis.U, C * IN)):
+        assert rows.numel() == number and rows.untyped_storage().nbytes() == number * 8
+    assert build(plain(), layer.basis).basis is layer.basis  # shared as it is
+
+
 def test_the_side_path_shares_the_frozen_weight_and_in_place_copies_it(random_basis):
     linear = plain()
     side, own = (build(linear, random_basis(OUT, IN), update=u) for u in ("side", "in_place"))
@@ -782,3 +789,32 @@ def test_a_refresh_on_cuda_leaves_the_function(update, blocks, block_bases, bloc
     y = model(x)
     refresh(model, block_bases(4), optimizer, state="carry")
     torch.testing.assert_close(model(x), y, rtol=0, atol=1e-12)
+
+
+@pytest.mark.cuda
+@update_modes
+@pytest.mark.parametrize("keep", [None, 4], ids=["whole", "top_4"])
+@pytest.mark.parametrize("fused", [False, True], ids=["default", "fused"])
+def test_a_state_from_the_cpu_continues_on_cuda(update, keep, fused, blocks, block_bases, block_patterns):
+    def make(seed, device):
+        options = {"form": "truncated", "update": update, "keep": keep}
+        model = sparsify(blocks(seed=seed), block_bases(seed), 9, block_patterns, **options).to(device)
+        return model, SparseGradAdamW(param_groups(model), lr=1e-2, fused=fused)
+
+    def step(model, optimizer, i):
+        x = torch.randn(6, 8, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        optimizer.zero_grad()
+        model(x.to(model.head.weight.device)).square().sum().backward()
+        optimizer.step()
+
+    model, optimizer = make(0, "cpu")
+    for i in range(3):
+        step(model, optimizer, i)
+    on_cuda, cuda_optimizer = make(1, "cuda")
+    on_cuda.load_state_dict(model.state_dict())
+    cuda_optimizer.load_state_dict(optimizer.state_dict())
+    for i in range(3, 6):
+        step(model, optimizer, i)
+        step(on_cuda, cuda_optimizer, i)
+    for p, q in zip(model.parameters(), on_cuda.parameters(), strict=True):
+        torch.testing.assert_close(q.cpu(), p, rtol=0, atol=1e-10)
