@@ -41,7 +41,7 @@ def test_graph_resolves_into_the_expected_cells(experiment):
     cells = {f"{model}-{method}" for model in content["models"] for method in content["methods"]}
     for kind in ("search", "train"):
         assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{cell}" for cell in cells}
-    for kind in ("gradients", "basis"):
+    for kind in ("gradients", "basis", "zero_rows"):
         assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{m}" for m in content["models"]}
     measured = {f"efficiency@{name}-{model}" for model in content["efficiency_models"]}
     assert {s for s in found if s.startswith("efficiency@")} == measured
@@ -55,7 +55,7 @@ def test_graph_resolves_into_the_expected_cells(experiment):
     tables = {f"{table}@{name}" for table, where in content["tables"].items() if where}
     assert {s for s in found if s.startswith("table_")} == tables
     if name == "smoke":
-        assert len(found) <= 54
+        assert len(found) <= 60
 
 
 def test_commands_name_existing_configurations(experiment):
