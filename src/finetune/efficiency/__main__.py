@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=32, help="rows of a step (default: 32)")
     parser.add_argument("--batches", type=int, default=8, help="different batches of a round (default: 8)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds over all variants (default: 5)")
-    parser.add_argument("--warmup", type=int, default=3, help="untimed steps of a fresh variant (default: 3)")
+    parser.add_argument("--warmup", type=int, default=8, help="untimed steps of a fresh variant (default: 8)")
     parser.add_argument("--padding", choices=PADDINGS, help="default: the protocol's")
     parser.add_argument("--max-length", type=int, help="default: the protocol's")
     parser.add_argument("--precision", choices=tuple(PRECISIONS), help="default: the protocol's")

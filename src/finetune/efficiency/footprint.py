@@ -1,7 +1,8 @@
 """Memory of one variant: counted by component, measured at its peak by the allocator.
 
-On CUDA the peak is the caching allocator's; on a CPU it is the running sum of the profiler's memory record, from before
-the model is built to the end. Scratch memory that a library takes without torch's allocator is in neither.
+On CUDA the peak is the caching allocator's, over what was allocated before the variant was built; on a CPU it is the
+running sum of the profiler's memory record, from before the model is built to the end. Scratch memory that a library
+takes without torch's allocator is in neither.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune import memory
 from finetune.efficiency.timing import release
 from finetune.efficiency.variants import Trainee, mean_loss, train_step
-from sparsegrad import Basis
+from sparsegrad import Basis, RotatedLinear, SparseGradLinear
 
 TRAINING, EVALUATION = "finetune.training", "finetune.evaluation"
 RESIDENT = ("parameters", "optimizer_state", "bases", "buffers")
@@ -37,14 +38,27 @@ def measure_memory(
 
     Returns:
         In bytes: ``components`` (``parameters``, ``gradients`` after the backward pass, ``optimizer_state``, ``bases``,
-        ``buffers``, ``saved_activations``), ``peak_training`` of a whole step, and ``peak_evaluation`` of a forward
-        pass without gradients with the optimizer's state in memory, as the authors measured (D21).
+        ``buffers``, ``saved_activations``, and under autocast ``weight_copies``, its bfloat16 copies),
+        ``peak_training`` of a whole step, and ``peak_evaluation`` of a forward pass without gradients with the
+        optimizer's state in memory, as the authors measured (D21).
     """
     run = _on_cuda if device.type == "cuda" else _on_cpu
     release(device)
     found = run(make, batch, precision, device, max(1, warmup_steps))
     release(device)
     return found
+
+
+def take_workspaces(
+    make: Callable[[], Trainee], batch: Mapping[str, Tensor], *, precision: str, device: torch.device
+) -> None:
+    """Train one step of a throw-away model on CUDA.
+
+    cuBLAS keeps its workspaces from the first product of a shape on, and they would count as the variant's memory.
+    """
+    if device.type == "cuda":
+        train_step(make(), batch, precision)
+        release(device)
 
 
 def _on_cuda(
@@ -60,7 +74,11 @@ def _on_cuda(
         call(trainee, batch, precision)
         torch.cuda.synchronize(device)
         peaks[name] = torch.cuda.max_memory_allocated(device) - before
-    return {"components": _components(trainee, notes), **peaks, "measured_by": "torch.cuda.max_memory_allocated"}
+    return {
+        "components": _components(trainee, notes, precision),
+        **peaks,
+        "measured_by": "torch.cuda.max_memory_allocated",
+    }
 
 
 def _on_cpu(
@@ -75,7 +93,7 @@ def _on_cpu(
             train_step(trainee, batch, precision)
         with record_function(EVALUATION):
             _evaluate(trainee, batch, precision)
-        components = _components(trainee, notes)
+        components = _components(trainee, notes, precision)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
@@ -136,7 +154,15 @@ def _evaluate(trainee: Trainee, batch: Mapping[str, Tensor], precision: str) -> 
     trainee.model.train()
 
 
-def _components(trainee: Trainee, notes: Mapping[str, int | None]) -> dict[str, int | None]:
+def _components(trainee: Trainee, notes: Mapping[str, int | None], precision: str) -> dict[str, int | None]:
     in_bases = {id(t) for m in trainee.model.modules() if isinstance(m, Basis) for t in m.buffers()}
     buffers = memory.tensor_bytes(t for t in trainee.model.buffers() if id(t) not in in_bases)
-    return {**memory.components(trainee.model, trainee.optimizer), "buffers": buffers, **notes}
+    copies = {"weight_copies": _weight_copies(trainee.model)} if precision == "bf16" else {}
+    return {**memory.components(trainee.model, trainee.optimizer), "buffers": buffers, **notes, **copies}
+
+
+def _weight_copies(model: nn.Module) -> int:
+    """Bytes of the bfloat16 weights that autocast keeps until a pass ends: those of trained linear layers."""
+    kinds = (nn.Linear, SparseGradLinear)
+    layers = [m for m in model.modules() if isinstance(m, kinds) and not isinstance(m, RotatedLinear)]
+    return 2 * sum(layer.weight.numel() for layer in layers if layer.weight.requires_grad)

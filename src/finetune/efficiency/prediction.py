@@ -5,13 +5,15 @@ narrow = min(o, i), k kept entries; a bytes an activation (4, or 2 under autocas
 
     resident     parameters + optimizer state + bases + buffers
     training     resident + max(saved activations + backward, gradients + step)
-    backward     a N (wide + narrow): the gradients of an MLP's inner activations, when everything is still saved
+    backward     a N (wide + narrow): the gradients of an MLP's inner activations, when everything is still saved; all
+                 that full fine-tuning, MeProp and the truncated form have
                  LoRA            + a N narrow: the adapter's share of them
                  rotated         + 10 o i: G_rot, its absolute values and two masks
                  folded          or selection, if that is more: 10 o i, or rotated factors a N (wide + narrow) + 4 o i
     step         MeProp 6 o i: absolute values and two masks; folded 4 (rc + ro + ci + the smaller product), as
                  :mod:`finetune.training_memory` has it; else nothing
-    evaluation   resident + a N (2 wide + 3 narrow); LoRA + a N wide, rotated + 2 a N narrow
+    evaluation   resident + autocast's copies of weights + a N (2 wide + 3 narrow); LoRA + a N wide; rotated
+                 + 2 a N narrow, and under autocast a copy of the larger basis, 2 wide^2
 """
 
 from __future__ import annotations
@@ -54,11 +56,12 @@ def predict(
         step = 6 * o * i
     elif variant.form == "rotated":
         backward += 10 * o * i
-        evaluation += 2 * unit * narrow
+        evaluation += 2 * unit * narrow + (2 * wide * wide if precision == "bf16" else 0)
     elif variant.form == "folded":
         backward = max(backward, 10 * o * i, unit * (wide + narrow) + 4 * o * i)
         rows, columns = min(kept, o), min(kept, i)
         step = 4 * (rows * columns + rows * o + columns * i + min(rows * i, columns * o))
+    evaluation += components.get("weight_copies", 0)
     resident = sum(components[name] for name in RESIDENT)
     moving = max(components["saved_activations"] + backward, components["gradients"] + step)
     return {"peak_training": resident + moving, "peak_evaluation": resident + evaluation}

@@ -12,7 +12,7 @@ import torch
 
 from finetune import models, records
 from finetune.efficiency import machine
-from finetune.efficiency.footprint import RESIDENT, measure_memory
+from finetune.efficiency.footprint import RESIDENT, measure_memory, take_workspaces
 from finetune.efficiency.lengths import PADDINGS, Lengths, make_batches
 from finetune.efficiency.prediction import predict, with_ratios
 from finetune.efficiency.timing import Batch, ratio, release, summarise, time_variants
@@ -245,14 +245,10 @@ def _with_memory(
         return trainee
 
     log.info("memory of %s", variant.name)
+    how = {"precision": options.precision, "device": device}
     try:
-        found = measure_memory(
-            make_and_count,
-            batches[0],
-            precision=options.precision,
-            device=device,
-            warmup_steps=options.warmup_steps,
-        )
+        take_workspaces(make, batches[0], **how)
+        found = measure_memory(make_and_count, batches[0], **how, warmup_steps=options.warmup_steps)
     except torch.OutOfMemoryError as error:
         release(device)
         return _refused(entry, "failed", f"out of memory: {str(error).splitlines()[0]}")
