@@ -23,7 +23,7 @@ NOT_IN_THE_METHOD = {
     "transformers",
     "wandb",
 }
-NOT_ON_IMPORT = {"datasets", "dvc", "fastchat", "hydra", "omegaconf", "openai", "tensorly", "wandb"}
+NOT_ON_IMPORT = {"datasets", "dvc", "fastchat", "hydra", "matplotlib", "omegaconf", "openai", "tensorly", "wandb"}
 
 NOT_TO_MEASURE = NOT_ON_IMPORT | {"optuna", "pyarrow", "scipy", "sklearn"}
 
