@@ -1,0 +1,44 @@
+"""Time and peak memory of HOSVD by streaming moments, by the SVD of stacked unfoldings (the authors') and by TensorLy.
+
+    python experiments/hosvd_cost.py scale=hosvd_cost/smoke                  # by hand, to outputs/
+    python experiments/hosvd_cost.py results=true name=local scale=hosvd_cost/local
+
+Gradients are made, with a known shared subspace: time and memory do not depend on the values, and a wrong answer shows.
+"""
+
+import logging
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="hosvd_cost")
+def main(cfg: DictConfig) -> None:
+    from finetune import cells
+    from finetune.efficiency import hosvd_cost
+
+    with cells.exit_with_message():
+        config = OmegaConf.to_container(cfg, resolve=True)
+        path = (Path("results") / cfg.name if cfg.results else Path(cfg.output)) / "hosvd_cost.json"
+        cases, options = hosvd_cost.read_config(config)
+        with cells.only_writer(path, cfg.checkpoints):
+            record = hosvd_cost.hosvd_cost(
+                cases,
+                options,
+                path,
+                Path(cfg.checkpoints) / "hosvd_cost",
+                experiment=cfg.name,
+                scale=cfg.scale.name,
+                version=cfg.version,
+                progress=cfg.progress,
+            )
+        for line in hosvd_cost.summary(record):
+            log.info("%s", line)
+        log.info("%s", path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""Time and peak memory of the ways to the HOSVD factors, each measured alone in a fresh process, and their subspaces.
+
+What does not fit or takes too long is in the record all the same, with the reason and what it would take by formula.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from finetune import records
+from finetune.efficiency import machine
+from finetune.efficiency.hosvd_ways import REFERENCE, WAYS, angle, flop, peak_bytes
+from sparsegrad import load_tensors
+
+log = logging.getLogger(__name__)
+
+WORKER = ["-m", "finetune.efficiency.hosvd_worker"]
+SPARE = 0.8  # share of the free memory that a way may take
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Gradients of one shape.
+
+    Attributes:
+        name: in the record.
+        shape: ``(out_features, in_features)``.
+        asked: number of gradients that all ways are compared at; where one is not measured there, it is calculated.
+        ways: way -> numbers of gradients to measure.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    asked: int
+    ways: Mapping[str, Sequence[int]]
+
+    def __post_init__(self) -> None:
+        unknown = [way for way in self.ways if way not in WAYS]
+        numbers = [self.asked, *self.shape, *(n for given in self.ways.values() for n in given)]
+        if unknown or not self.ways or len(self.shape) != 2:
+            raise ValueError(f"case {self.name}: shape {self.shape}, ways {unknown}; allowed: {', '.join(WAYS)}.")
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
+            raise ValueError(f"case {self.name}: {numbers}; sizes and numbers of gradients are whole, at least 1.")
+
+    def plan(self) -> Iterator[tuple[str, int]]:
+        """(way, number of gradients), small numbers first."""
+        for way, given in self.ways.items():
+            for n in sorted(set(given)):
+                yield way, n
+
+
+@dataclass(frozen=True)
+class HosvdOptions:
+    """How to measure.
+
+    Attributes:
+        rank: of the planted subspace, which is compared.
+        noise: of the gradients, see :class:`finetune.efficiency.hosvd_ways.Gradients`.
+        limit_bytes: a way that needs more by formula is not started; None: 0.8 of the free memory alone.
+        limit_seconds: a way that takes longer is stopped.
+        threads: of torch on the CPU; None leaves torch's choice.
+    """
+
+    rank: int
+    noise: float
+    limit_bytes: float | None
+    limit_seconds: float
+    device: str = "auto"
+    threads: int | None = None
+    seed: int = 0
+
+
+def read_config(config: Mapping[str, Any]) -> tuple[list[Case], HosvdOptions]:
+    """Cases and options of a composed ``conf/hosvd_cost.yaml``."""
+    scale = config["scale"]
+    cases = [
+        Case(name, tuple(given["shape"]), given["asked"], {way: list(n) for way, n in given["ways"].items()})
+        for name, given in scale["cases"].items()
+    ]
+    own = {name: config[name] for name in ("rank", "noise", "device", "threads", "seed")}
+    return cases, HosvdOptions(limit_bytes=scale["limit_bytes"], limit_seconds=scale["limit_seconds"], **own)
+
+
+def hosvd_cost(
+    cases: Sequence[Case],
+    options: HosvdOptions,
+    path: Path,
+    checkpoints: Path,
+    *,
+    experiment: str = "hand",
+    scale: str = "hand",
+    version: int = 1,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure all cases and write the record. A finished record of the same request and machine is not made again.
+
+    Args:
+        path: of the record.
+        checkpoints: folder for finished measurements, so that a killed stage goes on; emptied at the end.
+        experiment, scale, version: for the record.
+
+    Raises:
+        ValueError: if the device is missing or others use it, or a measurement is refused.
+    """
+    device = machine.find_device(options.device)
+    facts = machine.facts(device)
+    content = {"version": version, "cases": [asdict(c) for c in cases], "options": asdict(options)}
+    digest = records.config_hash(content | {"device": [facts["type"], facts["name"]], "torch": torch.__version__})
+    if path.is_file() and records.read_json(path).get("run", {}).get("config_hash") == digest:
+        log.info("%s is finished, reused", path)
+        return records.read_json(path)
+    before = machine.others(device)
+    warnings = machine.check_alone(device, before)
+    folder = checkpoints / digest
+    plan = [(case, way, n) for case in cases for way, n in case.plan()]
+    entries: dict[str, list[Entry]] = {case.name: [] for case in cases}
+    for case, way, n in tqdm(plan, desc="hosvd", disable=not progress):
+        entries[case.name].append(_measure(case, way, n, options, device, folder))
+    for case in cases:
+        _add_asked(case, entries[case.name])
+    _calculate(cases, entries)
+    record = {
+        "schema": records.SCHEMA,
+        "version": version,
+        "status": "finished",
+        "error": None,
+        "run": {"experiment": experiment, "kind": "hosvd_cost", "scale": scale, "config_hash": digest},
+        "treatment": {
+            **asdict(options),
+            "gradients": "made one at a time: a planted subspace of that rank, and noise; making them is not timed",
+            "processes": "each measurement in a fresh process, libraries loaded and warm",
+        },
+        "device": facts
+        | {
+            "threads": options.threads or facts["threads"],
+            "others_before": before,
+            "others_after": machine.others(device),
+        },
+        "warnings": warnings,
+        "cases": [_case_record(case, entries[case.name], folder) for case in cases],
+        "provenance": records.provenance(),
+    }
+    records.write_json(path, record)
+    shutil.rmtree(folder, ignore_errors=True)
+    return record
+
+
+def summary(record: Mapping[str, Any]) -> list[str]:
+    """The record in a few lines; what is calculated is in brackets."""
+    lines = []
+    for case in record["cases"]:
+        lines.append(f"{case['name']}: gradients of {case['shape'][0]} x {case['shape'][1]}")
+        for entry in case["entries"]:
+            measured = entry["status"] == "finished"
+            seconds = entry["seconds"]["total"] if measured else entry["calculated"]["seconds"]
+            size = entry["peak_bytes"] if measured else entry["calculated"]["bytes"]
+            text = f"{'unknown' if seconds is None else f'{seconds:.4g}'} s, {size / 1e6:,.0f} MB"
+            text = text if measured else f"({text}) {entry['status']}: {entry['reason']}"
+            lines.append(f"  {entry['way']:<20}n={entry['gradients']:<5}{text}")
+        for name, ratio in case["ratios"].items():
+            time = "unknown" if ratio["time"] is None else f"{ratio['time']:.3f}"
+            lines.append(f"  {REFERENCE} / {name}: time {time}, memory {ratio['memory']:.3f}, {ratio['from']}")
+    return lines
+
+
+def _measure(case: Case, way: str, n: int, options: HosvdOptions, device: torch.device, folder: Path) -> Entry:
+    """Run one way in a process of its own, or read what an earlier, killed stage measured."""
+    entry: Entry = {"way": way, "gradients": n, "status": "finished", "reason": None}
+    needed, limit = peak_bytes(way, case.shape, n), SPARE * machine.free_memory(device)
+    if options.limit_bytes is not None:
+        limit = min(limit, options.limit_bytes)
+    if needed > limit:
+        reason = f"needs {needed / 1e9:.1f} GB by formula, allowed here are {limit / 1e9:.1f} GB"
+        return entry | {"status": "not run", "reason": reason}
+    answer = _answer(folder, case.name, way, n)
+    if not answer.is_file():
+        request = {"way": way, "shape": list(case.shape), "gradients": n, "rank": options.rank, "noise": options.noise}
+        request |= {"seed": options.seed, "device": device.type, "threads": options.threads}
+        trouble = _run_worker(request, answer, options.limit_seconds)
+        if trouble is not None:
+            return entry | {"status": "stopped", "reason": trouble}
+    return entry | records.read_json(answer)
+
+
+def _run_worker(request: Mapping[str, Any], answer: Path, limit_seconds: float) -> str | None:
+    """Why there is no answer, if there is none.
+
+    Raises:
+        ValueError: if the worker refused the request.
+    """
+    source = answer.with_suffix(".request")
+    source.parent.mkdir(parents=True, exist_ok=True)
+    source.write_text(json.dumps(request))
+    command = [sys.executable, *WORKER, str(source), str(answer)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_seconds)
+    except subprocess.TimeoutExpired:
+        return f"took longer than {limit_seconds:g} s, gradients made in that time included"
+    if done.returncode < 0:
+        return f"the process was ended by signal {-done.returncode}"
+    if done.returncode > 0:
+        raise ValueError(f"{request['way']}, {request['gradients']} gradients: {done.stderr.strip().splitlines()[-1]}")
+    return None
+
+
+def _answer(folder: Path, case: str, way: str, n: int) -> Path:
+    return folder / f"{case}-{way}-{n}.json"
+
+
+def _add_asked(case: Case, entries: list[Entry]) -> None:
+    """Name every way at the number of gradients that is asked for, measured or not."""
+    for way in case.ways:
+        if not any(entry["way"] == way and entry["gradients"] == case.asked for entry in entries):
+            reason = "not among the numbers of gradients to measure"
+            entries.append({"way": way, "gradients": case.asked, "status": "not run", "reason": reason})
+
+
+def _calculate(cases: Sequence[Case], entries: Mapping[str, list[Entry]]) -> None:
+    """Add bytes and operations by formula, and seconds from the nearest measurement of the same way."""
+    finished = [(case, e) for case in cases for e in entries[case.name] if e["status"] == "finished"]
+    for case in cases:
+        for entry in entries[case.name]:
+            way, n = entry["way"], entry["gradients"]
+            operations = flop(way, case.shape, n)
+            found: dict[str, Any] = {"bytes": peak_bytes(way, case.shape, n), "flop": sum(operations.values())}
+            known = [(c, e) for c, e in finished if e["way"] == way and e is not entry]
+            # Of the same shape if there is one, then the one with most work.
+            known.sort(key=lambda pair: (pair[0].name == case.name, pair[1]["gradients"]))
+            found["seconds"] = found["seconds_from"] = None
+            if known:
+                other, source = known[-1]
+                theirs = flop(way, other.shape, source["gradients"])
+                found["seconds"] = sum(source["seconds"][part] * operations[part] / theirs[part] for part in operations)
+                found["seconds_from"] = f"{other.name}, {source['gradients']} gradients, by operations"
+            if entry["status"] == "finished":
+                found["bytes_over_measured"] = found["bytes"] / entry["peak_bytes"] if entry["peak_bytes"] else None
+            entry["calculated"] = found
+
+
+def _case_record(case: Case, entries: list[Entry], folder: Path) -> dict[str, Any]:
+    for entry in entries:
+        reference = _answer(folder, case.name, REFERENCE, entry["gradients"]).with_suffix(".safetensors")
+        if entry["status"] == "finished" and entry["way"] != REFERENCE and reference.is_file():
+            own = _answer(folder, case.name, entry["way"], entry["gradients"]).with_suffix(".safetensors")
+            ours, theirs = load_tensors(own)[0], load_tensors(reference)[0]
+            entry[f"angle_to_{REFERENCE}"] = {name: angle(ours[name], theirs[name]) for name in ("U", "V")}
+    return {
+        "name": case.name,
+        "shape": list(case.shape),
+        "asked": case.asked,
+        "entries": sorted(entries, key=lambda e: (WAYS.index(e["way"]), e["gradients"])),
+        "ratios": _ratios(case, entries),
+    }
+
+
+def _ratios(case: Case, entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
+    """Streaming over each other way, at the number of gradients asked for and where both were measured with most."""
+    index = {(entry["way"], entry["gradients"]): entry for entry in entries}
+    found = {}
+    for way in (way for way in case.ways if way != REFERENCE and REFERENCE in case.ways):
+        both = [n for n in case.ways[way] if all(_is_finished(index.get((w, n))) for w in (way, REFERENCE))]
+        for n in sorted({case.asked, *both[-1:]}):
+            ours, theirs = index[REFERENCE, n], index[way, n]
+            (a, b), (c, d) = _cost(ours), _cost(theirs)
+            measured = _is_finished(ours) and _is_finished(theirs)
+            found[f"{way}, {n} gradients"] = {
+                "time": a / c if a is not None and c is not None else None,
+                "memory": b / d,
+                "from": "measured" if measured else "calculated where not measured",
+            }
+    return found
+
+
+def _is_finished(entry: Entry | None) -> bool:
+    return entry is not None and entry["status"] == "finished"
+
+
+def _cost(entry: Entry) -> tuple[float | None, int]:
+    if _is_finished(entry):
+        return entry["seconds"]["total"], entry["peak_bytes"]
+    return entry["calculated"]["seconds"], entry["calculated"]["bytes"]

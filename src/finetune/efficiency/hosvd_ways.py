@@ -1,0 +1,179 @@
+"""Ways to the HOSVD factors of n gradients ``(out_features, in_features)``, what each should cost, and test gradients.
+
+    streaming           moments in float64, one gradient at a time, then one eigendecomposition a mode
+    unfoldings          SVD of both mode unfoldings of the stack, in float64 (:func:`sparsegrad.hosvd_of_unfoldings`)
+    unfoldings_float32  the same in float32, as the authors have it (``torch.svd``). Here one unfolding is filled
+                        at a time and no stack is held beside it: a lower bound of the authors' memory. Their SVD of the
+                        third mode, whose factor nothing reads, is left out
+    tensorly            TensorLy's ``partial_tucker`` without iterations, in float64 (:func:`sparsegrad.hosvd_tensorly`)
+
+Costs by formula, o and i the sizes of a gradient, m the smaller and M the larger side of an unfolding:
+
+    streaming           flop 2 n o i (o + i) for the moments, 9 (o^3 + i^3) for eigh;
+                        bytes 8 (o^2 + i^2) + max(gradient 17 o i, eigh 8 x 4 max(o, i)^2)
+    SVD of an unfolding flop 6 m^2 M + 12 m^3: QR, its Q, the product with it (2 m^2 M each), SVD of the triangle;
+                        bytes an entry: float32 3 x 4, float64 4 + 4 x 8, TensorLy 4 + 5 x 8; and 8 m^2 numbers of work
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sparsegrad import Basis, GradientMoments, hosvd, hosvd_of_unfoldings, hosvd_tensorly
+
+Shape = tuple[int, int]
+Seconds = dict[str, float]
+
+WAYS = ("streaming", "unfoldings", "unfoldings_float32", "tensorly")
+REFERENCE = "streaming"
+"""What subspaces and ratios of the other ways refer to."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of one layer kind: a shared leading subspace of known rank, and noise.
+
+    Made one at a time, each from its own seed, so that a way that streams never holds two.
+
+    Attributes:
+        shape: ``(out_features, in_features)``.
+        rank: of the shared part, ``A S_t B^T`` with S_t random and A, B orthonormal.
+        noise: standard deviation of an entry of the rest; entries of S_t have 1 to 0.1.
+    """
+
+    shape: Shape
+    rank: int
+    noise: float
+    seed: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 2 or not 1 <= self.rank <= min(self.shape):
+            raise ValueError(f"rank={self.rank} of gradients of shape {self.shape}; allowed: 1 to the smaller side.")
+
+    def planted(self) -> Basis:
+        """The shared subspaces: ``V`` ``(rank, out_features)`` and ``U`` ``(rank, in_features)``, float32."""
+        generator = torch.Generator().manual_seed(self.seed)
+        V, U = (
+            torch.linalg.qr(torch.randn(size, self.rank, generator=generator, dtype=torch.float64)).Q.T
+            for size in self.shape
+        )
+        return Basis(U.float().contiguous().to(self.device), V.float().contiguous().to(self.device))
+
+    def gradient(self, number: int, planted: Basis) -> Tensor:
+        """Gradient ``number`` (from 0), float32 ``(out_features, in_features)``."""
+        generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + number + 1)
+        decay = torch.logspace(0, -0.5, self.rank, device=self.device)
+        S = torch.randn(self.rank, self.rank, generator=generator, device=self.device) * decay[:, None] * decay
+        G = torch.randn(self.shape, generator=generator, device=self.device).mul_(self.noise)
+        return G.addmm_(planted.V.T, S @ planted.U)
+
+
+def run(way: str, gradients: Gradients, n: int) -> tuple[Basis, Seconds]:
+    """Find the factors of the first n gradients.
+
+    Returns:
+        The basis, and seconds of ``updates`` (streaming: all moments) and ``factors``. Making gradients and writing
+        them into a stack is not counted.
+
+    Raises:
+        ValueError: on an unknown way.
+        ImportError: if tensorly is asked for and not installed.
+    """
+    if way not in WAYS:
+        raise ValueError(f"way={way!r}; allowed: {', '.join(WAYS)}.")
+    planted = gradients.planted()
+    if way == "streaming":
+        return _stream(gradients, n, planted)
+    if way == "unfoldings_float32":
+        return _float32(gradients, n, planted)
+    stack = torch.empty(n, *gradients.shape, device=gradients.device)
+    for number in range(n):
+        stack[number] = gradients.gradient(number, planted)
+    literal = hosvd_of_unfoldings if way == "unfoldings" else hosvd_tensorly
+    basis, seconds = _timed(partial(literal, stack), gradients.device)
+    return basis, {"factors": seconds}
+
+
+def flop(way: str, shape: Shape, n: int) -> dict[str, float]:
+    """Floating-point operations by formula, under the names of :func:`run`'s seconds."""
+    o, i = shape
+    if way == "streaming":
+        return {"updates": 2.0 * n * o * i * (o + i), "factors": 9.0 * (o**3 + i**3)}
+    total = sum(6.0 * m * m * M + 12.0 * m**3 for m, M in (sorted((o, n * i)), sorted((i, n * o))))
+    if way == "tensorly":  # it multiplies the core out too
+        total += 2.0 * n * o * i * (o + i)
+    return {"factors": total}
+
+
+def peak_bytes(way: str, shape: Shape, n: int) -> int:
+    """Most bytes at once by formula, gradients included."""
+    o, i = shape
+    entries, widest = n * o * i, max(o, i)
+    if way == "streaming":
+        return 8 * (o * o + i * i) + max(17 * o * i, 8 * 4 * widest**2)
+    unit = 4 if way == "unfoldings_float32" else 8
+    work = 8 * unit * min(widest, n * min(o, i)) ** 2
+    if way == "unfoldings_float32":
+        return 3 * unit * entries + work
+    # The float32 stack; in float64 its cast, an unfolding (the other is a view), LAPACK's copy and right factor, and
+    # what TensorLy holds besides.
+    copies = 4 if way == "unfoldings" else 5
+    return 4 * entries + copies * unit * entries + work
+
+
+def angle(found: Tensor, reference: Tensor) -> float:
+    """Largest principal angle, in radians, between the spaces of two sets of orthonormal rows ``(r, features)``."""
+    P, Q = found.double(), reference.double()
+    # By the sine: the cosine of an angle below 1e-8 is 1.
+    return float(torch.linalg.svdvals(P - (P @ Q.T) @ Q)[0].clamp(max=1.0).asin())
+
+
+def _stream(gradients: Gradients, n: int, planted: Basis) -> tuple[Basis, Seconds]:
+    moments, updates = GradientMoments(*gradients.shape, device=gradients.device), 0.0
+    for number in range(n):
+        G = gradients.gradient(number, planted)
+        _, seconds = _timed(partial(moments.update, G), gradients.device)
+        updates += seconds
+        del G
+    basis, factors = _timed(partial(hosvd, moments), gradients.device)
+    return basis, {"updates": updates, "factors": factors}
+
+
+def _float32(gradients: Gradients, n: int, planted: Basis) -> tuple[Basis, Seconds]:
+    (o, i), total, factors = gradients.shape, 0.0, []
+    for rows, columns, transposed in ((i, o, True), (o, i, False)):
+        unfolding = torch.empty(rows, n * columns, device=gradients.device)
+        for number in range(n):
+            G = gradients.gradient(number, planted)
+            unfolding[:, number * columns : (number + 1) * columns] = G.T if transposed else G
+            del G
+        factor, seconds = _timed(partial(_left_factor, unfolding), gradients.device)
+        factors.append(factor.T.contiguous())
+        total += seconds
+        del unfolding  # before the next one is made
+    return Basis(*factors), {"factors": total}
+
+
+def _left_factor(unfolding: Tensor) -> Tensor:
+    return torch.linalg.svd(unfolding, full_matrices=False).U
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> tuple[object, float]:
+    """What a call returns, and its seconds."""
+    _wait(device)
+    started = time.perf_counter()
+    found = call()
+    _wait(device)
+    return found, time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
