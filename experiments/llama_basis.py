@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 @hydra.main(version_base=None, config_path="../conf", config_name="llama")
 def main(cfg: DictConfig) -> None:
-    from finetune import cells, chat_cells
+    from finetune import cells, chat_cells, mirror, replay
 
     with cells.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)
@@ -19,6 +19,8 @@ def main(cfg: DictConfig) -> None:
         chat_cells.basis_cell(
             place / "gradients" / file, place / "basis" / file, device=cfg.device, threads=config["threads"]
         )
+        path = place / "basis" / file
+        replay.publish([mirror.of_basis(cfg.name, cfg.model.name, path.with_suffix(".json"), [path])], config["wandb"])
 
 
 if __name__ == "__main__":

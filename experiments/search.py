@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 @hydra.main(version_base=None, config_path="../conf", config_name="glue")
 def main(cfg: DictConfig) -> None:
-    from finetune import cells
+    from finetune import cells, mirror, records, replay
 
     with cells.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)
@@ -21,6 +21,8 @@ def main(cfg: DictConfig) -> None:
         folder = Path("results") / cfg.name / "search" / cfg.model.name / cfg.method.name
         with cells.only_writer(folder, cfg.checkpoints):
             cells.search_cell(config, lists["tasks"], folder)
+            paths = [folder / f"{task}.json" for task in lists["tasks"]]
+            replay.publish((mirror.of_search(records.read_json(path), path) for path in paths), config["wandb"])
 
 
 if __name__ == "__main__":
