@@ -15,7 +15,8 @@ from finetune import models
 from finetune.data.chat import ChatTemplate, chat_template
 from finetune.data.oasst import PackedSplit, load_chat
 from finetune.execution import check_length, read_bases
-from finetune.training import TrainingOptions
+from finetune.methods import needs_bases, with_own_choices
+from finetune.training_options import TrainingOptions
 from sparsegrad import Basis
 
 TASK = "oasst1"
@@ -27,10 +28,14 @@ class ChatInputs:
     """What the runs of a cell share, loaded once.
 
     Attributes:
-        config: the composed configuration (``conf/llama.yaml``) as plain dictionaries.
+        config: the composed configuration (``conf/llama.yaml``) as plain dictionaries; a variant's own choices are put
+            into its protocol.
     """
 
     config: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", with_own_choices(self.config))
 
     @property
     def root(self) -> str:
@@ -122,7 +127,7 @@ def identity(inputs: ChatInputs, seed: int) -> dict[str, Any]:
         "method": dict(config["method"]),
         "protocol": {k: v for k, v in config["protocol"].items() if k not in ("batch_size", "learning_rate")},
         "scale": {name: config["scale"][name] for name in _SIZES},
-        "basis": None if config["method"]["name"] != "sparsegrad" else "run" if config["basis"] is None else "task",
+        "basis": ("run" if config["basis"] is None else "task") if needs_bases(config["method"]) else None,
         "data": inputs.data_identity,
         "hyperparameters": hyperparameters(config),
         "seed": seed,

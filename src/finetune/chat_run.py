@@ -21,9 +21,11 @@ from finetune.chat_inputs import DTYPES, TASK, ChatInputs, hyperparameters, iden
 from finetune.evaluation import evaluate_causal
 from finetune.execution import count_parameters, execute
 from finetune.gradients import Collected, collect
-from finetune.methods import Method, build_method, build_targets
+from finetune.methods import Method, build_method, build_targets, needs_bases
+from finetune.refreshing import refresh_options
 from finetune.run import preliminary_options
-from finetune.training import TrainingOptions, make_accelerator, planned_steps
+from finetune.training import make_accelerator
+from finetune.training_options import TrainingOptions, planned_steps
 
 METRIC = "loss"
 MERGED = "training.json"
@@ -116,6 +118,7 @@ def chat_run(inputs: ChatInputs, seed: int, save_model: Path | None = None) -> d
         options,
         accelerator,
         on_finished=None if save_model is None else lambda m: save_merged(inputs, method, m, save_model, digest),
+        refresh=refresh_options(config["method"]),
     )
 
 
@@ -135,7 +138,7 @@ def _method(
 ) -> tuple[Method, dict[str, Any]]:
     """The configured method; SparseGrad gets its bases from the file, or collects them here."""
     config, bases, facts = inputs.config, None, {}
-    if config["method"]["name"] == "sparsegrad":
+    if needs_bases(config["method"]):
         if config["basis"] is not None:
             bases, facts = inputs.bases
         else:

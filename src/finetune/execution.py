@@ -13,8 +13,10 @@ from torch.optim import Optimizer
 from finetune import checkpoint, models, record_content
 from finetune.data.examples import Examples
 from finetune.methods import Method
+from finetune.refreshing import RefreshOptions
 from finetune.tracking import Tracker
-from finetune.training import Ended, NonFiniteLoss, TrainingOptions, train
+from finetune.training import Ended, NonFiniteLoss, train
+from finetune.training_options import TrainingOptions
 from sparsegrad import Basis, load_bases
 
 
@@ -31,6 +33,7 @@ def execute(
     *,
     on_evaluation: Callable[[int, float], None] | None = None,
     on_finished: Callable[[nn.Module], None] | None = None,
+    refresh: RefreshOptions | None = None,
 ) -> dict[str, Any]:
     """Train a prepared model to the end and complete its record.
 
@@ -38,7 +41,7 @@ def execute(
         config: ``checkpoints``, ``progress`` and ``wandb`` are read.
         record: :func:`finetune.record_content.header` and more; its ``config_hash`` names checkpoints and tracking.
         model, optimizer: a method's.
-        split, evaluate, metric, options, accelerator, on_evaluation: see :func:`finetune.training.train`.
+        split, evaluate, metric, options, accelerator, on_evaluation, refresh: see :func:`finetune.training.train`.
         on_finished: called with the model at its best weights before the checkpoints are deleted; of several processes
             in the first.
 
@@ -65,6 +68,7 @@ def execute(
                 progress_bar=config["progress"] and accelerator.is_main_process,
                 label=label,
                 on_evaluation=on_evaluation,
+                refresh=refresh,
             )
         except Ended:
             _forget(accelerator, folder)

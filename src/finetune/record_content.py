@@ -7,7 +7,8 @@ from typing import Any
 
 from finetune import records
 from finetune.data.examples import Examples
-from finetune.training import Progress, TrainingOptions, median_step_seconds, planned_steps
+from finetune.training import Progress, median_step_seconds
+from finetune.training_options import TrainingOptions, planned_steps
 
 
 def header(

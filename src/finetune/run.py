@@ -15,8 +15,10 @@ from finetune.data.glue import Split, Task, load_task
 from finetune.evaluation import evaluate
 from finetune.execution import check_length, count_parameters, execute, read_bases
 from finetune.gradients import Collected, PreliminaryOptions, collect
-from finetune.methods import Method, Targets, build_method
-from finetune.training import TrainingOptions, make_accelerator, planned_steps
+from finetune.methods import Method, Targets, build_method, needs_bases, with_own_choices
+from finetune.refreshing import refresh_options
+from finetune.training import make_accelerator
+from finetune.training_options import TrainingOptions, planned_steps
 from sparsegrad import Basis
 
 
@@ -25,13 +27,16 @@ class Inputs:
     """What several runs of a cell share, loaded once: tokenised tasks, bases, the checkpoint's fingerprint.
 
     Attributes:
-        config: the composed configuration as plain dictionaries.
+        config: the composed configuration as plain dictionaries; a variant's own choices are put into its protocol.
     """
 
     config: Mapping[str, Any]
     _tasks: dict[str, tuple[Task, dict[str, Split]]] = field(default_factory=dict)
     _bases: dict[str, tuple[dict[str, Basis], dict[str, Any]]] = field(default_factory=dict)
     _fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        self.config = with_own_choices(self.config)
 
     @property
     def fingerprint(self) -> str:
@@ -102,7 +107,7 @@ def for_task(value: Any, task: str) -> Any:
 
 def _basis_scope(config: Mapping[str, Any]) -> str | None:
     """Where SparseGrad's bases come from: ``task`` (a file of the basis stage) or ``run`` (collected in the run)."""
-    if config["method"]["name"] != "sparsegrad":
+    if not needs_bases(config["method"]):
         return None
     return "run" if config["basis"] is None else config["protocol"]["preliminary"]["scope"]
 
@@ -198,6 +203,7 @@ def train_run(
         accelerator,
         on_evaluation=on_evaluation,
         on_finished=None if save_model is None else lambda m: method.merge(m).save_pretrained(save_model),
+        refresh=refresh_options(config["method"]),
     )
 
 
@@ -231,7 +237,7 @@ def _method(
     """The configured method; SparseGrad gets its bases from the file, or collects them here."""
     config = inputs.config
     bases = None
-    if config["method"]["name"] == "sparsegrad":
+    if needs_bases(config["method"]):
         if _basis_scope(config) == "task":
             bases, found = inputs.bases(task)
         else:

@@ -143,7 +143,7 @@ def build(config, random_bases):
 @pytest.fixture
 def options():
     """``options(max_steps=..., ...)``: training options with small values."""
-    from finetune.training import TrainingOptions
+    from finetune.training_options import TrainingOptions
 
     def make(**changes):
         values = {
@@ -170,7 +170,7 @@ def run_training(load, options):
     nothing = dict.fromkeys(("project", "run_id", "group", "job_type", "name"), "") | {"config": {}}
 
     def make(model, optimizer, task="cola", split=None, evaluation=None, tracker=None, files=None, **changes):
-        extra = {name: changes.pop(name) for name in ("on_evaluation", "digest") if name in changes}
+        extra = {name: changes.pop(name) for name in ("on_evaluation", "digest", "refresh") if name in changes}
         facts, splits = load(task)
         device = torch.device("cpu")
         return train(

@@ -126,7 +126,8 @@ SCRIPT = """
     from finetune.methods import build_method
     from finetune.models import checkpoint_activations
     from finetune.tracking import Tracker
-    from finetune.training import TrainingOptions, make_accelerator, train
+    from finetune.training import make_accelerator, train
+    from finetune.training_options import TrainingOptions
     from sparsegrad import Basis
 
     config, out, bases = yaml.safe_load(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), load_file(sys.argv[3])

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from finetune.evaluation import summed_loss
 from finetune.execution import count_parameters
-from sparsegrad import SparseGradLinear, top_k
+from finetune.methods import base_method, needs_bases, with_own_choices
+from sparsegrad import SparseGradLinear, sparsegrad_layers, top_k
 
 TARGETS = {f"bert.encoder.layer.{i}.{name}" for i in (0, 1) for name in ("intermediate.dense", "output.dense")}
 SIZE = 32 * 64
@@ -413,3 +414,35 @@ def test_basis_of_another_width_names_the_layer(classifier, build, random_bases)
 def test_top_k_and_meprop_agree_on_ties():
     gradient = torch.tensor([[1.0, -1.0], [1.0, 0.5]])
     assert top_k(gradient, 2).tolist() == [0, 1]
+
+
+# Variants
+
+
+def test_a_variant_is_its_base_with_choices_of_its_own(config):
+    found = with_own_choices(config("method=sparsegrad_100k", "protocol.density=0.01"))
+    assert base_method(found["method"]) == "sparsegrad" and needs_bases(found["method"])
+    assert found["protocol"]["density"] == pytest.approx(0.0424, abs=1e-4)
+    assert config("method=sparsegrad")["protocol"] == with_own_choices(config("method=sparsegrad"))["protocol"]
+
+
+def test_a_variant_of_nothing_or_with_an_unknown_choice_is_refused(config):
+    with pytest.raises(ValueError, match="method='adapters'; allowed: full, lora, meprop, sparsegrad"):
+        base_method({"name": "mine", "base": "adapters"})
+    with pytest.raises(ValueError, match=r"method mine sets protocol\.densty; allowed: .*'density'"):
+        with_own_choices(config() | {"method": {"name": "mine", "base": "sparsegrad", "protocol": {"densty": 0.1}}})
+
+
+def test_random_bases_are_orthogonal_drawn_from_their_seed_and_keep_the_function(build, classifier, batch):
+    def bases(seed):
+        method = build("sparsegrad_random", f"method.basis_seed={seed}", "protocol.orientation=random")
+        model = method.prepare(classifier())
+        torch.testing.assert_close(logits(model, batch), logits(classifier(), batch), rtol=0, atol=1e-6)
+        return {layer.kind: layer.basis for layer in sparsegrad_layers(model).values()}
+
+    first, again, other = bases(0), bases(0), bases(1)
+    for kind, basis in first.items():
+        assert basis.orthogonality_error() < 1e-5
+        assert torch.equal(basis.U, again[kind].U) and not torch.allclose(basis.U, other[kind].U, atol=1e-2)
+    with pytest.raises(ValueError, match="method.basis_seed"):
+        build("sparsegrad", "protocol.orientation=random").prepare(classifier())

@@ -12,15 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from finetune.evaluation import evaluate, summed_loss
-from finetune.training import (
-    NonFiniteLoss,
-    Progress,
-    TrainingOptions,
-    learning_rate_factor,
-    make_accelerator,
-    median_step_seconds,
-    planned_steps,
-)
+from finetune.training import NonFiniteLoss, Progress, make_accelerator, median_step_seconds
+from finetune.training_options import TrainingOptions, learning_rate_factor, planned_steps
 from sparsegrad import sparsegrad_layers
 
 CPU = torch.device("cpu")
@@ -460,8 +453,10 @@ PROCESSES = """
     from finetune.evaluation import evaluate
     from finetune.methods import build_method
     from finetune.models import load_classifier, load_tokenizer
+    from finetune.refreshing import refresh_options
     from finetune.tracking import Tracker
-    from finetune.training import TrainingOptions, make_accelerator, train
+    from finetune.training import make_accelerator, train
+    from finetune.training_options import TrainingOptions
     from sparsegrad import Basis
 
     config = yaml.safe_load(Path(sys.argv[1]).read_text())
@@ -483,7 +478,8 @@ PROCESSES = """
         nothing = dict.fromkeys(("project", "run_id", "group", "job_type", "name"), "") | {"config": {}}
         progress = train(model, method.optimizer(model, 1e-3, 0.0), splits["train"],
                          lambda m: evaluate(m, splits["validation"], facts, 16, accelerator.device), facts.metric,
-                         options, accelerator, tracker=Tracker("disabled", "", **nothing), progress_bar=False)
+                         options, accelerator, tracker=Tracker("disabled", "", **nothing), progress_bar=False,
+                         refresh=refresh_options(group))
         assert progress.step == 8, progress
         if accelerator.is_main_process:
             save_file({k: v.clone() for k, v in model.state_dict().items()}, out / f"{name}.safetensors")
@@ -500,11 +496,12 @@ def test_two_processes_take_the_steps_of_one(ranks, config, random_bases, tmp_pa
     found = config("method=sparsegrad")
     found["methods"] = {name: config(f"method={name}")["method"] for name in ("full", "sparsegrad")}
     found["methods"]["truncated"] = found["methods"]["sparsegrad"] | {"form": "truncated"}
+    found["methods"]["refreshed"] = found["methods"]["truncated"] | {"refresh": {"steps": 3, "batches": 2}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(found))
     (tmp_path / "script.py").write_text(textwrap.dedent(PROCESSES))
     bases = {f"{k}.{letter}": getattr(b, letter).contiguous() for k, b in random_bases().items() for letter in "UV"}
     save_file(bases, tmp_path / "bases.safetensors")
-    results = {}
+    results, names = {}, list(found["methods"])
     for size in (1, 2):
         out = tmp_path / str(size)
         out.mkdir()
@@ -523,7 +520,7 @@ def test_two_processes_take_the_steps_of_one(ranks, config, random_bases, tmp_pa
             found, errors = process.communicate(timeout=240)
             assert process.returncode == 0, errors[-3000:]
             assert found.split() == [str(size)]
-        results[size] = {name: load_file(out / f"{name}.safetensors") for name in ("full", "sparsegrad", "truncated")}
+        results[size] = {name: load_file(out / f"{name}.safetensors") for name in names}
     for name, one in results[1].items():
         two = results[2][name]
         assert one.keys() == two.keys()

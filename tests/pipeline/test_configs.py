@@ -10,9 +10,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from finetune.methods import METHODS
+from finetune.methods import METHODS, base_method, with_own_choices
 from finetune.search import SearchSpace
-from finetune.training import PRECISIONS, SCHEDULES
+from finetune.training_options import PRECISIONS, SCHEDULES
+from sparsegrad import entries_for_density
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -64,8 +65,20 @@ def test_every_combination_composes(model):
         assert {group: found[group]["name"] for group in chosen} == chosen
 
 
-def test_the_methods_are_those_of_the_code():
-    assert names("method") == sorted(METHODS)
+def test_the_methods_are_those_of_the_code_and_variants_of_them():
+    found = {name: read(f"conf/method/{name}.yaml") for name in names("method")}
+    assert {name for name, content in found.items() if "base" not in content} == set(METHODS)
+    for name, content in found.items():
+        assert base_method(content) in METHODS, name
+        for protocol in names("protocol"):
+            with_own_choices({"method": content, "protocol": read(f"conf/protocol/{protocol}.yaml")})
+
+
+def test_values_of_k_are_shares_of_the_width_that_the_paper_states_them_for():
+    """Tables 11 and 12: k at BERT's 3072 x 768."""
+    for thousands in (18, 22, 30, 100):
+        density = read(f"conf/method/sparsegrad_{thousands}k.yaml")["protocol"]["density"]
+        assert entries_for_density(density, (3072, 768)) == pytest.approx(1000 * thousands, abs=2)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +194,8 @@ def test_experiment_names_what_exists(experiment):
     for group, chosen in (
         ("model", content["models"]),
         ("method", content["methods"]),
+        ("method", content["ablations"]),
+        ("model", content["ablation_models"]),
         ("protocol", [content["protocol"]]),
         ("scale", [content["scale"]]),
         ("data", [content["data"]]),
@@ -196,6 +211,9 @@ def test_experiment_names_what_exists(experiment):
         assert chosen and len(chosen) == len(set(chosen)) and set(chosen) <= set(names(group)), group
     assert set(content["tasks"]) <= set(read(f"conf/data/{content['data']}.yaml")["tasks"])
     assert set(content["pretrain"]) <= set(content["models"])
+    assert set(content["ablation_models"]) <= set(content["models"])
+    assert all(base_method({"name": name}) for name in content["methods"])
+    assert not set(content["ablations"]) & set(content["methods"])
     assert set(content["efficiency_models"]) <= set(content["models"])
     assert set(content["stands_for"]) == {"bert_base", "roberta_base", "roberta_large", "llama2_7b"}
     assert set(filter(None, content["stands_for"].values())) <= {*content["models"], *content["llama_models"]}

@@ -41,6 +41,9 @@ def test_graph_resolves_into_the_expected_cells(experiment):
     cells = {f"{model}-{method}" for model in content["models"] for method in content["methods"]}
     for kind in ("search", "train"):
         assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{cell}" for cell in cells}
+    variants = {f"{model}-{method}" for model in content["ablation_models"] for method in content["ablations"]}
+    for kind in ("ablation_search", "ablation"):
+        assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{cell}" for cell in variants}
     for kind in ("gradients", "basis", "zero_rows"):
         assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{m}" for m in content["models"]}
     measured = {f"efficiency@{name}-{model}" for model in content["efficiency_models"]}
@@ -55,7 +58,7 @@ def test_graph_resolves_into_the_expected_cells(experiment):
     tables = {f"{table}@{name}" for table, where in content["tables"].items() if where}
     assert {s for s in found if s.startswith("table_")} == tables
     if name == "smoke":
-        assert len(found) <= 60
+        assert len(found) <= 85
 
 
 def test_commands_name_existing_configurations(experiment):
@@ -64,7 +67,7 @@ def test_commands_name_existing_configurations(experiment):
         ("model", content["models"] + content["llama_models"] + content["pretrain_chat"]),
         ("model", content["efficiency_models"]),
         ("scale/efficiency", [content["scale"]]),
-        ("method", content["methods"]),
+        ("method", content["methods"] + content["ablations"]),
         ("protocol", [content["protocol"]]),
         ("scale", [content["scale"]]),
         ("data", [content["data"]]),

@@ -2,6 +2,9 @@
 
 Every method is given the same targets and the same scope, so that they differ in one thing: how the weights of the MLP
 matrices move.
+
+A variant is a method's file in ``conf/method`` with a ``name`` of its own, ``base``, the method that implements it, and
+under ``protocol`` the choices in which it departs from the protocol that all others follow.
 """
 
 from __future__ import annotations
@@ -24,11 +27,44 @@ __all__ = [
     "Method",
     "SparseGrad",
     "Targets",
+    "base_method",
     "build_method",
     "build_targets",
+    "needs_bases",
+    "with_own_choices",
 ]
 
 METHODS = ("full", "lora", "meprop", "sparsegrad")
+
+
+def base_method(method: Mapping[str, Any]) -> str:
+    """Which of :data:`METHODS` a method's file means: its ``base`` where it is a variant, else its ``name``.
+
+    Raises:
+        ValueError: if it is none of them.
+    """
+    base = method.get("base", method["name"])
+    if base not in METHODS:
+        raise ValueError(f"method={base!r}; allowed: {', '.join(METHODS)}.")
+    return base
+
+
+def needs_bases(method: Mapping[str, Any]) -> bool:
+    """Whether a method's file means one that rotates gradients."""
+    return base_method(method) == "sparsegrad"
+
+
+def with_own_choices(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with the choices that a variant makes for itself put into its protocol.
+
+    Raises:
+        ValueError: if a choice is none that the protocol has.
+    """
+    own, protocol = config.get("method", {}).get("protocol", {}), config["protocol"]
+    unknown = [name for name in own if name not in protocol]
+    if unknown:
+        raise ValueError(f"method {config['method']['name']} sets protocol.{unknown[0]}; allowed: {list(protocol)}.")
+    return {**config, "protocol": {**protocol, **own}}
 
 
 def build_method(
@@ -49,9 +85,7 @@ def build_method(
     Raises:
         ValueError: on an unknown method, or SparseGrad without bases.
     """
-    name = method["name"]
-    if name not in METHODS:
-        raise ValueError(f"method={name!r}; allowed: {', '.join(METHODS)}.")
+    name = base_method(method)
     targets = build_targets(name, model, protocol)
     k, density = model["k"], protocol["density"]
     if name == "full":
@@ -62,13 +96,14 @@ def build_method(
     if name == "meprop":
         return MeProp(targets, k=k, density=density, optimizer_rule=protocol["meprop_optimizer"])
     if bases is None:
-        raise ValueError("method=sparsegrad needs bases: run the gradients and basis stages, or set basis=PATH.")
+        raise ValueError(f"method={method['name']} needs bases: run the gradients and basis stages, or set basis=PATH.")
     return SparseGrad(
         targets,
         bases=bases,
         k=k,
         density=density,
         orientation=protocol["orientation"],
+        basis_seed=method.get("basis_seed"),
         form=method["form"],
         matmul=method["matmul"],
         select_in="backward" if one_backward_a_step else "step",

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from finetune.methods.base import Targets, kept_entries
@@ -21,7 +22,9 @@ class SparseGrad:
         bases: by layer kind, in the hosvd orientation.
         k: entries kept a matrix (D1); of the truncated form, entries of the core at most.
         density: a share instead of a count; wins over k.
-        orientation: ``hosvd`` or ``released`` (D2).
+        orientation: ``hosvd`` or ``released`` (D2); ``random`` is the control: orthogonal bases that were drawn, not
+            computed.
+        basis_seed: of those.
         form, matmul, select_in: see :func:`sparsegrad.sparsify`. The truncated form selects nothing: its core, square
             within the budget of k entries, trains whole.
     """
@@ -31,6 +34,7 @@ class SparseGrad:
     k: int | None
     density: float | None = None
     orientation: str = "hosvd"
+    basis_seed: int | None = None
     form: str = "folded"
     matmul: str = "regular"
     select_in: str = "step"
@@ -38,10 +42,9 @@ class SparseGrad:
     def prepare(self, model: nn.Module) -> nn.Module:
         targets = self.targets.set_trainable(model)
         k = {t.kind: kept_entries(self.k, self.density, tuple(t.module.weight.shape)) for t in targets}
-        bases = {kind: basis.oriented(self.orientation) for kind, basis in self.bases.items()}
         return sparsify(
             model,
-            bases,
+            self._oriented(),
             k,
             self.targets.target_modules,
             self.targets.layers_to_transform,
@@ -49,6 +52,14 @@ class SparseGrad:
             matmul=self.matmul,
             select_in="step" if self.form == "truncated" else self.select_in,
         )
+
+    def _oriented(self) -> dict[str, Basis]:
+        if self.orientation != "random":
+            return {kind: basis.oriented(self.orientation) for kind, basis in self.bases.items()}
+        if self.basis_seed is None:
+            raise ValueError("orientation='random' draws its bases: give method.basis_seed, a whole number.")
+        generator = torch.Generator().manual_seed(self.basis_seed)
+        return {kind: random_basis(basis, generator) for kind, basis in self.bases.items()}
 
     def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
         return SparseGradAdamW(param_groups(model, weight_decay), lr=lr, fused=True)
@@ -59,3 +70,14 @@ class SparseGrad:
     def entries(self, shape: tuple[int, int]) -> int:
         k = kept_entries(self.k, self.density, shape)
         return prod(core_shape(k, shape)) if self.form == "truncated" else k
+
+
+def random_basis(like: Basis, generator: torch.Generator) -> Basis:
+    """A basis of another's shapes, dtype and device, uniform over the orthogonal matrices (in float64, on the CPU)."""
+
+    def draw(factor: Tensor) -> Tensor:
+        gaussian = torch.randn(factor.shape[::-1], generator=generator, dtype=torch.float64)
+        Q, R = torch.linalg.qr(gaussian)
+        return (Q * R.diagonal().sign()).T.contiguous().to(factor)  # with the signs of R: uniform (Mezzadri 2007)
+
+    return Basis(draw(like.U), draw(like.V))
