@@ -14,7 +14,7 @@ from finetune import checkpoint, models, record_content
 from finetune.data.examples import Examples
 from finetune.methods import Method
 from finetune.refreshing import RefreshOptions
-from finetune.tracking import Tracker
+from finetune.tracking import SUMMARY, Tracker, chosen
 from finetune.training import Ended, NonFiniteLoss, train
 from finetune.training_options import TrainingOptions
 from sparsegrad import Basis, load_bases
@@ -39,7 +39,7 @@ def execute(
 
     Args:
         config: ``checkpoints``, ``progress`` and ``wandb`` are read.
-        record: :func:`finetune.record_content.header` and more; its ``config_hash`` names checkpoints and tracking.
+        record: :func:`finetune.record_content.header` and more; its ``config_hash`` names checkpoints, its ``run`` tracking.
         model, optimizer: a method's.
         split, evaluate, metric, options, accelerator, on_evaluation, refresh: see :func:`finetune.training.train`.
         on_finished: called with the model at its best weights before the checkpoints are deleted; of several processes
@@ -52,7 +52,7 @@ def execute(
     digest = run["config_hash"]
     folder = Path(config["checkpoints"]) / digest
     label = f"{run['model']} {run['method']} {run['task']} seed {run['seed']}"
-    with _tracker(config, record, label, accelerator.is_main_process) as tracker:
+    with Tracker.of_record(record, config["wandb"], main_process=accelerator.is_main_process) as tracker:
         try:
             progress = train(
                 model,
@@ -75,9 +75,11 @@ def execute(
             raise
         except NonFiniteLoss as error:
             _forget(accelerator, folder)
-            return record | {"status": "failed", "error": str(error), "score": None, "metric": metric}
+            record |= {"status": "failed", "error": str(error), "score": None, "metric": metric}
+            tracker.summary(chosen(record, SUMMARY))
+            return record
         record |= record_content.outcome(progress, metric, options, len(split))
-        tracker.summary({"score": record["score"], "steps": progress.step})
+        tracker.summary(chosen(record, SUMMARY))
     if on_finished is not None and accelerator.is_main_process:
         on_finished(model)
     accelerator.wait_for_everyone()
@@ -149,17 +151,3 @@ def _forget(accelerator: Accelerator, folder: Path) -> None:
     """Delete a run's checkpoints; of several processes the one that writes them does."""
     if accelerator.is_main_process:
         checkpoint.remove_checkpoints(folder)
-
-
-def _tracker(config: Mapping[str, Any], record: Mapping[str, Any], name: str, is_main_process: bool) -> Tracker:
-    wandb, run = config["wandb"], record["run"]
-    return Tracker(
-        wandb["mode"] if is_main_process else "disabled",
-        wandb["folder"],
-        project=wandb["project"],
-        run_id=run["config_hash"],
-        group=f"{run['experiment']}/{run['model']}/{run['task']}",
-        job_type=run["kind"],
-        name=name,
-        config={key: record[key] for key in ("run", "hyperparameters", "config")},
-    )

@@ -23,6 +23,7 @@ from finetune.tracking import (
     TRIAL_SCORE,
     TRIAL_SECONDS,
     VALIDATION,
+    VARIANT_METRICS,
     Artifact,
     chosen,
     group_of,
@@ -123,8 +124,8 @@ def of_efficiency(record: Mapping[str, Any]) -> Mirror:
     config = chosen(record, ("run", "model", "treatment", "lengths", "device", "provenance"))
     summary: dict[str, Any] = {}
     for variant in record["variants"]:
-        found = chosen(variant, ("status", "steps_per_second", "parameters"))
-        summary[variant["name"]] = found | chosen(variant.get("memory", {}), ("peak_training", "peak_evaluation"))
+        found = chosen(variant, ("status", "parameters", *VARIANT_METRICS))
+        summary[variant["name"]] = found | chosen(variant.get("memory", {}), VARIANT_METRICS)
     return Mirror(record["run"], "efficiency", config, summary)
 
 
