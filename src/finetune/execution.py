@@ -39,7 +39,7 @@ def execute(
 
     Args:
         config: ``checkpoints``, ``progress`` and ``wandb`` are read.
-        record: :func:`finetune.record_content.header` and more; its ``config_hash`` names checkpoints, its ``run`` tracking.
+        record: :func:`finetune.record_content.header` and more; ``run`` names checkpoints and tracking.
         model, optimizer: a method's.
         split, evaluate, metric, options, accelerator, on_evaluation, refresh: see :func:`finetune.training.train`.
         on_finished: called with the model at its best weights before the checkpoints are deleted; of several processes
