@@ -1,0 +1,1 @@
+"""Where the energy of weight gradients lies, in which basis, and how that changes while a model is fine-tuned."""
