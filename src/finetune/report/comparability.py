@@ -32,6 +32,7 @@ def reasons_against(cell: Cell, evidence: Evidence, runs: Sequence[Run | Search]
         At most one sentence for `source`; empty if the cell may be compared.
     """
     reasons = [] if cell.paper else ["the paper prints no value"]
+    reasons += ["its value is inferred, not printed"] if cell.inferred else []
     if runs[0].model != cell.model:
         reasons.append(f"{runs[0].model} is not the paper's {cell.model}")
     if evidence.protocol not in PAPER_PROTOCOLS:
@@ -51,11 +52,13 @@ def missing_tasks(cell: Cell, by_task: Mapping[str, Sequence[Run]]) -> list[str]
     """Name the tasks of a partial average and the paper's mean over the same ones; empty over all eight."""
     if len(by_task) == len(TASKS):
         return []
-    scores = layouts.printed_scores(cell.model, cell.method)
-    same = statistics.fmean(scores[task] for task in by_task)
+    scores = layouts.printed_scores(cell)
+    known = [scores[task] for task in by_task if task in scores]
     missing = ", ".join(label for task, label in TASKS.items() if task not in by_task)
     names = ", ".join(TASKS[task] for task in by_task)
-    return [f"not comparable: over {names} only (without {missing}), the paper's mean over these is {same:.2f}"]
+    same = f"the paper's mean over these is {statistics.fmean(known):.2f}" if len(known) == len(by_task) else ""
+    same = same or "of which the paper does not print all"
+    return [f"not comparable: over {names} only (without {missing}), {same}"]
 
 
 def why_not_run(cell: Cell, evidence: Evidence) -> list[str]:
@@ -88,7 +91,7 @@ def score_verdict(
     paper = printed.parse(cell.paper)
     if not comparable or paper is None:
         return stats.verdict(None, comparable=False, rounding=0, margin=margin)
-    deviations = layouts.printed_stds(cell.model, cell.method)
+    deviations = layouts.printed_stds(cell)
     stds = [deviations[task] for task in tasks]
     difference = stats.difference_from_paper(scores, paper.value, stds, layouts.PAPER_RUNS[cell.model])
     return stats.verdict(difference, rounding=paper.rounding, margin=margin)
@@ -113,6 +116,25 @@ def count_verdict(cell: Cell, exact: float, *, comparable: bool) -> tuple[str, l
     how = "cut off, not rounded" if paper.truncate(exact).number == paper.number else "neither rounded nor cut off"
     value = f"{exact:,}" if isinstance(exact, int) else f"{exact:,.2f}{paper.unit if paper.unit == '%' else ''}"
     return stats.DIFFERS, [f"{value} rounds to {paper.round(exact).text}, the paper prints {paper.text} ({how})"]
+
+
+def k_verdict(cell: Cell, share: float | None) -> tuple[str, list[str]]:
+    """Compare the share of entries that a run keeps with its row's label; it is the one number printed of k.
+
+    Args:
+        cell: A cell of column `layouts.K`; its row label starts with the printed share in percent.
+        share: Kept entries of a matrix in percent; `None` where the records do not tell.
+
+    Returns:
+        The verdict, and at most one mark for `source` where the label is not the share rounded.
+    """
+    label = printed.parse(cell.row.split()[0])
+    if share is None or label is None:
+        return stats.NOT_COMPARABLE, []
+    if label.round(share).number == label.number:
+        return stats.AGREES, []
+    how = "cut off, not rounded" if label.truncate(share).number == label.number else "neither rounded nor cut off"
+    return stats.DIFFERS, [f"{share:.3f} % rounds to {label.round(share).text}, the label says {label.text} ({how})"]
 
 
 def setting_verdict(cell: Cell, value: float, *, comparable: bool) -> str:

@@ -5,7 +5,7 @@ used once per (model, method, task, seed); failed runs and files left out stay l
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ class Run:
         random_weights: Whether the model started from random weights.
         trainable: Number of trainable parameters of the model.
         trainable_per_layer: Entries of one wrapped MLP matrix that a step updates, mean over the wrapped matrices.
+        matrix: Entries of one wrapped MLP matrix; `None` where the record's configuration does not tell.
     """
 
     path: str
@@ -47,6 +48,7 @@ class Run:
     random_weights: bool
     trainable: int
     trainable_per_layer: float
+    matrix: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Evidence:
         searches: (model, method, task) -> search.
         models: Name -> (path, model configuration with `architecture`).
         left_out: Model -> sentences on records that no table can use.
+        bases: Variant among the records -> the method that implements it.
     """
 
     experiment: str
@@ -93,6 +96,7 @@ class Evidence:
     searches: Mapping[Key, Search] = field(default_factory=dict)
     models: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    bases: Mapping[str, str] = field(default_factory=dict)
 
 
 def collect_evidence(
@@ -107,7 +111,7 @@ def collect_evidence(
     """Check and index what ran.
 
     Records of another `kind` than `train` belong to other tables and are skipped. Records of another experiment,
-    protocol, method or task are left out and listed.
+    protocol, method or task are left out and listed. A variant of a method is known by its records' `method.base`.
 
     Args:
         experiment: Name of the experiment.
@@ -129,9 +133,12 @@ def collect_evidence(
     if unknown:
         raise ValueError(f"stands_for has {unknown}; its keys are the paper's models: {', '.join(PAPER_MODELS)}")
     left_out: dict[str, list[str]] = {}
-    runs, failed = _index_runs(_used(records, experiment, protocol, left_out))
+    records = list(records)
+    bases = _bases(records)
+    allowed = {"experiment": [experiment], "protocol": [protocol], "method": [*METHODS.values(), *bases]}
+    runs, failed = _index_runs(_used(records, allowed, left_out))
     found: dict[Key, Search] = {}
-    for path, key, result in _used(searches, experiment, protocol, left_out):
+    for path, key, result in _used(searches, allowed, left_out):
         if key in found:
             refuse_twice("search", key, found[key].path, path)
         found[key] = _search(path, result)
@@ -144,12 +151,23 @@ def collect_evidence(
         searches=found,
         models=_models(models),
         left_out={model: tuple(sorted(lines)) for model, lines in left_out.items()},
+        bases=bases,
     )
 
 
-def _used(pairs, experiment: str, protocol: str, left_out: dict[str, list[str]]):
-    """Yield (path, key, content) of the training runs of this experiment and protocol; list the others."""
-    allowed = {"experiment": [experiment], "protocol": [protocol], "method": [*METHODS.values()], "task": [*TASKS]}
+def _bases(records: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
+    """Variant -> the method that implements it, as the records' own configurations say."""
+    found = {}
+    for _, record in records:
+        method = record.get("config", {}).get("method", {}) if isinstance(record, Mapping) else {}
+        if method.get("base") in METHODS.values():
+            found[method["name"]] = method["base"]
+    return found
+
+
+def _used(pairs, allowed: Mapping[str, Sequence[str]], left_out: dict[str, list[str]]):
+    """Yield (path, key, content) of the training runs whose names are allowed; list the others."""
+    allowed = {**allowed, "task": [*TASKS]}
     for path, content in pairs:
         if read_key(path, content, "run", "kind") not in ("train", "search"):
             continue
@@ -202,8 +220,16 @@ def _run(path: str, record: Mapping[str, Any]) -> Run:
         scale=read_key(path, record, "run", "scale"),
         version=version,
         random_weights=bool(read_key(path, record, "model", "random_weights")),
+        matrix=_matrix(record),
         **counts,
     )
+
+
+def _matrix(record: Mapping[str, Any]) -> int | None:
+    """Entries of one MLP matrix of the model that ran."""
+    architecture = record.get("config", {}).get("model", {}).get("architecture", {})
+    sides = [architecture.get(name) for name in ("hidden_size", "intermediate_size")]
+    return sides[0] * sides[1] if all(isinstance(side, int) for side in sides) else None
 
 
 def _search(path: str, result: Mapping[str, Any]) -> Search:

@@ -1,4 +1,4 @@
-"""What each cell of the paper's tables 1, 4, 5, 9, 10, 13, 14 and 15 holds, in the project's words.
+"""What each cell of the paper's tables 1, 4, 5 and 9 to 15 holds, in the project's words.
 
 Rows and columns are read from the printed tables themselves (`finetune.published`), so that a built table has exactly
 the paper's labels; a layout adds which model, method and task stand behind a label.
@@ -26,6 +26,12 @@ authors' logs, and those of the large model 3 of them."""
 GLUE_TABLES = {"roberta_large": 4, "bert_base": 9, "roberta_base": 10}
 """Model -> the table with its scores per task."""
 
+K_TABLES = {11: "bert_base", 12: "roberta_base"}
+"""Table with SparseGrad's scores against k -> model."""
+
+K = "k per layer"
+"""Column of those tables that is not printed: k is inferred from the released run script's grid."""
+
 METRICS = {task: "accuracy" for task in TASKS} | {"cola": "matthews_correlation", "stsb": "pearson"}
 """Task -> metric of the released code; the paper names none."""
 
@@ -40,6 +46,8 @@ _TITLES = {
     5: "trainable parameters and mean GLUE score of BERT and RoBERTa-base",
     9: "BERT on GLUE",
     10: "RoBERTa-base on GLUE",
+    11: "SparseGrad's score against k, BERT",
+    12: "SparseGrad's score against k, RoBERTa-base",
     13: "best batch size and learning rate, SparseGrad on BERT",
     14: "best batch size and learning rate, full fine-tuning of BERT",
     15: "best batch size and learning rate, full fine-tuning of RoBERTa-base",
@@ -56,10 +64,10 @@ class Cell:
         table: Number of the table.
         row: Row label as printed.
         column: Column label as printed.
-        quantity: `count`, `share`, `trainable`, `trainable_per_layer`, `average`, `score`, `batch_size` or
+        quantity: `count`, `share`, `trainable`, `trainable_per_layer`, `k`, `average`, `score`, `batch_size` or
             `learning_rate`.
         model: The paper's model, one of `PAPER_MODELS`.
-        method: One of `METHODS`' values; empty in table 1.
+        method: One of `METHODS`' values, or a variant such as `sparsegrad_18k`; empty in table 1.
         task: One of `TASKS`; empty where the cell is not about one task.
         part: Field of `ParameterCounts`, table 1 only.
         paper: The printed value, empty where there is none.
@@ -80,6 +88,11 @@ class Cell:
     paper_std: str = ""
     source: str = ""
     note: str = ""
+
+    @property
+    def inferred(self) -> bool:
+        """Whether the printed value is a reader's inference, which is no evidence."""
+        return self.source.startswith("inferred")
 
 
 def title(number: int) -> str:
@@ -103,8 +116,12 @@ def cells(number: int) -> list[Cell]:
     """
     _known(number)
     found = []
-    for line in paper_table(number):
+    lines = paper_table(number)
+    kept = {line["row"]: line["value"] for line in lines if line["column"] == K}
+    for line in lines:
         behind = _meaning(number, line["row"], line["column"])
+        if number in K_TABLES:
+            behind["method"] = k_variant(kept[line["row"]])
         source = f"{line['source']} table{number}"
         printed = {"paper": line["value"], "paper_std": line["std"], "source": source, "note": line["note"]}
         found.append(Cell(number, line["row"], line["column"], **behind, **printed))
@@ -113,21 +130,30 @@ def cells(number: int) -> list[Cell]:
     return found
 
 
-def printed_stds(model: str, method: str) -> dict[str, float | None]:
-    """Return the printed standard deviation of each task, in percent; `None` where none is printed.
+def printed_stds(cell: Cell) -> dict[str, float | None]:
+    """Return the printed standard deviation of each task of a cell's row, in percent; `None` where none is printed.
 
     Args:
-        model: A key of `GLUE_TABLES`.
-        method: A method.
+        cell: A score or an average. Table 5 prints averages alone: its rows are those of the model's own table.
     """
-    found = [cell for cell in cells(GLUE_TABLES[model]) if cell.quantity == "score" and cell.method == method]
-    return {cell.task: float(cell.paper_std) if cell.paper_std else None for cell in found}
+    row = _scores_of_row(cell)
+    return {other.task: float(other.paper_std) if other.paper_std and not other.inferred else None for other in row}
 
 
-def printed_scores(model: str, method: str) -> dict[str, float]:
-    """Return the printed score of each task, in percent (arguments as in `printed_stds`)."""
-    found = [cell for cell in cells(GLUE_TABLES[model]) if cell.quantity == "score" and cell.method == method]
-    return {cell.task: float(cell.paper) for cell in found if cell.paper}
+def printed_scores(cell: Cell) -> dict[str, float]:
+    """Return the printed score of each task of a cell's row, in percent (argument as in `printed_stds`)."""
+    return {other.task: float(other.paper) for other in _scores_of_row(cell) if other.paper and not other.inferred}
+
+
+def _scores_of_row(cell: Cell) -> list[Cell]:
+    table = cell.table if cell.table in K_TABLES else GLUE_TABLES[cell.model]
+    found = [other for other in cells(table) if other.quantity == "score" and other.method == cell.method]
+    return [other for other in found if other.row == cell.row or table != cell.table]
+
+
+def k_variant(k: str) -> str:
+    """Name the method behind a row of tables 11 and 12: `sparsegrad_18k`, or `sparsegrad` where no k is known."""
+    return f"sparsegrad_{int(k) // 1000}k" if k else "sparsegrad"
 
 
 def _known(number: int) -> None:
@@ -147,15 +173,16 @@ def _meaning(number: int, row: str, column: str) -> dict[str, str]:
         name, column = column.rsplit(" ", 1)
         model = _model(name)
     else:
-        model = next(model for model, table in GLUE_TABLES.items() if table == number)
+        model = K_TABLES.get(number) or next(model for model, table in GLUE_TABLES.items() if table == number)
     quantities = {
         "#Trainable": "trainable",
         "#Trainable Model": "trainable",
         "#Trainable MLP layer": "trainable_per_layer",
+        K: "k",
         "AVG": "average",
     }
     task = "" if column in quantities else column.lower()
-    return {"quantity": quantities.get(column, "score"), "model": model, "method": METHODS[row], "task": task}
+    return {"quantity": quantities.get(column, "score"), "model": model, "method": METHODS.get(row, ""), "task": task}
 
 
 def _model(label: str) -> str:

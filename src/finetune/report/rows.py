@@ -16,6 +16,7 @@ from finetune.report import stats
 from finetune.report.architectures import ParameterCounts
 from finetune.report.comparability import (
     count_verdict,
+    k_verdict,
     keys_of,
     missing_tasks,
     reasons_against,
@@ -24,7 +25,7 @@ from finetune.report.comparability import (
     why_not_run,
 )
 from finetune.report.evidence import Evidence, Run
-from finetune.report.layouts import Cell
+from finetune.report.layouts import METHODS, Cell
 
 COLUMNS = (
     "row",
@@ -71,6 +72,7 @@ def build_row(cell: Cell, frame: Frame) -> dict[str, Any]:
         "share": _architecture_row,
         "trainable": _trainable_row,
         "trainable_per_layer": _trainable_row,
+        "k": _k_row,
         "average": _average_row,
         "score": _score_row,
         "batch_size": _setting_row,
@@ -82,7 +84,7 @@ def build_row(cell: Cell, frame: Frame) -> dict[str, Any]:
 def _score_row(cell: Cell, frame: Frame) -> dict[str, Any]:
     """Score of one task: mean over seeds with Student's interval, Welch's interval for the verdict."""
     runs = _runs(cell, frame.evidence)
-    logged = list(released_scores(cell.model, cell.method, cell.task).values())
+    logged = _logged(cell, cell.task)
     released = {"released": statistics.fmean(logged) if logged else None, "logs": _logs(len(logged), "seed")}
     if not runs:
         return _row(cell, frame, verdict=stats.NOT_RUN, source=why_not_run(cell, frame.evidence), **released)
@@ -98,7 +100,7 @@ def _average_row(cell: Cell, frame: Frame) -> dict[str, Any]:
     """Average over the tasks that ran, with the bootstrap's interval; comparable only over all eight."""
     by_task = {key[2]: frame.evidence.runs.get(key, ()) for key in keys_of(cell, frame.evidence)}
     by_task = {task: runs for task, runs in by_task.items() if runs}
-    logs = {task: list(released_scores(cell.model, cell.method, task).values()) for task in TASKS}
+    logs = {task: _logged(cell, task) for task in TASKS}
     released = {"released": None, "logs": None}
     if all(logs.values()):
         least = min(len(scores) for scores in logs.values())
@@ -129,6 +131,21 @@ def _trainable_row(cell: Cell, frame: Frame) -> dict[str, Any]:
     spread = f", {_whole(counts[0]):,} to {_whole(counts[-1]):,}" if counts[0] != counts[-1] else ""
     source = [f"ours: count in {len(runs)} records{spread}", *reasons, *mark]
     return _row(cell, frame, verdict=verdict, ours=count, source=source, runs=runs)
+
+
+def _k_row(cell: Cell, frame: Frame) -> dict[str, Any]:
+    """Entries of one MLP matrix that a step keeps, and their share against the row's label, whichever model ran."""
+    runs = _runs(cell, frame.evidence)
+    if not runs:
+        return _row(cell, frame, verdict=stats.NOT_RUN, source=why_not_run(cell, frame.evidence))
+    counts = sorted({(run.trainable_per_layer, run.matrix) for run in runs}, key=str)
+    (kept, matrix), several = counts[0], len(counts) > 1
+    share = 100 * kept / matrix if matrix and not several else None
+    verdict, mark = k_verdict(cell, share)
+    of = [f"{share:.3f} % of {matrix:,} entries"] if share is not None else []
+    of += [f"records disagree: {', '.join(f'{k:,} of {m}' for k, m in counts)}"] if several else []
+    source = [f"ours: count in {_plural(len(runs), 'record')}", *of, *mark]
+    return _row(cell, frame, verdict=verdict, ours=_whole(kept), source=source, runs=runs)
 
 
 def _architecture_row(cell: Cell, frame: Frame) -> dict[str, Any]:
@@ -202,6 +219,12 @@ def _row(
         "model": runs[0].model if runs else "",
         "records": ";".join(run.path for run in runs),
     }
+
+
+def _logged(cell: Cell, task: str) -> list[float]:
+    """The authors' logged scores; they have none of a variant."""
+    known = cell.method in METHODS.values()
+    return list(released_scores(cell.model, cell.method, task).values()) if known else []
 
 
 def _runs(cell: Cell, evidence: Evidence) -> list[Run]:

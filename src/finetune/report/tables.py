@@ -1,4 +1,4 @@
-"""The paper's tables 1, 4, 5, 9, 10, 13, 14 and 15 from the records of the runs.
+"""The paper's tables 1, 4, 5 and 9 to 15 from the records of the runs.
 
 evidence = collect_evidence(experiment=..., protocol=..., stands_for=..., records=..., searches=..., models=...)
 rows, context = build_table(9, evidence)
@@ -12,7 +12,8 @@ from finetune.report import layouts, stats
 from finetune.report.architectures import count_parameters
 from finetune.report.comparability import PAPER_PROTOCOLS, keys_of
 from finetune.report.evidence import Evidence, Run, Search, collect_evidence
-from finetune.report.layouts import PAPER_MODELS, SETTINGS, TABLES, Cell
+from finetune.report.k_notes import k_notes
+from finetune.report.layouts import K_TABLES, PAPER_MODELS, SETTINGS, TABLES, Cell
 from finetune.report.rows import COLUMNS, Frame, build_row
 from finetune.report.writers import Context, write_table
 
@@ -43,12 +44,13 @@ def build_table(
     versions = frozenset(run.version for run in used if isinstance(run, Run))
     frame = Frame(evidence=evidence, versions=versions, counts=counts, margin=margin, seed=seed)
     rows = [build_row(cell, frame) for cell in cells]
+    own = k_notes(cells) if number in K_TABLES else ()
     context = Context(
         experiment=evidence.experiment,
         protocol=evidence.protocol if number != 1 else "",
         title=layouts.title(number),
         models=_places(cells, evidence, used),
-        notes=(*_rules(cells, margin), *_marks(cells, rows), *_losses(cells, evidence, versions)),
+        notes=(*_rules(cells, margin), *own, *_marks(cells, rows), *_losses(cells, evidence, versions)),
     )
     return rows, context
 

@@ -135,6 +135,17 @@ def to_latex(number: int, rows: Sequence[Row], context: Context) -> str:
     return "\n".join([*lines, r"\end{table}"]) + "\n"
 
 
+def format_value(column: str, value: float | None) -> str:
+    """Format a value for readers: some by their column, counts with separators, the rest to 0.01; nothing if `None`."""
+    if value is None:
+        return ""
+    if column in _FORMATS:
+        return format(value, _FORMATS[column])
+    if column.endswith((" share", "#Train params")):
+        return f"{value:.2f}%" if value >= 1 else f"{value:.3g}%"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
+
+
 def _legend(rows: Sequence[Row]) -> str:
     """Say what the parts of a Markdown cell are, as far as the table has them."""
     interval = " [95 % interval]" if any(row["ours_low"] is not None for row in rows) else ""
@@ -184,7 +195,8 @@ def _interval(row: Row) -> str:
 
 
 def _paper(row: Row) -> str:
-    return f"{row['paper']} ± {row['paper_std']}" if row["paper_std"] else row["paper"] or "not printed"
+    text = f"{row['paper']} ± {row['paper_std']}" if row["paper_std"] else row["paper"] or "not printed"
+    return f"{text} (inferred)" if row["paper"] and row["source"].startswith("paper: inferred") else text
 
 
 def _latex_lines(label: str, found: Sequence[Row | None]) -> list[list[str]]:
@@ -201,15 +213,7 @@ def _latex_lines(label: str, found: Sequence[Row | None]) -> list[list[str]]:
 
 
 def _number(row: Row, name: str) -> str:
-    """Format a value for readers: some by their column, counts with separators, the rest to 0.01."""
-    value = row[name]
-    if value is None:
-        return ""
-    if row["column"] in _FORMATS:
-        return format(value, _FORMATS[row["column"]])
-    if row["column"].endswith((" share", "#Train params")):
-        return f"{value:.2f}%" if value >= 1 else f"{value:.3g}%"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
+    return format_value(row["column"], row[name])
 
 
 def _plain(value: Any) -> str:

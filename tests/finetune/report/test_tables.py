@@ -316,6 +316,84 @@ def test_bad_searches_models_and_places():
         _evidence(stands_for={"bert": "minilm"})
 
 
+def _variant(name, seed, kept, *, task="cola", side=3072, **changes):
+    path, record = _record("bert_base", name, task, seed, 0.59 + seed / 1000, **changes)
+    architecture = {"hidden_size": side // 4, "intermediate_size": side}
+    method = {"name": name} | ({"base": "sparsegrad"} if name != "sparsegrad" else {})
+    record["parameters"]["trainable_per_layer"] = kept
+    return path, record | {"config": {"method": method, "model": {"architecture": architecture}}}
+
+
+def test_table_11_from_variants():
+    kept = {"sparsegrad": 28_000, "sparsegrad_18k": 18_000, "sparsegrad_30k": 30_000, "sparsegrad_100k": 100_000}
+    records = [_variant(name, seed, k) for name, k in kept.items() for seed in (1, 2, 3)]
+    rows, context = build_table(11, _evidence(records))
+    cells = {(row["row"], row["column"]): row for row in rows}
+    assert cells["0.8", "CoLA"]["ours"] == pytest.approx(59.2) and cells["0.8", "CoLA"]["released"] is None
+    assert cells["0.8", "CoLA"]["verdict"] == "agrees"  # 59.1 ± 0.5 printed
+    assert [cells["1", column]["verdict"] for column in ("k per layer", "AVG", "CoLA")] == ["not run"] * 3
+    shares = {row: cells[row, "k per layer"] for row in ("100", "0.8", "1.2", "4.2")}
+    assert [found["ours"] for found in shares.values()] == [28_000, 18_000, 30_000, 100_000]
+    assert [found["verdict"] for found in shares.values()] == ["differs", "agrees", "differs", "agrees"]
+    assert "0.763 % of 2,359,296 entries" in shares["0.8"]["source"]
+    assert "1.272 % rounds to 1.3, the label says 1.2 (cut off, not rounded)" in shares["1.2"]["source"]
+    assert "1.187 % rounds to 1, the label says 100 (neither" in shares["100"]["source"]
+    assert "the paper's mean over these is 59.10" in cells["0.8", "AVG"]["source"]
+    assert cells["100", "CoLA"]["released"] == pytest.approx(58.77, abs=0.005)
+    text = writers.to_markdown(11, rows, context)
+    assert "92.4 ± 0.1 (inferred)" in text and "18000 (inferred)" in text and "59.1 ± 0.5 (" not in text
+
+
+def test_variants_are_known_by_their_records():
+    records = [_variant("truncated", 1, 28_000)]
+    path, record = _variant("other", 1, 28_000)
+    record["config"]["method"]["base"] = "adapter"
+    best = {"learning_rate": 1e-4, "batch_size": 16}
+    evidence = _evidence([*records, (path, record)], searches=[_search("bert_base", "truncated", "cola", best)])
+    assert evidence.bases == {"truncated": "sparsegrad"}
+    assert set(evidence.runs) == set(evidence.searches) == {("bert_base", "truncated", "cola")}
+    assert evidence.left_out == {"bert_base": (f"{path} (method other)",)}
+
+
+def test_shares_of_another_width_are_what_is_compared():
+    records = [_variant("sparsegrad_18k", seed, 4_500, side=1536) for seed in (1, 2)]
+    cell = _cells(11, _evidence(records))["0.8", "k per layer"]
+    assert (cell["ours"], cell["verdict"]) == (4_500, "agrees")
+    records += [_variant("sparsegrad_18k", 3, 45_000, side=1536)]
+    cell = _cells(11, _evidence(records))["0.8", "k per layer"]
+    assert cell["verdict"] == "not comparable" and "records disagree" in cell["source"]
+    _, record = _record("bert_base", "sparsegrad", "cola", 1, 0.5)
+    cell = _cells(11, _evidence([("a.json", record)]))["100", "k per layer"]
+    assert cell["verdict"] == "not comparable"  # without a configuration the share is not known
+
+
+def test_inferred_and_unknown_cells_are_compared_with_nothing():
+    names = [("sparsegrad", 28_000), ("sparsegrad_18k", 18_000)]
+    records = [_variant(name, seed, k, task=task) for name, k in names for seed in (1, 2, 3) for task in TASKS]
+    cells = _cells(11, _evidence(records))
+    inferred, unknown = cells["100", "SST2"], cells["0.8", "SST2"]
+    assert inferred["paper"] == "92.4" and inferred["verdict"] == unknown["verdict"] == "not comparable"
+    assert "its value is inferred, not printed" in inferred["source"]
+    assert "the paper prints no value" in unknown["source"]
+    # The average's verdict needs a deviation of every task; the one of SST2 is not printed.
+    assert cells["100", "AVG"]["verdict"] == cells["0.8", "AVG"]["verdict"] == "inconclusive"
+
+
+def test_faults_of_tables_11_and_12_are_found():
+    notes = {number: build_table(number, _evidence())[1].notes for number in (11, 12)}
+
+    def named(number, *texts):
+        return [note for note in notes[number] if all(text in note for text in texts)]
+
+    assert named(11, "Row 100: every printed score and deviation is that of table 9, SparseGrad")
+    assert named(12, "Row 100: every printed score and deviation is that of table 10, SparseGrad")
+    assert named(12, "Row 1.4 (printed; 100k is 4.2): 100,000 is 4.239 %; the label is another share")
+    assert named(12, "Row 100, AVG as printed (83.6): does not follow", "91.55 to 93.05", "with 94.2")
+    assert named(12, "Row 0.8, AVG as printed (83.4): follows only with an odd cell", "98.25 to 99.75")
+    assert named(11, "Row 100, AVG as printed (82.6): follows:")
+    assert named(11, "Inferred, not printed", "row 100 SST2 92.4") and named(12, "Not known: row 0.8 SST2.")
+
+
 @pytest.mark.parametrize("number", [0, 2, 3, 16])
 def test_unknown_table(number):
     with pytest.raises(ValueError, match="unknown table number"):
