@@ -2,7 +2,8 @@
 
 `tableNN.csv` holds the printed cells of one table (arXiv 2410.07383), `released_glue_per_seed.csv` the final score of
 every GLUE run in the authors' logs, and `released_hyperparameters.csv` the settings of their run script and Optuna
-database. The readers return the project's words (`bert_base`, `full`, `stsb`) in place of the files' own.
+database; `discrepancies.csv` says where paper and released code differ, and what is done here. The readers return the
+project's words (`bert_base`, `full`, `stsb`) in place of the files' own.
 """
 
 import csv
@@ -94,6 +95,17 @@ def released_hyperparameters(model: str, method: str, task: str) -> dict[str, st
     found = [row for row in rows if (row["model"], row["method"], row["task"].lower()) == wanted]
     settings = {row["setting"]: row["value"] for row in found}
     return settings | {"note": found[0]["note"]} if found else {}
+
+
+def discrepancies() -> list[dict[str, str]]:
+    """Read where the paper and the released code differ (rows D1 to D30).
+
+    Returns:
+        One dict per row, in order, with the text of `row` ("D1"), `topic`, `paper`, `code`, `tables` and `figures` (the
+        paper's numbers that it bears on, between spaces; empty: none) and what is done under the protocols `printed`,
+        `released` and `sound`.
+    """
+    return _read("discrepancies.csv")
 
 
 def _file_names(model: str, method: str, task: str) -> tuple[str, str, str]:
