@@ -461,11 +461,11 @@ PROCESSES = """
 
     config = yaml.safe_load(Path(sys.argv[1]).read_text())
     out, bases = Path(sys.argv[2]), load_file(sys.argv[3])
-    bases = {kind: Basis(bases[f"{kind}.U"], bases[f"{kind}.V"]) for kind in ("up", "down")}
+    bases = {kind: Basis(bases[f"{kind}.U"].double(), bases[f"{kind}.V"].double()) for kind in ("up", "down")}
     accelerator = make_accelerator("cpu", "fp32")
     facts, splits = load_task(config["data"], load_tokenizer(config["model"], ""), max_length=32, padding="longest")
     for name in config["methods"]:
-        model = load_classifier(config["model"], "", 2, 0)
+        model = load_classifier(config["model"], "", 2, 0).double()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -523,7 +523,8 @@ def test_two_processes_take_the_steps_of_one(ranks, config, random_bases, tmp_pa
         results[size] = {name: load_file(out / f"{name}.safetensors") for name in names}
     for name, one in results[1].items():
         two = results[2][name]
+        near = 1e-7 if name == "refreshed" else 1e-9  # eigenvectors of close eigenvalues magnify rounding
         assert one.keys() == two.keys()
         for key, tensor in one.items():
             if not key.endswith("key.bias"):
-                torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-5)
+                torch.testing.assert_close(two[key], tensor, rtol=0, atol=near)
