@@ -83,7 +83,17 @@ def test_values_of_k_are_shares_of_the_width_that_the_paper_states_them_for():
 
 @pytest.mark.parametrize(
     "group",
-    ["protocol", "scale", "protocol/llama", "scale/llama", "scale/efficiency", "chat", "questions", "judge"],
+    [
+        "protocol",
+        "scale",
+        "protocol/llama",
+        "scale/llama",
+        "scale/efficiency",
+        "scale/energy",
+        "chat",
+        "questions",
+        "judge",
+    ],
 )
 def test_choices_of_a_group_name_the_same_keys(group):
     """No default hides in code: what one protocol says, every protocol says."""
@@ -226,11 +236,13 @@ def test_seeds_of_the_report_are_several_and_none_is_the_searchs(experiment):
     assert read(f"conf/protocol/{content['protocol']}.yaml")["search_seed"] not in content["seeds"]
 
 
-def test_tables_are_stages_and_only_of_this_experiment(experiment):
+def test_tables_and_figures_are_stages_and_only_of_this_experiment(experiment):
     name, content = experiment
     stages = read("dvc.yaml")["stages"]
     assert set(content["tables"]) == {stage for stage in stages if stage.startswith("table_")}
     assert all(where in ([], [name]) for where in content["tables"].values())
+    assert set(content["figures"]) == {stage for stage in stages if stage.startswith("figure_")}
+    assert all(where in ([], [name]) for where in content["figures"].values())
 
 
 def test_experiment_has_a_search_for_every_method_with_points_inside_its_space(experiment):

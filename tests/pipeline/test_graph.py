@@ -44,7 +44,7 @@ def test_graph_resolves_into_the_expected_cells(experiment):
     variants = {f"{model}-{method}" for model in content["ablation_models"] for method in content["ablations"]}
     for kind in ("ablation_search", "ablation"):
         assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{cell}" for cell in variants}
-    for kind in ("gradients", "basis", "zero_rows"):
+    for kind in ("gradients", "basis", "zero_rows", "energy"):
         assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{m}" for m in content["models"]}
     measured = {f"efficiency@{name}-{model}" for model in content["efficiency_models"]}
     assert {s for s in found if s.startswith("efficiency@")} == measured
@@ -57,6 +57,8 @@ def test_graph_resolves_into_the_expected_cells(experiment):
     assert {s for s in found if s.startswith("examples@")} == {f"examples@{name}"}
     tables = {f"{table}@{name}" for table, where in content["tables"].items() if where}
     assert {s for s in found if s.startswith("table_")} == tables
+    figures = {f"{figure}@{name}" for figure, where in content["figures"].items() if where}
+    assert {s for s in found if s.startswith("figure_")} == figures
     if name == "smoke":
         assert len(found) <= 85
 
@@ -67,6 +69,7 @@ def test_commands_name_existing_configurations(experiment):
         ("model", content["models"] + content["llama_models"] + content["pretrain_chat"]),
         ("model", content["efficiency_models"]),
         ("scale/efficiency", [content["scale"]]),
+        ("scale/energy", [content["scale"]]),
         ("method", content["methods"] + content["ablations"]),
         ("protocol", [content["protocol"]]),
         ("scale", [content["scale"]]),
