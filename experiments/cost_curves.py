@@ -1,0 +1,43 @@
+"""Time of one MLP's training step as k, tokens and width grow: full, LoRA, three forms of SparseGrad, and the floor.
+
+    python experiments/cost_curves.py scale=cost_curves/smoke                  # by hand, to outputs/
+    python experiments/cost_curves.py results=true name=local scale=cost_curves/local
+
+The floor is the frozen MLP: forward, and backward to the input.
+"""
+
+import logging
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="cost_curves")
+def main(cfg: DictConfig) -> None:
+    from finetune import cells
+    from finetune.efficiency import cost_curves
+
+    with cells.exit_with_message():
+        config = OmegaConf.to_container(cfg, resolve=True)
+        path = (Path("results") / cfg.name if cfg.results else Path(cfg.output)) / "cost_curves.json"
+        options = cost_curves.read_config(config)
+        with cells.only_writer(path, cfg.checkpoints):
+            record = cost_curves.cost_curves(
+                options,
+                path,
+                Path(cfg.checkpoints) / "cost_curves",
+                experiment=cfg.name,
+                scale=cfg.scale.name,
+                version=cfg.version,
+                progress=cfg.progress,
+            )
+        for line in cost_curves.summary(record):
+            log.info("%s", line)
+        log.info("%s", path)
+
+
+if __name__ == "__main__":
+    main()

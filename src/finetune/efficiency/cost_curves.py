@@ -1,0 +1,235 @@
+"""Time of one MLP's training step as k, the number of tokens and the width grow, for every method, with the floor.
+
+One base point; each curve changes one thing of it. Variants are interleaved in rounds, as in the efficiency stage.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from finetune import records
+from finetune.efficiency import machine
+from finetune.efficiency.layer_variants import (
+    FLOOR,
+    LAYER_VARIANTS,
+    LayerTrainee,
+    Point,
+    layer_step,
+    make_bases,
+    make_batch,
+    makers,
+    step_flop,
+    touched,
+)
+from finetune.efficiency.timing import ratio, release, summarise, time_variants
+from finetune.efficiency.variants import PRECISIONS
+from sparsegrad import core_shape
+
+log = logging.getLogger(__name__)
+
+PAIRS = (("folded", "rotated_regular"), ("truncated", "lora"))
+"""Whose step times are compared: one form of SparseGrad with the paper's layer, the other with LoRA."""
+
+
+@dataclass(frozen=True)
+class CurveOptions:
+    """What to measure and how.
+
+    Attributes:
+        base: the point that every curve goes through.
+        densities, tokens, widths: values of the three curves; the base's own is added. The inner width grows with the
+            hidden one.
+        decay: the base is measured once more with this decay, see :class:`finetune.efficiency.layer_variants.Point`.
+        rounds: every round runs all variants; every second one in reverse.
+        steps: timed steps of a variant in a round.
+        warmup_steps: untimed steps of a freshly built variant, and one in every later round.
+    """
+
+    base: Point
+    densities: Sequence[float]
+    tokens: Sequence[int]
+    widths: Sequence[int]
+    decay: float
+    rounds: int
+    steps: int
+    warmup_steps: int
+    precision: str = "fp32"
+    device: str = "auto"
+    threads: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "steps", "warmup_steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}; it must be a whole number, at least 1.")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r}; allowed: {', '.join(PRECISIONS)}.")
+
+    def curves(self) -> dict[str, list[Point]]:
+        """Points of each curve, in ascending order."""
+        base, expand = self.base, self.base.inner / self.base.hidden
+        widths = sorted({*self.widths, base.hidden})
+        return {
+            "k": [replace(base, density=density) for density in sorted({*self.densities, base.density})],
+            "tokens": [replace(base, tokens=tokens) for tokens in sorted({*self.tokens, base.tokens})],
+            "width": [replace(base, hidden=width, inner=round(width * expand)) for width in widths],
+        }
+
+
+def read_config(config: Mapping[str, Any]) -> CurveOptions:
+    """Options of a composed ``conf/cost_curves.yaml``."""
+    scale = config["scale"]
+    own = {name: config[name] for name in ("precision", "device", "threads", "seed", "decay")}
+    lists = {name: list(scale[name]) for name in ("densities", "tokens", "widths")}
+    counts = {name: scale[name] for name in ("rounds", "steps", "warmup_steps")}
+    return CurveOptions(base=Point(**scale["base"]), **lists, **counts, **own)
+
+
+def cost_curves(
+    options: CurveOptions,
+    path: Path,
+    checkpoints: Path,
+    *,
+    experiment: str = "hand",
+    scale: str = "hand",
+    version: int = 1,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure all points and write the record. A finished record of the same request and machine is not made again.
+
+    Args:
+        path: of the record.
+        checkpoints: folder for finished points, so that a killed stage goes on; emptied at the end.
+        experiment, scale, version: for the record.
+
+    Raises:
+        ValueError: if the device is missing or others use it.
+    """
+    device = machine.find_device(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    facts = machine.facts(device)
+    content = {"version": version, "options": asdict(options), "device": [facts["type"], facts["name"]]}
+    digest = records.config_hash(content | {"torch": torch.__version__, "threads": facts["threads"]})
+    if path.is_file() and records.read_json(path).get("run", {}).get("config_hash") == digest:
+        log.info("%s is finished, reused", path)
+        return records.read_json(path)
+    before = machine.others(device)
+    warnings = machine.check_alone(device, before)
+    curves, folder = options.curves(), checkpoints / digest
+    decaying = replace(options.base, decay=options.decay)
+    points = list(dict.fromkeys([options.base, decaying, *(point for found in curves.values() for point in found)]))
+    measured = []
+    for point in tqdm(points, desc="points", disable=not progress):
+        kept = folder / f"{records.config_hash(asdict(point))}.json"
+        if not kept.is_file():
+            records.write_json(kept, measure_point(point, options, device))
+        measured.append(records.read_json(kept))
+    record = {
+        "schema": records.SCHEMA,
+        "version": version,
+        "status": "finished",
+        "error": None,
+        "run": {"experiment": experiment, "kind": "cost_curves", "scale": scale, "config_hash": digest},
+        "treatment": {
+            **asdict(options),
+            "layer": "down(gelu(up(x))) with biases; forward, backward down to the input, update",
+            "optimizer": "AdamW, fused; SparseGrad: lazy Adam for the matrices; the floor trains nothing",
+            "bases": "random orthogonal",
+            "order": "interleaved: every round runs all variants, every second round in reverse",
+        },
+        "device": facts | {"others_before": before, "others_after": machine.others(device)},
+        "warnings": warnings,
+        "points": measured,
+        "base": points.index(options.base),
+        "decaying": points.index(decaying),
+        "curves": {name: [points.index(point) for point in found] for name, found in curves.items()},
+        "provenance": records.provenance(),
+    }
+    records.write_json(path, record)
+    shutil.rmtree(folder, ignore_errors=True)
+    return record
+
+
+def measure_point(point: Point, options: CurveOptions, device: torch.device) -> dict[str, Any]:
+    """Time all variants at one point.
+
+    Returns:
+        ``point``, ``k``, ``lora_rank``, ``core``; ``variants``: for each its ``step_seconds`` (median, quartiles),
+        ``rounds`` (median of each), ``over_full`` and ``over_floor`` (step time over theirs in the same round),
+        ``flop`` of a step by formula, and ``touched`` rows and columns of each matrix; ``pairs``: see :data:`PAIRS`.
+    """
+    bases = make_bases(point, options.seed, device)
+    batch, kept = make_batch(point, bases, options.seed + 1), {}
+    seconds = time_variants(
+        {name: partial(_keep, kept, name, make) for name, make in makers(point, bases, options.seed).items()},
+        [batch] * options.steps,
+        rounds=options.rounds,
+        warmup_steps=options.warmup_steps,
+        precision=options.precision,
+        device=device,
+        together=True,
+        step=layer_step,
+    )
+    found = {name: _of_variant(name, seconds, point, touched(kept[name])) for name in LAYER_VARIANTS}
+    kept.clear()
+    release(device)
+    return {
+        "point": asdict(point),
+        "k": point.k,
+        "lora_rank": point.lora_rank,
+        "core": list(core_shape(point.k, (point.inner, point.hidden))),
+        "variants": found,
+        "pairs": {f"{one}_over_{other}": _pair(one, other, seconds, found) for one, other in PAIRS},
+    }
+
+
+def _keep(kept: dict[str, LayerTrainee], name: str, make: Callable[[], LayerTrainee]) -> LayerTrainee:
+    kept[name] = make()
+    return kept[name]
+
+
+def _of_variant(
+    name: str, seconds: Mapping[str, list[list[float]]], point: Point, held: Mapping[str, list[int]]
+) -> dict[str, Any]:
+    times = summarise(seconds[name])
+    return {
+        "step_seconds": times["step_seconds"],
+        "rounds": [1 / rate for rate in times["rounds"]],
+        "over_full": ratio(seconds[name], seconds["full"]),
+        "over_floor": ratio(seconds[name], seconds[FLOOR]),
+        "flop": step_flop(name, point, held),
+        "touched": dict(held),
+    }
+
+
+def _pair(one: str, other: str, seconds: Mapping[str, list[list[float]]], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Step time of one variant over another's of the same round, and their operations by formula."""
+    return {**ratio(seconds[one], seconds[other]), "flop": found[one]["flop"] / found[other]["flop"]}
+
+
+def summary(record: Mapping[str, Any]) -> list[str]:
+    """The record in a few lines: milliseconds a step, and what stands over what."""
+    lines = []
+    for name, places in record["curves"].items():
+        lines.append(f"{name:>8}" + "".join(f"{variant:>17}" for variant in LAYER_VARIANTS))
+        for place in places:
+            found = record["points"][place]
+            value = {"k": found["k"], "tokens": found["point"]["tokens"], "width": found["point"]["hidden"]}[name]
+            times = (found["variants"][variant]["step_seconds"]["median"] for variant in LAYER_VARIANTS)
+            lines.append(f"{value:>8}" + "".join(f"{1000 * time:>14.2f} ms" for time in times))
+    for label in ("base", "decaying"):
+        found = record["points"][record[label]]
+        for pair, value in found["pairs"].items():
+            lines.append(f"{label}, {pair}: time {value['mean']:.3f}, operations {value['flop']:.3f}")
+    return lines

@@ -1,0 +1,194 @@
+"""One MLP, ``up``, GELU, ``down``, trained by every method and form, and the operations that a step needs by formula.
+
+Operations of one matrix ``(o, i)``, N tokens, forward, backward (the input's gradient too) and update; a product of
+m x n and n x p is 2 m n p. r x c is the truncated core; a, b are the rows and columns that hold one of k entries, at
+most ``min(k, o)`` and ``min(k, i)``:
+
+    floor            4 N o i                 frozen: no weight gradient, no update
+    full             6 N o i
+    lora             4 N o i + 6 N rank (i + o)
+    rotated_regular  6 N o i + 4 N (i^2 + o^2)
+    folded           6 N o i + min(2 o i (i + o), 2 N (i^2 + o^2)) + (2 a i (b + o) if a i <= b o, else 2 b o (a + i))
+    truncated        4 N o i + 2 N (i c + o r + r c) + min(2 r i (c + o), 2 c o (r + i))
+
+The last term of the two is the update folded back into W, ``V^T dW_rot U``. Element-wise work, Adam and the search for
+the top k are not in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from finetune.efficiency.variants import PRECISIONS
+from finetune.methods import build_method
+from sparsegrad import Basis, core_shape, sparsegrad_layers
+
+FLOOR = "floor"
+FORMS = {"rotated_regular": "rotated", "folded": "folded", "truncated": "truncated"}
+LAYER_VARIANTS = (FLOOR, "full", "lora", *FORMS)
+"""``floor`` is the frozen MLP: what any method pays for the passes through it."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is measured at once.
+
+    Attributes:
+        hidden: in_features of ``up``; ``down`` has them as out_features.
+        inner: width between.
+        tokens: N, rows of the input.
+        density: k over the entries of a matrix; LoRA's rank is the nearest of the same number of trained numbers.
+        decay: 0: inputs and output gradients of equal energy in all directions, so that the k entries lie anywhere.
+            Above: coordinate j in the bases falls as ``j ** -decay``, so that they lie in the leading rows and columns.
+    """
+
+    hidden: int
+    inner: int
+    tokens: int
+    density: float
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        sizes = (self.hidden, self.inner, self.tokens)
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+            raise ValueError(f"hidden, inner, tokens = {sizes}; they must be whole numbers, at least 1.")
+        if not 0 < self.density <= 1 or self.decay < 0:
+            raise ValueError(
+                f"density={self.density}, decay={self.decay}; density lies in (0, 1], decay is not below 0."
+            )
+
+    @property
+    def k(self) -> int:
+        """Entries kept in each of the two matrices."""
+        return max(1, round(self.density * self.hidden * self.inner))
+
+    @property
+    def lora_rank(self) -> int:
+        return max(1, round(self.k / (self.hidden + self.inner)))
+
+
+class MLP(nn.Module):
+    """``down(gelu(up(x)))``."""
+
+    base_model_prefix = "mlp"  # read by finetune.methods.base.Targets
+
+    def __init__(self, hidden: int, inner: int, device: torch.device) -> None:
+        super().__init__()
+        self.up = nn.Linear(hidden, inner, device=device)
+        self.down = nn.Linear(inner, hidden, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(tokens, hidden) -> (tokens, hidden)``."""
+        return self.down(nn.functional.gelu(self.up(x)))
+
+
+@dataclass
+class LayerTrainee:
+    """An MLP ready to train; the floor has no optimizer."""
+
+    model: nn.Module
+    optimizer: Optimizer | None
+
+
+def make_bases(point: Point, seed: int, device: torch.device) -> dict[str, Basis]:
+    """Random orthogonal bases of both kinds, float32."""
+    generator = torch.Generator().manual_seed(seed)
+    of = {}
+    for size in dict.fromkeys((point.hidden, point.inner)):
+        of[size] = torch.linalg.qr(torch.randn(size, size, generator=generator)).Q.contiguous().to(device)
+    return {"up": Basis(of[point.hidden], of[point.inner]), "down": Basis(of[point.inner], of[point.hidden])}
+
+
+def make_layer(
+    name: str, point: Point, bases: Mapping[str, Basis], *, seed: int, learning_rate: float = 1e-5
+) -> LayerTrainee:
+    """Build the MLP with random weights and hand it to a variant's method, which trains matrices and biases.
+
+    Raises:
+        ValueError: on an unknown variant.
+    """
+    if name not in LAYER_VARIANTS:
+        raise ValueError(f"variant={name!r}; allowed: {', '.join(LAYER_VARIANTS)}.")
+    torch.manual_seed(seed)
+    plain = MLP(point.hidden, point.inner, bases["up"].U.device)
+    if name == FLOOR:
+        return LayerTrainee(plain.requires_grad_(False), None)
+    base = "sparsegrad" if name in FORMS else name
+    settings = {"name": base, "form": FORMS.get(name, ""), "matmul": "regular", "dropout": 0.0}
+    modules = {"name": "mlp", "target_modules": {"up": "up", "down": "down"}, "layers_to_transform": None}
+    modules |= {"lora_rank": point.lora_rank, "k": point.k}
+    choices = {"density": None, "orientation": "hosvd", "train": "targets", "frozen": {}, "lora_scale": 2}
+    method = build_method(settings, modules, choices, bases=bases, one_backward_a_step=True)
+    model = method.prepare(plain).train()
+    return LayerTrainee(model, method.optimizer(model, learning_rate, 0.0))
+
+
+def make_batch(point: Point, bases: Mapping[str, Basis], seed: int) -> dict[str, Tensor]:
+    """Input and output gradient, ``(tokens, hidden)`` each; the input asks for its gradient, as inside a network."""
+    device = bases["up"].U.device
+    generator = torch.Generator(device).manual_seed(seed)
+    x, g = (torch.randn(point.tokens, point.hidden, generator=generator, device=device) for _ in range(2))
+    if point.decay:
+        scale = torch.arange(1, point.hidden + 1, device=device) ** -point.decay
+        x, g = (x * scale) @ bases["up"].U, (g * scale) @ bases["down"].V
+    return {"x": x.requires_grad_(), "g": g}
+
+
+def layer_step(trainee: LayerTrainee, batch: Mapping[str, Tensor], precision: str) -> None:
+    """Forward, backward down to the input, update."""
+    x, dtype = batch["x"], PRECISIONS[precision]
+    x.grad = None
+    with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
+        y = trainee.model(x)
+    y.backward(batch["g"].to(y.dtype))
+    if trainee.optimizer is not None:
+        trainee.optimizer.step()
+        trainee.optimizer.zero_grad()
+
+
+def makers(point: Point, bases: Mapping[str, Basis], seed: int) -> dict[str, Callable[[], LayerTrainee]]:
+    """What builds each variant, for :func:`finetune.efficiency.timing.time_variants`."""
+    return {name: partial(make_layer, name, point, bases, seed=seed) for name in LAYER_VARIANTS}
+
+
+def touched(trainee: LayerTrainee) -> dict[str, list[int]]:
+    """Rows and columns of each matrix that hold an entry moved so far, by layer kind; empty for dense methods."""
+    found = {}
+    for name, layer in sparsegrad_layers(trainee.model).items():
+        if layer.selects:
+            indices, width = trainee.optimizer.touched(layer), layer.in_features
+            found[name] = [len(torch.unique(indices // width)), len(torch.unique(indices % width))]
+    return found
+
+
+def step_flop(name: str, point: Point, held: Mapping[str, Sequence[int]] | None = None) -> float:
+    """Floating-point operations of a step, both matrices, by the formulas above.
+
+    Args:
+        held: rows and columns that hold an entry, by layer kind (:func:`touched`); without them, as many as can be.
+    """
+    shapes = {"up": (point.inner, point.hidden), "down": (point.hidden, point.inner)}
+    return float(sum(_matrix_flop(name, shape, point, (held or {}).get(kind)) for kind, shape in shapes.items()))
+
+
+def _matrix_flop(name: str, shape: tuple[int, int], point: Point, held: Sequence[int] | None) -> int:
+    (o, i), N, k = shape, point.tokens, point.k
+    passes = 4 * N * o * i if name in (FLOOR, "lora", "truncated") else 6 * N * o * i
+    if name == "lora":
+        return passes + 6 * N * point.lora_rank * (i + o)
+    if name == "rotated_regular":
+        return passes + 4 * N * (i * i + o * o)
+    if name == "folded":
+        rotation = min(2 * o * i * (i + o), 2 * N * (i * i + o * o))
+        a, b = held or (min(k, o), min(k, i))
+        return passes + rotation + (2 * a * i * (b + o) if a * i <= b * o else 2 * b * o * (a + i))
+    if name == "truncated":
+        r, c = core_shape(k, (o, i))
+        return passes + 2 * N * (i * c + o * r + r * c) + min(2 * r * i * (c + o), 2 * c * o * (r + i))
+    return passes

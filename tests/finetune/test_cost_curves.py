@@ -1,0 +1,164 @@
+"""Cost of one MLP's step: variants take the steps they should, operations are those counted, the record is whole."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from finetune.efficiency import cost_curves as module
+from finetune.efficiency.cost_curves import CurveOptions, cost_curves, summary
+from finetune.efficiency.layer_variants import (
+    LAYER_VARIANTS,
+    Point,
+    layer_step,
+    make_bases,
+    make_batch,
+    make_layer,
+    step_flop,
+    touched,
+)
+
+CPU = torch.device("cpu")
+POINT = Point(16, 64, 48, 0.05)
+OPTIONS = CurveOptions(
+    base=POINT, densities=[0.2], tokens=[8], widths=[8], decay=1.0, rounds=2, steps=2, warmup_steps=1, device="cpu"
+)
+
+
+@pytest.fixture
+def stepped():
+    """A variant after n steps, with its batch and the bases."""
+
+    def make(name, point=POINT, steps=1, learning_rate=0.01):
+        bases = make_bases(point, 0, CPU)
+        batch = make_batch(point, bases, 1)
+        trainee = make_layer(name, point, bases, seed=0, learning_rate=learning_rate)
+        for _ in range(steps):
+            layer_step(trainee, batch, "fp32")
+        return trainee, batch, bases
+
+    return make
+
+
+# ---- the variants ----
+
+
+@pytest.mark.parametrize("name", LAYER_VARIANTS)
+@pytest.mark.parametrize("tokens", [8, 400])
+def test_operations_by_formula_are_those_that_torch_counts(name, tokens, stepped):
+    point = replace(POINT, tokens=tokens)
+    trainee, batch, _ = stepped(name, point, learning_rate=0.0)  # the same entries at every step
+    in_place = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}  # torch counts none of these
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        layer_step(trainee, batch, "fp32")
+    assert counter.get_total_flops() == pytest.approx(step_flop(name, point, touched(trainee)), rel=1e-3)
+
+
+def test_the_floor_moves_nothing_and_every_other_variant_moves_both_matrices(stepped):
+    start = make_layer("floor", POINT, make_bases(POINT, 0, CPU), seed=0).model
+    x = torch.randn(5, 16)
+    for name in LAYER_VARIANTS:
+        trainee, batch, _ = stepped(name)
+        assert batch["x"].grad.shape == (48, 16) and batch["x"].grad.abs().sum() > 0
+        moved = [n for n, p in trainee.model.named_parameters() if p.requires_grad]
+        with torch.no_grad():
+            same = torch.allclose(trainee.model(x), start(x), atol=1e-6)
+        assert same == (name == "floor") and bool(moved) == (name != "floor")
+        if name != "floor":
+            assert any("up" in n for n in moved) and any("down" in n for n in moved)
+
+
+def test_all_variants_begin_as_the_same_function(stepped):
+    outputs = [stepped(name, steps=0)[0].model(torch.ones(3, 16)).detach() for name in LAYER_VARIANTS]
+    assert all(torch.allclose(y, outputs[0], atol=1e-5) for y in outputs)
+
+
+def test_loras_rank_and_the_core_have_the_budget_of_k():
+    point = Point(768, 3072, 2048, 0.01)
+    assert point.k == 23593 and point.lora_rank == 6 and abs(6 * 3840 / point.k - 1) < 0.05
+    assert Point(768, 3072, 1, 1e-9).k == 1 and Point(768, 3072, 1, 1e-9).lora_rank == 1
+
+
+def test_decay_draws_the_entries_into_leading_rows_and_columns(stepped):
+    flat = touched(stepped("folded")[0])
+    leading = touched(stepped("folded", replace(POINT, decay=2.0))[0])
+    assert leading["up"][1] < flat["up"][1] and leading["down"][0] < flat["down"][0]
+    assert touched(stepped("truncated")[0]) == {} == touched(stepped("floor")[0])
+
+
+@pytest.mark.parametrize("changes", [{"tokens": 0}, {"hidden": 1.5}, {"density": 0}, {"density": 1.1}, {"decay": -1.0}])
+def test_points_out_of_range_are_refused(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        Point(**asdict(POINT) | changes)
+
+
+def test_an_unknown_variant_is_refused():
+    with pytest.raises(ValueError, match="variant='nope'; allowed: floor, full"):
+        make_layer("nope", POINT, make_bases(POINT, 0, CPU), seed=0)
+
+
+# ---- the record ----
+
+
+def test_a_record_holds_every_curve_through_one_base_and_is_reused(tmp_path):
+    path = tmp_path / "curves.json"
+    found = cost_curves(OPTIONS, path, tmp_path / "kept", progress=False)
+    assert json.loads(path.read_text()) == found and list((tmp_path / "kept").iterdir()) == []
+    assert len(found["points"]) == 5 and all(found["base"] in places for places in found["curves"].values())
+    assert found["points"][found["decaying"]]["point"]["decay"] == 1.0
+    assert [found["points"][place]["k"] for place in found["curves"]["k"]] == [51, 205]
+    assert [found["points"][place]["point"]["tokens"] for place in found["curves"]["tokens"]] == [8, 48]
+    widths = [found["points"][place]["point"] for place in found["curves"]["width"]]
+    assert [(w["hidden"], w["inner"]) for w in widths] == [(8, 32), (16, 64)]
+    for point in found["points"]:
+        assert list(point["variants"]) == list(LAYER_VARIANTS)
+        for variant in point["variants"].values():
+            assert variant["step_seconds"]["n"] == 4 and len(variant["rounds"]) == 2 and min(variant["rounds"]) > 0
+        assert point["variants"]["full"]["over_full"]["mean"] == 1 == point["variants"]["floor"]["over_floor"]["mean"]
+    before = path.read_bytes()
+    cost_curves(OPTIONS, path, tmp_path / "kept", progress=False)
+    assert path.read_bytes() == before
+    assert any("folded_over_rotated_regular: time" in line for line in summary(found))
+
+
+def test_ratios_are_of_the_times_of_the_same_round(monkeypatch):
+    seconds = {name: [[1.0, 2.0], [3.0, 4.0]] for name in LAYER_VARIANTS}
+    seconds |= {"folded": [[2.0, 4.0], [3.0, 4.0]], "rotated_regular": [[4.0, 8.0], [12.0, 16.0]]}
+    made = []
+
+    def measured(makers, batches, **options):
+        made.extend(make() for make in makers.values())
+        assert len(batches) == 2 and options["rounds"] == 2 and options["together"]
+        return seconds
+
+    monkeypatch.setattr(module, "time_variants", measured)
+    found = module.measure_point(POINT, OPTIONS, CPU)
+    assert found["pairs"]["folded_over_rotated_regular"]["rounds"] == [0.5, 0.25]
+    assert found["variants"]["folded"]["over_full"] == {"mean": 1.5, "rounds": [2.0, 1.0]}
+    assert found["variants"]["folded"]["step_seconds"]["median"] == 3.5
+    assert found["variants"]["full"]["rounds"] == [1.5, 3.5]
+
+
+def test_a_killed_stage_goes_on_where_it_was(tmp_path, monkeypatch):
+    real, measured = module.measure_point, []
+
+    def once(point, options, device):
+        measured.append(point)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return real(point, options, device)
+
+    monkeypatch.setattr(module, "measure_point", once)
+    with pytest.raises(KeyboardInterrupt):
+        cost_curves(OPTIONS, tmp_path / "a.json", tmp_path / "kept", progress=False)
+    assert not (tmp_path / "a.json").exists()
+    cost_curves(OPTIONS, tmp_path / "a.json", tmp_path / "kept", progress=False)
+    assert len(measured) == 6 and measured[2] == measured[3]
+
+
+@pytest.mark.parametrize("changes", [{"rounds": 0}, {"steps": 1.5}, {"precision": "fp8"}])
+def test_wrong_options_are_refused(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        replace(OPTIONS, **changes)
