@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -89,6 +90,15 @@ def test_the_worker_counts_what_is_held_and_freed_again(monkeypatch):
     found, basis = measure(request | {"device": "cpu", "threads": None})
     assert found["peak_bytes"] >= 60e6 and basis.U.shape == (3, 10) and basis.V.shape == (3, 24)
     assert found["seconds"]["total"] == found["seconds"]["updates"] + found["seconds"]["factors"] > 0
+    assert set(found["seconds"]) == {"updates", "factors", "total"} and found["cpu_seconds"] > 0
+
+
+def test_time_on_the_cpu_is_not_the_clocks(gradients, monkeypatch):
+    """Waiting, as beside other processes, is in the clock's seconds alone."""
+    real = torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *args, **options: (time.sleep(0.2), real(*args, **options))[1])
+    seconds = run("unfoldings_float32", gradients, 3)[1]
+    assert seconds["factors"] > 0.4 and seconds["cpu"] < 0.2
 
 
 # ---- the record ----
@@ -105,6 +115,8 @@ def test_a_record_holds_every_way_and_is_reused(tmp_path):
         assert max(entry["angle_to_streaming"].values()) < 1e-5
     ratio = one["ratios"]["unfoldings, 12 gradients"]
     seconds = {e["way"]: e["seconds"]["total"] for e in one["entries"]}
+    cpu = {e["way"]: e["cpu_seconds"] for e in one["entries"]}
+    assert ratio["cpu_time"] == cpu["streaming"] / cpu["unfoldings"] > 0
     assert ratio["from"] == "measured" and ratio["time"] == seconds["streaming"] / seconds["unfoldings"]
     before = path.read_bytes()
     hosvd_cost([case(**ways)], OPTIONS, path, tmp_path / "kept", progress=False)
@@ -145,6 +157,7 @@ def test_what_does_not_fit_is_said_and_calculated_from_what_did(tmp_path):
     assert entries["tensorly", 12]["calculated"]["seconds"] is None
     ratios = found["cases"][0]["ratios"]
     assert ratios["unfoldings, 12 gradients"]["from"] == "calculated where not measured"
+    assert ratios["unfoldings, 12 gradients"]["cpu_time"] is None
     assert ratios["unfoldings, 6 gradients"]["from"] == "measured"
     assert any("not run: needs" in line for line in summary(found))
 

@@ -141,6 +141,7 @@ def hosvd_cost(
             **asdict(options),
             "gradients": "made one at a time: a planted subspace of that rank, and noise; making them is not timed",
             "processes": "each measurement in a fresh process, libraries loaded and warm",
+            "cpu_seconds": "time that the process ran on a CPU, all threads; what others took from it is not in it",
         },
         "device": facts
         | {
@@ -170,8 +171,10 @@ def summary(record: Mapping[str, Any]) -> list[str]:
             text = text if measured else f"({text}) {entry['status']}: {entry['reason']}"
             lines.append(f"  {entry['way']:<20}n={entry['gradients']:<5}{text}")
         for name, ratio in case["ratios"].items():
-            time = "unknown" if ratio["time"] is None else f"{ratio['time']:.3f}"
-            lines.append(f"  {REFERENCE} / {name}: time {time}, memory {ratio['memory']:.3f}, {ratio['from']}")
+            times = [ratio["time"], ratio["cpu_time"]]
+            time, cpu = ("unknown" if value is None else f"{value:.3f}" for value in times)
+            text = f"time {time}, time on the CPU {cpu}, memory {ratio['memory']:.3f}, {ratio['from']}"
+            lines.append(f"  {REFERENCE} / {name}: {text}")
     return lines
 
 
@@ -277,6 +280,7 @@ def _ratios(case: Case, entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
             measured = _is_finished(ours) and _is_finished(theirs)
             found[f"{way}, {n} gradients"] = {
                 "time": a / c if a is not None and c is not None else None,
+                "cpu_time": ours["cpu_seconds"] / theirs["cpu_seconds"] if measured else None,
                 "memory": b / d,
                 "from": "measured" if measured else "calculated where not measured",
             }

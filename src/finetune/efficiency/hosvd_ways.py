@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,8 +80,9 @@ def run(way: str, gradients: Gradients, n: int) -> tuple[Basis, Seconds]:
     """Find the factors of the first n gradients.
 
     Returns:
-        The basis, and seconds of ``updates`` (streaming: all moments) and ``factors``. Making gradients and writing
-        them into a stack is not counted.
+        The basis; seconds of ``updates`` (streaming: all moments) and ``factors`` by the clock, and ``cpu``: those that
+        the process ran for both, over all threads, whatever other processes took. Making gradients and writing them
+        into a stack is not counted.
 
     Raises:
         ValueError: on an unknown way.
@@ -97,8 +99,8 @@ def run(way: str, gradients: Gradients, n: int) -> tuple[Basis, Seconds]:
     for number in range(n):
         stack[number] = gradients.gradient(number, planted)
     literal = hosvd_of_unfoldings if way == "unfoldings" else hosvd_tensorly
-    basis, seconds = _timed(partial(literal, stack), gradients.device)
-    return basis, {"factors": seconds}
+    basis, seconds, cpu = _timed(partial(literal, stack), gradients.device)
+    return basis, {"factors": seconds, "cpu": cpu}
 
 
 def flop(way: str, shape: Shape, n: int) -> dict[str, float]:
@@ -136,42 +138,42 @@ def angle(found: Tensor, reference: Tensor) -> float:
 
 
 def _stream(gradients: Gradients, n: int, planted: Basis) -> tuple[Basis, Seconds]:
-    moments, updates = GradientMoments(*gradients.shape, device=gradients.device), 0.0
+    moments, updates, cpu = GradientMoments(*gradients.shape, device=gradients.device), 0.0, 0.0
     for number in range(n):
         G = gradients.gradient(number, planted)
-        _, seconds = _timed(partial(moments.update, G), gradients.device)
-        updates += seconds
+        _, *seconds = _timed(partial(moments.update, G), gradients.device)
+        updates, cpu = updates + seconds[0], cpu + seconds[1]
         del G
-    basis, factors = _timed(partial(hosvd, moments), gradients.device)
-    return basis, {"updates": updates, "factors": factors}
+    basis, factors, last = _timed(partial(hosvd, moments), gradients.device)
+    return basis, {"updates": updates, "factors": factors, "cpu": cpu + last}
 
 
 def _float32(gradients: Gradients, n: int, planted: Basis) -> tuple[Basis, Seconds]:
-    (o, i), total, factors = gradients.shape, 0.0, []
+    (o, i), total, cpu, factors = gradients.shape, 0.0, 0.0, []
     for rows, columns, transposed in ((i, o, True), (o, i, False)):
         unfolding = torch.empty(rows, n * columns, device=gradients.device)
         for number in range(n):
             G = gradients.gradient(number, planted)
             unfolding[:, number * columns : (number + 1) * columns] = G.T if transposed else G
             del G
-        factor, seconds = _timed(partial(_left_factor, unfolding), gradients.device)
+        factor, *seconds = _timed(partial(_left_factor, unfolding), gradients.device)
         factors.append(factor.T.contiguous())
-        total += seconds
+        total, cpu = total + seconds[0], cpu + seconds[1]
         del unfolding  # before the next one is made
-    return Basis(*factors), {"factors": total}
+    return Basis(*factors), {"factors": total, "cpu": cpu}
 
 
 def _left_factor(unfolding: Tensor) -> Tensor:
     return torch.linalg.svd(unfolding, full_matrices=False).U
 
 
-def _timed(call: Callable[[], object], device: torch.device) -> tuple[object, float]:
-    """What a call returns, and its seconds."""
+def _timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float, float]:
+    """What a call returns, its seconds by the clock, and the process' seconds on the CPU."""
     _wait(device)
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     found = call()
     _wait(device)
-    return found, time.perf_counter() - started
+    return found, time.perf_counter() - started, time.process_time() - cpu
 
 
 def _wait(device: torch.device) -> None:

@@ -30,8 +30,8 @@ def measure(request: Mapping[str, Any]) -> tuple[dict[str, Any], Basis]:
         request: ``way``, ``shape``, ``gradients``, ``rank``, ``noise``, ``seed``, ``device``, ``threads``.
 
     Returns:
-        ``seconds`` by part and their ``total``, ``peak_bytes``, ``measured_by``, ``angle_to_planted`` (radians, of U
-        and of V); and the leading ``rank`` rows of the factors.
+        ``seconds`` by part and their ``total``, ``cpu_seconds``, ``peak_bytes``, ``measured_by``, ``angle_to_planted``
+        (radians, of U and of V); and the leading ``rank`` rows of the factors.
 
     Raises:
         ValueError: if the device is missing, or the system does not say how much memory a process took.
@@ -46,8 +46,10 @@ def measure(request: Mapping[str, Any]) -> tuple[dict[str, Any], Basis]:
     basis, seconds = run(request["way"], gradients, request["gradients"])
     peak = _peak(device) - before
     leading, planted = basis.leading(request["rank"], request["rank"]), gradients.planted()
+    cpu_seconds = seconds.pop("cpu")
     answer = {
         "seconds": {**seconds, "total": sum(seconds.values())},
+        "cpu_seconds": cpu_seconds,
         "peak_bytes": max(0, peak),
         "measured_by": _measured_by(device),
         "angle_to_planted": {"U": angle(leading.U, planted.U), "V": angle(leading.V, planted.V)},
