@@ -31,6 +31,11 @@ LOOKS = {
 }
 """Space -> colour and marker: told apart without colour too."""
 
+ANOTHER_HEAD = (
+    "Basis of another head: that of the basis stage, which all runs of a task share; it was made from the same weights "
+    "under a classification head of another seed. Own basis: made from this run's weights and head."
+)
+
 TRAJECTORIES = {"full": "full fine-tuning", "sparsegrad": "SparseGrad"}
 
 PAPER_MODEL = "bert_base"

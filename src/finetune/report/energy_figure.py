@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from finetune.report.energy_evidence import LABELS, LOOKS, Look, of_model, setting, spread
+from finetune.report.energy_evidence import ANOTHER_HEAD, LABELS, LOOKS, Look, of_model, setting, spread
 from finetune.report.figure_style import Words, new_figure, relative_paths, save_figure
 
 KEPT = 0.01  # the paper's share of entries (D1)
@@ -49,7 +49,7 @@ def _panel(axis: Any, look: Look, name: str, kind: str) -> None:
         low = [max(0.0, m - s) for m, s in zip(middle, spreads, strict=True)]
         high = [min(1.0, m + s) for m, s in zip(middle, spreads, strict=True)]
         axis.fill_between(look.steps, low, high, color=colour, alpha=0.1, linewidth=0)
-    axis.set_ylim(0, 1)
+    axis.set_ylim(0, 1.02)
 
 
 def _values(look: Look, number: int, space: str, kind: str, name: str) -> list[float]:
@@ -59,7 +59,7 @@ def _values(look: Look, number: int, space: str, kind: str, name: str) -> list[f
 def _words(looks: Sequence[Look], model: str) -> Words:
     first = looks[0]
     blocks = sorted({"x".join(map(str, layer["block"])) for layer in first.record["layers"]})
-    notes = [of_model(first, model)]
+    notes = [of_model(first, model), ANOTHER_HEAD]
     for look in looks:
         for name, words in (("energy", "largest 1 % of the entries"), ("block", "leading block")):
             for kind in look.kinds:

@@ -10,7 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.report.energy_evidence import LABELS, LOOKS, Look, fully_tuned, of_model, percent, setting, spread
+from finetune.report.energy_evidence import (
+    ANOTHER_HEAD,
+    LABELS,
+    LOOKS,
+    Look,
+    fully_tuned,
+    of_model,
+    percent,
+    setting,
+    spread,
+)
 from finetune.report.figure_style import COLOURS, GREY, SEQUENTIAL, Words, new_figure, relative_paths, save_figure
 
 FLOOR = 1e-3  # of the largest entry: what a map shows as its darkest
@@ -33,14 +43,13 @@ def draw_figure_02(looks: Sequence[Look], model: str, folder: Path) -> list[Path
     spaces = ("original", "initial", "released")
     with new_figure(11, 5.2, len(look.kinds), len(spaces) + 1, width_ratios=[1, 1, 1, 1.35]) as (figure, axes):
         for row, kind in zip(axes, look.kinds, strict=True):
-            block, place = _drawn(maps, f"step{step}.original.{kind}."), None
+            [block] = _drawn(maps, f"step{step}.original.{kind}.")
             for axis, space in zip(row, spaces, strict=False):
                 image = _heat(axis, maps[f"step{step}.{space}.{kind}.{block}"], _shape(look, kind, block))
                 axis.set_title(_TITLES[space])
                 axis.set_xlabel("input coordinate")
             row[0].set_ylabel(f"{kind}, block {block}\noutput coordinate")
-            place = _place(look, kind, block)
-            _curves(row[-1], look, place)
+            _curves(row[-1], look, _place(look, kind, block))
         figure.colorbar(image, ax=axes[:, :-1], label="largest |entry| of a tile / largest of all", shrink=0.7)
         handles, labels = axes[0, -1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
@@ -59,12 +68,12 @@ def _curves(axis: Any, look: Look, place: int) -> None:
             values = look.record["steps"][0]["spaces"][space][place]["energy"]
             axis.plot(shares, values, color=colour, marker=marker, label=LABELS[space])
     axis.axvline(KEPT, color=GREY, linestyle=":", linewidth=1)
-    axis.annotate("1 % kept", (KEPT, 1.0), (3, 0), textcoords="offset points", fontsize=7, color=GREY, va="top")
+    axis.annotate("1 %", (KEPT, 0.0), (3, 3), textcoords="offset points", fontsize=7, color=GREY)
     axis.set(xscale="log", ylim=(0, 1.02), xlabel="share of the entries, largest first", ylabel="share of the energy")
 
 
 def _words_02(look: Look, model: str, maps: dict[str, Any]) -> Words:
-    block = _drawn(maps, f"step{look.steps[0]}.original.{look.kinds[0]}.")
+    [block] = _drawn(maps, f"step{look.steps[0]}.original.{look.kinds[0]}.")
     found = []
     for kind in look.kinds:
         place = _place(look, kind, block)
@@ -89,6 +98,7 @@ def _words_02(look: Look, model: str, maps: dict[str, Any]) -> Words:
             of_model(look, model),
             "The paper draws the fifth block of BERT; this is the middle block of this model.",
             "Colours of the maps saturate below a thousandth of the largest entry.",
+            ANOTHER_HEAD,
         ),
         source=relative_paths([look.path, look.path.with_suffix(".safetensors")]),
     )
@@ -108,7 +118,7 @@ def draw_figure_03(looks: Sequence[Look], model: str, folder: Path) -> list[Path
     with new_figure(12, 5.8, len(look.kinds), 4, width_ratios=[1, 1, 1.1, 1.3]) as (figure, axes):
         for row, kind in zip(axes, look.kinds, strict=True):
             prefix = f"step{step}.output.initial.{kind}."
-            blocks = sorted(int(name.removeprefix(prefix)) for name in maps if name.startswith(prefix))
+            blocks = _drawn(maps, prefix)
             for axis, block in zip(row[:2], (blocks[0], blocks[-1]), strict=True):
                 rows = maps[prefix + str(block)]
                 image = _heat(axis, rows, (len(rows), _shape(look, kind, block)[0]))
@@ -149,9 +159,9 @@ def _over_training(axis: Any, look: Look, kind: str) -> None:
     places, steps = look.blocks(kind), look.record["steps"]
     lines = (
         ("∂L/∂Y, not zero", GREY, "x", lambda s, p: s["output_gradients"][p]["nonzero"]),
-        (f"∂L/∂Ỹ, from {percent(level)} of the largest", COLOURS["rotated"], "s", _output("large_initial")),
-        (f"∂L/∂W, from {percent(level)} of the largest", LOOKS["original"][0], "o", _large("original")),
-        (f"∂L/∂W̃, from {percent(level)} of the largest", LOOKS["initial"][0], "D", _large("initial")),
+        (f"∂L/∂Ỹ, at least {percent(level)} of the largest", COLOURS["rotated"], "s", _output("large_initial")),
+        (f"∂L/∂W, at least {percent(level)} of the largest", LOOKS["original"][0], "o", _large("original")),
+        (f"∂L/∂W̃, at least {percent(level)} of the largest", LOOKS["initial"][0], "D", _large("initial")),
     )
     for name, colour, marker, take in lines:
         values = [[100 * take(step, place) for place in places] for step in steps]
@@ -186,7 +196,7 @@ def _words_03(look: Look, model: str) -> Words:
             f"{padding:.0%} of the rows are padding; in all blocks but the last {other:.1%} of the rows are zero "
             f"without being padding, in the last block {text:.0%} (every token that the head does not read). "
             "Middle: training steps by percent of non-zero entries. Right: share of non-zero entries, and of entries "
-            "from a share of the largest on, at the looked-at steps; line: mean over blocks, band: their range."
+            "that are large against the largest of their matrix; line: mean over blocks, band: their range."
         ),
         notes=(
             of_model(look, model),
@@ -198,11 +208,12 @@ def _words_03(look: Look, model: str) -> Words:
 
 
 def _heat(axis: Any, values: Any, shape: tuple[int, int]) -> Any:
-    """A map on a logarithmic scale; zero is drawn as nothing."""
+    """A map on a logarithmic scale; a row of zeros is drawn as nothing."""
     import numpy as np
     from matplotlib.colors import LogNorm
 
-    shown = np.ma.masked_where(values == 0, np.clip(values, FLOOR, 1))
+    empty = np.broadcast_to((values == 0).all(axis=1, keepdims=True), values.shape)
+    shown = np.ma.masked_where(empty, np.clip(values, FLOOR, 1))
     axis.grid(False)
     extent = (0, shape[1], shape[0], 0)
     norm = LogNorm(FLOOR, 1)
@@ -218,12 +229,12 @@ def _mark_padding(axis: Any, padding: Any) -> None:
             )
 
 
-def _drawn(maps: dict[str, Any], prefix: str) -> int:
-    """The block that there are maps of."""
-    blocks = [int(name.removeprefix(prefix)) for name in maps if name.startswith(prefix)]
+def _drawn(maps: dict[str, Any], prefix: str) -> list[int]:
+    """The blocks that there are maps of, rising."""
+    blocks = sorted(int(name.removeprefix(prefix)) for name in maps if name.startswith(prefix))
     if not blocks:
         raise ValueError(f"no heat map {prefix}*: run the energy stage again.")
-    return blocks[0]
+    return blocks
 
 
 def _place(look: Look, kind: str, block: int) -> int:
