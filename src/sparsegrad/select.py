@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import torch
 from torch import Tensor
+
+_STRIDE, _MARGIN, _SPARE = 61, 1.25, 32  # of the sample that guesses a bound for the kept entries
 
 
 class NonFiniteGradient(ValueError):
@@ -49,13 +53,32 @@ def top_k(G: Tensor, k: int) -> Tensor:
     """
     check_k(k, tuple(G.shape))
     magnitude = G.detach().abs().flatten()
-    # topk orders NaN above everything, so its first value tells whether all entries are finite.
-    largest = torch.topk(magnitude, k, sorted=True).values
-    if not torch.isfinite(largest[0]):
+    if not torch.isfinite(magnitude.max()):  # NaN is the maximum of whatever holds one
         raise NonFiniteGradient("gradient holds non-finite values: lower the learning rate or check the loss.")
-    threshold = largest[-1]
-    above = magnitude > threshold
+    candidates = _candidates(magnitude, k, G.shape[1])
+    values = magnitude if candidates is None else magnitude[candidates]
+    threshold = torch.topk(values, k, sorted=False).values.min()
+    above = values > threshold
     missing = k - int(above.sum())
-    ties = (magnitude == threshold).nonzero().flatten()[:missing]
+    ties = (values == threshold).nonzero().flatten()[:missing]
     above[ties] = True
-    return above.nonzero().flatten()
+    kept = above.nonzero().flatten()
+    return kept if candidates is None else candidates[kept]
+
+
+def _candidates(magnitude: Tensor, k: int, width: int) -> Tensor | None:
+    """Flat indices, ascending, of all entries above a bound that at least k entries reach; None if it would not pay.
+
+    topk over every entry costs several times what it costs over these: about six on a CPU at BERT's size. The bound is
+    guessed from a sample, and counted before it is used, so that the selection stays exact.
+    """
+    stride = _STRIDE
+    while gcd(stride, width) > 1:  # else the sample would see some columns alone
+        stride += 1
+    sample = magnitude[::stride]
+    wanted = int(_MARGIN * k / stride) + _SPARE
+    if wanted >= len(sample) // 2:
+        return None
+    bound = torch.topk(sample, wanted, sorted=False).values.min()
+    candidates = (magnitude >= bound).nonzero().flatten()
+    return candidates if k <= len(candidates) < len(magnitude) // 2 else None

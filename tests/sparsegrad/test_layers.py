@@ -19,10 +19,12 @@ from sparsegrad import (
     GradientMoments,
     RotatedLinear,
     SparseGradAdamW,
+    folded,
     hosvd,
     param_groups,
     sparsify,
 )
+from sparsegrad.folded import rotated_product
 
 OUT, IN, K = 11, 7, 9
 FOLDED = [("folded", {"select_in": s}) for s in ("step", "backward")]
@@ -490,13 +492,50 @@ def test_sparse_by_dense_multiplies_only_rows_that_are_not_zero(random_basis):
     assert backward_flops("sparse_by_dense") - through_v == 2 * (2 * 3 * OUT * IN)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 7, 8, 9, 20, 100])
-def test_folded_takes_the_cheaper_of_two_exact_ways(tokens, random_basis):
-    """Rotate both factors, 2N(i^2 + o^2), or the product, 2oi(i + o); both are counted, not timed."""
+@pytest.mark.parametrize("tokens", [3, 8, 40])
+def test_folded_rotates_each_side_where_it_is_cheaper(tokens, random_basis):
+    """8 tokens are fewer than the 11 outputs and more than the 7 inputs: x before the product, G after it."""
     layer = build("folded", plain(), random_basis(OUT, IN), select_in="backward")
-    cheaper = min(2 * tokens * (IN * IN + OUT * OUT), 2 * OUT * IN * (IN + OUT))
+    cheapest = min(2 * tokens * IN * IN, 2 * OUT * IN * IN) + min(2 * tokens * OUT * OUT, 2 * IN * OUT * OUT)
     forward_and_product = 2 * (2 * tokens * OUT * IN)
-    assert flops(layer, torch.randn(tokens, IN, dtype=torch.float64)) == forward_and_product + cheaper
+    assert flops(layer, torch.randn(tokens, IN, dtype=torch.float64)) == forward_and_product + cheapest
+
+
+@pytest.mark.parametrize("tokens", [3, 8, 40])
+def test_every_order_of_rotating_gives_the_rotated_gradient(tokens, random_basis):
+    basis = random_basis(OUT, IN)
+    generator = torch.Generator().manual_seed(tokens)
+    g, x = (torch.randn(tokens, n, generator=generator, dtype=torch.float64) for n in (OUT, IN))
+    torch.testing.assert_close(rotated_product(basis, g, x), basis.rotate(g.T @ x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "way"),
+    [
+        (range(60), range(3), "V dense"),
+        (range(3), range(40), "U dense"),
+        (range(0, 60, 4), None, "U sparse"),
+        (None, range(0, 40, 4), "V sparse"),
+    ],
+)
+def test_every_way_to_rotate_an_update_back_is_the_dense_one(rows, columns, way, random_basis, monkeypatch):
+    """Entries in few rows or few columns; what a sparse operation costs is set so that each way is met."""
+    out_features, in_features = 60, 40
+    basis = random_basis(out_features, in_features)
+    taken = []
+    monkeypatch.setattr(folded, "_SPARSE", 0 if way.endswith("sparse") else 1e9)
+    monkeypatch.setattr(folded, "_csr", lambda *a, real=folded._csr: taken.append(a[-1]) or real(*a))
+    dW = torch.zeros(out_features, in_features, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    for row in rows or range(out_features):
+        for column in columns or range(in_features):
+            dW[row, column] = torch.randn((), generator=generator, dtype=torch.float64)
+    indices = dW.flatten().nonzero().flatten()
+    target = torch.ones(out_features, in_features, dtype=torch.float64)
+    folded.add_rotated_back_(target, basis, indices, dW.flatten()[indices])
+    torch.testing.assert_close(target, 1 + basis.V.T @ dW @ basis.U, rtol=1e-12, atol=1e-12)
+    sizes = {"V sparse": [(10, out_features)], "U sparse": [(15, in_features)]}
+    assert taken == sizes.get(way, [])
 
 
 # ---- refusals ----

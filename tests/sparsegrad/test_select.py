@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsegrad import entries_for_density, top_k
+from sparsegrad import entries_for_density, select, top_k
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -113,3 +113,39 @@ def test_selection_on_cuda_equals_the_cpu(dtype):
     G = torch.randn(300, 200).mul(8).round().to(dtype)  # many ties
     for k in (1, 600, 30_000, 60_000):
         assert torch.equal(top_k(G.cuda(), k).cpu(), top_k(G, k))
+
+
+# A bound guessed from a sample
+
+
+def literal(G, k):
+    return torch.argsort(G.abs().flatten(), descending=True, stable=True)[:k].sort().values
+
+
+def matrices():
+    generator = torch.Generator().manual_seed(3)
+    G = torch.randn(122, 200, generator=generator)
+    yield "even", G
+    yield "few large columns", G * torch.logspace(0, -4, 200)
+    yield "few large rows", G * torch.logspace(0, -4, 122)[:, None]
+    yield "ties", (3 * G).round()
+    yield "one row alone", torch.zeros_like(G).index_copy_(0, torch.tensor([7]), G[:1])
+    width_of_the_stride = torch.randn(300, 61, generator=generator)
+    yield "as wide as the sample's stride", width_of_the_stride * torch.logspace(0, -3, 61)
+
+
+@pytest.mark.parametrize(("name", "G"), list(matrices()), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("k", [1, 150, 244, 2000])
+def test_a_sample_changes_nothing_of_the_selection(name, G, k):
+    assert torch.equal(top_k(G, k), literal(G, k))
+
+
+def test_the_sample_leaves_few_candidates_and_a_bad_guess_is_not_used():
+    G = torch.randn(300, 200, generator=torch.Generator().manual_seed(3))
+    magnitude = G.abs().flatten()
+    candidates = select._candidates(magnitude, 600, 200)
+    assert 600 <= len(candidates) <= len(magnitude) // 10
+    bad = torch.zeros(60_000)
+    bad[::61] = 1.0  # what the sample sees is no sample of the rest
+    assert select._candidates(bad, 1200, 200) is None
+    assert torch.equal(top_k(bad.view(300, 200), 1200), literal(bad.view(300, 200), 1200))
