@@ -66,6 +66,8 @@ class SparseGradAdamW(Optimizer):
         betas, eps: as in ``torch.optim.AdamW``, for both kinds.
         weight_decay: for dense groups; lazy Adam has none, as SparseAdam has none (D9).
         fused: use torch's fused AdamW kernel for dense groups (CPU and CUDA); several times faster.
+        drop_after: drop the state of an entry that was not selected for so many steps, so that the state stops growing;
+            selected again, its moments start from zero. None keeps every entry, as the paper's SparseAdam does.
 
     Raises:
         ValueError: on hyper-parameters out of range, a SparseGrad group with weight decay, or a SparseGrad weight whose
@@ -80,12 +82,15 @@ class SparseGradAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         fused: bool = False,
+        drop_after: int | None = None,
     ) -> None:
         if lr < 0 or eps < 0 or weight_decay < 0:
             raise ValueError(f"lr={lr}, eps={eps}, weight_decay={weight_decay}; none may be negative.")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas={betas}; each must lie in [0, 1).")
-        self._fused = fused
+        if drop_after is not None and (isinstance(drop_after, bool) or drop_after < 1):
+            raise ValueError(f"drop_after={drop_after!r}; it must be a whole number of steps, at least 1, or None.")
+        self._fused, self._drop_after = fused, drop_after
         self._layers: dict[nn.Parameter, SparseGradLinear] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -154,16 +159,32 @@ class SparseGradAdamW(Optimizer):
         if not state:
             state["step"] = torch.tensor(0.0)
             state["indices"], state["exp_avg"], state["exp_avg_sq"] = indices[:0], g[:0], g[:0]
+        state["step"] += 1
+        if self._drop_after is not None:
+            self._drop(state, self._drop_after)
         union, place_old, place = insert_sorted(state["indices"], indices)
         if len(union) > len(state["indices"]):
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = g.new_zeros(len(union)).index_copy_(0, place_old, state[key])
+            if "last" in state:
+                state["last"] = state["last"].new_zeros(len(union)).index_copy_(0, place_old, state["last"])
             state["indices"] = union
-        state["step"] += 1
+        if "last" in state:
+            state["last"][place] = int(state["step"])
         m, v = state["exp_avg"][place], state["exp_avg_sq"][place]
         delta = lazy_adam_delta(m, v, g, int(state["step"]), group["lr"], group["betas"], group["eps"])
         state["exp_avg"][place], state["exp_avg_sq"][place] = m, v
         layer.add_(indices, delta)
+
+    @staticmethod
+    def _drop(state: dict[str, Any], after: int) -> None:
+        """Forget entries whose last step, int32, lies too far back; the step that begins counts already."""
+        if "last" not in state:  # a state that was kept without this option: all as if selected in the step before
+            state["last"] = torch.full_like(state["indices"], int(state["step"]) - 1, dtype=torch.int32)
+        fresh = state["last"] >= int(state["step"]) - after
+        if not fresh.all():
+            for key in ("indices", "exp_avg", "exp_avg_sq", "last"):
+                state[key] = state[key][fresh]
 
     def _step_dense(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
         with_gradient = [p for p in parameters if p.grad is not None]
@@ -218,7 +239,7 @@ class SparseGradAdamW(Optimizer):
                 self.state[parameter][key] = value.to(device=device, copy=True)
 
     def touched(self, layer: SparseGradLinear) -> Tensor:
-        """Flat indices, int64 and ascending, of the entries that the layer's steps have moved so far."""
+        """Flat indices, int64 and ascending, of the entries that steps have moved and that still have a state."""
         state, device = self.state.get(layer.trained, {}), layer.weight.device
         if state and not layer.selects:
             return torch.arange(layer.trained.numel(), device=device)

@@ -16,6 +16,7 @@ from sparsegrad import (
     param_groups,
     sparsegrad_layers,
     sparsify,
+    top_k,
 )
 from sparsegrad.optim import insert_sorted
 
@@ -516,3 +517,70 @@ def test_a_state_from_the_cpu_continues_on_cuda(form, fused, blocks, block_bases
         torch.testing.assert_close(q.cpu(), p, rtol=0, atol=1e-10)
     for layer in sparsegrad_layers(on_cuda).values():
         assert all(state_of(cuda_optimizer, layer)[key].is_cuda for key in ("indices", "exp_avg", "exp_avg_sq"))
+
+
+# ---- dropping stale entries ----
+
+
+def literal_lazy_adam(gradients, lr, drop_after):
+    """Dense moments, moved where a gradient holds an entry, zero again where none did for ``drop_after`` steps."""
+    m, v, W = (torch.zeros(gradients[0].shape, dtype=torch.float64) for _ in range(3))
+    last = torch.full(m.shape, -(10**6))
+    for step, G in enumerate(gradients, 1):
+        stale = last < step - drop_after
+        m[stale], v[stale] = 0, 0
+        kept = G != 0
+        last[kept] = step
+        m[kept] += 0.1 * (G - m)[kept]
+        v[kept] += 0.001 * (G * G - v)[kept]
+        size = lr * (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
+        W[kept] -= size * m[kept] / (v[kept].sqrt() + 1e-8)
+    return W, last >= len(gradients) - drop_after
+
+
+@pytest.mark.parametrize("drop_after", [1, 2, 5])
+def test_entries_that_were_not_selected_for_n_steps_lose_their_state(drop_after):
+    generator = torch.Generator().manual_seed(2)
+    linear = nn.Linear(6, 5, bias=False).double()
+    nn.init.zeros_(linear.weight)
+    layer = FoldedLinear(linear.weight, None, None, 6)
+    optimizer = SparseGradAdamW(param_groups(nn.ModuleList([layer])), lr=0.1, drop_after=drop_after)
+    kept = []
+    for _ in range(14):
+        G = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+        G = torch.zeros_like(G).flatten().index_copy_(0, top_k(G, 6), G.flatten()[top_k(G, 6)]).view_as(G)
+        kept.append(G)
+        layer.weight.grad = G.clone()
+        optimizer.step()
+    W, held = literal_lazy_adam(kept, 0.1, drop_after)
+    torch.testing.assert_close(layer.weight.detach(), W, rtol=1e-12, atol=1e-12)
+    assert torch.equal(optimizer.touched(layer), held.flatten().nonzero().flatten()) and len(held.nonzero()) < 30
+
+
+def test_dropping_continues_from_a_state_bit_for_bit_and_may_begin_in_the_middle():
+    generator = torch.Generator().manual_seed(2)
+    gradients = [torch.randn(5, 6, generator=generator) for _ in range(12)]
+
+    def run(steps, drop_after, state=None, weight=None):
+        layer = FoldedLinear(torch.zeros(5, 6) if weight is None else weight, None, None, 6)
+        optimizer = SparseGradAdamW(param_groups(nn.ModuleList([layer])), lr=0.1, drop_after=drop_after)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        for G in gradients[steps]:
+            layer.weight.grad = G.clone()
+            optimizer.step()
+        return layer, optimizer
+
+    whole, _ = run(slice(0, 12), 2)
+    first, optimizer = run(slice(0, 6), 2)
+    second, _ = run(slice(6, 12), 2, optimizer.state_dict(), first.weight.detach())
+    assert torch.equal(whole.weight, second.weight)
+    kept, optimizer = run(slice(0, 6), None)
+    layer, optimizer = run(slice(6, 12), 2, optimizer.state_dict(), kept.weight.detach())
+    assert len(optimizer.touched(layer)) <= 18  # of three steps at most, this one and two before
+
+
+@pytest.mark.parametrize("bad", [0, -1, True])
+def test_refuses_to_drop_after_no_step(bad):
+    with pytest.raises(ValueError, match=f"drop_after={bad}"):
+        SparseGradAdamW([{"params": [nn.Parameter(torch.zeros(1))]}], drop_after=bad)

@@ -104,6 +104,7 @@ def build_method(
         density=density,
         orientation=protocol["orientation"],
         basis_seed=method.get("basis_seed"),
+        drop_after=method.get("drop_after"),
         form=method["form"],
         matmul=method["matmul"],
         select_in="backward" if one_backward_a_step else "step",

@@ -27,6 +27,7 @@ class SparseGrad:
         basis_seed: of those.
         form, matmul, select_in: see :func:`sparsegrad.sparsify`. The truncated form selects nothing: its core, square
             within the budget of k entries, trains whole.
+        drop_after: see :class:`sparsegrad.SparseGradAdamW`.
     """
 
     targets: Targets
@@ -38,6 +39,7 @@ class SparseGrad:
     form: str = "folded"
     matmul: str = "regular"
     select_in: str = "step"
+    drop_after: int | None = None
 
     def prepare(self, model: nn.Module) -> nn.Module:
         targets = self.targets.set_trainable(model)
@@ -62,7 +64,7 @@ class SparseGrad:
         return {kind: random_basis(basis, generator) for kind, basis in self.bases.items()}
 
     def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
-        return SparseGradAdamW(param_groups(model, weight_decay), lr=lr, fused=True)
+        return SparseGradAdamW(param_groups(model, weight_decay), lr=lr, fused=True, drop_after=self.drop_after)
 
     def merge(self, model: nn.Module) -> nn.Module:
         return merge(model)
