@@ -90,6 +90,8 @@ def test_values_of_k_are_shares_of_the_width_that_the_paper_states_them_for():
         "scale/llama",
         "scale/efficiency",
         "scale/energy",
+        "scale/hosvd_cost",
+        "scale/cost_curves",
         "chat",
         "questions",
         "judge",
@@ -184,6 +186,21 @@ def test_choices_of_the_efficiency_stage_compose(name):
     found = composed(f"scale=efficiency/{name}", entry="efficiency")
     assert found["scale"]["name"] == name and found["scale"]["rounds"] >= 2
     assert _options(found | {"device": "cpu"}, 2).batch_size == found["scale"]["batch_size"]
+
+
+@pytest.mark.parametrize("entry", ["hosvd_cost", "cost_curves"])
+@pytest.mark.parametrize("name", names("scale/efficiency"))
+def test_sizes_of_the_cost_stages_are_read(entry, name):
+    from finetune.efficiency import cost_curves, hosvd_cost
+
+    found = composed(f"scale={entry}/{name}", entry=entry)
+    assert found["scale"]["name"] == name
+    if entry == "cost_curves":
+        assert all(len(points) >= 3 for points in cost_curves.read_config(found).curves().values())
+    else:
+        cases, options = hosvd_cost.read_config(found)
+        assert all(set(case.ways) == set(hosvd_cost.WAYS) for case in cases) and options.limit_seconds > 0
+        assert all(options.rank <= min(case.shape) for case in cases)
 
 
 def test_protocols_of_decoders_hold_allowed_values():

@@ -46,6 +46,8 @@ def test_graph_resolves_into_the_expected_cells(experiment):
         assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{cell}" for cell in variants}
     for kind in ("gradients", "basis", "zero_rows", "energy"):
         assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{m}" for m in content["models"]}
+    for kind in ("hosvd_cost", "cost_curves"):
+        assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}"}
     measured = {f"efficiency@{name}-{model}" for model in content["efficiency_models"]}
     assert {s for s in found if s.startswith("efficiency@")} == measured
     decoders = content["llama_models"]
@@ -60,7 +62,7 @@ def test_graph_resolves_into_the_expected_cells(experiment):
     figures = {f"{figure}@{name}" for figure, where in content["figures"].items() if where}
     assert {s for s in found if s.startswith("figure_")} == figures
     if name == "smoke":
-        assert len(found) <= 85
+        assert len(found) <= 90
 
 
 def test_commands_name_existing_configurations(experiment):
@@ -70,6 +72,8 @@ def test_commands_name_existing_configurations(experiment):
         ("model", content["efficiency_models"]),
         ("scale/efficiency", [content["scale"]]),
         ("scale/energy", [content["scale"]]),
+        ("scale/hosvd_cost", [content["scale"]]),
+        ("scale/cost_curves", [content["scale"]]),
         ("method", content["methods"] + content["ablations"]),
         ("protocol", [content["protocol"]]),
         ("scale", [content["scale"]]),
