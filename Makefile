@@ -24,7 +24,7 @@ repro: .venv/installed ## run EXPERIMENT (smoke, local, paper, paper_released): 
 	cmp -s experiments/$(EXPERIMENT).yaml params.yaml || cp experiments/$(EXPERIMENT).yaml params.yaml
 	dvc repro
 
-plan: .venv/installed ## memory, disk and judge calls that EXPERIMENT's LLaMa cells need, calculated
+plan: .venv/installed ## time by kind of card, memory, disk and judge calls that EXPERIMENT needs; after it, what it took
 	python experiments/plan.py experiment=experiments/$(EXPERIMENT).yaml
 
 test: .venv/installed ## the default tests: CPU, offline, short

@@ -1,6 +1,9 @@
-"""What the LLaMa cells of an experiment need, before anything runs: memory against a card's, disk, judge calls.
+"""What an experiment needs before anything runs: time by kind of card, memory, disk, judge calls; and what it took.
 
-python experiments/plan.py experiment=experiments/paper.yaml [json=outputs/plan.json] [card.memory=80.0e9]
+    python experiments/plan.py experiment=experiments/paper.yaml          # or: make plan EXPERIMENT=paper
+    python experiments/plan.py experiment=experiments/local.yaml cards.A40.price=0.5 currency=EUR
+
+Needs no GPU and no network. All numbers go to outputs/plan/<name>.json too.
 """
 
 import json
@@ -11,14 +14,19 @@ from typing import Any
 
 import hydra
 import yaml
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from finetune.files import write_atomically
-from finetune.plan import Card, lines, plan_model
+from finetune.plan.estimate import plan_experiment
+from finetune.plan.experiment import Experiment
+from finetune.plan.text import plan_lines
+from finetune.plan.throughput import Processor
 
 log = logging.getLogger(__name__)
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+PLANNED = ("gradients", "basis", "search", "train", "ablation_search", "ablation", "efficiency", "llama_gradients")
+PLANNED += ("llama_basis", "llama_train", "answers")
 
 
 def read(group: str, name: str) -> Mapping[str, Any]:
@@ -26,35 +34,31 @@ def read(group: str, name: str) -> Mapping[str, Any]:
     path = CONF / group / f"{name}.yaml"
     if not path.is_file():
         there = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "nothing"
-        raise ValueError(f"there is no {path.relative_to(CONF.parent)}; its folder has {there}.")
+        raise FileNotFoundError(f"there is no {path.relative_to(CONF.parent)}; its folder has {there}.")
     return yaml.safe_load(path.read_text())
 
 
+def unplanned(folder: Path) -> list[str]:
+    """Stages of dvc.yaml that the plan leaves out."""
+    path = folder / "dvc.yaml"
+    return [stage for stage in yaml.safe_load(path.read_text())["stages"] if stage not in PLANNED]
+
+
 def plan(cfg: DictConfig) -> dict[str, Any]:
-    """The plan of every model, logged and returned."""
+    """The plan, logged and returned."""
     path = Path(cfg.experiment)
     if not path.is_file():
         raise ValueError(f"there is no {path}; give an experiment file: experiment=experiments/paper.yaml.")
-    experiment = yaml.safe_load(path.read_text())
-    models = cfg.models or experiment.get("llama_models")
-    if not models:
-        raise ValueError(f"{path} names no llama_models; give some: models=[llama2_7b].")
-    card = Card(cfg.card.name, cfg.card.memory, cfg.card.reserve)
-    found: dict[str, Any] = {"experiment": experiment["name"], "card": dict(cfg.card), "models": {}}
-    for name in models:
-        found["models"][name] = plan_model(
-            read("model", name),
-            {method: read("method", method) for method in experiment.get("llama_methods") or experiment["methods"]},
-            read("protocol/llama", experiment["protocol"]),
-            read("scale/llama", experiment["scale"]),
-            seeds=len(experiment.get("llama_seeds") or experiment["seeds"]),
-            questions=cfg.questions,
-            turns=cfg.turns,
-            touched=cfg.touched,
-            card=card,
-        )
-        for line in lines(name, found["models"][name], card):
-            log.info("%s", line)
+    lists = yaml.safe_load(path.read_text())
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    lists |= {"llama_models": cfg.models} if cfg.models else {}
+    if not lists.get("models") and not lists.get("llama_models"):
+        raise ValueError(f"{path} names no models and no llama_models; give some: models=[llama2_7b].")
+    cards = [Processor(name=name, **values) for name, values in settings["cards"].items()]
+    experiment = Experiment(lists, read, settings, Path(cfg.results), cfg.data_root)
+    found = plan_experiment(experiment, cards, settings)
+    for line in plan_lines(found, unplanned(CONF.parent)):
+        log.info("%s", line)
     return found
 
 
@@ -62,8 +66,9 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
 def main(cfg: DictConfig) -> None:
     try:
         found = plan(cfg)
-        if cfg.json:
-            write_atomically(cfg.json, json.dumps(found, indent=2) + "\n")
+        path = Path(cfg.json or f"outputs/plan/{found['experiment']}.json")
+        write_atomically(path, json.dumps(found, indent=1) + "\n")
+        log.info("%s", path)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 

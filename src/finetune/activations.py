@@ -154,3 +154,31 @@ def _saved(model: nn.Module, found: Activations, own: set[int], current: list[in
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield
+
+
+def measure_classifier(model: nn.Module, rows: int, tokens: int, *, precision: str) -> int:
+    """Bytes that autograd saves in one forward pass of a sequence classifier in training.
+
+    Args:
+        model: on the meta device, float32; its ``requires_grad`` flags count. It is turned into fake tensors.
+        rows, tokens: of a batch; the attention mask is full.
+        precision: ``fp32``, or ``bf16`` autocast; copies of weights count too.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    seen: dict[int, Tensor] = {}  # kept: the address of a freed storage may be given out again
+    with FakeTensorMode():
+        own = _give_fake_tensors(model.train(), torch.float32)
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage()._cdata not in own:
+                seen.setdefault(tensor.untyped_storage()._cdata, tensor)
+            return tensor
+
+        ids = torch.zeros(rows, tokens, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                logits = model(input_ids=ids).logits
+            labels = torch.zeros(rows, dtype=torch.float32 if logits.shape[-1] == 1 else torch.long)
+            summed_loss(logits, labels)
+        return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())

@@ -1,9 +1,6 @@
 """The plan's calculated bytes against bytes counted on models that are really built and stepped."""
 
-import importlib.util
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -277,7 +274,7 @@ def test_sizes_come_from_scale_then_protocol():
     assert (setup.micro_batch, setup.accumulation_steps, setup.tokens, setup.precision) == (5, 1, 16, "bf16")
 
 
-# LLaMa-2-7B, and the script
+# LLaMa-2-7B
 
 
 def test_llama_2_7b_in_the_papers_set_up():
@@ -297,42 +294,3 @@ def test_llama_2_7b_in_the_papers_set_up():
     # Inputs of 32 blocks, autocast's copies of 21 of 22 matrices (block 0 needs no gradient of its input), one block.
     assert full.activations > 32 * 2 * 512 * 4096 * 2 + 21 * matrix * 2
     assert full.activations < full.saved_activations
-
-
-@pytest.fixture
-def script():
-    spec = importlib.util.spec_from_file_location("plan_script", ROOT / "experiments/plan.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_script_prints_a_table_and_writes_json(tmp_path, script, monkeypatch, caplog):
-    experiment = {"name": "mine", "llama_models": ["tiny"], "methods": ["lora"], "seeds": [1, 2]}
-    experiment |= {"protocol": "p", "scale": "s"}
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(experiment))
-    written = {"model/tiny": MODEL, "method/lora": FILES["lora"], "protocol/llama/p": PROTOCOL, "scale/llama/s": SCALE}
-    for name, content in written.items():
-        (tmp_path / "conf" / f"{name}.yaml").parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "conf" / f"{name}.yaml").write_text(yaml.safe_dump(content))
-    monkeypatch.setattr(script, "CONF", tmp_path / "conf")
-    from omegaconf import OmegaConf
-
-    cfg = OmegaConf.load(ROOT / "conf/plan.yaml")
-    cfg.experiment = str(tmp_path / "mine.yaml")
-    with caplog.at_level("INFO"):
-        plan = script.plan(cfg)
-    assert plan["experiment"] == "mine" and plan["models"]["tiny"]["training"]["lora"]["fits"] is True
-    assert plan["models"]["tiny"]["judging"]["calls"] == 80 * 2 * 2 * 3
-    assert "fits A40" in caplog.text and "tiny: " in caplog.text
-    cfg.models = ["none"]
-    with pytest.raises(ValueError, match="there is no conf/model/none.yaml; its folder has tiny"):
-        script.plan(cfg)
-
-
-def test_the_scripts_errors_are_one_line(tmp_path):
-    (tmp_path / "glue.yaml").write_text("name: glue_only\n")
-    command = [sys.executable, "experiments/plan.py", f"experiment={tmp_path}/glue.yaml"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "names no llama_models; give some: models=[llama2_7b]" in done.stderr
-    assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""What the LLaMa cells of an experiment need, before anything runs: memory against a card's, disk, judge calls.
+"""What a decoder's cells need, before anything runs: memory against a card's, disk, judge calls.
 
 All is calculated from configuration; bytes throughout, 1 GB is 1e9. Of a projection ``(o, i)``, n the larger of both:
 
@@ -13,8 +13,6 @@ All is calculated from configuration; bytes throughout, 1 GB is 1e9. Of a projec
                         float32; checkpoints of a run: two and a third being written, each with the trained weights,
                         the best ones, and the optimizer's state
     judge calls         questions x turns x seeds x repeats for each method
-
-Estimates of time and cost belong here too, as further keys of the dictionaries.
 """
 
 from __future__ import annotations

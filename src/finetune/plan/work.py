@@ -1,0 +1,118 @@
+"""Pieces of work: what the runs of a cell do, in operations, and how long that takes on a card."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from finetune.plan.flops import Cost
+from finetune.plan.throughput import CALCULATED, MEASURED, UNKNOWN, Processor, Throughput
+
+
+@dataclass(frozen=True)
+class Training:
+    """Runs that train: seeds, trials, variants of a measurement.
+
+    Attributes:
+        stage: of dvc.yaml.
+        runs: how many.
+        steps: planned for each, an upper bound where early stopping or pruning may end it.
+        stopped: steps of each if it stops where the authors' runs did; None: not known, or never stopped early.
+        batch, tokens: rows of a step, tokens of a row.
+        interval: steps between evaluations; None: none.
+        evaluated: rows of an evaluation.
+        inside: part of runs that are counted already (bases collected in every run).
+    """
+
+    stage: str
+    model: str
+    method: str
+    task: str
+    runs: int
+    steps: int
+    stopped: float | None
+    batch: int
+    tokens: float
+    interval: int | None
+    evaluated: int
+    precision: str
+    cost: Cost
+    inside: bool = False
+
+    def operations(self, steps: float) -> float:
+        """Of one run of so many steps."""
+        found = steps * self.cost.training(self.batch, self.tokens)
+        if self.interval is not None:
+            found += math.ceil(steps / self.interval) * self.cost.evaluation(self.evaluated, self.tokens)
+        return found
+
+    def seconds(self, card: Processor, speed: Throughput, *, stopped: bool = False) -> tuple[float | None, str, str]:
+        """Seconds of all runs, the kind of rate they come from, and its source."""
+        steps = self.stopped if stopped and self.stopped is not None else self.steps
+        rate = speed.rate(card, self.model, self.method, self.task, self.precision)
+        if rate.value is None:
+            return None, rate.kind, rate.source
+        found = self.operations(steps) / rate.value
+        if rate.kind != MEASURED:
+            found = max(found, steps * self.cost.blocks * card.block_seconds)
+        return self.runs * found, rate.kind, rate.source
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """HOSVDs of a basis stage: eigendecompositions in float64.
+
+    Attributes:
+        runs: how many.
+        each: operations of one.
+        inside: as of :class:`Training`.
+    """
+
+    stage: str
+    model: str
+    method: str
+    task: str
+    runs: int
+    each: float
+    steps: int = 1
+    stopped: float | None = None
+    inside: bool = False
+
+    def seconds(self, card: Processor, speed: Throughput, *, stopped: bool = False) -> tuple[float | None, str, str]:
+        """As :meth:`Training.seconds`."""
+        if card.eigh is None:
+            return None, UNKNOWN, "no rate of eigendecompositions given"
+        return self.runs * self.each / card.eigh, CALCULATED, f"eigendecompositions at {card.eigh / 1e9:g} GFLOP/s"
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Answers of a decoder: each new token of a batch reads all weights once.
+
+    Attributes:
+        runs: models that answer.
+        steps: batches x turns x new tokens at most.
+        weights: bytes of the weights.
+    """
+
+    stage: str
+    model: str
+    method: str
+    task: str
+    runs: int
+    steps: int
+    weights: float
+    blocks: int
+    stopped: float | None = None
+    inside: bool = False
+
+    def seconds(self, card: Processor, speed: Throughput, *, stopped: bool = False) -> tuple[float | None, str, str]:
+        """As :meth:`Training.seconds`."""
+        if card.bandwidth is None:
+            return None, UNKNOWN, "no bandwidth given"
+        share = speed.utilisation["bandwidth"]
+        step = max(self.weights / (card.bandwidth * share), self.blocks * card.block_seconds / 3)
+        return self.runs * self.steps * step, CALCULATED, f"weights read at {card.bandwidth / 1e9:g} GB/s x {share:g}"
+
+
+Work = Training | Decomposition | Decoding
