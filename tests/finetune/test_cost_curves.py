@@ -27,6 +27,18 @@ OPTIONS = CurveOptions(
 )
 
 
+def product(a, b, **_):
+    """Operations of a product; torch counts a sparse one as if it were dense."""
+    return 2 * (a._nnz() if a.layout == torch.sparse_csr else a.numel()) * b.shape[1]
+
+
+product._get_raw = True  # tensors, not shapes
+COUNTED = {
+    torch.ops.aten.mm: product,
+    torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1],  # torch counts none of these
+}
+
+
 @pytest.fixture
 def stepped():
     """A variant after n steps, with its batch and the bases."""
@@ -46,12 +58,11 @@ def stepped():
 
 
 @pytest.mark.parametrize("name", LAYER_VARIANTS)
-@pytest.mark.parametrize("tokens", [8, 400])
-def test_operations_by_formula_are_those_that_torch_counts(name, tokens, stepped):
-    point = replace(POINT, tokens=tokens)
+@pytest.mark.parametrize("changes", [{"tokens": 8}, {"tokens": 400}, {"density": 0.003}, {"decay": 2.0}])
+def test_operations_by_formula_are_those_that_torch_counts(name, changes, stepped):
+    point = replace(POINT, **changes)
     trainee, batch, _ = stepped(name, point, learning_rate=0.0)  # the same entries at every step
-    in_place = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}  # torch counts none of these
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         layer_step(trainee, batch, "fp32")
     assert counter.get_total_flops() == pytest.approx(step_flop(name, point, touched(trainee)), rel=1e-3)
 

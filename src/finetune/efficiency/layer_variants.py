@@ -8,11 +8,12 @@ most ``min(k, o)`` and ``min(k, i)``:
     full             6 N o i
     lora             4 N o i + 6 N rank (i + o)
     rotated_regular  6 N o i + 4 N (i^2 + o^2)
-    folded           6 N o i + min(2 o i (i + o), 2 N (i^2 + o^2)) + (2 a i (b + o) if a i <= b o, else 2 b o (a + i))
+    folded           6 N o i + 2 i^2 min(N, o) + 2 o^2 min(N, i) + folding back
     truncated        4 N o i + 2 N (i c + o r + r c) + min(2 r i (c + o), 2 c o (r + i))
 
-The last term of the two is the update folded back into W, ``V^T dW_rot U``. Element-wise work, Adam and the search for
-the top k are not in them.
+Folding back, ``V^T dW_rot U``, is 2 b o i + 2 o min(a b, k) or 2 a o i + 2 i min(a b, k): with V or with U first, that
+product sparse over the entries or dense, as :func:`sparsegrad.folded.add_rotated_back_` chooses. The last term of the
+truncated form is its update. Element-wise work, Adam and the search for the top k are in none.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch.optim import Optimizer
 from finetune.efficiency.variants import PRECISIONS
 from finetune.methods import build_method
 from sparsegrad import Basis, core_shape, sparsegrad_layers
+from sparsegrad.folded import _SPARSE as SPARSE_COST
 
 FLOOR = "floor"
 FORMS = {"rotated_regular": "rotated", "folded": "folded", "truncated": "truncated"}
@@ -185,10 +187,21 @@ def _matrix_flop(name: str, shape: tuple[int, int], point: Point, held: Sequence
     if name == "rotated_regular":
         return passes + 4 * N * (i * i + o * o)
     if name == "folded":
-        rotation = min(2 * o * i * (i + o), 2 * N * (i * i + o * o))
-        a, b = held or (min(k, o), min(k, i))
-        return passes + rotation + (2 * a * i * (b + o) if a * i <= b * o else 2 * b * o * (a + i))
+        rotation = 2 * i * i * min(N, o) + 2 * o * o * min(N, i)
+        return passes + rotation + _fold_back(*(held or (min(k, o), min(k, i))), k, o, i)
     if name == "truncated":
         r, c = core_shape(k, (o, i))
         return passes + 2 * N * (i * c + o * r + r * c) + min(2 * r * i * (c + o), 2 * c * o * (r + i))
     return passes
+
+
+def _fold_back(a: int, b: int, k: int, o: int, i: int) -> int:
+    """Operations of the way that the layer takes; it weighs those of a sparse product by what they cost."""
+    ways = [
+        (b * o * i, a * b * o, 1),
+        (a * o * i, a * b * i, 1),
+        (b * o * i, k * o, SPARSE_COST),
+        (a * o * i, k * i, SPARSE_COST),
+    ]
+    second, first, _ = min(ways, key=lambda way: way[0] + way[1] * way[2])
+    return 2 * (second + first)
