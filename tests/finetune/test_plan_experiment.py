@@ -86,7 +86,9 @@ def test_operations_by_hand():
     assert full.attention == 4 * h * blocks and full.blocks == blocks
     matrix, matrices = 4 * h * h, 2 * blocks
     assert lora.train == full.train - 2 * matrices * matrix + matrices * 6 * 2 * (h + 4 * h)
-    assert folded.train == full.train and folded.step == matrices * 4 * matrix * (5 * h)
+    assert folded.train == full.train and folded.step == matrices * 2 * matrix * (5 * h)
+    narrow, wide = min(30 * h * h, matrix * h), min(30 * 16 * h * h, matrix * 4 * h)
+    assert folded.training(3, 10) == full.training(3, 10) + folded.step + matrices * 2 * (narrow + wide)
     c = math.isqrt(41)
     assert truncated.train == full.train - 2 * matrices * matrix + matrices * 2 * (5 * h * c + c * c)
     assert full.training(3, 10) == 30 * (full.train + 3 * full.attention * 10)

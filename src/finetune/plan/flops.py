@@ -6,7 +6,8 @@ target matrix, with k kept entries, r = c = sqrt(k), and a LoRA rank q:
 
     full, meprop     2 o i
     lora             6 q (o + i), and no gradient of the frozen weight
-    folded           2 o i, and once a step 2 o i (o + i) for V G U^T and at most as much to fold the update back
+    folded           2 o i; for V G U^T each side where it is cheaper, 2 i^2 a token or 2 o i^2 a step, and 2 o^2 a
+                     token or 2 i o^2 a step; once a step at most 2 o i (o + i) to fold the update back
     rotated          2 o i + 4 (o^2 + i^2): x U^T, V, and their backward products
     truncated        2 (c i + r o + r c), and once a step 2 r c (o + i) at most for the update
 
@@ -17,6 +18,7 @@ one more forward pass. Embeddings, norms, heads on one token, and the selection 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +41,7 @@ class Cost:
         attention_passes: how many forward passes of attention a training step is worth.
         blocks: transformer blocks.
         parameters: of the model.
+        choices: (operations of a token, operations of a step, how often): the cheaper of both is done.
     """
 
     forward: float
@@ -48,10 +51,12 @@ class Cost:
     attention_passes: int
     blocks: int
     parameters: int
+    choices: tuple[tuple[float, float, int], ...] = ()
 
     def training(self, rows: int, tokens: float) -> float:
         """Operations of a step on so many rows of so many tokens."""
-        return rows * tokens * (self.train + self.attention_passes * self.attention * tokens) + self.step
+        rotations = sum(times * min(rows * tokens * a, b) for a, b, times in self.choices)
+        return rows * tokens * (self.train + self.attention_passes * self.attention * tokens) + self.step + rotations
 
     def evaluation(self, rows: int, tokens: float) -> float:
         """Operations of a forward pass on so many rows."""
@@ -82,6 +87,7 @@ def cost_of(
     blocks = _blocks(plain)
     inside = tuple(f"{name}." for name in blocks)
     forward = train = step = 0.0
+    choices: Counter[tuple[float, float]] = Counter()
     for name, layer in plain.named_modules():
         if not isinstance(layer, nn.Linear) or not (name.startswith(inside) or name == "lm_head"):
             continue
@@ -91,6 +97,7 @@ def cost_of(
         if name in names:
             token, once = _of_target(method, model, protocol, (o, i))
             train, step = train + token, step + once
+            choices.update(_rotations(method, (o, i)))
         elif layer.weight.requires_grad:
             train += 2 * o * i
     return Cost(
@@ -101,6 +108,7 @@ def cost_of(
         attention_passes=4 if checkpointing else 3,
         blocks=len(blocks),
         parameters=sum(p.numel() for p in plain.parameters()),
+        choices=tuple((token, once, times) for (token, once), times in choices.items()),
     )
 
 
@@ -123,8 +131,16 @@ def _of_target(
     if base == "sparsegrad" and form == "rotated":
         return 2.0 * o * i + 4.0 * (o * o + i * i), 0.0
     if base == "sparsegrad":
-        return 2.0 * o * i, 4.0 * o * i * (o + i)
+        return 2.0 * o * i, 2.0 * o * i * (o + i)
     return 2.0 * o * i, 0.0
+
+
+def _rotations(method: Mapping[str, Any], shape: tuple[int, int]) -> list[tuple[float, float]]:
+    """Of the folded form, each side of V G U^T: operations of a token (the factor), or of a step (the product)."""
+    if base_method(method) != "sparsegrad" or method.get("form") != "folded":
+        return []
+    o, i = shape
+    return [(2.0 * i * i, 2.0 * o * i * i), (2.0 * o * o, 2.0 * i * o * o)]
 
 
 def _blocks(model: nn.Module) -> list[str]:
