@@ -1,4 +1,4 @@
-"""The efficiency stage as DVC runs it, on the tiny checkpoint and tasks, and the tables from its records."""
+"""The efficiency stage as DVC runs it, on the tiny checkpoint and tasks; tables and a figure from its records."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ def lists(tmp_path):
     (tmp_path / "work" / "params.yaml").write_text(yaml.safe_dump(content))
 
 
-def test_a_cell_is_measured_once_and_makes_three_tables(script, arguments, lists):
+def test_a_cell_is_measured_once_and_makes_three_tables_and_a_figure(script, arguments, lists):
     arguments = ["cell=params.yaml", *arguments, "variants=[full,lora,folded]"]
     done = script("efficiency", *arguments)
     assert done.code == 0, done.err
@@ -51,6 +51,10 @@ def test_a_cell_is_measured_once_and_makes_three_tables(script, arguments, lists
         cells = {(row["row"], row["column"]): row for row in csv.DictReader(file)}
     assert float(cells["LoRA", "CoLA"]["ours"]) > 0 and cells["LoRA", "CoLA"]["n"] == "2"
     assert cells["SparseGrad, Regular", "CoLA"]["verdict"] == "not run"
+    done = script("figure_efficiency", "figure=figure_efficiency", "name=test")
+    assert done.code == 0 and done.out == "", done.err
+    words = json.loads((done.folder / "results" / "test" / "figures" / "figure_efficiency.json").read_text())
+    assert words["source"] == [f"results/test/efficiency/tiny_bert/{task}.json" for task in ("cola", "mrpc")]
 
 
 def test_by_hand_and_lengths_only(script, arguments):
