@@ -96,7 +96,8 @@ class Probe:
 
         Returns:
             Numbers for the record, and heat maps by name: ``<space>.<kind>.<block>`` of the middle block's weight
-            gradients, ``output.<original|initial>.<kind>.<block>`` of the middle's and the last's output gradients.
+            gradients, in all spaces but the random, and ``output.<original|initial>.<kind>.<block>`` of the middle's
+            and the last's output gradients.
 
         Raises:
             ValueError: if a gradient is zero or not finite.
@@ -173,7 +174,7 @@ class _Gradients:
         def take(weight: Tensor) -> None:
             for space, G in rotations(weight.grad, self.bases, target.kind).items():
                 self.weight.setdefault((space, target.name), []).append(measure(G, ranks, self.probe.options))
-                if self._draw and target.layer == self._middle:
+                if self._draw and target.layer == self._middle and space != "random":  # noise has nothing to show
                     name = f"{space}.{target.kind}.{target.layer}"
                     self.pictures[name] = pool(G, *self.probe.picture)
             weight.grad = None

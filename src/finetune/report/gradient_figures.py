@@ -167,7 +167,9 @@ def _over_training(axis: Any, look: Look, kind: str) -> None:
         values = [[100 * take(step, place) for place in places] for step in steps]
         middle = [sum(one) / len(one) for one in values]
         axis.plot(look.steps, middle, color=colour, marker=marker, label=name)
-        axis.fill_between(look.steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12)
+        axis.fill_between(
+            look.steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.08, linewidth=0
+        )
     axis.set(xlabel="training step", ylabel="% of the entries", ylim=(0, 100))
 
 
@@ -201,7 +203,8 @@ def _words_03(look: Look, model: str) -> Words:
         notes=(
             of_model(look, model),
             f"No weight gradient has a zero worth the name: share of exactly zero entries {spread(zero)}, over blocks.",
-            "A rotation of the columns keeps which rows are zero, so the middle histograms hold for both coordinates.",
+            "Counts of non-zero entries are of the original output gradient. The rotation keeps which rows are zero "
+            "and fills single zeros, such as those of the dropout behind the down layers.",
         ),
         source=relative_paths([look.path, look.path.with_suffix(".safetensors")]),
     )
@@ -222,6 +225,7 @@ def _heat(axis: Any, values: Any, shape: tuple[int, int]) -> Any:
 
 def _mark_padding(axis: Any, padding: Any) -> None:
     """A bar left of the rows that are padding."""
+    axis.tick_params(axis="y", pad=9)
     for row, pad in enumerate(padding):
         if pad:
             axis.axvspan(-0.04, -0.01, 1 - (row + 1) / len(padding), 1 - row / len(padding), clip_on=False).set(
