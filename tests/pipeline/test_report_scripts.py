@@ -116,3 +116,38 @@ def test_wrong_input(name, overrides, text, script, results):
     done = script(name, "name=test", *overrides)
     assert done.code != 0 and text in done.err and "Traceback" not in done.err, done.err
     assert not (results / "tables").exists() and not (results / "examples.html").exists()
+
+
+def test_statistics(script, tmp_path):
+    root = tmp_path / "work" / "results" / "test"
+    (tmp_path / "work" / "params.yaml").write_text(
+        yaml.safe_dump({"name": "test", "protocol": "sound", "stands_for": {"bert_base": "tiny"}})
+    )
+    for method, shift in (("full", 0.0), ("sparsegrad", 0.05)):
+        names = []
+        for seed in (1, 2, 3):
+            names.append(f"cola-seed{seed}.json")
+            record = {
+                "schema": 1,
+                "version": 1,
+                "status": "finished",
+                "metric": "accuracy",
+                "score": 0.5 + shift * seed,
+            }
+            record |= {"run": RUN | {"kind": "train", "method": method, "task": "cola", "seed": seed}}
+            record |= {"parameters": {"trainable": 5, "trainable_per_layer": 1.0}}
+            write(
+                root / "runs" / "tiny" / method / names[-1], record | {"model": {"title": "T", "random_weights": False}}
+            )
+        write(root / "runs" / "tiny" / method / "cell.json", {"records": names})
+    done = script("method_statistics", "name=test", "samples=500")
+    assert done.code == 0 and done.out == "", done.err
+    content = json.loads((root / "statistics.json").read_text())
+    (pair,) = content["runs"][0]["comparison"]["families"][0]["pairs"]
+    assert pair["mean"]["difference"]["value"] == pytest.approx(10.0) and pair["mean"]["p"] == 0.25
+    assert "## Our runs: T (tiny)" in (root / "statistics.md").read_text()
+    assert sorted(path.name for path in (root / "figures").iterdir()) == [
+        f"methods_scores.{suffix}" for suffix in ("json", "png", "svg")
+    ]
+    done = script("method_statistics", "name=other")
+    assert done.code != 0 and "params.yaml is experiment 'test', not 'other'" in done.err

@@ -46,7 +46,7 @@ def k_notes(cells: Sequence[Cell]) -> list[str]:
 def explain(check: printed_averages.AverageCheck) -> str:
     """One clause on a printed average: what its row says of it."""
     if check.mean is not None:
-        allowed = f"the printed cells' mean is {check.mean:.4g}, between {check.low:.6g} and {check.high:.6g} before"
+        allowed = f"the printed cells' mean is {check.mean:.6g}, between {check.low:.6g} and {check.high:.6g} before"
         cut = f"; it would follow with {' or '.join(check.readings)}" if check.readings else ""
         return f"{check.verdict}: {allowed} rounding{cut}"
     if check.implied is None:

@@ -1,0 +1,49 @@
+"""Methods against each other, ours and the authors' logs; printed averages and cells against what they rest on.
+
+python experiments/method_statistics.py name=local
+
+Not `statistics.py`: the scripts' folder comes first on the path, and the standard library has that name.
+"""
+
+import logging
+from pathlib import Path
+
+import hydra
+import yaml
+from omegaconf import DictConfig
+
+from finetune import records
+from finetune.files import write_atomically
+from finetune.report.evidence import collect_evidence
+from finetune.report.scores_figure import draw_scores
+from finetune.report.statistics_page import to_markdown
+from finetune.report.statistics_record import build_statistics
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="statistics")
+def main(cfg: DictConfig) -> None:
+    experiment = yaml.safe_load(Path(cfg.experiment).read_text())
+    results = Path("results") / cfg.name
+    try:
+        if experiment["name"] != cfg.name:
+            raise ValueError(f"{cfg.experiment} is experiment {experiment['name']!r}, not {cfg.name!r}.")
+        evidence = collect_evidence(
+            experiment=cfg.name,
+            protocol=experiment["protocol"],
+            stands_for=experiment["stands_for"],
+            records=[(path.as_posix(), record) for path, record in records.iterate(results / "runs")],
+        )
+        content = build_statistics(evidence, seed=cfg.seed, samples=cfg.samples)
+        json, page = results / "statistics.json", results / "statistics.md"
+        records.write_json(json, content)
+        write_atomically(page, to_markdown(content))
+        for path in (json, page, *draw_scores(content, results / "figures", [json.as_posix()])):
+            log.info("%s", path)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

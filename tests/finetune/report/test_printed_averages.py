@@ -1,0 +1,107 @@
+"""Printed averages against their rows: what is found in the paper's tables, and the arithmetic on tables of our own."""
+
+from fractions import Fraction
+
+import pytest
+
+from finetune.published import TASKS
+from finetune.report import printed_averages
+from finetune.report.k_notes import explain
+from finetune.report.printed_averages import Span, check_averages, twins
+
+
+def found(verdict):
+    return {(check.table, check.row) for check in check_averages() if check.verdict == verdict}
+
+
+def test_averages_of_the_paper_that_do_not_follow():
+    assert found("does not follow") == {
+        (4, "LoRA"),
+        (7, "LoRA"),
+        (8, "SparseGrad, Sparse-by-Dense"),
+        (9, "MeProp"),
+        (10, "LoRA"),
+        (10, "SparseGrad"),
+        (12, "100"),
+    }
+    assert found("follows only if cut off") == {(8, "Regular FT"), (8, "LoRA"), (9, "Regular FT")}
+    assert found("follows only with an odd cell") == {(11, "4.2"), (12, "0.8")}
+    assert len(check_averages()) == 30
+
+
+def test_no_inferred_cell_is_evidence():
+    checks = {(check.table, check.row): check for check in check_averages()}
+    twelve = checks[12, "100"]  # its own SST2, 94.2, is inferred: the evidence is table 10's printed one
+    assert (twelve.missing, twelve.twin, twelve.twin_value) == (("SST2",), "table 10, SparseGrad", "94.2")
+    assert twelve.implied == (91.55, 93.05) and twelve.mean is None
+    assert checks[12, "1"].verdict == "cannot be told" and checks[12, "1"].missing == ("SST2",)
+    assert twins() == [("table 11, 100", "table 9, SparseGrad"), ("table 12, 100", "table 10, SparseGrad")]
+
+
+def table(average, *values, label="row", **changes):
+    cells = [("AVG", average), *zip(TASKS.values(), values, strict=False)]
+    return [
+        {"row": label, "column": column, "value": value, "std": "", "source": "arxiv_pdf"} | changes.get(column, {})
+        for column, value in cells
+    ]
+
+
+@pytest.mark.parametrize(
+    ("average", "verdict"),
+    [
+        # Eight cells of 50.0 are 49.95 to 50.05 before rounding.
+        ("50.0", "follows"),
+        ("50.1", "follows"),  # both could be 50.05, a half that goes either way
+        ("49.9", "follows"),
+        ("49", "follows only if cut off"),  # rounded cells, average cut off: 49 to 50
+        ("50.2", "does not follow"),
+        ("49.8", "does not follow"),
+        ("50", "follows"),
+        ("50.04", "follows"),
+        ("50.06", "follows only if cut off"),  # cells cut off: 50 to 50.1
+        ("50.11", "does not follow"),
+    ],
+)
+def test_rounding_and_cutting_off(average, verdict):
+    (check,) = check_averages({9: table(average, *["50.0"] * 8)})
+    assert check.verdict == verdict
+    assert bool(check.readings) == (verdict == "follows only if cut off")
+    assert (check.mean, check.low, check.high) == (50.0, 49.95, 50.05)
+
+
+def test_an_open_end_is_no_meeting():
+    assert Span(Fraction(1), Fraction(2)).meets(Span(Fraction(2), Fraction(3)))
+    assert not Span(Fraction(1), Fraction(2), open=True).meets(Span(Fraction(2), Fraction(3)))
+    assert not Span(Fraction(2), Fraction(3)).meets(Span(Fraction(1), Fraction(2), open=True))
+
+
+def test_a_missing_cell_is_held_against_what_else_is_printed():
+    full = table("50.0", *["50.0"] * 8)
+    seven = ["50.0"] * 7 + [""]
+    (_, near) = check_averages({9: full, 11: table("49.9", *seven, label="1")})
+    assert near.twin is None  # another average: not the same row
+    assert near.verdict == "cannot be told" and near.implied == pytest.approx((48.45, 49.95))
+    (_, far) = check_averages({9: full, 11: table("49.5", *seven, label="1")})
+    assert far.verdict == "follows only with an odd cell" and far.elsewhere == (50.0, 50.0)
+    (_, other) = check_averages({10: full, 11: table("49.5", *seven, label="1")})
+    assert other.verdict == "cannot be told" and other.elsewhere is None  # of another model: tells nothing
+    (_, same) = check_averages({9: full, 11: table("50.0", *seven, label="1")})
+    assert (same.verdict, same.twin_value) == ("follows", "50.0")
+    inferred = {"SST2": {"source": "inferred"}}
+    (_, check) = check_averages({9: full, 11: table("49.5", *["50.0"] * 7, "46.0", label="1", **inferred)})
+    assert check.verdict == "follows only with an odd cell"
+    (two,) = check_averages({11: table("50.0", *["50.0"] * 6, label="1")})
+    assert (two.verdict, len(two.missing), two.implied) == ("cannot be told", 2, None)
+
+
+def test_explanations():
+    texts = {(check.table, check.row): explain(check) for check in check_averages()}
+    assert texts[4, "LoRA"].startswith("does not follow: the printed cells' mean is 84.8625, between 84.8125 and")
+    assert "it would follow with cells cut off, average rounded" in texts[9, "Regular FT"]
+    assert texts[12, "100"].endswith("would have to lie in 91.55 to 93.05, table 10, SparseGrad prints the same row "
+                                     "with 94.2")  # fmt: skip
+
+
+def test_rows_without_an_average_are_no_rows():
+    assert check_averages({6: table("", *["50.0"] * 8)}) == []
+    assert printed_averages.AVERAGE == "AVG"
