@@ -29,7 +29,8 @@ class Basis(nn.Module):
 
     Args:
         U: ``(rank_in, in_features)``, orthonormal rows; ``rank_in == in_features`` for a full basis.
-        V: ``(rank_out, out_features)``, orthonormal rows.
+        V: ``(rank_out, out_features)``, orthonormal rows; ``(0, out_features)`` leaves the output side as it is
+            (:meth:`input_side`).
 
     Raises:
         ValueError: if a factor is not a matrix, has more rows than columns, or is not finite.
@@ -56,17 +57,29 @@ class Basis(nn.Module):
         return self.V.shape[1]
 
     @property
+    def rotates_output(self) -> bool:
+        """Whether there is a V; without one, rotated coordinates are ``W U^T``."""
+        return self.V.shape[0] > 0
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Shape of a rotated weight: rows of V, or out_features without a V, and rows of U."""
+        return self.V.shape[0] if self.rotates_output else self.out_features, self.U.shape[0]
+
+    @property
     def is_full(self) -> bool:
         """Whether both factors are square, so that every weight has exact rotated coordinates."""
         return self.U.shape[0] == self.U.shape[1] and self.V.shape[0] == self.V.shape[1]
 
     def rotate(self, W: Tensor) -> Tensor:
         """``V W U^T`` of a weight or gradient ``(out_features, in_features)``, in the basis' precision."""
-        return self.V @ W.to(self.V.dtype) @ self.U.T
+        W = W.to(self.V.dtype)
+        return (self.V @ W if self.rotates_output else W) @ self.U.T
 
     def rotate_back(self, W_rot: Tensor) -> Tensor:
         """``V^T W_rot U``, the inverse of :meth:`rotate` for a full basis."""
-        return self.V.T @ W_rot.to(self.V.dtype) @ self.U
+        W_rot = W_rot.to(self.V.dtype)
+        return (self.V.T @ W_rot if self.rotates_output else W_rot) @ self.U
 
     def oriented(self, orientation: str) -> Basis:
         """The basis in another orientation.
@@ -87,15 +100,22 @@ class Basis(nn.Module):
 
     def leading(self, rank_out: int, rank_in: int) -> Basis:
         """The first rows of V and U: this object where it has no more, else a copy of those rows alone."""
-        if self.V.shape[0] == rank_out and self.U.shape[0] == rank_in:
+        if self.ranks == (rank_out, rank_in):
             return self
         return Basis(self.U[:rank_in].clone(), self.V[:rank_out].clone())
 
+    def input_side(self) -> Basis:
+        """The basis without V: the rows of a truncated layer's core are then the outputs themselves.
+
+        A block of all outputs holds more of a gradient than a square one of as many entries where few directions of the
+        input carry it, and needs no product with V.
+        """
+        return Basis(self.U, self.V[:0])
+
     def orthogonality_error(self) -> float:
         """Largest absolute entry of ``U U^T - I`` and ``V V^T - I``."""
-        errors = [
-            (F @ F.T - torch.eye(F.shape[0], dtype=F.dtype, device=F.device)).abs().max() for F in (self.U, self.V)
-        ]
+        factors = (self.U, self.V) if self.rotates_output else (self.U,)
+        errors = [(F @ F.T - torch.eye(F.shape[0], dtype=F.dtype, device=F.device)).abs().max() for F in factors]
         return float(max(errors))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Basis:

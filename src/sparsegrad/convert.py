@@ -131,7 +131,7 @@ def sparsify(
         linear, kind = target.module, target.kind
         basis = shared.get(kind)
         if leading:
-            rows = None if basis is None else (basis.V.shape[0], basis.U.shape[0])
+            rows = None if basis is None else basis.ranks
             options = {"ranks": rows, "keep": _of_kind(keep, kind, "keep"), "update": update}
         quantized = is_quantized(linear)
         if quantized and not leading:
@@ -210,7 +210,7 @@ def _shared_bases(
         if kind not in bases:
             raise ValueError(f"no basis for layer kind {kind!r}; given: {', '.join(bases) or 'none'}.")
         weight, basis = target.module.weight, bases[kind]
-        r, c = basis.V.shape[0], basis.U.shape[0]
+        r, c = basis.ranks
         if core is not None:
             k, ranks = _of_kind(core[0], kind, "k"), _of_kind(core[1], kind, "ranks")
             try:

@@ -26,7 +26,9 @@ class FoldedLinear(SparseGradLinear):
         super().__init__(weight, bias, basis, k, select_in=select_in)
         self._gradient: tuple[Tensor, Tensor] | None = None
         if basis is not None:
-            check_k(k, (basis.V.shape[0], basis.U.shape[0]))
+            if not basis.rotates_output:
+                raise ValueError("form 'folded' rotates both sides; a basis of the input side is for form 'truncated'.")
+            check_k(k, basis.ranks)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features) -> (..., out_features)``."""

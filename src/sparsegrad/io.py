@@ -171,7 +171,7 @@ def load_adapter(path: str | Path, model: nn.Module) -> nn.Module:
     kinds = {t.kind: metadata["bases"][t.name] for t in targets if t.name in metadata["bases"]}
     bases = {kind: Basis(tensors[f"{label}.U"], tensors[f"{label}.V"]) for kind, label in kinds.items()} or None
     if config.get("form") == "truncated":  # the file holds the leading rows alone
-        config = config | {"ranks": {kind: [basis.V.shape[0], basis.U.shape[0]] for kind, basis in bases.items()}}
+        config = config | {"ranks": {kind: list(basis.ranks) for kind, basis in bases.items()}}
     sparsify(model, bases, **config)
     for name, layer in sparsegrad_layers(model).items():
         values = tensors[f"values.{name}"]

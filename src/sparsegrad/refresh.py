@@ -63,10 +63,10 @@ def refresh(
         raise ValueError("state='carry' turns a dense core; with keep the moments are lazy: use state='reset'.")
     turned: dict[int, tuple[Basis, Basis]] = {}
     for layer in layers.values():
-        old, (r, c) = layer.basis, layer.ranks
+        old, (_, c) = layer.basis, layer.ranks
         if id(old) not in turned:
             basis = bases[layer.kind]
-            turned[id(old)] = (old, Basis(basis.U[:c].to(old.U), basis.V[:r].to(old.V)))
+            turned[id(old)] = (old, Basis(basis.U[:c].to(old.U), basis.V[: len(old.V)].to(old.V)))
         basis = turned[id(old)][1]
         layer.rebase(basis)
         if optimizer is not None:
@@ -78,7 +78,7 @@ def refresh(
 
 
 def _check(name: str, layer: TruncatedLinear, basis: Basis) -> None:
-    old, (r, c) = layer.basis, layer.ranks
+    old, (r, c) = layer.basis, (len(layer.basis.V), layer.ranks[1])
     if isinstance(layer, QuantizedTruncatedLinear):
         raise ValueError(f"{name} is quantised: its weight can't take the core in, so its basis can't be changed.")
     if (basis.out_features, basis.in_features) != (old.out_features, old.in_features):
@@ -98,4 +98,5 @@ def _renew(optimizer: SparseGradAdamW, layer: TruncatedLinear, basis: Basis, sta
     elif optimizer.state.get(layer.core):
         old, moments = layer.basis, optimizer.state[layer.core]
         m = moments["exp_avg"]
-        m.copy_((basis.V @ old.V.T).to(m) @ m @ (old.U @ basis.U.T).to(m))
+        turned = m @ (old.U @ basis.U.T).to(m)
+        m.copy_((basis.V @ old.V.T).to(m) @ turned if old.rotates_output else turned)

@@ -8,6 +8,8 @@ the other forms wherever the entries that they select lie in it. The backward pa
 state of W's size exists, and S is an ordinary parameter with an ordinary dense gradient: accumulation, all-reduce and
 clipping work as for any other. What the block leaves out is lost: accuracy is to be measured, not assumed.
 
+A basis of the input side alone (:meth:`sparsegrad.Basis.input_side`) has no V: S is ``(out_features, c)``, dS = g^T z.
+
 Two ways to apply a step (``update``):
 
 - ``in_place``: the optimizer steps S from zero, adds V_r^T S U_c to W and sets S to zero again; forward is a plain
@@ -66,7 +68,7 @@ class TruncatedLinear(SparseGradLinear):
         bias: ``(out_features,)`` or None.
         basis: for layers of this kind. Only the leading rows are kept: an object of r and c rows is shared as it is.
         k: budget of entries; :func:`core_shape` makes it a square core, unless ``ranks`` says otherwise.
-        ranks: ``(r, c)``; r * c may not exceed k.
+        ranks: ``(r, c)``; r * c may not exceed k. With a basis of the input side alone r is out_features.
         keep: entries of the core's gradient kept at a step, by absolute value, selected after all sums; None keeps all.
         update: ``in_place`` or ``side``; None takes ``in_place`` for float32 and wider, ``side`` below.
 
@@ -228,12 +230,13 @@ class TruncatedProduct(torch.autograd.Function):
         side: bool,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
+        rotates = V.shape[0] > 0  # else V_r stands for the identity
         z = None if core is None else F.linear(rows, U.to(x.dtype))
         if weight is not None:
             y = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if side:
-            t, V_r = z @ core.to(x.dtype).T, V.to(x.dtype)
-            y = t @ V_r if weight is None else y.addmm_(t, V_r)
+            t, S = (z @ core.to(x.dtype).T, V.to(x.dtype)) if rotates else (z, core.to(x.dtype).T)
+            y = t @ S if weight is None else y.addmm_(t, S)
         # The bases in their own precision: their casts would be saved activations too.
         ctx.save_for_backward(weight, bias, core, U, V, z if ctx.needs_input_grad[3] else None)
         ctx.side = side
@@ -246,7 +249,7 @@ class TruncatedProduct(torch.autograd.Function):
         needs_x, _, needs_bias, needs_core = ctx.needs_input_grad[:4]
         grad_x = grad_bias = grad_core = None
         rows = g.reshape(-1, g.shape[-1])
-        h = rows @ V.to(g.dtype).T if needs_core or ctx.side else None
+        h = rows @ V.to(g.dtype).T if V.shape[0] > 0 and (needs_core or ctx.side) else rows
         if needs_x:
             grad_x = None if weight is None else rows @ weight.to(g.dtype)
             if ctx.side:
@@ -272,13 +275,17 @@ def checked_ranks(k: int, ranks: Sequence[int] | None, basis: Basis) -> tuple[in
     Raises:
         ValueError: if they exceed the budget or the rows of the basis.
     """
-    limits = (basis.V.shape[0], basis.U.shape[0])
-    if ranks is None:
-        return core_shape(k, limits)
+    limits = basis.ranks
     check_k(k, (basis.out_features, basis.in_features))
+    if not basis.rotates_output and k < limits[0]:
+        raise ValueError(f"k={k}; a core of all outputs needs at least {limits[0]} entries, one a row.")
+    if ranks is None:
+        return core_shape(k, limits) if basis.rotates_output else (limits[0], min(k // limits[0], limits[1]))
     if len(ranks) != 2 or not all(isinstance(n, int) and 1 <= n <= m for n, m in zip(ranks, limits, strict=True)):
         raise ValueError(f"ranks={ranks!r}; this basis allows (r, c) from (1, 1) to {limits}.")
     r, c = ranks
+    if not basis.rotates_output and r != limits[0]:
+        raise ValueError(f"ranks={(r, c)}; a basis of the input side leaves all {limits[0]} outputs in the core.")
     if r * c > k:
         raise ValueError(f"ranks={(r, c)} are {r * c} entries, more than k={k}: lower one of them or raise k.")
     return r, c
@@ -287,6 +294,8 @@ def checked_ranks(k: int, ranks: Sequence[int] | None, basis: Basis) -> tuple[in
 def add_product_(weight: Tensor, V: Tensor, S: Tensor, U: Tensor) -> Tensor:
     """``weight += V^T S U`` in the cheaper order of its two products; returns the weight."""
     V, S, U = V.to(weight.dtype), S.to(weight.dtype), U.to(weight.dtype)
+    if not len(V):
+        return weight.addmm_(S, U)
     (r, o), (c, i) = V.shape, U.shape
     if r * c * i + r * o * i <= r * c * o + c * o * i:
         return weight.addmm_(V.T, S @ U)

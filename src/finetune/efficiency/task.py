@@ -194,6 +194,7 @@ def identity(
         "options": asdict(options),
         "device": [facts["type"], facts["name"]],
         "torch": torch.__version__,
+        "variants": [asdict(variant) for variant in select_variants(options.variants)],
         "missing": [variant.name for variant in select_variants(options.variants) if why_missing(variant)],
     }
     return records.config_hash(content)

@@ -26,13 +26,14 @@ class Variant:
     Attributes:
         name: in records and tables.
         method: of :data:`finetune.methods.METHODS`.
-        form, matmul: of SparseGrad.
+        form, matmul, core: of SparseGrad.
     """
 
     name: str
     method: str
     form: str = ""
     matmul: str = "regular"
+    core: str = "square"
 
 
 VARIANTS = (
@@ -43,6 +44,7 @@ VARIANTS = (
     Variant("rotated_sparse_by_dense", "sparsegrad", "rotated", "sparse_by_dense"),
     Variant("folded", "sparsegrad", "folded"),
     Variant("truncated", "sparsegrad", "truncated"),
+    Variant("truncated_input", "sparsegrad", "truncated", core="input"),
 )
 """In the order of the record; ``full`` is what ratios refer to."""
 
@@ -107,7 +109,8 @@ def make_trainee(
     """
     torch.manual_seed(seed)
     plain = make_model(model["architecture"], num_labels, device)
-    settings = {"name": variant.method, "form": variant.form, "matmul": variant.matmul, "dropout": 0.0}
+    settings = {name: getattr(variant, name) for name in ("form", "matmul", "core")}
+    settings |= {"name": variant.method, "dropout": 0.0}
     method = build_method(settings, model, protocol, bases=bases, one_backward_a_step=True)
     parameters = count_parameters(plain, method)
     prepared = method.prepare(plain).train()

@@ -107,6 +107,7 @@ def build_method(
         drop_after=method.get("drop_after"),
         form=method["form"],
         matmul=method["matmul"],
+        core=method.get("core", "square"),
         select_in="backward" if one_backward_a_step else "step",
     )
 

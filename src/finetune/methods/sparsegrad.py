@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from finetune.methods.base import Targets, kept_entries
 from sparsegrad import Basis, SparseGradAdamW, core_shape, merge, param_groups, sparsify
 
+CORES = ("square", "input")
+
 
 @dataclass(frozen=True)
 class SparseGrad:
@@ -25,8 +27,9 @@ class SparseGrad:
         orientation: ``hosvd`` or ``released`` (D2); ``random`` is the control: orthogonal bases that were drawn, not
             computed.
         basis_seed: of those.
-        form, matmul, select_in: see :func:`sparsegrad.sparsify`. The truncated form selects nothing: its core, square
-            within the budget of k entries, trains whole.
+        form, matmul, select_in: see :func:`sparsegrad.sparsify`. The truncated form selects nothing: its core of at
+            most k entries trains whole.
+        core: of the truncated form, ``square``, or ``input``: all outputs times the leading directions of the input.
         drop_after: see :class:`sparsegrad.SparseGradAdamW`.
     """
 
@@ -38,6 +41,7 @@ class SparseGrad:
     basis_seed: int | None = None
     form: str = "folded"
     matmul: str = "regular"
+    core: str = "square"
     select_in: str = "step"
     drop_after: int | None = None
 
@@ -46,7 +50,7 @@ class SparseGrad:
         k = {t.kind: kept_entries(self.k, self.density, tuple(t.module.weight.shape)) for t in targets}
         return sparsify(
             model,
-            self._oriented(),
+            self._bases(),
             k,
             self.targets.target_modules,
             self.targets.layers_to_transform,
@@ -54,6 +58,12 @@ class SparseGrad:
             matmul=self.matmul,
             select_in="step" if self.form == "truncated" else self.select_in,
         )
+
+    def _bases(self) -> dict[str, Basis]:
+        if self.core not in CORES:
+            raise ValueError(f"method.core={self.core!r}; allowed: {', '.join(CORES)}.")
+        bases = self._oriented()
+        return {kind: basis.input_side() for kind, basis in bases.items()} if self.core == "input" else bases
 
     def _oriented(self) -> dict[str, Basis]:
         if self.orientation != "random":
@@ -71,7 +81,9 @@ class SparseGrad:
 
     def entries(self, shape: tuple[int, int]) -> int:
         k = kept_entries(self.k, self.density, shape)
-        return prod(core_shape(k, shape)) if self.form == "truncated" else k
+        if self.form != "truncated":
+            return k
+        return prod(core_shape(k, shape)) if self.core == "square" else shape[0] * (k // shape[0])
 
 
 def random_basis(like: Basis, generator: torch.Generator) -> Basis:

@@ -35,7 +35,12 @@ ROWS = {
 }
 """Printed row label -> variant."""
 
-OWN_ROWS = {"MeProp": "meprop", "SparseGrad, folded": "folded", "SparseGrad, truncated": "truncated"}
+OWN_ROWS = {
+    "MeProp": "meprop",
+    "SparseGrad, folded": "folded",
+    "SparseGrad, truncated": "truncated",
+    "SparseGrad, truncated (inputs)": "truncated_input",
+}
 """Rows that the paper has not."""
 
 SPEED, EVALUATION, TRAINING = "speed", "evaluation", "training"

@@ -23,6 +23,7 @@ LABELS = {
     "rotated_sparse_by_dense": "the same, sparse by dense",
     "folded": "SparseGrad, folded",
     "truncated": "SparseGrad, truncated",
+    "truncated_input": "SparseGrad, truncated (inputs)",
     "floor": "frozen layer: the floor",
 }
 """Variant -> its name in figures; in this order from top to bottom."""
@@ -35,6 +36,7 @@ _COLOUR = {
     "rotated_sparse_by_dense": COLOURS["rotated"],
     "folded": COLOURS["sparsegrad"],
     "truncated": COLOURS["truncated"],
+    "truncated_input": COLOURS["truncated"],
     "floor": GREY,
 }
 _MARKER = dict(zip(LABELS, "os^DvPX.", strict=True))
