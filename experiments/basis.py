@@ -11,15 +11,13 @@ from omegaconf import DictConfig
 
 @hydra.main(version_base=None, config_path="../conf", config_name="glue")
 def main(cfg: DictConfig) -> None:
-    from finetune import cells, mirror, replay
+    from finetune import cells
 
     with cells.exit_with_message():
         tasks = cells.read_lists(cfg.cell or "params.yaml")["tasks"]
         results = Path("results") / cfg.name
         source, folder = results / "gradients" / cfg.model.name, results / "basis" / cfg.model.name
         cells.basis_cell(tasks, source, folder, device=cfg.device, threads=cfg.threads)
-        files = [folder / f"{task}.safetensors" for task in tasks]
-        replay.publish([mirror.of_basis(cfg.name, cfg.model.name, folder / "hosvd.json", files)], cfg.wandb)
 
 
 if __name__ == "__main__":

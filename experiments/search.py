@@ -22,7 +22,8 @@ def main(cfg: DictConfig) -> None:
         with cells.only_writer(folder, cfg.checkpoints):
             cells.search_cell(config, lists["tasks"], folder)
             paths = [folder / f"{task}.json" for task in lists["tasks"]]
-            replay.publish((mirror.of_search(records.read_json(path), path) for path in paths), config["wandb"])
+            found = [mirror.of_search(records.read_json(path), path) for path in paths]
+            replay.publish([*mirror.bases_of(config), *found], config["wandb"])
 
 
 if __name__ == "__main__":

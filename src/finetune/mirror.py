@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import records
+from finetune.methods import base_method
 from finetune.tracking import (
     CONFIG,
     JOB_TYPES,
@@ -68,10 +69,11 @@ class Mirror:
 
     @property
     def digest(self) -> str:
-        """Hash of everything that is sent, files by their names."""
+        """Hash of what is sent, files by their names; without provenance: a record written again is no other record."""
+        config = {name: value for name, value in self.config.items() if name != "provenance"}
         artifacts = [[a.name, a.type, sorted(Path(f).name for f in a.files), dict(a.metadata)] for a in self.artifacts]
         history = [[step, dict(values)] for step, values in self.history]
-        parts = (dict(self.run), self.job_type, dict(self.config), dict(self.summary), history, artifacts)
+        parts = (dict(self.run), self.job_type, config, dict(self.summary), history, artifacts)
         return records.config_hash(dict(enumerate(parts)))
 
 
@@ -117,6 +119,20 @@ def of_basis(experiment: str, model: str, report: Path, files: Sequence[Path]) -
     there = [path for path in files if path.is_file()]
     artifacts = [Artifact(f"bases-{model}", "basis", there)] if there else []
     return Mirror(run, "basis", {"run": run}, records.read_json(report), (), artifacts)
+
+
+def bases_of(config: Mapping[str, Any]) -> list[Mirror]:
+    """The basis stage whose files a configuration uses; nothing for methods without bases, or bases made in the run.
+
+    The basis stage itself does not know the scale, which says whether wandb is used: the search, the first stage that
+    reads the bases, sends them.
+    """
+    if base_method(config["method"]) != "sparsegrad" or config["basis"] is None:
+        return []
+    folder = Path(config["basis"])
+    report = folder / "hosvd.json"
+    files = sorted(folder.glob("*.safetensors"))
+    return [of_basis(config["name"], config["model"]["name"], report, files)] if report.is_file() else []
 
 
 def of_efficiency(record: Mapping[str, Any]) -> Mirror:
