@@ -77,7 +77,7 @@ class Experiment:
         """A method's group, or a variant of the efficiency stage as one."""
         for variant in VARIANTS:
             if variant.name == name and variant.form:
-                form = {"form": variant.form, "matmul": variant.matmul}
+                form = {"form": variant.form, "matmul": variant.matmul, "core": variant.core}
                 return {"name": name, "base": variant.method} | form
         return self.read("method", name)
 

@@ -2,14 +2,15 @@
 
 For a linear layer ``(o, i)`` and each token: forward 2 o i, gradient of the input 2 o i, gradient of the weight 2 o i
 where it trains (as in Kaplan et al., https://arxiv.org/abs/2001.08361, section 2.1). The last term is another one for a
-target matrix, with k kept entries, r = c = sqrt(k), and a LoRA rank q:
+target matrix, with k kept entries, a core of r x c, and a LoRA rank q:
 
     full, meprop     2 o i
     lora             6 q (o + i), and no gradient of the frozen weight
     folded           2 o i; for V G U^T each side where it is cheaper, 2 i^2 a token or 2 o i^2 a step, and 2 o^2 a
                      token or 2 i o^2 a step; once a step at most 2 o i (o + i) to fold the update back
     rotated          2 o i + 4 (o^2 + i^2): x U^T, V, and their backward products
-    truncated        2 (c i + r o + r c), and once a step 2 r c (o + i) at most for the update
+    truncated        2 (c i + r o + r c), and once a step the product V_r^T S U_c; with all outputs in the core,
+                     2 c (i + o), and once a step S U_c
 
 Attention adds 4 t h a token and block for t tokens a row, three times with its backward pass; gradient checkpointing
 one more forward pass. Embeddings, norms, heads on one token, and the selection of entries are not counted.
@@ -17,7 +18,6 @@ one more forward pass. Embeddings, norms, heads on one token, and the selection 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from torch import nn
 
 from finetune.methods import base_method, build_targets, with_own_choices
 from finetune.methods.base import kept_entries
+from sparsegrad import core_shape
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,12 @@ def _of_target(
     if base == "lora":
         return 6.0 * model["lora_rank"] * (o + i), 0.0
     if base == "sparsegrad" and form == "truncated":
-        c = math.isqrt(kept_entries(model["k"], protocol["density"], shape))
-        return 2.0 * (c * i + c * o + c * c), 2.0 * c * c * (o + i)
+        k = kept_entries(model["k"], protocol["density"], shape)
+        if method.get("core", "square") == "input":  # the core is all outputs times c directions of the input
+            c = max(1, k // o)
+            return 2.0 * c * (i + o), 2.0 * o * c * i
+        r, c = core_shape(k, shape)
+        return 2.0 * (c * i + r * o + r * c), 2.0 * min(o * c * (r + i), r * i * (c + o))
     if base == "sparsegrad" and form == "rotated":
         return 2.0 * o * i + 4.0 * (o * o + i * i), 0.0
     if base == "sparsegrad":
