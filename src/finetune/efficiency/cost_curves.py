@@ -29,6 +29,7 @@ from finetune.efficiency.layer_variants import (
     makers,
     step_flop,
     touched,
+    variants_at,
 )
 from finetune.efficiency.timing import ratio, release, summarise, time_variants
 from finetune.efficiency.variants import PRECISIONS
@@ -36,8 +37,8 @@ from sparsegrad import core_shape
 
 log = logging.getLogger(__name__)
 
-PAIRS = (("folded", "rotated_regular"), ("truncated", "lora"))
-"""Whose step times are compared: one form of SparseGrad with the paper's layer, the other with LoRA."""
+PAIRS = (("folded", "rotated_regular"), ("truncated", "lora"), ("truncated_input", "lora"))
+"""Whose step times are compared: one form of SparseGrad with the paper's layer, the others with LoRA."""
 
 
 @dataclass(frozen=True)
@@ -165,9 +166,10 @@ def measure_point(point: Point, options: CurveOptions, device: torch.device) -> 
     """Time all variants at one point.
 
     Returns:
-        ``point``, ``k``, ``lora_rank``, ``core``; ``variants``: for each its ``step_seconds`` (median, quartiles),
-        ``rounds`` (median of each), ``over_full`` and ``over_floor`` (step time over theirs in the same round),
-        ``flop`` of a step by formula, and ``touched`` rows and columns of each matrix; ``pairs``: see :data:`PAIRS`.
+        ``point``, ``k``, ``lora_rank``, ``core``; ``variants``: for each that the point allows its ``step_seconds``
+        (median, quartiles), ``rounds`` (median of each), ``over_full`` and ``over_floor`` (step time over theirs in
+        the same round), ``flop`` of a step by formula, and ``touched`` rows and columns of each matrix; ``pairs``: see
+        :data:`PAIRS`.
     """
     bases = make_bases(point, options.seed, device)
     batch, kept = make_batch(point, bases, options.seed + 1), {}
@@ -181,7 +183,7 @@ def measure_point(point: Point, options: CurveOptions, device: torch.device) -> 
         together=True,
         step=layer_step,
     )
-    found = {name: _of_variant(name, seconds, point, touched(kept[name])) for name in LAYER_VARIANTS}
+    found = {name: _of_variant(name, seconds, point, touched(kept[name])) for name in variants_at(point)}
     kept.clear()
     release(device)
     return {
@@ -190,7 +192,7 @@ def measure_point(point: Point, options: CurveOptions, device: torch.device) -> 
         "lora_rank": point.lora_rank,
         "core": list(core_shape(point.k, (point.inner, point.hidden))),
         "variants": found,
-        "pairs": {f"{one}_over_{other}": _pair(one, other, seconds, found) for one, other in PAIRS},
+        "pairs": {f"{a}_over_{b}": _pair(a, b, seconds, found) for a, b in PAIRS if a in found},
     }
 
 
@@ -226,10 +228,13 @@ def summary(record: Mapping[str, Any]) -> list[str]:
         for place in places:
             found = record["points"][place]
             value = {"k": found["k"], "tokens": found["point"]["tokens"], "width": found["point"]["hidden"]}[name]
-            times = (found["variants"][variant]["step_seconds"]["median"] for variant in LAYER_VARIANTS)
-            lines.append(f"{value:>8}" + "".join(f"{1000 * time:>14.2f} ms" for time in times))
+            lines.append(f"{value:>8}" + "".join(_milliseconds(found["variants"].get(v)) for v in LAYER_VARIANTS))
     for label in ("base", "decaying"):
         found = record["points"][record[label]]
         for pair, value in found["pairs"].items():
             lines.append(f"{label}, {pair}: time {value['mean']:.3f}, operations {value['flop']:.3f}")
     return lines
+
+
+def _milliseconds(variant: Mapping[str, Any] | None) -> str:
+    return f"{'-':>17}" if variant is None else f"{1000 * variant['step_seconds']['median']:>14.2f} ms"

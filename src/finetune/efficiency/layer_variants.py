@@ -10,10 +10,11 @@ most ``min(k, o)`` and ``min(k, i)``:
     rotated_regular  6 N o i + 4 N (i^2 + o^2)
     folded           6 N o i + 2 i^2 min(N, o) + 2 o^2 min(N, i) + folding back
     truncated        4 N o i + 2 N (i c + o r + r c) + min(2 r i (c + o), 2 c o (r + i))
+    truncated_input  4 N o i + 2 N c (i + o) + 2 o c i        a core of all outputs, c = k / o
 
 Folding back, ``V^T dW_rot U``, is 2 b o i + 2 o min(a b, k) or 2 a o i + 2 i min(a b, k): with V or with U first, that
-product sparse over the entries or dense, as :func:`sparsegrad.folded.add_rotated_back_` chooses. The last term of the
-truncated form is its update. Element-wise work, Adam and the search for the top k are in none.
+product sparse over the entries or dense, as :func:`sparsegrad.folded.add_rotated_back_` chooses. The last term of
+the truncated forms is their update. Element-wise work, Adam and the search for the top k are in none.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from sparsegrad import Basis, core_shape, sparsegrad_layers
 from sparsegrad.folded import _SPARSE as SPARSE_COST
 
 FLOOR = "floor"
-FORMS = {"rotated_regular": "rotated", "folded": "folded", "truncated": "truncated"}
+FORMS = {"rotated_regular": "rotated", "folded": "folded", "truncated": "truncated", "truncated_input": "truncated"}
 LAYER_VARIANTS = (FLOOR, "full", "lora", *FORMS)
 """``floor`` is the frozen MLP: what any method pays for the passes through it."""
 
@@ -123,6 +124,7 @@ def make_layer(
         return LayerTrainee(plain.requires_grad_(False), None)
     base = "sparsegrad" if name in FORMS else name
     settings = {"name": base, "form": FORMS.get(name, ""), "matmul": "regular", "dropout": 0.0}
+    settings["core"] = "input" if name == "truncated_input" else "square"
     modules = {"name": "mlp", "target_modules": {"up": "up", "down": "down"}, "layers_to_transform": None}
     modules |= {"lora_rank": point.lora_rank, "k": point.k}
     choices = {"density": None, "orientation": "hosvd", "train": "targets", "frozen": {}, "lora_scale": 2}
@@ -156,7 +158,13 @@ def layer_step(trainee: LayerTrainee, batch: Mapping[str, Tensor], precision: st
 
 def makers(point: Point, bases: Mapping[str, Basis], seed: int) -> dict[str, Callable[[], LayerTrainee]]:
     """What builds each variant, for :func:`finetune.efficiency.timing.time_variants`."""
-    return {name: partial(make_layer, name, point, bases, seed=seed) for name in LAYER_VARIANTS}
+    return {name: partial(make_layer, name, point, bases, seed=seed) for name in variants_at(point)}
+
+
+def variants_at(point: Point) -> list[str]:
+    """Those of :data:`LAYER_VARIANTS` that the point allows: a core of all outputs has an entry a row at least."""
+    fits = point.k >= max(point.inner, point.hidden)
+    return [name for name in LAYER_VARIANTS if fits or name != "truncated_input"]
 
 
 def touched(trainee: LayerTrainee) -> dict[str, list[int]]:
@@ -181,7 +189,7 @@ def step_flop(name: str, point: Point, held: Mapping[str, Sequence[int]] | None 
 
 def _matrix_flop(name: str, shape: tuple[int, int], point: Point, held: Sequence[int] | None) -> int:
     (o, i), N, k = shape, point.tokens, point.k
-    passes = 4 * N * o * i if name in (FLOOR, "lora", "truncated") else 6 * N * o * i
+    passes = 4 * N * o * i if name in (FLOOR, "lora", "truncated", "truncated_input") else 6 * N * o * i
     if name == "lora":
         return passes + 6 * N * point.lora_rank * (i + o)
     if name == "rotated_regular":
@@ -192,6 +200,9 @@ def _matrix_flop(name: str, shape: tuple[int, int], point: Point, held: Sequence
     if name == "truncated":
         r, c = core_shape(k, (o, i))
         return passes + 2 * N * (i * c + o * r + r * c) + min(2 * r * i * (c + o), 2 * c * o * (r + i))
+    if name == "truncated_input":
+        c = min(k // o, i)
+        return passes + 2 * N * c * (i + o) + 2 * o * c * i
     return passes
 
 

@@ -39,7 +39,7 @@ _COLOUR = {
     "truncated_input": COLOURS["truncated"],
     "floor": GREY,
 }
-_MARKER = dict(zip(LABELS, "os^DvPX.", strict=True))
+_MARKER = dict(zip(LABELS, "os^DvPX*.", strict=True))
 _PANELS = {
     "k": ("entries kept, k", "k"),
     "tokens": ("tokens in the step", "tokens"),
@@ -108,24 +108,30 @@ def draw_figure_cost_curves(record: Mapping[str, Any], path: str, folder: Path) 
         raise ValueError(f"{path} is a record of {record['run']['kind']!r}, no cost curves.")
     curves, points = read_key(path, record, "curves"), read_key(path, record, "points")
     names = [name for name in LABELS if name in points[record["base"]]["variants"]]
-    with new_figure(10, 3.9, 1, len(_PANELS), sharey=True) as (figure, [axes]):
+    with new_figure(10, 4.2, 1, len(_PANELS), sharey=True) as (figure, [axes]):
         for axis, (curve, (label, key)) in zip(axes, _PANELS.items(), strict=True):
             found = [points[place] for place in curves[curve]]
             xs = [point["k"] if key == "k" else point["point"][key] for point in found]
             for name in names:
-                times = [point["variants"][name]["step_seconds"] for point in found]
-                style = {"color": _COLOUR[name], "linestyle": "--" if name == "floor" else "-"}
-                axis.plot(xs, [1000 * t["median"] for t in times], marker=_MARKER[name], label=LABELS[name], **style)
-                low, high = ([1000 * t[end] for t in times] for end in ("q25", "q75"))
-                axis.fill_between(xs, low, high, color=_COLOUR[name], alpha=0.18, linewidth=0)
+                _curve(axis, name, xs, [point["variants"].get(name) for point in found])
             axis.set(xscale="log", yscale="log", xlabel=label)
             axis.set_xticks(xs, [number(x) for x in xs])
             axis.set_xticks([], minor=True)
             axis.yaxis.set_major_formatter(lambda value, _: number(value))
         axes[0].set_ylabel("step time (ms)")
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(names))
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
         return save_figure(figure, folder, "figure_cost_curves", _words_curves(record, path))
+
+
+def _curve(axis: Any, name: str, xs: list[float], variants: list[Mapping[str, Any] | None]) -> None:
+    """Medians with quartiles, in milliseconds, where the variant was measured."""
+    there = [(x, variant["step_seconds"]) for x, variant in zip(xs, variants, strict=True) if variant is not None]
+    xs = [x for x, _ in there]
+    low, middle, high = ([1000 * times[end] for _, times in there] for end in ("q25", "median", "q75"))
+    line = {"floor": "--", "truncated_input": "-."}.get(name, "-")
+    axis.plot(xs, middle, line, color=_COLOUR[name], marker=_MARKER[name], label=LABELS[name])
+    axis.fill_between(xs, low, high, color=_COLOUR[name], alpha=0.15, linewidth=0)
 
 
 def _dots(axis: Any, place: int, name: str, values: list[float], mean: stats.Estimate) -> None:
@@ -198,7 +204,11 @@ def _words_curves(record: Mapping[str, Any], path: str) -> Words:
         f"folded over the paper's layer {pair['mean']:.2f} (operations {pair['flop']:.2f})"
         for pair in (found["pairs"]["folded_over_rotated_regular"] for found in (base, decaying))
     ]
-    lora = base["pairs"]["truncated_over_lora"]
+    lora = [
+        f"{LABELS[name].removeprefix('SparseGrad, ')} over LoRA {pair['mean']:.2f} (operations {pair['flop']:.2f})"
+        for name, pair in ((n, base["pairs"].get(f"{n}_over_lora")) for n in ("truncated", "truncated_input"))
+        if pair is not None
+    ]
     return Words(
         title="Cost of one MLP's training step as k, tokens and width grow",
         caption=(
@@ -206,12 +216,13 @@ def _words_curves(record: Mapping[str, Any], path: str) -> Words:
             f"({point['density']:.1%} of a matrix), LoRA of the same number of trained numbers (rank "
             f"{base['lora_rank']}); each panel changes one of them. {device['name']} ({device['type']}, "
             f"{device['threads']} threads), {how['precision']}; median of {how['rounds']} interleaved rounds, shaded: "
-            f"quartiles. At the common point: {pairs[0]}; truncated over LoRA {lora['mean']:.2f} (operations "
-            f"{lora['flop']:.2f}). Where inputs and output gradients decay along the bases: {pairs[1]}."
+            f"quartiles. At the common point: {pairs[0]}; "
+            f"{'; '.join(lora)}. Where inputs and output gradients decay along the bases: {pairs[1]}."
         ),
         notes=(
             "The k largest entries are spread over all rows and columns here, the dearest case for the folded form: "
             "it folds back only rows and columns that hold an entry.",
+            "The truncated form of the input side has a core of all outputs, so it needs a k of their number at least.",
             *(f"Warning: {warning}." for warning in record["warnings"]),
         ),
         source=relative_paths([path]),

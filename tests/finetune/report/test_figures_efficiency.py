@@ -109,6 +109,15 @@ RECORD = {
 }
 
 
+def test_a_variant_is_drawn_where_it_was_measured(drawn, tmp_path):
+    points = [point(), point(k=100, factor=2), *RECORD["points"][2:]]
+    points[1]["variants"]["truncated_input"] = points[1]["variants"]["folded"]
+    draw_figure_cost_curves(RECORD | {"points": points, "base": 1}, "a.json", tmp_path)
+    [(axes, _)] = drawn
+    [line] = [line for line in axes[0].lines if line.get_label() == LABELS["truncated_input"]]
+    assert list(line.get_xdata()) == [100] and list(line.get_ydata()) == [10]
+
+
 def test_every_curve_is_the_medians_of_its_points_in_milliseconds(drawn, tmp_path):
     draw_figure_cost_curves(RECORD, "results/test/cost_curves.json", tmp_path)
     [(axes, words)] = drawn
