@@ -35,7 +35,12 @@ def read(path: Path) -> Mapping[str, Any]:
 
 def wanted(experiment: Mapping[str, Any]) -> list[fetching.Source | fetching.GitHubSource]:
     """The folders behind the names in an experiment file (`data`, `chat` and `questions`: one name or a list)."""
-    groups = {"model": ("models", "llama_models"), "data": ("data",), "chat": ("chat",), "questions": ("questions",)}
+    groups = {
+        "model": ("models", "llama_models", "efficiency_models"),
+        "data": ("data",),
+        "chat": ("chat",),
+        "questions": ("questions",),
+    }
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
     for group, keys in groups.items():
         given = [experiment.get(key) or [] for key in keys]

@@ -41,7 +41,11 @@ def main(cfg: DictConfig) -> None:
 
 
 def _glue_table(cfg: DictConfig, experiment: dict, results: Path):
-    evidence = collect_evidence(
+    return build_table(cfg.number, _glue_evidence(cfg, experiment, results))
+
+
+def _glue_evidence(cfg: DictConfig, experiment: dict, results: Path):
+    return collect_evidence(
         experiment=cfg.name,
         protocol=experiment["protocol"],
         stands_for=experiment["stands_for"],
@@ -49,7 +53,6 @@ def _glue_table(cfg: DictConfig, experiment: dict, results: Path):
         searches=[(p.as_posix(), records.read_json(p)) for p in sorted(results.glob("search/*/*/*.json"))],
         models=[(p.as_posix(), yaml.safe_load(p.read_text())) for p in sorted(Path("conf/model").glob("*.yaml"))],
     )
-    return build_table(cfg.number, evidence)
 
 
 def _table_06(cfg: DictConfig, experiment: dict, results: Path):
@@ -76,6 +79,7 @@ def _efficiency_table(cfg: DictConfig, experiment: dict, results: Path):
         protocol=experiment["protocol"],
         models=models,
         records=[(path.as_posix(), records.read_json(path)) for path in files],
+        runs=_glue_evidence(cfg, experiment, results).runs,
     )
     return efficiency_tables.build_efficiency_table(cfg.number, evidence)
 

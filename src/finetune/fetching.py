@@ -81,7 +81,7 @@ def sources(
     """The folders that an experiment needs.
 
     Args:
-        experiment: `models`, `llama_models` and `tasks`, lists of names.
+        experiment: `models`, `llama_models`, `efficiency_models` and `tasks`, lists of names.
         models: Name -> content of conf/model/<name>.yaml. Without a checkpoint on a hub there is nothing to fetch.
         data: Name -> content of conf/data/<name>.yaml or conf/chat/<name>.yaml. Without a `source` there is nothing to
             fetch; with `tasks` each of the experiment's tasks is one folder, otherwise `files` gives the patterns.
@@ -91,7 +91,8 @@ def sources(
         ValueError: An unknown task, an unpinned revision or file, or two sources for one folder.
     """
     found: list[Source | GitHubSource] = []
-    for name in [*(experiment.get("models") or []), *(experiment.get("llama_models") or [])]:
+    lists = (experiment.get(key) or [] for key in ("models", "llama_models", "efficiency_models"))
+    for name in dict.fromkeys(itertools.chain.from_iterable(lists)):
         model = models[name]
         if model.get("checkpoint") and not Path(model["checkpoint"]).is_dir():
             sums, files = dict(model.get("checksums") or {}), tuple(model["files"])

@@ -69,7 +69,7 @@ def maker(model, protocol):
         (variant,) = select_variants([name])
         bases = random_bases(group, protocol, seed=0, device=CPU)
         how = {"num_labels": 2, "learning_rate": 1e-3, "seed": 0, "device": CPU}
-        return partial(make_trainee, variant, group, protocol, bases, **how)
+        return partial(make_trainee, variant, group, protocol | size_for(name), bases, **how)
 
     return make
 
@@ -79,6 +79,11 @@ def there(name):
     if reason := variants.why_missing(variant):
         pytest.skip(reason)
     return name
+
+
+def size_for(name):
+    """A core of all outputs needs more entries than one percent of the smallest model has."""
+    return {"density": 0.1} if name == "truncated_input" else {}
 
 
 # Lengths and batches
@@ -405,6 +410,12 @@ def test_a_form_that_does_not_exist_is_skipped_with_a_reason(monkeypatch, model,
     assert truncated["status"] == "skipped" and "no form 'truncated'" in truncated["reason"]
     assert "rounds" not in truncated and "memory" not in truncated
     assert lora["status"] == "finished" and "ratio_to_full" not in lora
+
+
+def test_a_core_of_all_outputs_that_the_budget_cannot_pay_is_skipped_with_a_reason(model, protocol, options):
+    record = measure_task(model(), protocol, LENGTHS, options(variants=["truncated_input", "full"]))
+    reasons = {entry["name"]: entry["reason"] for entry in record["variants"]}
+    assert "needs as many entries at least" in reasons["truncated_input"] and reasons["full"] is None
 
 
 def test_a_variant_that_does_not_fit_is_said_and_the_others_go_on(monkeypatch, model, protocol, options):

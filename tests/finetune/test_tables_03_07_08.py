@@ -240,3 +240,24 @@ def test_files_are_written(number, build, tmp_path):
 def test_every_printed_row_is_known():
     labels = {line["row"] for number in (3, 7, 8) for line in paper_table(number)}
     assert labels == set(ROWS)
+
+
+# The score beside the speed
+
+
+def test_table_3_prints_what_each_way_of_training_reached_beside_its_speed():
+    from finetune.report.efficiency_evidence import EfficiencyEvidence
+    from finetune.report.efficiency_tables import build_efficiency_table
+
+    scores = {
+        ("folded", "cola"): (("runs/a.json", 40.0), ("runs/b.json", 44.0)),
+        ("folded", "mrpc"): (("runs/c.json", 80.0),),
+    }
+    evidence = EfficiencyEvidence("test", "sound", "tiny", {}, (), scores)
+    rows, _ = build_efficiency_table(3, evidence)
+    column = {row["row"]: row for row in rows if row["column"] == "Score"}
+    assert column["SparseGrad, folded"]["ours"] == pytest.approx((42 + 80) / 2)
+    assert column["SparseGrad, folded"]["records"] == "runs/a.json;runs/b.json;runs/c.json"
+    assert column["LoRA"]["ours"] is None and "no finished training run of lora on tiny" in column["LoRA"]["source"]
+    assert not any("/" in row for row in column)  # a ratio of scores says nothing
+    assert all(row["column"] != "Score" for number in (7, 8) for row in build_efficiency_table(number, evidence)[0])

@@ -241,7 +241,6 @@ def test_experiment_names_what_exists(experiment):
     assert set(content["ablation_models"]) <= set(content["models"])
     assert all(base_method({"name": name}) for name in content["methods"])
     assert not set(content["ablations"]) & set(content["methods"])
-    assert set(content["efficiency_models"]) <= set(content["models"])
     assert set(content["stands_for"]) == {"bert_base", "roberta_base", "roberta_large", "llama2_7b"}
     assert set(filter(None, content["stands_for"].values())) <= {*content["models"], *content["llama_models"]}
     assert set(content["pretrain_chat"]) <= set(content["llama_models"]) and len(set(content["llama_seeds"])) >= 2

@@ -27,6 +27,7 @@ def lists(tmp_path):
     """An experiment file of two tasks."""
     (tmp_path / "work").mkdir(exist_ok=True)
     content = {"name": "test", "protocol": "sound", "tasks": ["cola", "mrpc"], "efficiency_models": ["tiny_bert"]}
+    content["stands_for"] = {"bert_base": "tiny_bert", "roberta_base": None, "roberta_large": None, "llama2_7b": None}
     (tmp_path / "work" / "params.yaml").write_text(yaml.safe_dump(content))
 
 

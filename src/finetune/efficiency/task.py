@@ -235,7 +235,12 @@ def _with_memory(
     device: torch.device,
 ) -> dict[str, Any]:
     """Add parameters and memory to a variant's entry, or why it has none."""
-    missing = why_missing(variant)
+    targets = build_targets(variant.method, model, protocol).find(
+        make_model(model["architecture"], options.num_labels, "meta")
+    )
+    shapes = [tuple(target.module.weight.shape) for target in targets]
+    kept = kept_entries(model["k"], protocol["density"], shapes[0])
+    missing = why_missing(variant, shapes, kept)
     if missing:
         return _refused(entry, "skipped", missing)
     counted: dict[str, Any] = {}
@@ -253,16 +258,12 @@ def _with_memory(
     except torch.OutOfMemoryError as error:
         release(device)
         return _refused(entry, "failed", f"out of memory: {str(error).splitlines()[0]}")
-    targets = build_targets(variant.method, model, protocol).find(
-        make_model(model["architecture"], options.num_labels, "meta")
-    )
-    shapes = [tuple(target.module.weight.shape) for target in targets]
     predicted = predict(
         variant,
         found["components"],
         shapes,
         positions=batches[0]["input_ids"].numel(),
-        kept=kept_entries(model["k"], protocol["density"], shapes[0]),
+        kept=kept,
         precision=options.precision,
     )
     entry["parameters"] = counted

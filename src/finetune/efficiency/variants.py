@@ -63,10 +63,18 @@ def select_variants(names: Sequence[str] | None) -> list[Variant]:
     return [variant for variant in VARIANTS if variant.name in names]
 
 
-def why_missing(variant: Variant) -> str | None:
-    """Why a variant can't be measured with this version of the method; None if it can."""
+def why_missing(variant: Variant, shapes: Sequence[tuple[int, int]] = (), kept: int = 0) -> str | None:
+    """Why a variant can't be measured with this version of the method, or on these matrices; None if it can.
+
+    Args:
+        shapes: ``(out_features, in_features)`` of the target matrices.
+        kept: entries kept a matrix.
+    """
     if variant.form and variant.form not in FORMS:
         return f"sparsegrad has no form {variant.form!r} yet; it has {', '.join(FORMS)}"
+    outputs = max((shape[0] for shape in shapes), default=0)
+    if variant.core == "input" and kept < outputs:
+        return f"a core of all {outputs} outputs needs as many entries at least; {kept} are kept of a matrix this small"
     return None
 
 

@@ -1,11 +1,11 @@
 """Records of the efficiency stage, checked and indexed by task: the input of tables 3, 7 and 8."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.published import TASKS
-from finetune.report.evidence import is_number, read_key, refuse_twice, status_of
+from finetune.report.evidence import Run, is_number, read_key, refuse_twice, status_of
 
 PAPER_MODEL = "roberta_base"
 
@@ -54,6 +54,7 @@ class EfficiencyEvidence:
         model: The model measured in RoBERTa-base's place; `None`: none.
         tasks: Task -> record, in the order of `finetune.published.TASKS`.
         left_out: Sentences on records that the tables cannot use.
+        scores: (variant, task) -> (path, validation score in percent) of the same model's training runs, by seed.
     """
 
     experiment: str
@@ -61,6 +62,7 @@ class EfficiencyEvidence:
     model: str | None
     tasks: Mapping[str, TaskRecord]
     left_out: tuple[str, ...]
+    scores: Mapping[tuple[str, str], tuple[tuple[str, float], ...]] = field(default_factory=dict)
 
 
 def collect_efficiency_evidence(
@@ -69,6 +71,7 @@ def collect_efficiency_evidence(
     protocol: str,
     models: Sequence[str],
     records: Iterable[tuple[str, Mapping[str, Any]]] = (),
+    runs: Mapping[tuple[str, str, str], Sequence[Run]] | None = None,
 ) -> EfficiencyEvidence:
     """Check and index what was measured.
 
@@ -77,6 +80,7 @@ def collect_efficiency_evidence(
         protocol: Name of the protocol.
         models: `efficiency_models` of the experiment; the first stands in RoBERTa-base's place.
         records: (relative path, record); those of another experiment, protocol, model or task are left out and listed.
+        runs: `Evidence.runs` of the experiment: what each way of training reached stands beside its speed.
 
     Raises:
         ValueError: If a record is incomplete, holds a value that is no number above 0, or two are of the same task.
@@ -102,7 +106,33 @@ def collect_efficiency_evidence(
         model=model,
         tasks={task: found[task] for task in TASKS if task in found},
         left_out=tuple(sorted(left_out)),
+        scores=_scores(model, runs or {}),
     )
+
+
+METHODS = {
+    "full": "full",
+    "lora": "lora",
+    "meprop": "meprop",
+    "rotated_regular": "sparsegrad",
+    "rotated_sparse_by_dense": "sparsegrad",
+    "folded": "sparsegrad",
+    "truncated": "truncated",
+    "truncated_input": "truncated_input",
+}
+"""Variant -> method whose runs took its steps: the two products and the folded form take the same ones."""
+
+
+def _scores(
+    model: str | None, runs: Mapping[tuple[str, str, str], Sequence[Run]]
+) -> dict[tuple[str, str], tuple[tuple[str, float], ...]]:
+    """Scores of every variant's method, by task."""
+    return {
+        (variant, task): tuple((run.path, run.score) for run in runs[model, method, task])
+        for variant, method in METHODS.items()
+        for task in TASKS
+        if model is not None and runs.get((model, method, task))
+    }
 
 
 def _task(path: str, record: Mapping[str, Any]) -> TaskRecord:

@@ -17,7 +17,7 @@ import numpy as np
 
 from finetune.published import TASKS, paper_table
 from finetune.report import efficiency_notes, stats
-from finetune.report.efficiency_evidence import PAPER_MODEL, EfficiencyEvidence, Measured
+from finetune.report.efficiency_evidence import METHODS, PAPER_MODEL, EfficiencyEvidence, Measured
 from finetune.report.writers import Context
 
 TITLES = {
@@ -43,7 +43,7 @@ OWN_ROWS = {
 }
 """Rows that the paper has not."""
 
-SPEED, EVALUATION, TRAINING = "speed", "evaluation", "training"
+SPEED, EVALUATION, TRAINING, SCORE = "speed", "evaluation", "training", "score"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Cell:
 
     Attributes:
         variant: Name of the variant.
-        quantity: `speed` in steps per second, or the peak of `evaluation` or `training` in MB.
+        quantity: `speed` in steps per second, the peak of `evaluation` or `training` in MB, or the validation `score`
+            in percent that training runs of the same model reached.
         task: One of `TASKS`; empty for the average.
         over_full: Whether the value is divided by full fine-tuning's.
         paper, source, note: As in `finetune.report.layouts.Cell`.
@@ -114,6 +115,8 @@ def cells(number: int) -> list[Cell]:
     if number == 3:
         found += [replace(_bare(c), column="Peak in training, MB", quantity=TRAINING) for c in _last_columns(found)]
     over = list(_over_full(found))
+    if number == 3:
+        found += [replace(_bare(c), column="Score", quantity=SCORE) for c in _last_columns(found)]
     if number != 8:
         return [*found, *over]
     return [*found, *over, *(_in_training(cell) for cell in (*found, *over))]
@@ -159,8 +162,7 @@ def _over_full(found: list[Cell]) -> Iterator[Cell]:
 
 
 def _build_row(cell: Cell, evidence: EfficiencyEvidence, seed: int) -> dict[str, Any]:
-    values = _values(cell, evidence)
-    paths = [evidence.tasks[task].path for task in values]
+    values, paths = _values(cell, evidence)
     ours, verdict = stats.Estimate(None, None, None, None), stats.NOT_RUN
     source = [f"paper: {cell.source}{f' ({cell.note})' if cell.note else ''}"] if cell.source else []
     if values:
@@ -187,15 +189,19 @@ def _build_row(cell: Cell, evidence: EfficiencyEvidence, seed: int) -> dict[str,
     }
 
 
-def _values(cell: Cell, evidence: EfficiencyEvidence) -> dict[str, tuple[float, ...]]:
-    """Task -> values of the rounds, of the tasks that have any."""
+def _values(cell: Cell, evidence: EfficiencyEvidence) -> tuple[dict[str, tuple[float, ...]], list[str]]:
+    """Task -> values of the rounds (of a score, of the seeds), of the tasks that have any; and where they stand."""
     found = {}
+    if cell.quantity == SCORE:
+        pairs = {task: evidence.scores.get((cell.variant, task), ()) for task in TASKS}
+        found = {task: tuple(score for _, score in of_task) for task, of_task in pairs.items() if of_task}
+        return found, [path for task in found for path, _ in pairs[task]]
     for task, record in evidence.tasks.items():
         own, full = record.variants.get(cell.variant), record.variants.get("full")
         if cell.task not in ("", task) or own is None or (cell.over_full and full is None):
             continue
         found[task] = _of(cell, own, full)
-    return found
+    return found, [evidence.tasks[task].path for task in found]
 
 
 def _of(cell: Cell, own: Measured, full: Measured | None) -> tuple[float, ...]:
@@ -214,6 +220,8 @@ def _estimate(cell: Cell, values: Mapping[str, tuple[float, ...]], seed: int) ->
 
 
 def _how(cell: Cell, values: Mapping[str, tuple[float, ...]], ours: stats.Estimate) -> str:
+    if cell.quantity == SCORE:
+        return f"ours: best validation score, mean of {len(values)} task means over seeds, bootstrap interval"
     what = {
         SPEED: "1 / median step time of a round",
         EVALUATION: "peak of a forward pass without gradients, optimizer state in memory (D21)",
@@ -245,6 +253,8 @@ def _printed_by_task(cell: Cell) -> dict[str, float]:
 
 def _against(cell: Cell, evidence: EfficiencyEvidence) -> str:
     """Why the cell may not be compared with the print: there is always a reason."""
+    if cell.quantity == SCORE:
+        return "not comparable: the paper's Table 3 prints no score; tables 5 and 10 do"
     record = next(iter(evidence.tasks.values())).facts
     reasons = [] if cell.paper else ["the paper prints no value"]
     if evidence.model != PAPER_MODEL:
@@ -260,6 +270,8 @@ def _against(cell: Cell, evidence: EfficiencyEvidence) -> str:
 
 
 def _why_not(cell: Cell, evidence: EfficiencyEvidence) -> str:
+    if cell.quantity == SCORE:
+        return f"no finished training run of {METHODS[cell.variant]} on {evidence.model or 'any model'}"
     if not evidence.model:
         return "nothing was measured in RoBERTa-base's place"
     records = [record for task, record in evidence.tasks.items() if cell.task in ("", task)]

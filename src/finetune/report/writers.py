@@ -27,6 +27,9 @@ MARKS = {
 }
 """Verdict -> its mark in a cell."""
 
+_NO_CELL = "–"
+"""Where a row has no such column: a ratio of scores, say."""
+
 _FORMATS = {"learning rate": ".2e", "Valid Loss": ".4f", "I-Bench Score": ".3f"}
 """Column -> format of its values."""
 
@@ -108,7 +111,7 @@ def to_markdown(number: int, rows: Sequence[Row], context: Context) -> str:
     lines += [_markdown_line(["", *columns]), _markdown_line(["---"] * (len(columns) + 1))]
     for label in labels:
         found = [grid.get((label, column)) for column in columns]
-        lines.append(_markdown_line([label, *(_markdown_cell(row) if row else "" for row in found)]))
+        lines.append(_markdown_line([label, *(_markdown_cell(row) if row else _NO_CELL for row in found)]))
     lines += ["", "Notes", "", *(f"- {note}" for note in _notes(rows, context))]
     return "\n".join(lines) + "\n"
 

@@ -459,7 +459,7 @@ Each cell: ours [95 % interval] and the verdict's mark | the paper's ± its devi
 |  | #Trainable | CoLA |
 | --- | --- | --- |
 | Regular FT | 109,483,778 = \| 109 mln | 58.96 [55.85, 62.08] ? \| 59.0 ± 1.9 \| released 58.96 |
-| A_B & 50% \| c |  | not run \| not printed |
+| A_B & 50% \| c | – | not run \| not printed |
 
 Notes
 
