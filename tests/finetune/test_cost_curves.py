@@ -1,6 +1,7 @@
 """Cost of one MLP's step: variants take the steps they should, operations are those counted, the record is whole."""
 
 import json
+import time
 from dataclasses import asdict, replace
 
 import pytest
@@ -163,6 +164,14 @@ def test_ratios_are_of_the_times_of_the_same_round(monkeypatch):
     assert found["variants"]["full"]["rounds"] == [1.5, 3.5]
 
 
+def test_the_clock_of_the_cpu_does_not_run_while_the_process_waits(monkeypatch):
+    real = module.layer_step
+    monkeypatch.setattr(module, "layer_step", lambda *args: (time.sleep(0.02), real(*args)))
+    for clock, waited in (("cpu", False), ("wall", True)):
+        point = module.measure_point(POINT, replace(OPTIONS, clock=clock, threads=1), CPU)
+        assert (point["variants"]["floor"]["step_seconds"]["median"] > 0.02) == waited
+
+
 def test_a_killed_stage_goes_on_where_it_was(tmp_path, monkeypatch):
     real, measured = module.measure_point, []
 
@@ -180,7 +189,9 @@ def test_a_killed_stage_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(measured) == 6 and measured[2] == measured[3]
 
 
-@pytest.mark.parametrize("changes", [{"rounds": 0}, {"steps": 1.5}, {"precision": "fp8"}])
+@pytest.mark.parametrize(
+    "changes", [{"rounds": 0}, {"steps": 1.5}, {"precision": "fp8"}, {"clock": "sun"}, {"clock": "cpu"}]
+)
 def test_wrong_options_are_refused(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         replace(OPTIONS, **changes)

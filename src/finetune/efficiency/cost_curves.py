@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -37,6 +38,7 @@ from sparsegrad import core_shape
 
 log = logging.getLogger(__name__)
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PAIRS = (("folded", "rotated_regular"), ("truncated", "lora"), ("truncated_input", "lora"))
 """Whose step times are compared: one form of SparseGrad with the paper's layer, the others with LoRA."""
 
@@ -53,6 +55,8 @@ class CurveOptions:
         rounds: every round runs all variants; every second one in reverse.
         steps: timed steps of a variant in a round.
         warmup_steps: untimed steps of a freshly built variant, and one in every later round.
+        clock: ``wall``, or ``cpu``: time that this process ran, for one thread on a machine that others use too. On
+            CUDA its events are the clock.
     """
 
     base: Point
@@ -64,6 +68,7 @@ class CurveOptions:
     steps: int
     warmup_steps: int
     precision: str = "fp32"
+    clock: str = "wall"
     device: str = "auto"
     threads: int | None = None
     seed: int = 0
@@ -75,6 +80,10 @@ class CurveOptions:
                 raise ValueError(f"{name}={value!r}; it must be a whole number, at least 1.")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r}; allowed: {', '.join(PRECISIONS)}.")
+        if self.clock not in CLOCKS:
+            raise ValueError(f"clock={self.clock!r}; allowed: {', '.join(CLOCKS)}.")
+        if self.clock == "cpu" and self.threads != 1:
+            raise ValueError(f"clock='cpu' adds up the time of all threads; threads={self.threads}, it must be 1.")
 
     def curves(self) -> dict[str, list[Point]]:
         """Points of each curve, in ascending order."""
@@ -90,7 +99,7 @@ class CurveOptions:
 def read_config(config: Mapping[str, Any]) -> CurveOptions:
     """Options of a composed ``conf/cost_curves.yaml``."""
     scale = config["scale"]
-    own = {name: config[name] for name in ("precision", "device", "threads", "seed", "decay")}
+    own = {name: config[name] for name in ("precision", "clock", "device", "threads", "seed", "decay")}
     lists = {name: list(scale[name]) for name in ("densities", "tokens", "widths")}
     counts = {name: scale[name] for name in ("rounds", "steps", "warmup_steps")}
     return CurveOptions(base=Point(**scale["base"]), **lists, **counts, **own)
@@ -182,6 +191,7 @@ def measure_point(point: Point, options: CurveOptions, device: torch.device) -> 
         device=device,
         together=True,
         step=layer_step,
+        clock=CLOCKS[options.clock],
     )
     found = {name: _of_variant(name, seconds, point, touched(kept[name])) for name in variants_at(point)}
     kept.clear()

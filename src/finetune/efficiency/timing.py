@@ -6,6 +6,7 @@ A round runs every variant once over the same batches; every second round runs t
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean, median, quantiles
 from typing import Any
@@ -36,6 +37,7 @@ def time_variants(
     device: torch.device,
     together: bool,
     step: Callable[[Trainee, Batch, str], None] = train_step,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[list[float]]]:
     """Seconds of every step: variant -> rounds -> batches.
 
@@ -45,6 +47,7 @@ def time_variants(
         warmup_steps: steps before the first timed one of a freshly built variant, and one in every later round.
         together: keep all variants in memory, or build each anew in every round.
         step: trains one batch.
+        clock: of a CPU, see :func:`finetune.efficiency.machine.seconds_of`.
     """
     found: dict[str, list[list[float]]] = {name: [] for name in makers}
     kept: dict[str, Trainee] = {}
@@ -56,7 +59,7 @@ def time_variants(
         for number in range(warmup_steps if fresh else 1):
             step(trainee, batches[number % len(batches)], precision)
         calls = [lambda batch=batch, trainee=trainee: step(trainee, batch, precision) for batch in batches]
-        found[name].append(seconds_of(calls, device))
+        found[name].append(seconds_of(calls, device, clock))
         del trainee, calls
         if not together:
             release(device)

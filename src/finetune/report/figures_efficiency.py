@@ -40,6 +40,7 @@ _COLOUR = {
     "floor": GREY,
 }
 _MARKER = dict(zip(LABELS, "os^DvPX*.", strict=True))
+_CLOCKS = {"wall": "time by the clock", "cpu": "time that the process ran, whatever others took"}
 _PANELS = {
     "k": ("entries kept, k", "k"),
     "tokens": ("tokens in the step", "tokens"),
@@ -215,8 +216,8 @@ def _words_curves(record: Mapping[str, Any], path: str) -> Words:
             f"Forward, backward and update of two matrices of {shape}, {point['tokens']:,} tokens, k = {base['k']:,} "
             f"({point['density']:.1%} of a matrix), LoRA of the same number of trained numbers (rank "
             f"{base['lora_rank']}); each panel changes one of them. {device['name']} ({device['type']}, "
-            f"{device['threads']} threads), {how['precision']}; median of {how['rounds']} interleaved rounds, shaded: "
-            f"quartiles. At the common point: {pairs[0]}; "
+            f"{device['threads']} threads), {how['precision']}; {_CLOCKS[how['clock']]}, median of {how['rounds']} "
+            f"interleaved rounds, shaded: quartiles. At the common point: {pairs[0]}; "
             f"{'; '.join(lora)}. Where inputs and output gradients decay along the bases: {pairs[1]}."
         ),
         notes=(

@@ -100,7 +100,7 @@ def point(k=10, tokens=8, hidden=4, factor=1.0):
 RECORD = {
     "run": {"kind": "cost_curves"},
     "device": FACTS["device"],
-    "treatment": {"precision": "fp32", "rounds": 3},
+    "treatment": {"precision": "fp32", "rounds": 3, "clock": "cpu"},
     "warnings": [],
     "points": [point(), point(k=100, factor=2), point(tokens=16, factor=3), point(hidden=8, factor=4)],
     "base": 0,
@@ -127,6 +127,7 @@ def test_every_curve_is_the_medians_of_its_points_in_milliseconds(drawn, tmp_pat
     assert all(lines[LABELS["floor"]].get_linestyle() == "--" and len(lines) == 6 for lines in found)
     assert all(axis.get_xscale() == axis.get_yscale() == "log" for axis in axes)
     assert "folded over the paper's layer 0.62 (operations 0.50)" in words.caption
+    assert "time that the process ran" in words.caption
     assert words.source == ("results/test/cost_curves.json",)
 
 
