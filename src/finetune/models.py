@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from sparsegrad import TruncatedLinear
+
 
 def resolve(model: Mapping[str, Any], root: str | Path) -> tuple[str, dict[str, Any]]:
     """Where a checkpoint is: a folder given as ``checkpoint``, ``root/folder``, or the hub's name and revision.
@@ -129,8 +131,12 @@ def no_file_bars() -> Iterator[None]:
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Store the parameters that are not trained in another precision; the trained ones keep theirs, float32.
 
-    In bfloat16 a step below about 1e-3 of a weight would vanish, so only what never steps may be stored in it.
+    In bfloat16 a step below about 1e-3 of a weight would vanish, so only what never steps may be stored in it. A
+    truncated layer that steps its frozen weight in place takes the side path from then on.
     """
+    for module in model.modules():
+        if isinstance(module, TruncatedLinear):
+            module.store_weight(dtype)
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)

@@ -32,7 +32,8 @@ from torch import nn
 
 from finetune import activations
 from finetune.methods import MeProp, Method, SparseGrad, build_method
-from sparsegrad import sparsify
+from finetune.models import cast_frozen
+from sparsegrad import Basis, sparsegrad_layers, sparsify
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Shape = tuple[int, int]
@@ -121,6 +122,8 @@ def training_memory(
         ValueError: on a configuration that the method refuses, or SparseGrad's rotated form.
     """
     once = setup.accumulation_steps == 1
+    if method.get("form") == "truncated":
+        return _truncated(method, model, protocol, setup)
     chosen = build_method(method, model, protocol, bases={}, one_backward_a_step=once)
     plain = meta_model(model["architecture"])
     targets = [(target.kind, tuple(target.module.weight.shape)) for target in chosen.targets.find(plain)]
@@ -154,6 +157,42 @@ def training_memory(
         folding=max((_folding(k, shape) for k, shape in zip(kept, selected, strict=True)), default=0) if rotates else 0,
         snapshot=4 * trained + bases,
         selects_in_backward=in_backward,
+    )
+
+
+def _truncated(
+    method: Mapping[str, Any], model: Mapping[str, Any], protocol: Mapping[str, Any], setup: Setup
+) -> TrainingMemory:
+    """Memory of the truncated form, whose trained numbers have ordinary gradients and AdamW's moments."""
+    plain = meta_model(model["architecture"])
+    chosen = build_method(method, model, protocol, bases={})
+    shapes = {t.kind: tuple(t.module.weight.shape) for t in chosen.targets.find(plain)}
+    with torch.device("meta"):
+        bases = {kind: Basis(torch.empty(i, i), torch.empty(o, o)) for kind, (o, i) in shapes.items()}
+    prepared = build_method(method, model, protocol, bases=bases).prepare(plain)
+    frozen_dtype = DTYPES[setup.frozen_dtype]
+    cast_frozen(prepared, frozen_dtype)
+    trained = sum(p.numel() for p in prepared.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in prepared.parameters() if not p.requires_grad)
+    shared = {id(layer.basis): layer.basis for layer in sparsegrad_layers(prepared).values()}
+    held = sum(4 * factor.numel() for basis in shared.values() for factor in (basis.U, basis.V))
+    in_place = sum(m.weight.numel() for m in sparsegrad_layers(prepared).values() if m.update == "in_place")
+    found = activations.measure(
+        prepared, setup.micro_batch, setup.tokens, precision=setup.precision, frozen_dtype=frozen_dtype
+    )
+    return TrainingMemory(
+        trained=trained,
+        parameters=4 * trained + frozen_dtype.itemsize * frozen,
+        gradients=4 * trained,
+        optimizer_state_first=8 * trained,
+        optimizer_state=8 * trained,
+        bases=held,
+        saved_activations=found.saved,
+        activations=found.peak(setup.checkpointing),
+        selection=0,
+        folding=0,
+        snapshot=4 * (trained + in_place) + held,
+        selects_in_backward=False,
     )
 
 

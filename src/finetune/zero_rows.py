@@ -99,6 +99,8 @@ def _shares(zero: Mapping[str, Mapping[str, int]], totals: Mapping[str, int]) ->
 def zero_rows_of_tasks(config: Mapping[str, Any], tasks: Sequence[str], path: Path) -> list[str]:
     """Count for every task, with both paddings of ``protocol.padding``; write one JSON file.
 
+    Padding goes to ``protocol.max_length``, or to the model's positions where it has fewer.
+
     Args:
         config: composed configuration (``conf/zero_rows.yaml``).
         tasks: names.
@@ -112,9 +114,12 @@ def zero_rows_of_tasks(config: Mapping[str, Any], tasks: Sequence[str], path: Pa
     device = make_accelerator(config["device"], "fp32").device
     found: dict[str, dict[str, Any]] = {}
     lines = []
+    plain = models.load_classifier(config["model"], config["data"]["root"], 2, config["seed"])
+    length = min(config["protocol"]["max_length"], models.positions(plain) or config["protocol"]["max_length"])
     for task in tasks:
         for padding in PADDINGS:
-            inputs = Inputs(dict(config) | {"protocol": dict(config["protocol"]) | {"padding": padding}})
+            protocol = dict(config["protocol"]) | {"padding": padding, "max_length": length}
+            inputs = Inputs(dict(config) | {"protocol": protocol})
             facts, splits = inputs.task(task)
             model = models.load_classifier(config["model"], config["data"]["root"], facts.num_labels, config["seed"])
             check_length(model, splits.values())
@@ -130,7 +135,7 @@ def zero_rows_of_tasks(config: Mapping[str, Any], tasks: Sequence[str], path: Pa
     content = {
         "schema": records.SCHEMA,
         "model": config["model"]["name"],
-        "max_length": config["protocol"]["max_length"],
+        "max_length": length,
         "batch_size": config["batch_size"],
         "batches": config["batches"],
         "tasks": found,

@@ -43,7 +43,7 @@ class Basis(nn.Module):
                 raise ValueError(
                     f"{name} has shape {tuple(factor.shape)}; it must be (rank, features), rank <= features."
                 )
-            if not torch.isfinite(factor).all():
+            if not factor.is_meta and not torch.isfinite(factor).all():
                 raise ValueError(f"{name} holds non-finite values: collect the gradients again.")
         self.register_buffer("U", U)
         self.register_buffer("V", V)

@@ -90,6 +90,9 @@ class QuantizedTruncatedLinear(TruncatedLinear):
             self.linear.bias = bias
         return add_product_(torch.cat(parts).T.contiguous(), self.basis.V, self.core, self.basis.U)
 
+    def store_weight(self, dtype: torch.dtype) -> None:
+        """The weight stays as it is, quantised."""
+
     def rebase(self, basis: Basis) -> None:
         """Not possible: raises ValueError."""
         raise ValueError("a quantised weight can't take the core in, so its basis can't be changed: merge first.")

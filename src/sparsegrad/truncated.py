@@ -131,6 +131,15 @@ class TruncatedLinear(SparseGradLinear):
             autocast(x), self.weight, self.bias, core, self.basis.U, self.basis.V, self.update == "side"
         )
 
+    def store_weight(self, dtype: torch.dtype) -> None:
+        """Store W in another precision, below float32 with ``update="side"`` from now on: steps in place would vanish.
+
+        Call it before training: what W has taken in so far is rounded with it.
+        """
+        self.weight.data = self.weight.data.to(dtype)
+        if torch.finfo(dtype).bits < 32:
+            self.update = "side"
+
     @torch.no_grad()
     def absorb(self) -> None:
         """After a step of S: add it to W and start from zero again, where steps are taken in place."""
@@ -206,7 +215,7 @@ class TruncatedLinear(SparseGradLinear):
         core = self.core.detach()
         nn.Module._apply(self, fn, recurse)
         if torch.finfo(self.weight.dtype).bits < 32:
-            self.update = "side"  # the model was cast down: in place its steps would vanish from now on
+            self.update = "side"  # the model was cast down
             if torch.finfo(self.core.dtype).bits < 32:
                 self.core.data = core.to(device=self.core.device, dtype=torch.promote_types(core.dtype, torch.float32))
         return self

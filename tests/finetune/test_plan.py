@@ -131,6 +131,50 @@ def test_bfloat16_with_frozen_weights_in_bfloat16(name, steps):
     assert plan.saved_activations == pytest.approx(real["saved_activations"], rel=0.001)
 
 
+@pytest.mark.parametrize(
+    "setup",
+    [
+        Setup(ROWS, TOKENS, 2),
+        Setup(ROWS, TOKENS, 3, precision="bf16", frozen_dtype="bf16"),
+    ],
+    ids=["float32, in place", "bfloat16, side path"],
+)
+@pytest.mark.parametrize("name", ["truncated", "truncated_input"])
+def test_truncated_forms(name, setup, monkeypatch):
+    monkeypatch.setitem(FILES, name, yaml.safe_load((ROOT / f"conf/method/{name}.yaml").read_text()))
+    protocol = PROTOCOL | {"density": 0.1}
+    real, plan = really(name, protocol, setup), calculated(name, protocol, setup)
+    for key in ("parameters", "gradients", "bases"):
+        assert getattr(plan, key) == real[key], key
+    assert plan.optimizer_state_first == plan.optimizer_state == real["optimizer_state"]
+    assert plan.saved_activations == pytest.approx(real["saved_activations"], rel=0.001)
+    entries = {"truncated": 2 * (16 * 16 + 16 * 16), "truncated_input": 2 * (80 * 3 + 32 * 8)}[name]
+    assert plan.trained == entries and plan.gradients == 4 * entries
+
+
+def test_frozen_weights_in_bfloat16_make_truncated_layers_take_the_side_path():
+    """In place their steps would vanish: the loss would stay where it is at this rate."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from sparsegrad import sparsegrad_layers
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**ARCHITECTURE))
+    group = yaml.safe_load((ROOT / "conf/method/truncated.yaml").read_text())
+    method = build_method(group, MODEL, PROTOCOL, bases=BASES)
+    model = method.prepare(model)
+    assert {layer.update for layer in sparsegrad_layers(model).values()} == {"in_place"}
+    models.cast_frozen(model, torch.bfloat16)
+    layers = sparsegrad_layers(model).values()
+    assert {(layer.update, layer.weight.dtype, layer.core.dtype) for layer in layers} == {
+        ("side", torch.bfloat16, torch.float32)
+    }
+    optimizer = method.optimizer(model, 1e-6, 0.0)
+    model(input_ids=torch.randint(0, 96, (2, 8)), use_cache=False).logits.float().square().sum().backward()
+    optimizer.step()
+    assert all(0 < layer.core.abs().max() < 1e-5 for layer in layers)
+
+
 def test_bytes_by_hand():
     """Four matrices of 2560 numbers, two blocks of up and down, 50 entries each."""
     setup = Setup(ROWS, TOKENS, 4, touched=0.5)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from finetune import models
 from finetune.methods import Targets
 from finetune.zero_rows import count_zero_rows, zero_rows_of_tasks
 
@@ -69,3 +70,12 @@ def test_a_file_for_all_tasks_and_both_paddings(config, tmp_path):
     for task in content["tasks"].values():
         assert task["max_length"]["padding_tokens"] > task["longest"]["padding_tokens"]
         assert task["max_length"]["shares"]["text"] == pytest.approx(task["longest"]["shares"]["text"])
+
+
+def test_padding_goes_no_further_than_the_model_has_positions(config, tmp_path):
+    found = config("protocol.max_length=4096") | {"batches": 1, "batch_size": 4, "seed": 0}
+    zero_rows_of_tasks(found, ["cola"], tmp_path / "rows.json")
+    written = json.loads((tmp_path / "rows.json").read_text())
+    positions = models.positions(models.load_classifier(found["model"], found["data"]["root"], 2, 0))
+    assert written["max_length"] == positions < 4096
+    assert written["tasks"]["cola"]["max_length"]["tokens"] == 4 * positions

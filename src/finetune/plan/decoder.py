@@ -64,6 +64,7 @@ def plan_model(
     turns: int,
     touched: float,
     card: Card,
+    compared: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Everything that one model's cells need; JSON values.
 
@@ -74,6 +75,7 @@ def plan_model(
         questions, turns: of the judged question set.
         touched: see :class:`finetune.training_memory.Setup`.
         card: what the cells must fit.
+        compared: methods that no cell runs, whose memory stands beside.
 
     Raises:
         ValueError: on a configuration that a run would refuse.
@@ -82,7 +84,13 @@ def plan_model(
     total = sum(parameter.numel() for parameter in meta_model(model["architecture"]).parameters())
     training = {name: training_memory(method, model, protocol, setup) for name, method in methods.items()}
     found: dict[str, Any] = {"parameters": total, "setup": asdict(setup), "training": {}}
-    for name, memory in training.items():
+    beside, found["not_compared"] = {}, {}
+    for name, method in (compared or {}).items():
+        try:
+            beside[name] = training_memory(method, model, protocol, setup)
+        except ValueError as error:  # a core of all outputs, on matrices that keep fewer entries
+            found["not_compared"][name] = str(error)
+    for name, memory in (training | beside).items():
         fits = {"peak": memory.peak, "fits": card.fits(memory.peak), "share": memory.trained / total}
         found["training"][name] = asdict(memory) | fits
     shapes: dict[str, tuple[int, int]] = {}
@@ -182,6 +190,7 @@ def lines(name: str, found: Mapping[str, Any], card: Card) -> list[str]:
         *_aligned(rows),
         "The largest of gradients + activations, gradients + selection, folding back and snapshot is in the peak.",
         *_lazy(setup["touched"], methods),
+        *(f"{method} is not calculated: {reason}" for method, reason in found["not_compared"].items()),
     ]
     for key, title in (("preliminary", "Preliminary phase"), ("hosvd", "HOSVD, largest projection")):
         if key in found:

@@ -161,6 +161,7 @@ def _decoders(experiment: Experiment, cards: Sequence[Processor], settings: Mapp
             turns=settings["turns"],
             touched=settings["touched"],
             card=Card(limited.name, limited.memory or 0, limited.reserve),
+            compared={m: experiment.method(m) for m in settings["compared"] if m not in methods},
         )
         for memory in plan["training"].values():
             memory["fits_each"] = {card.name: card.fits(memory["peak"]) for card in cards}
