@@ -165,7 +165,7 @@ def test_a_run_that_was_killed_reads_as_far_as_it_is_whole(wandb, results, setti
     data = paths[0].read_bytes()
     cut = tmp_path / "run-cut.wandb"
     rows = set()
-    for length in range(7, len(data), 97):
+    for length in range(7, len(data), 11):  # every record is longer than that
         cut.write_bytes(data[:length])
         found = read_offline_run(cut)
         assert found.history == whole.history[: len(found.history)] and found.exit_code is None
