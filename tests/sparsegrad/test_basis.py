@@ -247,3 +247,18 @@ def test_moments_of_another_layer_kind_are_refused():
     with pytest.raises(ValueError, match=r"\(3, 3\) and \(4, 4\) can't be added to .* belong to other layers"):
         moments.merge(GradientMoments(3, 4))
     assert torch.equal(moments.left, left) and moments.count == 2
+
+
+@pytest.mark.parametrize(("n", "m"), [(3, 7), (256, 5), (600, 40)])
+def test_a_gram_matrix_by_blocks_is_the_whole_one_and_stays_symmetric(n, m):
+    from sparsegrad.basis import add_gram_
+
+    generator = torch.Generator().manual_seed(n)
+    moment, A = torch.zeros(n, n, dtype=torch.float64), None
+    expected = torch.zeros_like(moment)
+    for _ in range(2):
+        A = torch.randn(n, m, generator=generator, dtype=torch.float64)
+        add_gram_(moment, A)
+        expected += A @ A.T
+    torch.testing.assert_close(moment, expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(moment, moment.T, rtol=1e-14, atol=1e-14)
