@@ -73,7 +73,7 @@ def hosvd_html(found: Sequence[Found]) -> Html | None:
 
 def _hosvd_cells(entry: Mapping[str, Any]) -> list[Child]:
     """Seconds, peak and how they are known, of one way."""
-    if entry["seconds"] is not None:
+    if entry.get("seconds") is not None:  # a way that was not measured has none
         return [f"{entry['seconds']['total']:.3g}", _megabytes(entry["peak_bytes"]), "measured"]
     calculated = entry["calculated"]
     seconds = f"{calculated['seconds']:.3g}" if calculated["seconds"] is not None else "not known"
