@@ -426,6 +426,16 @@ def test_a_variant_is_its_base_with_choices_of_its_own(config):
     assert config("method=sparsegrad")["protocol"] == with_own_choices(config("method=sparsegrad"))["protocol"]
 
 
+def test_a_variant_replaces_the_parts_that_it_names(config):
+    before, after = config("method=truncated"), with_own_choices(config("method=truncated_own_basis"))
+    assert after["protocol"]["preliminary"] == before["protocol"]["preliminary"] | {"scope": "run"}
+    assert before["protocol"]["preliminary"]["scope"] == "task"
+    assert {**after["protocol"], "preliminary": None} == {**before["protocol"], "preliminary": None}
+    own = {"name": "mine", "base": "sparsegrad", "protocol": {"preliminary": {"step": 3}}}
+    with pytest.raises(ValueError, match=r"method mine sets protocol\.preliminary\.step; allowed: .*'steps'"):
+        with_own_choices(config() | {"method": own})
+
+
 def test_a_variant_of_nothing_or_with_an_unknown_choice_is_refused(config):
     with pytest.raises(ValueError, match="method='adapters'; allowed: full, lora, meprop, sparsegrad"):
         base_method({"name": "mine", "base": "adapters"})

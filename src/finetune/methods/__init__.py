@@ -57,14 +57,23 @@ def needs_bases(method: Mapping[str, Any]) -> bool:
 def with_own_choices(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with the choices that a variant makes for itself put into its protocol.
 
+    Of a choice with parts, such as ``preliminary``, the parts that the variant names.
+
     Raises:
         ValueError: if a choice is none that the protocol has.
     """
-    own, protocol = config.get("method", {}).get("protocol", {}), config["protocol"]
-    unknown = [name for name in own if name not in protocol]
-    if unknown:
-        raise ValueError(f"method {config['method']['name']} sets protocol.{unknown[0]}; allowed: {list(protocol)}.")
-    return {**config, "protocol": {**protocol, **own}}
+    own = config.get("method", {}).get("protocol", {})
+    return {**config, "protocol": _replaced(config["protocol"], own, config.get("method", {}).get("name"))}
+
+
+def _replaced(choices: Mapping[str, Any], own: Mapping[str, Any], method: str | None, where: str = "") -> dict[str, Any]:
+    found = dict(choices)
+    for name, value in own.items():
+        if name not in choices:
+            raise ValueError(f"method {method} sets protocol.{where}{name}; allowed: {list(choices)}.")
+        parts = isinstance(value, Mapping) and isinstance(choices[name], Mapping) and choices[name]
+        found[name] = _replaced(choices[name], value, method, f"{where}{name}.") if parts else value
+    return found
 
 
 def build_method(
