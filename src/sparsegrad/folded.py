@@ -16,6 +16,9 @@ from sparsegrad.basis import Basis
 from sparsegrad.linear import SparseGradLinear, autocast
 from sparsegrad.select import check_k
 
+# An operation of a sparse product takes about as long as so many of a dense one (measured, one CPU core).
+SPARSE_COST = 25
+
 
 class FoldedLinear(SparseGradLinear):
     """A plain linear whose gradient is rotated and whose update is folded back; W stays in place."""
@@ -110,8 +113,8 @@ def add_rotated_back_(target: Tensor, basis: Basis, indices: Tensor, delta: Tens
     costs = {
         ("V", "dense"): V_first + nr * nc * o,
         ("U", "dense"): U_first + nr * nc * i,
-        ("V", "sparse"): V_first + _SPARSE * n * o,
-        ("U", "sparse"): U_first + _SPARSE * n * i,
+        ("V", "sparse"): V_first + SPARSE_COST * n * o,
+        ("U", "sparse"): U_first + SPARSE_COST * n * i,
     }
     first, way = min(costs, key=costs.__getitem__)
     V, U = basis.V.to(delta.dtype), basis.U.to(delta.dtype)
@@ -127,9 +130,6 @@ def add_rotated_back_(target: Tensor, basis: Basis, indices: Tensor, delta: Tens
         target.addmm_(V[rows].T @ block, U[columns])
     else:
         target.addmm_(V[rows].T, block @ U[columns])
-
-
-_SPARSE = 25  # an operation of a sparse product takes about as long as so many of a dense one (measured, one CPU core)
 
 
 def _csr(row: Tensor, column: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

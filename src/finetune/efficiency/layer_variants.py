@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from finetune.efficiency.variants import PRECISIONS
 from finetune.methods import build_method
 from sparsegrad import Basis, core_shape, sparsegrad_layers
-from sparsegrad.folded import _SPARSE as SPARSE_COST
+from sparsegrad.folded import SPARSE_COST
 
 FLOOR = "floor"
 FORMS = {"rotated_regular": "rotated", "folded": "folded", "truncated": "truncated", "truncated_input": "truncated"}

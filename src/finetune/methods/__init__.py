@@ -66,7 +66,9 @@ def with_own_choices(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "protocol": _replaced(config["protocol"], own, config.get("method", {}).get("name"))}
 
 
-def _replaced(choices: Mapping[str, Any], own: Mapping[str, Any], method: str | None, where: str = "") -> dict[str, Any]:
+def _replaced(
+    choices: Mapping[str, Any], own: Mapping[str, Any], method: str | None, where: str = ""
+) -> dict[str, Any]:
     found = dict(choices)
     for name, value in own.items():
         if name not in choices:
