@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 from finetune.published import TASKS
 from finetune.report import stats
+from finetune.report.energy_evidence import TRAJECTORIES
 from finetune.report.layouts import PAPER_MODELS
 from finetune.report.markdown import interval, label, p_value
 from finetune.report.markup import Html, items, join, tag
@@ -65,6 +67,7 @@ def findings(inputs: PageInputs) -> Iterator[Finding]:
     if content is not None:
         for entry in content["runs"]:
             yield from _own(entry)
+    yield from _stale([one.content for one in inputs.found if one.kind == "energy"])
     yield from _loss(inputs.tables.get(6))
     yield from _speed(inputs.tables.get(3))
     if content is not None:
@@ -125,6 +128,32 @@ def _limits(entry: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]) -> str
         f"Mean over {', '.join(TASKS[task] for task in tasks)}, {seeds} paired seeds a task, 95 % t intervals; "
         f"sign-flip test, p corrected for the family (Holm).{place}"
     )
+
+
+def _stale(energies: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """What a basis' leading block holds of the gradient's energy at the first and at the last look, by model."""
+    for model in dict.fromkeys(record["titles"]["model"] for record in energies):
+        lines, kept = [], []
+        for record in (one for one in energies if one["titles"]["model"] == model):
+            first, last = record["steps"][0], record["steps"][-1]
+            start, end = _in_block(first, "initial"), _in_block(last, "initial")
+            fresh, other = _in_block(last, "refreshed"), _in_block(first, "stored")
+            kept.append(end / start)
+            name = TRAJECTORIES.get(record["run"]["trajectory"], record["run"]["trajectory"])
+            lines.append(
+                f"{record['titles']['task']}, {name}: {start:.2f} at step {first['step']}, {end:.2f} at step "
+                f"{last['step']}, {fresh:.2f} if renewed there; a basis made under another head starts at {other:.2f}."
+            )
+        after = (
+            f"Share of the gradient's energy in the leading block of the run's own basis, mean over {model}'s layers."
+        )
+        keeps = " to ".join(dict.fromkeys(f"{100 * share:.0f}" for share in (min(kept), max(kept))))
+        title = f"How a basis ages on {model}: {keeps} % of its block’s energy is left at the last look"
+        yield Finding(title, tuple(lines), f"{after} One seed a trajectory.")
+
+
+def _in_block(step: Mapping[str, Any], space: str) -> float:
+    return mean(layer["block"] for layer in step["spaces"][space])
 
 
 def _loss(table: BuiltTable | None) -> Iterator[Finding]:

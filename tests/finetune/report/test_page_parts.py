@@ -12,6 +12,7 @@ from finetune.report.page_findings import findings, pair_sentence
 from finetune.report.page_inputs import PageInputs
 from finetune.report.page_markdown import headings, markdown_html
 from finetune.report.page_protocol import Choice, linked, read_choices
+from finetune.report.page_records import Found
 from finetune.report.page_tables import BuiltTable
 
 SPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
@@ -161,8 +162,8 @@ def test_a_sentence_claims_what_its_test_says():
     assert "so few pairs separate nothing" in pair_sentence(pair(least=0.25))
 
 
-def inputs(statistics=None, tables=None):
-    return PageInputs({"name": "test"}, tables or {}, (), {}, statistics, None, (), {}, False)
+def inputs(statistics=None, tables=None, found=()):
+    return PageInputs({"name": "test"}, tables or {}, (), {}, statistics, None, tuple(found), {}, False)
 
 
 def statistics(pairs, name="methods"):
@@ -248,3 +249,25 @@ def test_speed_is_read_from_ratios_and_warnings_go_with_it():
     (found,) = findings(inputs(tables=built(3, rows, ["Warning: load average 3."])))
     assert found.title == "Faster than full fine-tuning a step: LoRA"
     assert found.lines[0].endswith("peak in training × 0.90.") and "Warning: load average 3." in found.after
+
+
+def test_findings_of_a_stale_basis_are_means_over_layers():
+    def look(step, **blocks):
+        return {"step": step, "spaces": {space: [{"block": v} for v in values] for space, values in blocks.items()}}
+
+    def record(task, end):
+        steps = [look(0, initial=[0.3, 0.5], stored=[0.1, 0.3]), look(9, initial=[9, 9]), end]
+        titles = {"task": task, "model": "a BERT"}
+        return Found("x.json", {"titles": titles, "run": {"kind": "energy", "trajectory": "full"}, "steps": steps})
+
+    records = [
+        record("RTE", look(50, initial=[0.2, 0.2], refreshed=[0.3, 0.5])),
+        record("QNLI", look(50, initial=[0.1, 0.1], refreshed=[0.4, 0.6])),
+    ]
+    (found,) = findings(inputs(found=records))
+    assert found.title == "How a basis ages on a BERT: 25 to 50 % of its block’s energy is left at the last look"
+    assert found.lines[0] == (
+        "RTE, full fine-tuning: 0.40 at step 0, 0.20 at step 50, 0.40 if renewed there; "
+        "a basis made under another head starts at 0.20."
+    )
+    assert "0.10 at step 50, 0.50 if renewed" in found.lines[1] and "mean over a BERT's layers" in found.after
