@@ -419,6 +419,20 @@ def test_top_k_and_meprop_agree_on_ties():
 # Variants
 
 
+def test_the_control_trains_everything_but_the_matrices(build, classifier, batch):
+    method = build("frozen_mlp")
+    model = method.prepare(classifier())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = method.optimizer(model, lr=1e-2, weight_decay=0.0)
+    model(**batch).loss.backward()
+    optimizer.step()
+    fixed = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert fixed == {f"{target.name}.weight" for target in method.targets.find(model)}
+    counted = count_parameters(classifier(), method)
+    assert counted["trainable_per_layer"] == 0
+    assert counted["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def test_a_variant_is_its_base_with_choices_of_its_own(config):
     found = with_own_choices(config("method=sparsegrad_100k", "protocol.density=0.01"))
     assert base_method(found["method"]) == "sparsegrad" and needs_bases(found["method"])

@@ -100,7 +100,7 @@ def build_method(
     targets = build_targets(name, model, protocol)
     k, density = model["k"], protocol["density"]
     if name == "full":
-        return FullFineTuning(targets)
+        return FullFineTuning(targets, train_targets=method.get("train_targets", True))
     if name == "lora":
         rank, alpha = model["lora_rank"], lora_alpha(protocol["lora_scale"], model["lora_rank"])
         return LoRA(targets, rank=rank, alpha=alpha, dropout=protocol.get("lora_dropout", method["dropout"]))

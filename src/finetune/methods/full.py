@@ -12,12 +12,20 @@ from finetune.methods.base import Targets
 
 @dataclass(frozen=True)
 class FullFineTuning:
-    """See :class:`finetune.methods.base.Method`."""
+    """See :class:`finetune.methods.base.Method`.
+
+    Attributes:
+        train_targets: without it the target matrices stay as they are, their biases not: the control that tells what
+            training them by any method adds to training all the rest.
+    """
 
     targets: Targets
+    train_targets: bool = True
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        self.targets.set_trainable(model)
+        for target in self.targets.set_trainable(model):
+            if not self.train_targets:
+                target.module.weight.requires_grad_(False)
         return model
 
     def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
@@ -27,4 +35,4 @@ class FullFineTuning:
         return model
 
     def entries(self, shape: tuple[int, int]) -> int:
-        return shape[0] * shape[1]
+        return shape[0] * shape[1] if self.train_targets else 0

@@ -1,9 +1,10 @@
 """Methods against each other on the same tasks and seeds: our runs and the authors' logs through the same code.
 
 Pairs are compared in families, each with its own Holm correction: the four methods with each other; every variant with
-the method that it varies; and a change that was made to several methods alike (`full_mlp`, `lora_mlp`, ...) among
-themselves. A family's primary result is the difference of the means over tasks; the tasks one by one are corrected over
-all pairs and tasks of the family. A pair uses the tasks and seeds that both methods have.
+the method that it varies; every method with a control that leaves the MLP matrices alone; and a change that was made to
+several methods alike (`full_mlp`, `lora_mlp`, ...) among themselves. A family's primary result is the difference of the
+means over tasks; the tasks one by one are corrected over all pairs and tasks of the family. A pair uses the tasks and
+seeds that both methods have.
 """
 
 import itertools
@@ -126,12 +127,15 @@ def scores_of_logs(model: str) -> dict[str, dict[str, dict[int, float]]]:
     return {method: tasks for method, tasks in found.items() if tasks}
 
 
-def families_of(methods: Sequence[str], bases: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
+def families_of(
+    methods: Sequence[str], bases: Mapping[str, str], controls: Sequence[str] = ()
+) -> dict[str, list[tuple[str, str]]]:
     """Say which methods are compared with which: family -> pairs (first, second).
 
     Args:
         methods: Names of those that ran.
         bases: Variant -> the method that it varies.
+        controls: Those that train nothing of the matrices that the methods are about.
 
     Raises:
         ValueError: If a name is neither a method nor a known variant.
@@ -140,9 +144,10 @@ def families_of(methods: Sequence[str], bases: Mapping[str, str]) -> dict[str, l
     if unknown:
         raise ValueError(f"unknown methods {unknown}; methods are {', '.join(ORDER)}, variants {', '.join(bases)}")
     found = {"methods": [*itertools.combinations([name for name in ORDER if name in methods], 2)]}
-    variants = sorted(
-        (name for name in methods if name not in ORDER), key=lambda name: (ORDER.index(bases[name]), name)
-    )
+    for control in controls:
+        found[f"methods over {control}"] = [(name, control) for name in ORDER if name in methods]
+    others = [name for name in methods if name not in ORDER and name not in controls]
+    variants = sorted(others, key=lambda name: (ORDER.index(bases[name]), name))
     by_change: dict[str, list[str]] = {}
     for name in variants:
         by_change.setdefault(name.rpartition("_")[2], []).append(name)
@@ -156,20 +161,26 @@ def families_of(methods: Sequence[str], bases: Mapping[str, str]) -> dict[str, l
 
 
 def compare_methods(
-    scores: Scores, bases: Mapping[str, str] | None = None, *, seed: int = 0, samples: int = 10_000
+    scores: Scores,
+    bases: Mapping[str, str] | None = None,
+    *,
+    controls: Sequence[str] = (),
+    seed: int = 0,
+    samples: int = 10_000,
 ) -> Comparison:
     """Summarise every method of one model and compare them in pairs.
 
     Args:
         scores: Scores of one model's methods.
         bases: Variant -> the method that it varies.
+        controls: See `families_of`.
         seed: Seed of bootstraps and sampled sign patterns.
         samples: Number of bootstrap resamples; ten times as many sign patterns.
 
     Raises:
         ValueError: If a method is unknown, or has no score.
     """
-    families = families_of(list(scores), bases or {})
+    families = families_of(list(scores), bases or {}, controls)
     summaries = {name: _summary(tasks, seed, samples) for name, tasks in scores.items()}
     compared = tuple(_family(name, pairs, scores, seed, samples) for name, pairs in families.items())
     return Comparison(summaries, compared)

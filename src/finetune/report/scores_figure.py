@@ -77,7 +77,7 @@ def _panels(entry: Mapping[str, Any], title: str) -> list[tuple[str, list[Line]]
             lines = [_average(pair, " − ".join(found)) for pair, found in zip(pairs, names, strict=True)]
             panels.append((f"{title}\nevery method as {change[1:]}", lines))
         else:
-            base = label(name.removeprefix("variants of "))
+            base = label(name.removeprefix("variants of ").removeprefix("methods over "))
             panels.append((f"{title}\n... minus {base}", [_average(pair, label(pair["first"])) for pair in pairs]))
     return [(name, found) for name, found in panels if found]
 

@@ -76,6 +76,8 @@ def _own(evidence: Evidence, model: str, seed: int, samples: int) -> dict[str, A
     runs = [run for (name, _, _), found in evidence.runs.items() if name == model for run in found]
     failed = [path for (name, _, _), paths in evidence.failed.items() if name == model for path in paths]
     scores = method_comparison.scores_of_runs(evidence, model)
+    about = {(method, run.trainable_per_layer > 0) for (_, method, _), found in evidence.runs.items() for run in found}
+    controls = [method for method in scores if (method, True) not in about]
     return {
         "model": model,
         "title": runs[0].title,
@@ -84,7 +86,9 @@ def _own(evidence: Evidence, model: str, seed: int, samples: int) -> dict[str, A
         "versions": sorted({run.version for run in runs}),
         "random_weights": any(run.random_weights for run in runs),
         "bases": {method: base for method, base in evidence.bases.items() if method in scores},
-        "comparison": method_comparison.compare_methods(scores, evidence.bases, seed=seed, samples=samples),
+        "comparison": method_comparison.compare_methods(
+            scores, evidence.bases, controls=controls, seed=seed, samples=samples
+        ),
         "failed": failed,
         "records": sorted(run.path for run in runs),
     }

@@ -63,6 +63,9 @@ def test_families():
     assert families_of(["sparsegrad_mlp", "sparsegrad"], bases) == {
         "variants of sparsegrad": [("sparsegrad_mlp", "sparsegrad")]
     }
+    control = families_of(["full", "sparsegrad", "frozen_mlp"], {"frozen_mlp": "full"}, ["frozen_mlp"])
+    assert control["methods over frozen_mlp"] == [("sparsegrad", "frozen_mlp"), ("full", "frozen_mlp")]
+    assert set(control) == {"methods", "methods over frozen_mlp"}
     assert families_of(["truncated"], bases) == {}  # what it varies did not run
     with pytest.raises(ValueError, match=r"unknown methods \['other'\]"):
         families_of(["other"], bases)
