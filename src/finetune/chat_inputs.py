@@ -15,7 +15,7 @@ from finetune import models
 from finetune.data.chat import ChatTemplate, chat_template
 from finetune.data.oasst import PackedSplit, load_chat
 from finetune.execution import check_length, read_bases
-from finetune.methods import needs_bases, with_own_choices
+from finetune.methods import base_method, needs_bases, with_own_choices
 from finetune.training_options import TrainingOptions
 from sparsegrad import Basis
 
@@ -137,17 +137,20 @@ def identity(inputs: ChatInputs, seed: int) -> dict[str, Any]:
 def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """Learning rate and batch size: given by hand, else the scale's, else the protocol's.
 
-    Each may be one value, or a mapping from methods to values.
+    Each may be one value, or a mapping from methods to values; a variant that it leaves out takes its base's.
 
     Raises:
         ValueError: if a mapping leaves the method out.
     """
-    method, found = config["method"]["name"], {}
+    names, found = (config["method"]["name"], base_method(config["method"])), {}
     for name in ("learning_rate", "batch_size"):
         value = next(place[name] for place in (config, config["scale"], config["protocol"]) if place[name] is not None)
-        if isinstance(value, Mapping) and method not in value:
-            raise ValueError(f"{name} is given for {', '.join(value)}; method={method} needs one too.")
-        found[name] = value[method] if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            own = next((method for method in names if method in value), None)
+            if own is None:
+                raise ValueError(f"{name} is given for {', '.join(value)}; method={names[0]} needs one too.")
+            value = value[own]
+        found[name] = value
     return found
 
 

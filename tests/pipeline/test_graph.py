@@ -56,6 +56,8 @@ def test_graph_resolves_into_the_expected_cells(experiment):
     for kind in ("llama_train", "answers", "judgments"):
         expected = {f"{kind}@{name}-{model}-{method}" for model in decoders for method in content["methods"]}
         assert {s for s in found if s.startswith(f"{kind}@")} == expected
+    expected = {f"llama_ablation@{name}-{m}-{variant}" for m in decoders for variant in content["llama_ablations"]}
+    assert {s for s in found if s.startswith("llama_ablation@")} == expected
     assert {s for s in found if s.startswith("examples@")} == {f"examples@{name}"}
     tables = {f"{table}@{name}" for table, where in content["tables"].items() if where}
     assert {s for s in found if s.startswith("table_")} == tables
@@ -74,7 +76,7 @@ def test_commands_name_existing_configurations(experiment):
         ("scale/energy", [content["scale"]]),
         ("scale/hosvd_cost", [content["scale"]]),
         ("scale/cost_curves", [content["scale"]]),
-        ("method", content["methods"] + content["ablations"]),
+        ("method", content["methods"] + content["ablations"] + content["llama_ablations"]),
         ("protocol", [content["protocol"]]),
         ("scale", [content["scale"]]),
         ("data", [content["data"]]),
