@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from finetune import records
 from finetune.files import write_atomically
 from finetune.report.evidence import collect_evidence
+from finetune.report.llama_evidence import collect_llama_evidence
 from finetune.report.scores_figure import draw_scores
 from finetune.report.statistics_page import to_markdown
 from finetune.report.statistics_record import build_statistics
@@ -29,13 +30,14 @@ def main(cfg: DictConfig) -> None:
     try:
         if experiment["name"] != cfg.name:
             raise ValueError(f"{cfg.experiment} is experiment {experiment['name']!r}, not {cfg.name!r}.")
-        evidence = collect_evidence(
-            experiment=cfg.name,
-            protocol=experiment["protocol"],
-            stands_for=experiment["stands_for"],
-            records=[(path.as_posix(), record) for path, record in records.iterate(results / "runs")],
+        what = {name: experiment[name] for name in ("protocol", "stands_for")} | {"experiment": cfg.name}
+        runs, dialogues = (
+            [(path.as_posix(), record) for path, record in records.iterate(results / folder)]
+            for folder in ("runs", "llama/runs")
         )
-        content = build_statistics(evidence, seed=cfg.seed, samples=cfg.samples)
+        evidence = collect_evidence(**what, records=runs)
+        decoder = collect_llama_evidence(**what, records=dialogues)
+        content = build_statistics(evidence, decoder, seed=cfg.seed, samples=cfg.samples)
         json, page = results / "statistics.json", results / "statistics.md"
         records.write_json(json, content)
         write_atomically(page, to_markdown(content))

@@ -370,6 +370,10 @@ def test_hyperparameters_may_be_given_by_method(chat_config):
     assert hyperparameters(chat_config("method=full", *change)) == {"learning_rate": 0.2, "batch_size": 8}
     with pytest.raises(ValueError, match="learning_rate is given for lora, full; method=meprop needs one too"):
         hyperparameters(chat_config("method=meprop", *change))
+    by_base = ("method=truncated", "learning_rate=null", "scale.learning_rate={sparsegrad: 0.3}")
+    assert hyperparameters(chat_config(*by_base))["learning_rate"] == 0.3
+    own = chat_config(*by_base, "+scale.learning_rate.truncated=0.4")
+    assert hyperparameters(own)["learning_rate"] == 0.4
     both = [chat_config("method=full", *change), chat_config("method=full", "learning_rate=0.2")]
     assert len({records.config_hash(identity(ChatInputs(config), 1)) for config in both}) == 1
 

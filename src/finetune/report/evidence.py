@@ -134,7 +134,7 @@ def collect_evidence(
         raise ValueError(f"stands_for has {unknown}; its keys are the paper's models: {', '.join(PAPER_MODELS)}")
     left_out: dict[str, list[str]] = {}
     records = list(records)
-    bases = _bases(records)
+    bases = bases_of(records)
     allowed = {"experiment": [experiment], "protocol": [protocol], "method": [*METHODS.values(), *bases]}
     runs, failed = _index_runs(_used(records, allowed, left_out))
     found: dict[Key, Search] = {}
@@ -155,7 +155,7 @@ def collect_evidence(
     )
 
 
-def _bases(records: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
+def bases_of(records: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
     """Variant -> the method that implements it, as the records' own configurations say."""
     found = {}
     for _, record in records:

@@ -5,11 +5,11 @@ from disk here. What no cell can use stays listed, to be named under the table.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.mt_bench.judged import Judged
-from finetune.report.evidence import is_number, read_key, refuse_twice, status_of
+from finetune.report.evidence import bases_of, is_number, read_key, refuse_twice, status_of
 from finetune.report.layouts import METHODS, PAPER_MODELS
 
 PAPER_MODEL = "llama2_7b"
@@ -63,6 +63,7 @@ class LlamaEvidence:
         judged: Method -> judgments by ascending seed, all by one judge on one question file.
         failed: Method -> paths of the records of failed runs.
         left_out: Sentences on records that the table cannot use.
+        bases: Variant among the runs -> the method that it varies. Table 6 has no rows for variants.
     """
 
     experiment: str
@@ -72,6 +73,7 @@ class LlamaEvidence:
     judged: Mapping[str, tuple[Judged, ...]]
     failed: Mapping[str, tuple[str, ...]]
     left_out: tuple[str, ...]
+    bases: Mapping[str, str] = field(default_factory=dict)
 
 
 def collect_llama_evidence(
@@ -98,8 +100,9 @@ def collect_llama_evidence(
     unknown = [name for name in stands_for if name not in PAPER_MODELS]
     if unknown:
         raise ValueError(f"stands_for has {unknown}; its keys are the paper's models: {', '.join(PAPER_MODELS)}")
-    model = stands_for.get(PAPER_MODEL)
-    wanted = {"experiment": [experiment], "protocol": [protocol], "model": [model], "method": [*METHODS.values()]}
+    model, records = stands_for.get(PAPER_MODEL), list(records)
+    bases, methods = bases_of(records), [*METHODS.values()]
+    wanted = {"experiment": [experiment], "protocol": [protocol], "model": [model], "method": [*methods, *bases]}
     left_out: list[str] = []
     runs: dict[str, dict[int, LlamaRun]] = {}
     failed: dict[str, list[str]] = {}
@@ -122,6 +125,7 @@ def collect_llama_evidence(
         judged=_judged([one for one in judgments if _wanted(one.path, one.record, wanted, left_out)]),
         failed={method: tuple(sorted(paths)) for method, paths in failed.items()},
         left_out=tuple(sorted(left_out)),
+        bases=bases,
     )
 
 

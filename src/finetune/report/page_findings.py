@@ -69,6 +69,7 @@ def findings(inputs: PageInputs) -> Iterator[Finding]:
             yield from _own(entry)
     yield from _stale([one.content for one in inputs.found if one.kind == "energy"])
     yield from _loss(inputs.tables.get(6))
+    yield from _losses((content or {}).get("decoder"))
     yield from _speed(inputs.tables.get(3))
     if content is not None:
         yield from _logs(content["logs"])
@@ -173,6 +174,27 @@ def _loss(table: BuiltTable | None) -> Iterator[Finding]:
     model, n = rows[0]["model"], rows[0]["n"]
     after = f"Table 6, {model}: mean over {n} seeds, 95 % t intervals; where two overlap, neither is said to be lower."
     yield Finding(f"Decoder: {best}", tuple(lines), after)
+
+
+def _losses(decoder: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """Variants of the methods on the decoder, by validation loss."""
+    families = decoder["families"] if decoder is not None else ()
+    for family in (one for one in families if one["name"] != "methods"):
+        lines, apart = [], 0
+        for pair in family["pairs"]:
+            first, second = label(pair["first"]), label(pair["second"])
+            apart += pair["verdict"] != "not separated"
+            verdict = pair["verdict"].replace("first", first).replace("second", second)
+            p = "" if pair["p_holm"] is None else f" (p {p_value(pair['p_holm'])})"
+            lines.append(f"{first} − {second}: {interval(pair['difference'], '+', 3)} nats, {verdict}{p}.")
+        separated = f"{apart} of {len(lines)} pairs" if apart else "no pair"
+        title = f"Decoder, {family['name']}: {separated} separated"
+        seeds = max(len(pair["seeds"]) for pair in family["pairs"])
+        after = (
+            f"Validation loss of {decoder['title']} after fine-tuning the selected MLP matrices alone, {seeds} paired "
+            "seeds, 95 % t intervals, paired t test, p corrected for the family (Holm)."
+        )
+        yield Finding(title, tuple(lines), after)
 
 
 def _speed(table: BuiltTable | None) -> Iterator[Finding]:

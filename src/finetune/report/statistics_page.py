@@ -24,6 +24,8 @@ def to_markdown(content: Mapping[str, Any]) -> str:
     for entry in content["runs"]:
         lines += ["", f"## Our runs: {entry['title']} ({entry['model']})", "", *_place(entry)]
         lines += _comparison(entry["comparison"])
+    if content["decoder"] is not None:
+        lines += ["", *_decoder(content["decoder"])]
     for entry in content["logs"]:
         lines += ["", f"## The authors' released logs: {entry['title']}", ""]
         lines += ["Without the seed of their search; printed averages beside.", ""]
@@ -62,6 +64,35 @@ def _place(entry: Mapping[str, Any]) -> list[str]:
     versions = entry["versions"]
     facts += [f"Mixed versions of the configuration: {', '.join(map(str, versions))}."] if len(versions) > 1 else []
     return [" ".join(facts), ""] if facts else []
+
+
+def _decoder(found: Mapping[str, Any]) -> list[str]:
+    """Losses of a decoder's runs, and their differences at equal seeds."""
+    lines = [
+        f"## Our runs on dialogues: {found['title']} ({found['model']})",
+        "",
+        "Best validation loss in nats a token, lower is better; t intervals over seeds. Differences are at equal "
+        "seeds, with the paired t test, corrected by Holm over the family: few seeds separate nothing by sign flips, "
+        "and the t test trusts that differences of losses are normal.",
+        "",
+    ]
+    rows = [
+        [label(name), interval(one["loss"], places=3), str(one["loss"]["n"]), f"{one['share']:.3f} %"]
+        for name, one in found["methods"].items()
+    ]
+    lines += table(["", "loss", "seeds", "trained share of the model"], rows)
+    for family in found["families"]:
+        rows = []
+        for pair in family["pairs"]:
+            first, second = label(pair["first"]), label(pair["second"])
+            ps = [p_value(pair[key]) if pair[key] is not None else "-" for key in ("p", "p_holm")]
+            verdict = pair["verdict"].replace("first", first).replace("second", second)
+            rows.append(
+                [f"{first} - {second}", interval(pair["difference"], "+", 3), str(len(pair["seeds"])), *ps, verdict]
+            )
+        lines += ["", f"Differences of losses, family: {family['name']}", ""]
+        lines += table(["", "difference", "seeds", "p", "p (Holm)", "verdict"], rows)
+    return lines
 
 
 def _printed(entry: Mapping[str, Any]) -> list[list[str]]:

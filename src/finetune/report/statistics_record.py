@@ -12,25 +12,30 @@ from typing import Any
 import numpy as np
 
 from finetune.published import TASKS
-from finetune.report import method_comparison, paired, printed_averages, released_check
+from finetune.report import decoder_comparison, method_comparison, paired, printed_averages, released_check
 from finetune.report.evidence import Evidence
 from finetune.report.layouts import GLUE_TABLES, PAPER_MODELS, PAPER_RUNS, cells
+from finetune.report.llama_evidence import LlamaEvidence
 
 ASKED = {"model": "bert_base", "methods": ("lora", "sparsegrad"), "tasks": ("mrpc", "rte")}
 """The exchange that `protocol.md`'s row D15 suspects; the answer looks at every task and model all the same."""
 
 
-def build_statistics(evidence: Evidence, *, seed: int = 0, samples: int = 10_000) -> dict[str, Any]:
+def build_statistics(
+    evidence: Evidence, decoder: LlamaEvidence | None = None, *, seed: int = 0, samples: int = 10_000
+) -> dict[str, Any]:
     """Compute the statistics of an experiment.
 
     Args:
         evidence: What ran (`collect_evidence`).
+        decoder: What ran on dialogues (`collect_llama_evidence`); its losses are compared.
         seed: Seed of bootstraps and sampled sign patterns.
         samples: Number of bootstrap resamples.
 
     Returns:
         JSON values with the keys `schema`, `experiment`, `protocol`, `settings`, `runs` (one entry a model that ran),
-        `logs` (one a model with logs), `averages` (the printed ones), `cells` (printed against logs) and `exchange`.
+        `decoder` (`None` without its runs), `logs` (one a model with logs), `averages` (the printed ones), `cells`
+        (printed against logs) and `exchange`.
     """
     settings = {
         "seed": seed,
@@ -47,6 +52,7 @@ def build_statistics(evidence: Evidence, *, seed: int = 0, samples: int = 10_000
         "protocol": evidence.protocol,
         "settings": settings,
         "runs": [_own(evidence, model, seed, samples) for model in _models(evidence)],
+        "decoder": decoder_comparison.compare_losses(decoder) if decoder is not None else None,
         "logs": [_logged(model, seed, samples) for model in GLUE_TABLES],
         "averages": printed_averages.check_averages(),
         "repeated_rows": printed_averages.twins(),
