@@ -1,10 +1,10 @@
 """Methods against each other on the same tasks and seeds: our runs and the authors' logs through the same code.
 
 Pairs are compared in families, each with its own Holm correction: the four methods with each other; every variant with
-the method that it varies; every method with a control that leaves the MLP matrices alone; and a change that was made to
-several methods alike (`full_mlp`, `lora_mlp`, ...) among themselves. A family's primary result is the difference of the
-means over tasks; the tasks one by one are corrected over all pairs and tasks of the family. A pair uses the tasks and
-seeds that both methods have.
+the method that it varies, and with the variant whose name it extends (`truncated_refreshed`: `truncated`); every method
+with a control that leaves the MLP matrices alone; and a change that was made to several methods alike (`full_mlp`,
+`lora_mlp`, ...) among themselves. A family's primary result is the difference of the means over tasks; the tasks one by
+one are corrected over all pairs and tasks of the family. A pair uses the tasks and seeds that both methods have.
 """
 
 import itertools
@@ -157,6 +157,9 @@ def families_of(
     for name in variants:
         if name not in itertools.chain(*shared.values()) and bases[name] in methods:
             found.setdefault(f"variants of {bases[name]}", []).append((name, bases[name]))
+    for name, of in itertools.permutations(variants, 2):
+        if name.startswith(f"{of}_"):
+            found.setdefault(f"variants of {of}", []).append((name, of))
     return {family: pairs for family, pairs in found.items() if pairs}
 
 

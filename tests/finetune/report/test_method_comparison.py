@@ -63,6 +63,9 @@ def test_families():
     assert families_of(["sparsegrad_mlp", "sparsegrad"], bases) == {
         "variants of sparsegrad": [("sparsegrad_mlp", "sparsegrad")]
     }
+    longer = families_of(["truncated", "truncated_refreshed", "truncate"], dict.fromkeys(
+        ["truncated", "truncated_refreshed", "truncate"], "sparsegrad"))  # fmt: skip
+    assert longer == {"variants of truncated": [("truncated_refreshed", "truncated")]}
     control = families_of(["full", "sparsegrad", "frozen_mlp"], {"frozen_mlp": "full"}, ["frozen_mlp"])
     assert control["methods over frozen_mlp"] == [("sparsegrad", "frozen_mlp"), ("full", "frozen_mlp")]
     assert set(control) == {"methods", "methods over frozen_mlp"}
