@@ -1,6 +1,7 @@
 """Figure `methods_scores`: paired differences of SparseGrad and its variants from the other methods, a forest plot.
 
-First our runs, a panel for each model and family of comparisons, then the authors' released logs by the same code.
+First our runs, a panel for each model and family of comparisons, then the decoder's losses, then the authors' released
+logs by the same code.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ FOCUS = "sparsegrad"
 COLUMNS, LINE, PANEL = 2, 0.17, 3.6
 """Panels side by side; height of a line and width of a panel, inches."""
 
+POINTS, NATS = "difference (points)", "difference of losses (nats)"
+
 
 @dataclass(frozen=True)
 class Line:
@@ -25,7 +28,7 @@ class Line:
 
     Attributes:
         text: Its label.
-        difference: `value`, `low` and `high` in points; ends `None` without an interval.
+        difference: `value`, `low` and `high` in the panel's unit; ends `None` without an interval.
         colour: Of the method compared with.
         average: Whether it is over all tasks.
     """
@@ -47,11 +50,17 @@ def draw_scores(content: Mapping[str, Any], folder: str | Path, source: Sequence
     Returns:
         Paths of the SVG, the PNG and the JSON.
     """
-    panels = [panel for entry in content["runs"] for panel in _panels(entry, f"{entry['title']}, our runs")]
+    groups = [
+        [(*panel, POINTS) for entry in content["runs"] for panel in _panels(entry, f"{entry['title']}, our runs")]
+    ]
+    decoder = content["decoder"]
+    if decoder is not None:
+        pairs = {"comparison": {"families": [_as_scores(family) for family in decoder["families"]]}}
+        groups.append([(*panel, NATS) for panel in _panels(pairs, f"{decoder['title']}, our runs")])
     logs = sorted(content["logs"], key=lambda entry: [*PAPER_MODELS].index(entry["model"]))
-    panels += [panel for entry in logs for panel in _panels(entry, f"{entry['title']}, authors' logs")]
-    rows = [panels[start : start + COLUMNS] for start in range(0, len(panels), COLUMNS)]
-    heights = [max(len(lines) for _, lines in row) for row in rows]
+    groups.append([(*panel, POINTS) for entry in logs for panel in _panels(entry, f"{entry['title']}, authors' logs")])
+    rows = [group[start : start + COLUMNS] for group in groups for start in range(0, len(group), COLUMNS)]
+    heights = [max(len(lines) for _, lines, _ in row) for row in rows]
     size = (PANEL * COLUMNS, LINE * sum(heights) + 1.0 * len(rows))
     cut = False
     with new_figure(*size, len(rows), COLUMNS, height_ratios=heights) as (figure, axes):
@@ -82,13 +91,21 @@ def _panels(entry: Mapping[str, Any], title: str) -> list[tuple[str, list[Line]]
     return [(name, found) for name, found in panels if found]
 
 
+def _as_scores(family: Mapping[str, Any]) -> dict[str, Any]:
+    """A family of losses in the shape of one of scores over no tasks."""
+    return {
+        "name": family["name"],
+        "pairs": [{**pair, "mean": {"difference": pair["difference"]}, "tasks": {}} for pair in family["pairs"]],
+    }
+
+
 def _average(pair: Mapping[str, Any], text: str) -> Line:
     return Line(text, pair["mean"]["difference"], _colour(pair), True)
 
 
 def _lines(pair: Mapping[str, Any]) -> list[Line]:
     """One pair: the mean over tasks, then its tasks."""
-    average = _average(pair, f"{label(pair['second'])}, AVG")
+    average = _average(pair, f"{label(pair['second'])}{', AVG' if pair['tasks'] else ''}")
     tasks = [Line(TASKS[task], test["difference"], average.colour, False) for task, test in pair["tasks"].items()]
     return [average, *tasks] if len(tasks) > 1 else [average]
 
@@ -99,7 +116,7 @@ def _colour(pair: Mapping[str, Any]) -> str:
     return COLOURS.get(second if second != FOCUS else pair["first"].partition("_")[0], GREY)
 
 
-def _draw(axis, title: str, lines: Sequence[Line]) -> bool:
+def _draw(axis, title: str, lines: Sequence[Line], unit: str) -> bool:
     """Draw a panel from the top; say whether an interval was cut at the edge."""
     limit = _limit(lines)
     cut = False
@@ -129,7 +146,7 @@ def _draw(axis, title: str, lines: Sequence[Line]) -> bool:
         text.set_fontweight("bold" if line.average else "normal")
     axis.grid(axis="y", visible=False)
     axis.tick_params(axis="y", length=0)
-    axis.set_xlabel("difference (points)")
+    axis.set_xlabel(unit)
     axis.set_title(title, loc="left")
     return cut
 
@@ -152,12 +169,14 @@ def _words(content: Mapping[str, Any], source: Sequence[str], cut: bool) -> Word
          for one in found["tasks"].values()}
     )  # fmt: skip
     spread = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))) if seeds else "no"
+    losses = " Validation losses are in nats a token: left of 0 the first method is lower, which is better."
+    losses = losses if content["decoder"] is not None else ""
     return Words(
         title="Differences between methods at equal task and seed",
         caption=f"Experiment {content['experiment']}, protocol {content['protocol']}: {titles}, {spread} seeds a task; "
         "and the authors' released logs, through the same code. SparseGrad minus the other method, points of the "
         "task's score (accuracy, Matthews for CoLA, Pearson for STSB, all times 100), 95 % t intervals over paired "
-        "seeds; AVG weighs tasks alike. Right of 0: the first method scores higher.",
+        "seeds; AVG weighs tasks alike. Right of 0: the first method scores higher." + losses,
         notes=(
             *(["Arrows: the interval goes on beyond the panel."] if cut else []),
             "Panels have scales of their own.",

@@ -8,6 +8,7 @@ from finetune.report.evidence import collect_evidence
 from finetune.report.llama_evidence import collect_llama_evidence
 from finetune.report.page_findings import findings
 from finetune.report.page_inputs import PageInputs
+from finetune.report.scores_figure import draw_scores
 from finetune.report.statistics_page import to_markdown
 from finetune.report.statistics_record import build_statistics, plain
 
@@ -65,7 +66,7 @@ def test_one_seed_has_no_test_and_noise_separates_nothing():
     assert compare_losses(collect_llama_evidence(**WHAT)) is None
 
 
-def test_the_page_and_the_findings_say_it(evidence):
+def test_the_page_the_figure_and_the_findings_say_it(evidence, tmp_path):
     content = build_statistics(collect_evidence(**WHAT), evidence, samples=50)
     assert content["decoder"] == plain(compare_losses(evidence))
     page = to_markdown(content)
@@ -75,4 +76,10 @@ def test_the_page_and_the_findings_say_it(evidence):
     card = next(one for one in findings(inputs) if one.title.startswith("Decoder"))
     assert card.title == "Decoder, variants of sparsegrad: 1 of 1 pairs separated"
     assert card.lines[0].startswith("truncated − SparseGrad: +0.103") and "SparseGrad is lower" in card.lines[0]
-    assert to_markdown(build_statistics(collect_evidence(**WHAT), samples=50)).count("dialogues") == 0
+    svg, _, words = draw_scores(content, tmp_path, ["statistics.json"])
+    for text in ("Tiny, our runs", "difference of losses (nats)", "... minus SparseGrad"):
+        assert text in svg.read_text(), text
+    assert "left of 0 the first method is lower" in words.read_text()
+    without = build_statistics(collect_evidence(**WHAT), samples=50)
+    assert "dialogues" not in to_markdown(without)
+    assert "Validation losses" not in draw_scores(without, tmp_path, ["statistics.json"])[2].read_text()
