@@ -130,12 +130,21 @@ def save_figure(figure: Figure, folder: str | Path, name: str, words: Words) -> 
 
     paths = [Path(folder) / f"{name}.{suffix}" for suffix in ("svg", "png", "json")]
     with matplotlib.rc_context(_STYLE):
+        _settle(figure)
         for path, metadata in zip(paths, ({"Date": None, "Creator": None}, {"Software": None}), strict=False):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=path.suffix[1:], dpi=DPI, metadata=metadata, transparent=True)
             write_atomically(path, buffer.getvalue())
     records.write_json(paths[2], asdict(words))
     return paths
+
+
+def _settle(figure: Figure) -> None:
+    """Lay out once, on a grid: the solver's last digits vary, and ids in an SVG are hashes of places."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        axes.set_position([round(float(value), 5) for value in axes.get_position(original=True).bounds])
 
 
 def number(value: float) -> str:
