@@ -38,7 +38,7 @@ def classifier_memory(
 
     Returns:
         ``parameters``, ``gradients``, ``optimizer_state``, ``bases``, ``saved_activations`` and ``peak_training``. Of
-        truncated layers they are those of folded ones, which need more.
+        truncated layers they are those of folded ones, of frozen target matrices those of trained ones: upper bounds.
 
     Raises:
         ValueError: if the method refuses the configuration.

@@ -82,8 +82,12 @@ def _own(evidence: Evidence, model: str, seed: int, samples: int) -> dict[str, A
     runs = [run for (name, _, _), found in evidence.runs.items() if name == model for run in found]
     failed = [path for (name, _, _), paths in evidence.failed.items() if name == model for path in paths]
     scores = method_comparison.scores_of_runs(evidence, model)
-    about = {(method, run.trainable_per_layer > 0) for (_, method, _), found in evidence.runs.items() for run in found}
-    controls = [method for method in scores if (method, True) not in about]
+    trains = {
+        method
+        for (name, method, _), found in evidence.runs.items()
+        if name == model and any(run.trainable_per_layer for run in found)
+    }
+    controls = [method for method in scores if method not in trains]
     return {
         "model": model,
         "title": runs[0].title,

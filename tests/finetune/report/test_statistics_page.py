@@ -92,6 +92,18 @@ def test_too_few_pairs_are_said_to_be():
     assert "not separated (too few pairs)" in to_markdown(content_of(found))
 
 
+def test_a_control_is_what_trains_nothing_of_the_matrices_of_its_model():
+    found = [run(m, "rte", seed, 0.5 + seed / 10) for m in ("full", "lora") for seed in (1, 2)]
+    control = [run("frozen", "rte", seed, 0.6, "full") for seed in (1, 2)]
+    other = [run("frozen", "rte", seed, 0.6, "full") for seed in (1, 2)]  # of another model it is a variant
+    for _, record in control:
+        record["parameters"]["trainable_per_layer"] = 0.0
+    other = [(f"other/{path}", {**record, "run": {**record["run"], "model": "other"}}) for path, record in other]
+    first, second = content_of(found + control + other)["runs"]
+    assert [family["name"] for family in first["comparison"]["families"]] == ["methods", "methods over frozen"]
+    assert "methods over frozen" not in [family["name"] for family in second["comparison"]["families"]]
+
+
 def test_nothing_run(tmp_path):
     content = content_of([])
     text = to_markdown(content)
