@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 @hydra.main(version_base=None, config_path="../conf", config_name="glue")
 def main(cfg: DictConfig) -> None:
-    from finetune import cells
+    from finetune.runs import cells
 
     with cells.exit_with_message():
         tasks = cells.read_lists(cfg.cell or "params.yaml")["tasks"]

@@ -14,8 +14,9 @@ log = logging.getLogger(__name__)
 
 @hydra.main(version_base=None, config_path="../conf", config_name="dashboard")
 def main(cfg: DictConfig) -> None:
-    from finetune import cells, dashboard
-    from finetune.files import write_atomically
+    from finetune.runs import cells
+    from finetune.store.files import write_atomically
+    from finetune.tracking import dashboard
 
     with cells.exit_with_message():
         if not cfg.dry_run and cfg.entity is None:

@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 @hydra.main(version_base=None, config_path="../conf", config_name="efficiency")
 def main(cfg: DictConfig) -> None:
-    from finetune import cells
     from finetune.efficiency import cell
+    from finetune.runs import cells
 
     with cells.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)

@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 @hydra.main(version_base=None, config_path="../conf", config_name="energy")
 def main(cfg: DictConfig) -> None:
-    from finetune import cells
     from finetune.energy.cell import energy_cell
+    from finetune.runs import cells
 
     with cells.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)

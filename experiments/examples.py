@@ -10,11 +10,11 @@ import hydra
 import yaml
 from omegaconf import DictConfig
 
-from finetune.files import write_atomically
 from finetune.mt_bench.judged import read_judgments
 from finetune.mt_bench.questions import load_questions
-from finetune.report.examples import choose_page, read_answers, to_html
-from finetune.report.llama_evidence import PAPER_MODEL
+from finetune.report.evidence.llama_evidence import PAPER_MODEL
+from finetune.report.page.examples import choose_page, read_answers, to_html
+from finetune.store.files import write_atomically
 
 log = logging.getLogger(__name__)
 

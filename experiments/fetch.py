@@ -16,9 +16,9 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune import fetching
-from finetune.github import GitHub
-from finetune.hub import FetchError, Hub
+from finetune.fetch import fetching
+from finetune.fetch.github import GitHub
+from finetune.fetch.hub import FetchError, Hub
 
 log = logging.getLogger("fetch")
 

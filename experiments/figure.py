@@ -11,9 +11,9 @@ import hydra
 import yaml
 from omegaconf import DictConfig
 
-from finetune.report.energy_evidence import PAPER_MODEL, read_looks
-from finetune.report.energy_figure import draw_figure_energy
-from finetune.report.gradient_figures import draw_figure_02, draw_figure_03
+from finetune.report.figures.energy_evidence import PAPER_MODEL, read_looks
+from finetune.report.figures.energy_figure import draw_figure_energy
+from finetune.report.figures.gradient_figures import draw_figure_02, draw_figure_03
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ import hydra
 import yaml
 from omegaconf import DictConfig
 
-from finetune import records
-from finetune.report.efficiency_evidence import collect_efficiency_evidence
-from finetune.report.figures_efficiency import draw_figure_cost_curves, draw_figure_efficiency
+from finetune.report.evidence.efficiency_evidence import collect_efficiency_evidence
+from finetune.report.figures.figures_efficiency import draw_figure_cost_curves, draw_figure_efficiency
+from finetune.store import records
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 @hydra.main(version_base=None, config_path="../conf", config_name="glue")
 def main(cfg: DictConfig) -> None:
-    from finetune import cells
+    from finetune.runs import cells
 
     with cells.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)

@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 @hydra.main(version_base=None, config_path="../conf", config_name="hosvd_cost")
 def main(cfg: DictConfig) -> None:
-    from finetune import cells
     from finetune.efficiency import hosvd_cost
+    from finetune.runs import cells
 
     with cells.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)

@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 
 @hydra.main(version_base=None, config_path="../conf", config_name="mt_bench")
 def main(cfg: DictConfig) -> None:
-    from finetune import cells
     from finetune.mt_bench.cells import judge_cell
+    from finetune.runs import cells
 
     with cells.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)

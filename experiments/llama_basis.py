@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 @hydra.main(version_base=None, config_path="../conf", config_name="llama")
 def main(cfg: DictConfig) -> None:
-    from finetune import cells, chat_cells, mirror, replay
+    from finetune.runs import cells, chat_cells
+    from finetune.tracking import mirror, replay
 
     with cells.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 @hydra.main(version_base=None, config_path="../conf", config_name="llama")
 def main(cfg: DictConfig) -> float | None:
     """Returns the validation loss of a single run, for sweepers that optimise it."""
-    from finetune import cells, chat_cells
+    from finetune.runs import cells, chat_cells
 
     with cells.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)

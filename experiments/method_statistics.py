@@ -12,13 +12,13 @@ import hydra
 import yaml
 from omegaconf import DictConfig
 
-from finetune import records
-from finetune.files import write_atomically
-from finetune.report.evidence import collect_evidence
-from finetune.report.llama_evidence import collect_llama_evidence
-from finetune.report.scores_figure import draw_scores
-from finetune.report.statistics_page import to_markdown
-from finetune.report.statistics_record import build_statistics
+from finetune.report.evidence.evidence import collect_evidence
+from finetune.report.evidence.llama_evidence import collect_llama_evidence
+from finetune.report.figures.scores_figure import draw_scores
+from finetune.report.statistics.statistics_page import to_markdown
+from finetune.report.statistics.statistics_record import build_statistics
+from finetune.store import records
+from finetune.store.files import write_atomically
 
 log = logging.getLogger(__name__)
 

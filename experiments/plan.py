@@ -16,11 +16,11 @@ import hydra
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from finetune.files import write_atomically
 from finetune.plan.estimate import plan_experiment
 from finetune.plan.experiment import Experiment
 from finetune.plan.text import plan_lines
 from finetune.plan.throughput import Processor
+from finetune.store.files import write_atomically
 
 log = logging.getLogger(__name__)
 

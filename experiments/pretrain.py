@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     import torch
 
-    from finetune.cells import exit_with_message
-    from finetune.pretraining import pretrain
+    from finetune.models.pretraining import pretrain
+    from finetune.runs.cells import exit_with_message
 
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)

@@ -16,9 +16,9 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     import torch
 
-    from finetune.cells import exit_with_message
     from finetune.data.chat import chat_template
-    from finetune.pretraining_causal import pretrain_causal
+    from finetune.models.pretraining_causal import pretrain_causal
+    from finetune.runs.cells import exit_with_message
 
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)

@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 @hydra.main(version_base=None, config_path="../conf", config_name="replay")
 def main(cfg: DictConfig) -> None:
-    from finetune import cells, mirror, replay
+    from finetune.runs import cells
+    from finetune.tracking import mirror, replay
 
     with cells.exit_with_message():
         found = list(mirror.collect(cfg.results, cfg.name))

@@ -10,9 +10,9 @@ import hydra
 import yaml
 from omegaconf import DictConfig
 
-from finetune.files import write_atomically
-from finetune.report.page import to_html
-from finetune.report.page_inputs import read_inputs
+from finetune.report.page.page import to_html
+from finetune.report.page.page_inputs import read_inputs
+from finetune.store.files import write_atomically
 
 log = logging.getLogger(__name__)
 

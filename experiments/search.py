@@ -13,7 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 
 @hydra.main(version_base=None, config_path="../conf", config_name="glue")
 def main(cfg: DictConfig) -> None:
-    from finetune import cells, mirror, records, replay
+    from finetune.runs import cells
+    from finetune.store import records
+    from finetune.tracking import mirror, replay
 
     with cells.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)

@@ -12,14 +12,14 @@ import hydra
 import yaml
 from omegaconf import DictConfig
 
-from finetune import records
 from finetune.mt_bench.journal import read_items
 from finetune.mt_bench.judged import read_judgments
 from finetune.mt_bench.scores import categories_of
-from finetune.report import efficiency_tables, table_06
-from finetune.report.efficiency_evidence import collect_efficiency_evidence
-from finetune.report.llama_evidence import PAPER_MODEL, collect_llama_evidence
-from finetune.report.tables import build_table, collect_evidence, write_table
+from finetune.report.evidence.efficiency_evidence import collect_efficiency_evidence
+from finetune.report.evidence.llama_evidence import PAPER_MODEL, collect_llama_evidence
+from finetune.report.tables import efficiency_tables, table_06
+from finetune.report.tables.tables import build_table, collect_evidence, write_table
+from finetune.store import records
 
 log = logging.getLogger(__name__)
 

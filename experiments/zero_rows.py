@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 @hydra.main(version_base=None, config_path="../conf", config_name="zero_rows")
 def main(cfg: DictConfig) -> None:
-    from finetune import cells
-    from finetune.zero_rows import zero_rows_of_tasks
+    from finetune.energy.zero_rows import zero_rows_of_tasks
+    from finetune.runs import cells
 
     with cells.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)

@@ -137,6 +137,8 @@ def test_a_planted_module_that_does_not_import_is_not_passed_over(tmp_path):
 
 def test_a_planted_import_in_a_function_and_a_planted_print_are_caught(tmp_path):
     planted = tmp_path / "planted.py"
-    planted.write_text("def f():\n    from finetune.records import x\n    import experiments.train\n    print(x)\n")
+    planted.write_text(
+        "def f():\n    from finetune.store.records import x\n    import experiments.train\n    print(x)\n"
+    )
     assert set(imports_in(planted)) == {"finetune", "experiments"}
     assert prints_in(planted) == [4]

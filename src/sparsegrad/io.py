@@ -56,7 +56,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = (file.metadata() or {}).get("sparsegrad")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it and run the stage that writes it again.") from None
     if metadata is None:

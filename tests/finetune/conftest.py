@@ -88,7 +88,7 @@ def tokenizer(tiny_checkpoint):
 @pytest.fixture(scope="session")
 def llama_tokenizer():
     """A tokenizer of LLaMA's kind, of 400 tokens, made from a few words."""
-    from finetune.pretraining_causal import train_llama_tokenizer
+    from finetune.models.pretraining_causal import train_llama_tokenizer
 
     words = "where is the cat in house and dog bird on road I think why how so [INST] [/INST] . ? < > / s U N K S Y"
     return train_llama_tokenizer([words] * 4, 400, 256)
@@ -143,7 +143,7 @@ def build(config, random_bases):
 @pytest.fixture
 def options():
     """``options(max_steps=..., ...)``: training options with small values."""
-    from finetune.training_options import TrainingOptions
+    from finetune.training.options import TrainingOptions
 
     def make(**changes):
         values = {
@@ -163,9 +163,9 @@ def options():
 @pytest.fixture
 def run_training(load, options):
     """``run_training(model, optimizer, **options)``: the loop on CoLA (``task=...``), no checkpoints unless given."""
-    from finetune.evaluation import evaluate
-    from finetune.tracking import Tracker
-    from finetune.training import make_accelerator, train
+    from finetune.tracking.tracker import Tracker
+    from finetune.training.evaluation import evaluate
+    from finetune.training.loop import make_accelerator, train
 
     nothing = dict.fromkeys(("project", "run_id", "group", "job_type", "name"), "") | {"config": {}}
 

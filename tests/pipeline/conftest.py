@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FORKS = """
 import json, os, runpy, sys, traceback
 import accelerate, hydra, peft, scipy.stats, sklearn.metrics, transformers
-import finetune.cells, finetune.search
+import finetune.runs.cells, finetune.runs.search
 
 for line in sys.stdin:
     job = json.loads(line)

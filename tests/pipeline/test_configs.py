@@ -11,8 +11,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from finetune.methods import METHODS, base_method, with_own_choices
-from finetune.search import SearchSpace
-from finetune.training_options import PRECISIONS, SCHEDULES
+from finetune.runs.search import SearchSpace
+from finetune.training.options import PRECISIONS, SCHEDULES
 from sparsegrad import entries_for_density
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune import fetching
+from finetune.fetch import fetching
 
 SPEC = importlib.util.spec_from_file_location("hub_mirror", Path(__file__).parents[1] / "hub_mirror.py")
 hub_mirror = sys.modules.setdefault("hub_mirror", importlib.util.module_from_spec(SPEC))

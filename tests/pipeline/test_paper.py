@@ -11,11 +11,12 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from finetune import cells, records
 from finetune.data.generated import write_corpus, write_task
 from finetune.methods import METHODS, build_method
-from finetune.pretraining import train_tokenizer
-from finetune.report.tables import build_table, collect_evidence
+from finetune.models.pretraining import train_tokenizer
+from finetune.report.tables.tables import build_table, collect_evidence
+from finetune.runs import cells
+from finetune.store import records
 from sparsegrad import Basis
 
 ROOT = Path(__file__).parents[2]

@@ -5,8 +5,8 @@ import json
 import pytest
 import yaml
 
-from finetune.offline_run import offline_files
-from finetune.replay import read_when_written
+from finetune.tracking.offline_run import offline_files
+from finetune.tracking.replay import read_when_written
 
 pytest.importorskip("wandb")
 

@@ -210,7 +210,7 @@ def test_base_model_plus_adapter_is_the_trained_model(family, form, no_basis, tr
     torch.testing.assert_close(logits(base, tokens), logits(model, tokens), rtol=0, atol=1e-10)
     assert list(sparsegrad_layers(base)) == list(sparsegrad_layers(model))
     if not no_basis:
-        assert base.get_submodule(list(sparsegrad_layers(base))[0]).basis is not None
+        assert base.get_submodule(next(iter(sparsegrad_layers(base)))).basis is not None
     torch.testing.assert_close(logits(merge(base), tokens), logits(model, tokens), rtol=0, atol=1e-10)
 
 

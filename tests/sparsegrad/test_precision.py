@@ -1,6 +1,7 @@
 """bfloat16: float32 masters keep small updates, bases stay orthonormal (D25), autocast gives float32 gradients."""
 
 import copy
+import itertools
 import weakref
 
 import pytest
@@ -91,7 +92,7 @@ def test_twenty_bfloat16_steps_follow_float32(form, select_in, cast_later, task)
     assert torch.equal(layer.weight, layer.master.bfloat16())
 
     without = task.start.clone()
-    for before, after in zip(exact[:-1], exact[1:], strict=True):
+    for before, after in itertools.pairwise(exact):
         without += (after - before).bfloat16()
     assert relative_error(without.double() - task.start.double(), exact[-1] - exact[0]) > 0.5
 

@@ -190,9 +190,9 @@ def test_exactly_n_times_c_numbers_are_saved_and_the_input_is_let_go(update, pre
     leaf = torch.randn(3, 5, IN, dtype=dtype, requires_grad=True)
     x = leaf * 1
     alive = weakref.ref(x)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-            y = layer(x)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), autocast:
+        y = layer(x)
     (z,) = saved
     assert z.shape == (15, C) and z.is_contiguous()
     assert z.dtype == (torch.float32 if precision == "float32" else torch.bfloat16)
@@ -239,7 +239,7 @@ def test_no_gradient_or_state_of_the_weights_size_is_formed(update, keep, random
         return large.found
 
     assert step(layer, optimizer) == [] and step(layer, optimizer) == []
-    assert layer.weight.grad is None and layer.core.grad is None or layer.core.grad.shape == (R, C)
+    assert (layer.weight.grad is None and layer.core.grad is None) or layer.core.grad.shape == (R, C)
     sizes = {t.numel() for t in optimizer.state[layer.core].values() if t.dim()}
     assert sizes and max(sizes) <= R * C
     buffers = sum(b.numel() for b in layer.buffers())

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from finetune.files import write_atomically
+from finetune.store.files import write_atomically
 
 NOUNS = ("dog", "cat", "boy", "girl", "teacher", "doctor", "farmer", "king", "painter", "singer", "driver", "sailor")
 VERBS = ("help", "visit", "call", "greet", "admire", "trust", "warn", "thank")

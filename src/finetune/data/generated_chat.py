@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finetune.data.generated import ADJECTIVES, NOUNS, TIMES, VERBS
-from finetune.files import write_atomically
+from finetune.store.files import write_atomically
 
 TAUGHT_LATER = ("speak", "code")
 SEEN_BEFORE = 0.05  # share of the dialogues for pretraining that have one of them: their words are known, barely

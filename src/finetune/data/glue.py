@@ -25,7 +25,7 @@ class Task:
         name: folder and configuration name, such as ``cola``.
         columns: one or two text columns.
         num_labels: classes; 1 means regression.
-        metric: a name of :mod:`finetune.metrics`.
+        metric: a name of :mod:`finetune.training.metrics`.
         validation: the split that is evaluated; test labels of GLUE are not public.
         label_range: lowest and highest value of a regression label.
     """

@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from finetune import records
 from finetune.efficiency.lengths import PADDINGS, read_lengths
 from finetune.efficiency.task import KEEPS, EfficiencyOptions, measure_task
 from finetune.efficiency.variants import PRECISIONS, VARIANTS
+from finetune.store import records
 
 log = logging.getLogger("finetune.efficiency")
 

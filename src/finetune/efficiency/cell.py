@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import models, records
+from finetune import models
 from finetune.efficiency.lengths import Lengths
 from finetune.efficiency.task import EfficiencyOptions, identity, measure_task
+from finetune.store import records
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from finetune import records
 from finetune.efficiency import machine
 from finetune.efficiency.layer_variants import (
     FLOOR,
@@ -34,6 +33,7 @@ from finetune.efficiency.layer_variants import (
 )
 from finetune.efficiency.timing import ratio, release, summarise, time_variants
 from finetune.efficiency.variants import PRECISIONS
+from finetune.store import records
 from sparsegrad import core_shape
 
 log = logging.getLogger(__name__)

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune import memory
 from finetune.efficiency.timing import release
 from finetune.efficiency.variants import Trainee, mean_loss, train_step
+from finetune.training import memory
 from sparsegrad import Basis, RotatedLinear, SparseGradLinear
 
-TRAINING, EVALUATION = "finetune.training", "finetune.evaluation"
+TRAINING, EVALUATION = "finetune.training.loop", "finetune.training.evaluation"
 RESIDENT = ("parameters", "optimizer_state", "bases", "buffers")
 """Components that are there all the time; gradients and saved activations come and go within a step."""
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from finetune import records
 from finetune.efficiency import machine
 from finetune.efficiency.hosvd_ways import REFERENCE, WAYS, angle, flop, peak_bytes
+from finetune.store import records
 from sparsegrad import load_tensors
 
 log = logging.getLogger(__name__)

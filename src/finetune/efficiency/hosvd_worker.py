@@ -17,7 +17,7 @@ import torch
 
 from finetune.efficiency import machine
 from finetune.efficiency.hosvd_ways import Gradients, angle, run
-from finetune.records import write_json
+from finetune.store.records import write_json
 from sparsegrad import Basis, save_tensors
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune import records
+from finetune.store import records
 
 PADDINGS = ("longest", "max_length")
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)

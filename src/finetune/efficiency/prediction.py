@@ -11,7 +11,7 @@ narrow = min(o, i), k kept entries; a bytes an activation (4, or 2 under autocas
                  rotated         + 10 o i: G_rot, its absolute values and two masks
                  folded          or selection, if that is more: 10 o i, or rotated factors a N (wide + narrow) + 4 o i
     step         MeProp 6 o i: absolute values and two masks; folded 4 (rc + ro + ci + the smaller product), as
-                 :mod:`finetune.training_memory` has it; else nothing
+                 :mod:`finetune.plan.training_memory` has it; else nothing
     evaluation   resident + autocast's copies of weights + a N (2 wide + 3 narrow); LoRA + a N wide; rotated
                  + 2 a N narrow, and under autocast a copy of the larger basis, 2 wide^2
 """

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from finetune import models, records
+from finetune import models
 from finetune.efficiency import machine
 from finetune.efficiency.footprint import RESIDENT, measure_memory, take_workspaces
 from finetune.efficiency.lengths import PADDINGS, Lengths, make_batches
@@ -28,6 +28,7 @@ from finetune.efficiency.variants import (
 )
 from finetune.methods import build_targets
 from finetune.methods.base import kept_entries
+from finetune.store import records
 
 log = logging.getLogger(__name__)
 

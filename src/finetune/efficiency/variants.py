@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from finetune.evaluation import summed_loss
-from finetune.execution import count_parameters
 from finetune.methods import build_method, build_targets
+from finetune.runs.execution import count_parameters
+from finetune.training.evaluation import summed_loss
 from sparsegrad import Basis
 from sparsegrad.convert import FORMS
 
@@ -85,7 +85,7 @@ class Trainee:
     Attributes:
         model: prepared by its method, on its device, in training mode.
         optimizer: the method's.
-        parameters: :func:`finetune.execution.count_parameters`.
+        parameters: :func:`finetune.runs.execution.count_parameters`.
     """
 
     variant: Variant

@@ -11,17 +11,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from finetune import memory, models, records
+from finetune import models
 from finetune.energy.measures import MeasureOptions
 from finetune.energy.probe import Probe
 from finetune.energy.spaces import SPACES
 from finetune.energy.trajectory import Looks, follow
-from finetune.evaluation import evaluate
-from finetune.execution import check_length
 from finetune.methods import Method, build_method
-from finetune.run import Inputs, for_task
-from finetune.training import make_accelerator
-from finetune.training_options import TrainingOptions
+from finetune.runs.execution import check_length
+from finetune.runs.glue import Inputs, for_task
+from finetune.store import records
+from finetune.training import memory
+from finetune.training.evaluation import evaluate
+from finetune.training.loop import make_accelerator
+from finetune.training.options import TrainingOptions
 from sparsegrad import save_tensors
 
 log = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from finetune.data.examples import Examples
 from finetune.energy.measures import Concentration, MeasureOptions, average, measure, pool
 from finetune.energy.spaces import SPACES, random_bases, released, rotations
-from finetune.evaluation import summed_loss
-from finetune.gradients import PreliminaryOptions, collect
 from finetune.methods import Method
 from finetune.methods.base import kept_entries
+from finetune.training.evaluation import summed_loss
+from finetune.training.gradients import PreliminaryOptions, collect
 from sparsegrad import Basis, Target, core_shape
 
 

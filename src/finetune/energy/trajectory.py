@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from finetune.data.examples import Examples
 from finetune.energy.probe import Probe
-from finetune.steps import Steps
-from finetune.training import NonFiniteLoss
-from finetune.training_options import TrainingOptions
+from finetune.training.loop import NonFiniteLoss
+from finetune.training.options import TrainingOptions
+from finetune.training.steps import Steps
 from sparsegrad import NonFiniteGradient, Target
 
 CHECKED_STEPS = 10  # between looks at the loss: reading it waits for the device

@@ -30,6 +30,7 @@ __all__ = [
     "base_method",
     "build_method",
     "build_targets",
+    "deciding",
     "needs_bases",
     "with_own_choices",
 ]
@@ -47,6 +48,11 @@ def base_method(method: Mapping[str, Any]) -> str:
     if base not in METHODS:
         raise ValueError(f"method={base!r}; allowed: {', '.join(METHODS)}.")
     return base
+
+
+def deciding(method: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a method's file decides a run's numbers: all but how tables name and group it."""
+    return {name: value for name, value in method.items() if name not in ("label", "control")}
 
 
 def needs_bases(method: Mapping[str, Any]) -> bool:

@@ -15,14 +15,16 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
-from finetune import memory, models, records
-from finetune.cells import set_threads
-from finetune.chat_run import MERGED
+from finetune import models
 from finetune.data.chat import chat_template
 from finetune.mt_bench.answers import AnswerOptions, answer_questions
 from finetune.mt_bench.generation import sampling_settings
 from finetune.mt_bench.questions import load_questions
-from finetune.training import make_accelerator
+from finetune.runs.cells import set_threads
+from finetune.runs.chat import MERGED
+from finetune.store import records
+from finetune.training import memory
+from finetune.training.loop import make_accelerator
 
 log = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import records
 from finetune.mt_bench.answer_cells import model_id
 from finetune.mt_bench.client import JudgeOptions, JudgeUnusable
 from finetune.mt_bench.journal import read_items
 from finetune.mt_bench.judging import failures_path, judge_answers, judging_hash
 from finetune.mt_bench.local_judge import LocalJudge
 from finetune.mt_bench.questions import load_answers, load_judge_prompts, load_questions, load_references
+from finetune.store import records
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from finetune.mt_bench.scores import FAILED, Item, Line, item_scores
-from finetune.report.stats import Estimate
+from finetune.stats.intervals import Estimate
 
 SEPARATED = "separated"
 INSIDE_NOISE = "inside the judge's noise"

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from finetune.files import write_atomically
+from finetune.store.files import write_atomically
 
 Item = dict[str, Any]
 

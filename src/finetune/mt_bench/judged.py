@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import records
 from finetune.mt_bench.journal import read_items
 from finetune.mt_bench.scores import FAILED, TURNS, Item, Line, is_score, item_scores
+from finetune.store import records
 
 
 @dataclass(frozen=True)

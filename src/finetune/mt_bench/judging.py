@@ -18,10 +18,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from finetune import records
 from finetune.mt_bench.client import ItemFailed, JudgeClient, JudgeOptions
 from finetune.mt_bench.journal import Journal, write_items
 from finetune.mt_bench.questions import PROMPT_FIELDS
+from finetune.store import records
 
 Line = dict[str, Any]
 Key = tuple[int, int, str, str, str, int]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune import records
 from finetune.plan.throughput import Processor
+from finetune.store import records
 
 Key = tuple[str, str, str]
 

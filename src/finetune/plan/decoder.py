@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune import activations
 from finetune.methods import build_targets
-from finetune.training_memory import DTYPES, Setup, TrainingMemory, meta_model, training_memory
+from finetune.plan import activations
+from finetune.plan.training_memory import DTYPES, Setup, TrainingMemory, meta_model, training_memory
 from sparsegrad import Target
 
 CHECKPOINTS = 3
@@ -73,7 +73,7 @@ def plan_model(
         methods: name to configuration group.
         seeds: number of report seeds.
         questions, turns: of the judged question set.
-        touched: see :class:`finetune.training_memory.Setup`.
+        touched: see :class:`finetune.plan.training_memory.Setup`.
         card: what the cells must fit.
         compared: methods that no cell runs, whose memory stands beside.
 

@@ -1,8 +1,8 @@
 """Memory of fine-tuning a classifier on one device, calculated: the components on fake tensors, the peak by formula.
 
-Components as in :mod:`finetune.training_memory` (bytes of parameters, gradients, optimizer state with the share of
-entries that lazy Adam touches, bases), activations as autograd saves them (:mod:`finetune.activations`), and from them
-the peak by :mod:`finetune.efficiency.prediction`, which the efficiency stage compares with the allocator's.
+Components as in :mod:`finetune.plan.training_memory` (bytes of parameters, gradients, optimizer state with the
+share of entries that lazy Adam touches, bases), activations as autograd saves them (:mod:`finetune.plan.activations`),
+and from them the peak by :mod:`finetune.efficiency.prediction`; the efficiency stage compares it with the allocator's.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from finetune import activations
 from finetune.efficiency.prediction import predict
 from finetune.efficiency.variants import Variant, make_model
 from finetune.methods import base_method, build_method, with_own_choices
 from finetune.methods.base import kept_entries
+from finetune.plan import activations
 
 
 def classifier_memory(

@@ -9,14 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from finetune import records
 from finetune.efficiency.variants import VARIANTS, make_model
 from finetune.methods import base_method, build_targets, with_own_choices
 from finetune.plan.flops import Cost, cost_of, hosvd_operations
 from finetune.plan.inputs import chat_blocks, padded_tokens, stopping_epochs, task_rows
+from finetune.plan.training_memory import DTYPES, meta_model
 from finetune.plan.work import Decoding, Decomposition, Training, Work
-from finetune.run import for_task
-from finetune.training_memory import DTYPES, meta_model
+from finetune.runs.glue import for_task
+from finetune.store import records
 
 Read = Callable[[str, str], Mapping[str, Any]]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from finetune import records
+from finetune.store import records
 
 _MODELS = {"bert-base-uncased": "bert_base", "roberta-base": "roberta_base", "roberta-large": "roberta_large"}
 _METHODS = {"ft": "full", "lora": "lora", "sparse": "sparsegrad"}

@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from finetune import records
 from finetune.plan.flops import Cost
+from finetune.store import records
 
 MEASURED, SCALED, CALCULATED, UNKNOWN = "measured", "scaled", "calculated", "unknown"
 

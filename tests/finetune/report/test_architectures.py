@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune.report.architectures import count_parameters
+from finetune.report.paper.architectures import count_parameters
 
 CONF = Path(__file__).parents[3] / "conf" / "model"
 

@@ -3,14 +3,14 @@
 import pytest
 from scipy import stats
 
-from finetune.report.decoder_comparison import compare_losses
-from finetune.report.evidence import collect_evidence
-from finetune.report.llama_evidence import collect_llama_evidence
-from finetune.report.page_findings import findings
-from finetune.report.page_inputs import PageInputs
-from finetune.report.scores_figure import draw_scores
-from finetune.report.statistics_page import to_markdown
-from finetune.report.statistics_record import build_statistics, plain
+from finetune.report.evidence.evidence import collect_evidence
+from finetune.report.evidence.llama_evidence import collect_llama_evidence
+from finetune.report.figures.scores_figure import draw_scores
+from finetune.report.page.page_findings import findings
+from finetune.report.page.page_inputs import PageInputs
+from finetune.report.statistics.decoder_comparison import compare_losses
+from finetune.report.statistics.statistics_page import to_markdown
+from finetune.report.statistics.statistics_record import build_statistics, plain
 
 WHAT = {"experiment": "test", "protocol": "sound", "stands_for": {"llama2_7b": "tiny"}}
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from finetune.report.figure_style import COLOURS, GREY, Words, new_figure, number, relative_paths, save_figure
+from finetune.report.figures.figure_style import COLOURS, GREY, Words, new_figure, number, relative_paths, save_figure
 
 WORDS = Words("A title", "What is shown.", ("A note.",), ("results/x/a.json",))
 
@@ -78,7 +78,7 @@ def test_pyplot_is_never_loaded():
     """It keeps figures of the whole process and picks a window system."""
     code = (
         "import sys, tempfile\n"
-        "from finetune.report.figure_style import *\n"
+        "from finetune.report.figures.figure_style import *\n"
         "assert 'matplotlib' not in sys.modules\n"
         "with tempfile.TemporaryDirectory() as folder, new_figure(2, 2) as (figure, axes):\n"
         "    save_figure(figure, folder, 'a', Words('t', 'c', (), ('s',)))\n"

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from finetune.report import figures_efficiency as module
-from finetune.report.efficiency_evidence import EfficiencyEvidence, Measured, TaskRecord
-from finetune.report.figures_efficiency import LABELS, draw_figure_cost_curves, draw_figure_efficiency
+from finetune.report.evidence.efficiency_evidence import EfficiencyEvidence, Measured, TaskRecord
+from finetune.report.figures import figures_efficiency as module
+from finetune.report.figures.figures_efficiency import LABELS, draw_figure_cost_curves, draw_figure_efficiency
 
 FACTS = {
     "device": {"name": "a CPU", "type": "cpu", "threads": 1},
@@ -54,7 +54,7 @@ def marks(axis, place):
 def test_the_marks_are_means_over_tasks_with_the_tasks_beside(drawn, tmp_path):
     paths = draw_figure_efficiency(evidence(**BOTH), tmp_path)
     assert [path.name for path in paths] == [f"figure_efficiency.{suffix}" for suffix in ("svg", "png", "json")]
-    [((left, right), words)] = drawn
+    [((left, right), _words)] = drawn
     assert [text.get_text() for text in left.get_yticklabels()] == [LABELS[n] for n in ("full", "lora", "folded")]
     tasks, mean = marks(left, 1)[:2], marks(left, 1)[-1]
     assert tasks == pytest.approx([1.3, 1.1]) and mean == pytest.approx(1.2)

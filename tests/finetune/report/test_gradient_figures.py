@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import records
 from finetune.energy.spaces import SPACES
-from finetune.report import energy_figure, gradient_figures
-from finetune.report.energy_evidence import LABELS, LOOKS, fully_tuned, of_model, read_looks, spread
+from finetune.report.figures import energy_figure, gradient_figures
+from finetune.report.figures.energy_evidence import LABELS, LOOKS, fully_tuned, of_model, read_looks, spread
+from finetune.store import records
 from sparsegrad import save_tensors
 
 SHARES = [0.001, 0.01, 0.1]

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from finetune.published import TASKS
-from finetune.report import paired
-from finetune.report.evidence import Evidence, Run
-from finetune.report.method_comparison import compare_methods, families_of, scores_of_logs, scores_of_runs
+from finetune.report.evidence.evidence import Evidence, Run
+from finetune.report.statistics.method_comparison import compare_methods, families_of, scores_of_logs, scores_of_runs
+from finetune.stats import paired
 
 
 def pair_of(comparison, first, second, family="methods"):

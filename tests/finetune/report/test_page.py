@@ -1,5 +1,6 @@
 """The report page from files as the stages leave them: whole, self-contained, escaped, honest about gaps."""
 
+import itertools
 import json
 import re
 import shutil
@@ -9,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from finetune.published import discrepancies, table_numbers
-from finetune.report.figure_style import Words, new_figure, save_figure
-from finetune.report.page import to_html
-from finetune.report.page_inputs import read_inputs
-from finetune.report.rows import COLUMNS
-from finetune.report.writers import Context, write_table
+from finetune.report.figures.figure_style import Words, new_figure, save_figure
+from finetune.report.page.page import to_html
+from finetune.report.page.page_inputs import read_inputs
+from finetune.report.tables.rows import COLUMNS
+from finetune.report.tables.writers import Context, write_table
 
 ROOT = Path(__file__).parents[3]
 EVIL = '<script>alert("x")</script> & <b>'
@@ -182,7 +183,7 @@ def test_ids_are_unique_and_every_inner_link_leads_somewhere(results):
 def test_headings_are_in_order_and_there_is_one_title(results):
     levels = [int(tag[1]) for tag, _ in Tree(page(results)).tags if re.fullmatch(r"h[1-6]", tag)]
     assert levels[0] == 1 and levels.count(1) == 1
-    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
 
 
 def test_no_cell_is_empty_and_headers_have_a_scope(results):

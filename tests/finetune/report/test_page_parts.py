@@ -5,15 +5,15 @@ import re
 import pytest
 
 from finetune.published import discrepancies, table_numbers
-from finetune.report.markup import Html, grid, items, join, tag
-from finetune.report.page_charts import ticks
-from finetune.report.page_figures import inline_svg
-from finetune.report.page_findings import findings, pair_sentence
-from finetune.report.page_inputs import PageInputs
-from finetune.report.page_markdown import headings, markdown_html
-from finetune.report.page_protocol import Choice, linked, read_choices
-from finetune.report.page_records import Found
-from finetune.report.page_tables import BuiltTable
+from finetune.report.page.markup import Html, grid, items, join, tag
+from finetune.report.page.page_charts import ticks
+from finetune.report.page.page_figures import inline_svg
+from finetune.report.page.page_findings import findings, pair_sentence
+from finetune.report.page.page_inputs import PageInputs
+from finetune.report.page.page_markdown import headings, markdown_html
+from finetune.report.page.page_protocol import Choice, linked, read_choices
+from finetune.report.page.page_records import Found
+from finetune.report.page.page_tables import BuiltTable
 
 SPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 

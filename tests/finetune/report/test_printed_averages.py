@@ -5,9 +5,9 @@ from fractions import Fraction
 import pytest
 
 from finetune.published import TASKS
-from finetune.report import printed_averages
-from finetune.report.k_notes import explain
-from finetune.report.printed_averages import Span, check_averages, twins
+from finetune.report.paper import printed_averages
+from finetune.report.paper.k_notes import explain
+from finetune.report.paper.printed_averages import Span, check_averages, twins
 
 
 def found(verdict):

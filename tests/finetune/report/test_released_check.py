@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats as distributions
 
-from finetune.report import released_check
-from finetune.report.released_check import (
+from finetune.report.paper import released_check
+from finetune.report.paper.released_check import (
     averages_with,
     exchange_counts,
     exchanges,

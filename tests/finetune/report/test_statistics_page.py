@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from finetune import records
-from finetune.report import evidence as evidences
-from finetune.report.scores_figure import draw_scores
-from finetune.report.statistics_page import to_markdown
-from finetune.report.statistics_record import build_statistics
+from finetune.report.evidence import evidence as evidences
+from finetune.report.figures.scores_figure import draw_scores
+from finetune.report.statistics.statistics_page import to_markdown
+from finetune.report.statistics.statistics_record import build_statistics
+from finetune.store import records
 
 
 def run(method, task, seed, score, base=None):
@@ -126,8 +126,8 @@ def test_figure(content, tmp_path):
 
 
 def test_values_that_json_has_not():
-    from finetune.report.statistics_record import plain
-    from finetune.report.stats import Difference
+    from finetune.report.statistics.statistics_record import plain
+    from finetune.stats.intervals import Difference
 
     assert plain({"a": (Difference(1.0, 1.0, 1.0, float("inf")), 2)}) == {
         "a": [{"value": 1.0, "low": 1.0, "high": 1.0, "df": None}, 2]

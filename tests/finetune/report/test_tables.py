@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from finetune.published import TASKS, paper_table, released_scores
-from finetune.report import layouts, printed, writers
-from finetune.report.tables import COLUMNS, TABLES, Context, build_table, collect_evidence, write_table
+from finetune.report.paper import layouts, printed
+from finetune.report.tables import writers
+from finetune.report.tables.tables import COLUMNS, TABLES, Context, build_table, collect_evidence, write_table
 
 ROOT = Path(__file__).parents[3]
 OWN = {name: name for name in layouts.PAPER_MODELS}
@@ -554,7 +555,9 @@ def test_bad_rows_write_nothing(tmp_path, number, rows, message):
 
 
 def test_importing_the_tables_does_not_import_torch():
-    code = "import sys, finetune.report.tables; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, finetune.report.tables.tables; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT / "src")}).returncode == 0
     )

@@ -1,0 +1,25 @@
+"""Checkpoints and tokenizers, from a folder or the hub; tiny models that the pipeline pretrains itself."""
+
+from finetune.models.load import (
+    cast_frozen,
+    checkpoint_activations,
+    fingerprint,
+    load_causal,
+    load_classifier,
+    load_tokenizer,
+    no_file_bars,
+    positions,
+    resolve,
+)
+
+__all__ = [
+    "cast_frozen",
+    "checkpoint_activations",
+    "fingerprint",
+    "load_causal",
+    "load_classifier",
+    "load_tokenizer",
+    "no_file_bars",
+    "positions",
+    "resolve",
+]

@@ -1,0 +1,184 @@
+"""Memory of saved activations without the memory: a forward pass on torch's fake tensors, which have shapes only.
+
+Autograd saves for a fake tensor what it saves for a real one, so nothing is estimated: which tensors a frozen linear
+layer needs, what autocast copies, what LoRA casts, all follow from the model itself. Counted are storages, each once,
+parameters and buffers left out, as :func:`finetune.training.memory.saved_activations` counts them in a run.
+
+Two micro-batches are never in memory at once. Within one, for b rows of t tokens and a vocabulary of v:
+
+    without checkpointing   all that is saved + two float32 copies of the logits, 8 b t v bytes
+    with checkpointing      the inputs of all blocks (bfloat16 under autocast, 2 b t hidden each) + the largest of
+                            - autocast's copies of the trained weights + what one block saves   (forward)
+                            - what is saved outside the blocks + two float32 copies of the logits  (loss)
+                            - what one block saves                                                 (backward)
+
+The two copies of the logits: the cast to float32 and the one that drops the last token, or their gradients. Gradients
+of activations, about the size of one block's largest tensors, are not counted; a reserve stands for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.training.evaluation import summed_loss
+
+
+@dataclass
+class Activations:
+    """Bytes that autograd saves in one forward pass.
+
+    Attributes:
+        blocks: what each block saves, copies of weights left out.
+        copies: autocast's low-precision copies of float32 weights.
+        outside: what is saved before the first block, after the last one, and by the loss.
+        inputs: hidden states that enter the blocks.
+        logits: two float32 copies of the logits, not saved but there at the loss.
+    """
+
+    blocks: list[int] = field(default_factory=list)
+    copies: int = 0
+    outside: int = 0
+    inputs: int = 0
+    logits: int = 0
+
+    @property
+    def saved(self) -> int:
+        """All that is saved without checkpointing."""
+        return sum(self.blocks) + self.copies + self.outside
+
+    def peak(self, checkpointing: bool) -> int:
+        """The most of one micro-batch that is there at once, by the formulas of this module."""
+        if not checkpointing:
+            return self.saved + self.logits
+        return self.inputs + max(self.copies + max(self.blocks), self.outside + self.logits)
+
+
+def measure(model: nn.Module, rows: int, tokens: int, *, precision: str, frozen_dtype: torch.dtype) -> Activations:
+    """Activations of a causal language model in training, prepared by a method.
+
+    Args:
+        model: on the meta device; its ``requires_grad`` flags count. It is turned into fake tensors.
+        rows, tokens: of a micro-batch without padding.
+        precision: ``fp32``, or ``bf16`` autocast.
+        frozen_dtype: storage of what is not trained; trained parameters are float32.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    found = Activations()
+    with FakeTensorMode():
+        own = _give_fake_tensors(model.train(), frozen_dtype)
+        with _blocks(model, found) as current, _saved(model, found, own, current):
+            ids = torch.zeros(rows, tokens, dtype=torch.long)
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                logits = model(input_ids=ids, use_cache=False).logits
+            summed_loss(logits.float(), ids)
+        found.logits = 2 * 4 * logits.numel()
+    return found
+
+
+def _give_fake_tensors(model: nn.Module, frozen_dtype: torch.dtype) -> set[int]:
+    """Replace meta tensors by fake ones on the CPU, shared ones once; returns their storages' addresses."""
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+            dtype = frozen_dtype if isinstance(tensor, nn.Parameter) and not trained else tensor.dtype
+            new: Tensor = torch.empty(tensor.shape, dtype=dtype)
+            made[id(tensor)] = type(tensor)(new, requires_grad=trained) if isinstance(tensor, nn.Parameter) else new
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = fake(tensor)
+    return {tensor.untyped_storage()._cdata for tensor in made.values()}
+
+
+@contextmanager
+def _blocks(model: nn.Module, found: Activations) -> Iterator[list[int]]:
+    """Follow which block runs: the yielded list holds its number, or nothing outside of all.
+
+    Raises:
+        ValueError: if the model has no blocks.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer  # what transformers checkpoints
+
+    current: list[int] = []
+
+    def enter(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        current.append(len(found.blocks))
+        found.blocks.append(0)
+        found.inputs += args[0].untyped_storage().nbytes()
+        # transformers leaves the mask out where nothing is padded, but can't look into a fake tensor to see that.
+        return args, kwargs | {"attention_mask": None}
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no blocks that transformers can checkpoint.")
+    hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+    hooks += [layer.register_forward_hook(lambda *_: current.clear()) for layer in layers]
+    try:
+        yield current
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _saved(model: nn.Module, found: Activations, own: set[int], current: list[int]) -> Iterator[None]:
+    """Count every saved storage once, in its block, as a copy of a weight, or outside."""
+    weights = {tuple(p.shape) for p in model.parameters() if p.requires_grad and p.dim() == 2}
+    weights |= {shape[::-1] for shape in weights}
+    seen: dict[int, Tensor] = {}  # kept: the address of a freed storage may be given out again
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata in own or storage._cdata in seen:
+            return tensor
+        seen[storage._cdata] = tensor
+        if tuple(tensor.shape) in weights and tensor.dtype == torch.bfloat16:
+            found.copies += storage.nbytes()
+        elif current:
+            found.blocks[current[0]] += storage.nbytes()
+        else:
+            found.outside += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+
+
+def measure_classifier(model: nn.Module, rows: int, tokens: int, *, precision: str) -> int:
+    """Bytes that autograd saves in one forward pass of a sequence classifier in training.
+
+    Args:
+        model: on the meta device, float32; its ``requires_grad`` flags count. It is turned into fake tensors.
+        rows, tokens: of a batch; the attention mask is full.
+        precision: ``fp32``, or ``bf16`` autocast; copies of weights count too.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    seen: dict[int, Tensor] = {}  # kept: the address of a freed storage may be given out again
+    with FakeTensorMode():
+        own = _give_fake_tensors(model.train(), torch.float32)
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage()._cdata not in own:
+                seen.setdefault(tensor.untyped_storage()._cdata, tensor)
+            return tensor
+
+        ids = torch.zeros(rows, tokens, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                logits = model(input_ids=ids).logits
+            labels = torch.zeros(rows, dtype=torch.float32 if logits.shape[-1] == 1 else torch.long)
+            summed_loss(logits, labels)
+        return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())

@@ -1,0 +1,1 @@
+"""What the runs left behind, checked and indexed."""

@@ -1,0 +1,155 @@
+"""What the figures of gradients are drawn from: the energy stage's records and heat maps, and the words they share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from finetune.report.figures.figure_style import COLOURS, GREY
+from finetune.store import records
+
+LABELS = {
+    "original": "original space",
+    "random": "random bases",
+    "released": "released orientation, V G U",
+    "stored": "HOSVD core, basis of another head",
+    "initial": "HOSVD core, own basis of the first step",
+    "refreshed": "HOSVD core, own basis, refreshed",
+}
+"""Space -> its name in legends; see :data:`finetune.energy.spaces.SPACES`."""
+
+LOOKS = {
+    "original": (COLOURS["meprop"], "o"),  # where MeProp selects
+    "random": (GREY, "x"),
+    "released": (COLOURS["rotated"], "v"),
+    "stored": (COLOURS["lora"], "s"),
+    "initial": (COLOURS["sparsegrad"], "D"),
+    "refreshed": (COLOURS["truncated"], "^"),
+}
+"""Space -> colour and marker: told apart without colour too."""
+
+ANOTHER_HEAD = (
+    "Basis of another head: that of the basis stage, which all runs of a task share; it was made from the same weights "
+    "under a classification head of another seed. Own basis: made from this run's weights and head."
+)
+
+TRAJECTORIES = {"full": "full fine-tuning", "sparsegrad": "SparseGrad"}
+
+PAPER_MODEL = "bert_base"
+
+
+@dataclass(frozen=True)
+class Look:
+    """One trajectory of one task.
+
+    Attributes:
+        path: of the record.
+        record: see :mod:`finetune.energy.cell`.
+    """
+
+    path: Path
+    record: Mapping[str, Any]
+
+    @property
+    def task(self) -> str:
+        return self.record["titles"]["task"]
+
+    @property
+    def trajectory(self) -> str:
+        name = self.record["run"]["trajectory"]
+        return TRAJECTORIES.get(name, name)
+
+    @property
+    def steps(self) -> list[int]:
+        return [step["step"] for step in self.record["steps"]]
+
+    @property
+    def kinds(self) -> list[str]:
+        return list(dict.fromkeys(layer["kind"] for layer in self.record["layers"]))
+
+    def blocks(self, kind: str) -> list[int]:
+        """Places of a kind's layers in the record's lists, by block."""
+        places = [p for p, layer in enumerate(self.record["layers"]) if layer["kind"] == kind]
+        return sorted(
+            places, key=lambda p: (self.record["layers"][p]["layer"] is None, self.record["layers"][p]["layer"])
+        )
+
+    def values(self, step: int, space: str, kind: str, name: str, share: float | None = None) -> list[float]:
+        """A number of every block's layer of a kind; of a list of shares, the one asked for."""
+        found = self.record["steps"][step]["spaces"][space]
+        picked = [found[place][name] for place in self.blocks(kind)]
+        return picked if share is None else [values[self.place(share)] for values in picked]
+
+    def place(self, share: float) -> int:
+        """Where a share of entries stands in the record's lists.
+
+        Raises:
+            ValueError: if it was not measured.
+        """
+        shares = self.record["measure"]["shares"]
+        if share not in shares:
+            raise ValueError(f"{self.path}: no energy of the largest {share:.2%} of the entries; measured: {shares}.")
+        return shares.index(share)
+
+    def maps(self) -> dict[str, Any]:
+        """The heat maps beside the record, as arrays by name.
+
+        Raises:
+            ValueError: if their file is missing or of another configuration.
+        """
+        from sparsegrad import load_tensors
+
+        path = self.path.with_suffix(".safetensors")
+        tensors, facts = load_tensors(path)
+        if facts.get("config_hash") != self.record["run"]["config_hash"]:
+            raise ValueError(f"{path} is of another configuration than {self.path}: run the energy stage again.")
+        return {name: tensor.float().numpy() for name, tensor in tensors.items()}
+
+
+def read_looks(folder: Path, tasks: Sequence[str]) -> list[Look]:
+    """The trajectories of a model, in the order of the tasks.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = [Look(path, records.read_json(path)) for path in sorted(folder.glob("*.json"))]
+    found = [look for look in found if look.record["run"]["task"] in tasks]
+    if not found:
+        raise ValueError(f"{folder} holds no record of {', '.join(tasks)}: run the energy stage.")
+    return sorted(found, key=lambda look: tasks.index(look.record["run"]["task"]))
+
+
+def fully_tuned(looks: Sequence[Look]) -> Look:
+    """The first task's trajectory of full fine-tuning, else its first."""
+    first = [look for look in looks if look.task == looks[0].task]
+    return next((look for look in first if look.record["run"]["trajectory"] == "full"), first[0])
+
+
+def of_model(look: Look, model: str) -> str:
+    """A sentence: which model it is, and that it is not the paper's where it is not."""
+    title = look.record["titles"]["model"]
+    if model == PAPER_MODEL:
+        return f"Model: {title}."
+    return f"{title} stands in BERT's place: it is no BERT, and its numbers are not the paper's."
+
+
+def setting(look: Look) -> str:
+    """How the gradients came about, for a caption."""
+    training, measured = look.record["training"], look.record["measure"]
+    batch = training["batch_size"]
+    return (
+        f"{look.record['titles']['model']}, learning rate {training['learning_rate']:g}, batches of {batch}; gradients "
+        f"in float32 on {measured['judged_examples'] // batch} training batches that no basis was made from"
+    )
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation over blocks, such as ``0.72 ± 0.22``."""
+    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:g} %"

@@ -1,0 +1,159 @@
+"""The look of every figure, and how one is kept: SVG, PNG and a JSON of words.
+
+Drawn without pyplot, so that no global state of matplotlib is touched. Texts and axes are a mid grey and the
+background is transparent: a page may be light or dark. Colours are those of Okabe and Ito
+(https://jfly.uni-koeln.de/color/), which readers with any colour vision tell apart. A rerun gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.store import records
+from finetune.store.files import write_atomically
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+
+GREY = "#6b7280"
+"""Texts, axes and reference lines: 4.8 to 1 on white, 3.9 to 1 on near black."""
+
+COLOURS = {
+    "full": "#56b4e9",
+    "lora": "#e69f00",
+    "meprop": "#cc79a7",
+    "sparsegrad": "#009e73",
+    "rotated": "#0072b2",
+    "truncated": "#d55e00",
+}
+"""Method or form -> its colour in every figure; the folded form is SparseGrad's default and has its colour."""
+
+SEQUENTIAL = "cividis"
+"""Colour map of magnitudes: the same to readers with and without red-green vision."""
+
+DPI = 160
+
+_STYLE = {
+    "font.family": ["DejaVu Sans"],  # comes with matplotlib, so that a PNG is the same everywhere
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "text.color": GREY,
+    "axes.labelcolor": GREY,
+    "axes.titlecolor": GREY,
+    "axes.edgecolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GREY,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+    "svg.fonttype": "none",  # texts stay texts: found, copied and read aloud
+    "svg.hashsalt": "sparsegrad",  # ids of clip paths are random without it
+}
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a page prints around a figure.
+
+    Attributes:
+        title: One line.
+        caption: What is shown, on what device, at what sizes.
+        notes: Sentences: what is missing, what to be careful with.
+        source: Paths of the records that it is drawn from.
+    """
+
+    title: str
+    caption: str
+    notes: tuple[str, ...] = ()
+    source: tuple[str, ...] = ()
+
+
+@contextmanager
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[Any]:
+    """A figure in the common style; draw and save it inside the ``with``.
+
+    Args:
+        width, height: in inches.
+        rows, columns: of the axes.
+        options: of ``Figure.subplots``, such as ``sharey=True``.
+
+    Yields:
+        The figure and its axes, an array ``(rows, columns)``.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes: np.ndarray = figure.subplots(rows, columns, squeeze=False, **options)
+        yield figure, axes
+
+
+def save_figure(figure: Figure, folder: str | Path, name: str, words: Words) -> list[Path]:
+    """Write ``<name>.svg``, ``<name>.png`` and ``<name>.json``, each whole or not at all.
+
+    Args:
+        figure: of :func:`new_figure`, still inside its ``with``.
+        folder: made if missing.
+        name: of the files, such as ``efficiency`` or ``figure_02``.
+        words: stored as JSON.
+
+    Returns:
+        The three paths.
+
+    Raises:
+        ValueError: if title, caption or sources are empty.
+    """
+    if not words.title or not words.caption or not words.source:
+        raise ValueError(f"{name}: title, caption and at least one source are needed, got {words}.")
+    import matplotlib
+
+    paths = [Path(folder) / f"{name}.{suffix}" for suffix in ("svg", "png", "json")]
+    with matplotlib.rc_context(_STYLE):
+        _settle(figure)
+        for path, metadata in zip(paths, ({"Date": None, "Creator": None}, {"Software": None}), strict=False):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=path.suffix[1:], dpi=DPI, metadata=metadata, transparent=True)
+            write_atomically(path, buffer.getvalue())
+    records.write_json(paths[2], asdict(words))
+    return paths
+
+
+def _settle(figure: Figure) -> None:
+    """Lay out once, on a grid: the solver's last digits vary, and ids in an SVG are hashes of places."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        axes.set_position([round(float(value), 5) for value in axes.get_position(original=True).bounds])
+
+
+def number(value: float) -> str:
+    """A value for a label: three significant digits, thousands separated, no exponent."""
+    if value == 0 or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def relative_paths(paths: Sequence[str | Path]) -> tuple[str, ...]:
+    """Paths as they stand in ``Words.source``: with forward slashes, sorted, each once."""
+    return tuple(sorted({Path(path).as_posix() for path in paths}))

@@ -1,0 +1,71 @@
+"""The notes under tables 11 and 12: what their labels mean, which cells are no evidence, what does not add up."""
+
+from collections.abc import Sequence
+
+from finetune.published import paper_table
+from finetune.report.paper import printed, printed_averages
+from finetune.report.paper.layouts import PAPER_MODELS, Cell, K
+
+ENTRIES = 3072 * 768
+"""Entries of one MLP matrix of BERT-base and RoBERTa-base, of which k is a share."""
+
+
+def k_notes(cells: Sequence[Cell]) -> list[str]:
+    """Say what is known of the rows of table 11 or 12, as found in the printed cells.
+
+    Args:
+        cells: Its cells, as `layouts.cells` gives them.
+    """
+    number = cells[0].table
+    model = PAPER_MODELS[cells[0].model]
+    notes = [
+        "Row labels are shares of one MLP matrix in percent as printed; k itself is not printed but inferred from the "
+        f"released run script's grid. Of a matrix of another width than {model}'s ({ENTRIES:,} entries) the same share "
+        f"is kept. Column {K!r} is held against the row's label, whichever model ran."
+    ]
+    for cell in cells:
+        if cell.quantity == "k" and cell.paper:
+            label, share = printed.parse(cell.row.split()[0]), 100 * int(cell.paper) / ENTRIES
+            if label.round(share).number != label.number:
+                how = "the share cut off" if label.truncate(share).number == label.number else "another share"
+                notes.append(f"Row {cell.row}: {int(cell.paper):,} is {share:.3f} %; the label is {how}.")
+    here = f"table {number}, "
+    repeated = {row.removeprefix(here): other for row, other in printed_averages.twins() if row.startswith(here)}
+    for row, other in repeated.items():
+        notes.append(
+            f"Row {row}: every printed score and deviation is that of {other}, whose k is the main one; it is no run "
+            f"with {row} % of the entries. Ours in this row is SparseGrad with the protocol's k, or density."
+        )
+    notes += _no_evidence(number)
+    for check in printed_averages.check_averages():
+        if check.table == number and check.implied is not None:
+            notes.append(f"Row {check.row}, AVG as printed ({check.printed}): {explain(check)}.")
+    return notes
+
+
+def explain(check: printed_averages.AverageCheck) -> str:
+    """One clause on a printed average: what its row says of it."""
+    if check.mean is not None:
+        allowed = f"the printed cells' mean is {check.mean:.6g}, between {check.low:.6g} and {check.high:.6g} before"
+        cut = f"; it would follow with {' or '.join(check.readings)}" if check.readings else ""
+        return f"{check.verdict}: {allowed} rounding{cut}"
+    if check.implied is None:
+        return f"{check.verdict}: {', '.join(check.missing)} are not printed"
+    low, high = check.implied
+    parts = [f"{check.verdict}: {check.missing[0]} is not printed and would have to lie in {low:.2f} to {high:.2f}"]
+    if check.twin_value is not None:
+        parts.append(f"{check.twin} prints the same row with {check.twin_value}")
+    elif check.elsewhere is not None:
+        parts.append(f"printed of this model elsewhere: {check.elsewhere[0]:g} to {check.elsewhere[1]:g}")
+    return ", ".join(parts)
+
+
+def _no_evidence(number: int) -> list[str]:
+    """Name the scores that a reader inferred, and those that nobody knows."""
+    lines = [line for line in paper_table(number) if line["column"] != K]
+    notes = []
+    inferred = [f"row {line['row']} {line['column']} {line['value']}" for line in lines if line["source"] == "inferred"]
+    if inferred:
+        notes.append(f"Inferred, not printed, and compared with nothing: {'; '.join(inferred)}.")
+    unknown = [f"row {line['row']} {line['column']}" for line in lines if line["source"] == "unknown"]
+    return [*notes, f"Not known: {'; '.join(unknown)}."] if unknown else notes

@@ -1,0 +1,279 @@
+"""The paper's GLUE cells against the authors' own per-seed logs: same runs, other runs, or the other method's?
+
+For two methods 1 and 2 on one task, with printed means `p`, logged means `l`, `n_p` and `n_l` runs behind them and one
+variance `s²` pooled over all four samples (v_j = s² (1 / n_p + 1 / n_lj), plus u² / 12 for printing with last digit u):
+
+    as printed    A = (p1 - l1)² / v1 + (p2 - l2)² / v2
+    exchanged     B = (p1 - l2)² / v2 + (p2 - l1)² / v1
+    evidence      (A - B) / 2 nats for "the two printed cells are exchanged"; at equal n it is -(p1 - p2)(l1 - l2) / v
+
+so an exchange fits better whenever print and logs order the two methods differently. Without an exchange that happens
+by chance: if the methods do not differ, in half of the tasks. `p_chance` is how often evidence as large arises when
+print and logs are independent runs of two methods that do not differ (the case in which it arises most often); it is
+drawn with the same numbers of runs, and corrected (Holm) over all tasks and models of the pair.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats as distributions
+
+from finetune.published import TASKS, paper_table, released_scores
+from finetune.report.paper import printed
+from finetune.report.paper.layouts import GLUE_TABLES, METHODS, PAPER_RUNS
+from finetune.stats import paired
+from finetune.stats.intervals import sample_std
+
+ROUNDED, CUT, OTHER = "rounded", "cut off", "other"
+SEEDS = {"roberta_large": (42, 3705, 2023)}
+"""Seeds behind the print where the logs hold more: the large model's printed means are those of the three seeds that
+the released run script has, as the text says (D15); the base models' are those of all five."""
+
+LOGGED = ("sparsegrad", "lora", "full")
+"""Methods with logs, in the order of a pair."""
+
+
+@dataclass(frozen=True)
+class PrintedCell:
+    """A printed score beside the logs of its method.
+
+    Attributes:
+        model: The paper's model.
+        method: Method.
+        task: Task.
+        printed: Printed mean, percent.
+        printed_std: Printed deviation; `None` where there is none.
+        unit: A unit of the last printed digit.
+        logged: Scores of the logs, of `SEEDS` where they hold more.
+        match: `rounded` if the logs' mean prints like that, `cut off` if only cutting gives it, else `other`.
+        cut_off: Whether the logs' mean cut off prints like that.
+    """
+
+    model: str
+    method: str
+    task: str
+    printed: float
+    printed_std: float | None
+    unit: float
+    logged: tuple[float, ...]
+    match: str
+    cut_off: bool
+
+    @property
+    def mean(self) -> float:
+        """Mean of the logged scores."""
+        return float(np.mean(self.logged))
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation of the logged scores, as the paper prints it."""
+        return float(np.std(self.logged))
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Whether two printed cells fit the logs better exchanged.
+
+    Attributes:
+        model: The paper's model.
+        task: Task.
+        methods: The two methods.
+        printed: Their printed means.
+        logged: Their logged means.
+        printed_std: Their printed deviations.
+        logged_std: Their logged ones.
+        distance: Σ |printed - logged| as printed, in points.
+        distance_exchanged: The same with the two printed cells exchanged.
+        evidence: Log-likelihood of exchanged minus as printed, nats.
+        p_chance: How often evidence as large arises without an exchange, at most.
+        p_holm: The same, corrected over all tasks and models of the pair.
+        copies: How many of the two printed cells are their own method's logged mean, rounded.
+        copies_exchanged: How many are the other method's.
+    """
+
+    model: str
+    task: str
+    methods: tuple[str, str]
+    printed: tuple[float, float]
+    logged: tuple[float, float]
+    printed_std: tuple[float | None, float | None]
+    logged_std: tuple[float, float]
+    distance: float
+    distance_exchanged: float
+    evidence: float
+    p_chance: float
+    p_holm: float
+    copies: int
+    copies_exchanged: int
+
+
+@dataclass(frozen=True)
+class ExchangeCount:
+    """How many tasks of a model fit better exchanged, and how likely so many are by chance.
+
+    Attributes:
+        model: The paper's model.
+        methods: The two methods.
+        better: Number of tasks that fit better exchanged.
+        tasks: Number of tasks with print and logs.
+        p: Chance of at least so many if each has probability 1/2.
+    """
+
+    model: str
+    methods: tuple[str, str]
+    better: int
+    tasks: int
+    p: float
+
+
+def printed_cells(model: str) -> list[PrintedCell]:
+    """List the printed scores of a model that have logs.
+
+    Args:
+        model: A key of `layouts.GLUE_TABLES`.
+    """
+    tasks = {label: task for task, label in TASKS.items()}
+    found = []
+    for line in paper_table(GLUE_TABLES[model]):
+        value, task = printed.parse(line["value"]) if line["column"] in tasks else None, tasks.get(line["column"])
+        scores = released_scores(model, METHODS[line["row"]], task) if value and task else {}
+        logged = tuple(scores[seed] for seed in SEEDS.get(model, scores) if seed in scores)
+        if not logged or line["source"] != "arxiv_pdf":
+            continue
+        mean = float(np.mean(logged))
+        match = ROUNDED if value.round(mean).number == value.number else OTHER
+        cut_off = value.truncate(mean).number == value.number
+        match = CUT if match == OTHER and cut_off else match
+        std = float(line["std"]) if line["std"] else None
+        found.append(
+            PrintedCell(model, METHODS[line["row"]], task, value.value, std, 2 * value.rounding, logged, match, cut_off)
+        )
+    return found
+
+
+def exchanges(
+    models: Iterable[str] = tuple(GLUE_TABLES), pair: tuple[str, str] = ("lora", "sparsegrad"), *, seed: int = 0
+) -> list[Exchange]:
+    """Ask of every task whether the printed cells of two methods look exchanged.
+
+    Args:
+        models: The paper's models.
+        pair: The two methods.
+        seed: Seed of the draws behind `p_chance`.
+    """
+    couples = [couple for model in models for couple in _couples(printed_cells(model), pair)]
+    evidence = [_evidence(first, second) for first, second in couples]
+    chances = [
+        _chance(found, (PAPER_RUNS[first.model], len(first.logged), len(second.logged)), seed)
+        for found, (first, second) in zip(evidence, couples, strict=True)
+    ]
+    corrected = paired.holm(chances)
+    return [
+        _exchange(*couple, *numbers) for couple, *numbers in zip(couples, evidence, chances, corrected, strict=True)
+    ]
+
+
+def exchange_counts() -> list[ExchangeCount]:
+    """Count, for every two methods and every model, the tasks that fit better exchanged."""
+    found = []
+    for pair, model in itertools.product(itertools.combinations(LOGGED, 2), GLUE_TABLES):
+        own = [_evidence(first, second) for first, second in _couples(printed_cells(model), pair)]
+        better = sum(value > 1e-9 for value in own)  # equal prints give 0, up to rounding
+        found.append(ExchangeCount(model, pair, better, len(own), _at_least(better, len(own))))
+    return found
+
+
+def averages_with(exchanged: Iterable[str], model: str, pair: tuple[str, str]) -> dict[str, tuple[float, float, float]]:
+    """Mean of the printed task cells, the same with some tasks exchanged between two methods, and the logs' mean.
+
+    Args:
+        exchanged: Tasks whose two printed cells are exchanged.
+        model: The paper's model; it needs print and logs of all tasks.
+        pair: The two methods.
+
+    Returns:
+        Method -> (as printed, exchanged, logs).
+    """
+    cells = {(cell.method, cell.task): cell for cell in printed_cells(model)}
+    moved, other = set(exchanged), {pair[0]: pair[1], pair[1]: pair[0]}
+    return {
+        method: (
+            float(np.mean([cells[method, task].printed for task in TASKS])),
+            float(np.mean([cells[other[method] if task in moved else method, task].printed for task in TASKS])),
+            float(np.mean([cells[method, task].mean for task in TASKS])),
+        )
+        for method in pair
+    }
+
+
+def _couples(cells: Iterable[PrintedCell], pair: tuple[str, str]) -> list[tuple[PrintedCell, PrintedCell]]:
+    by_method: Mapping[str, dict[str, PrintedCell]] = {method: {} for method in pair}
+    for cell in cells:
+        if cell.method in by_method:
+            by_method[cell.method][cell.task] = cell
+    first, second = (by_method[method] for method in pair)
+    return [(first[task], second[task]) for task in first if task in second]
+
+
+def _evidence(first: PrintedCell, second: PrintedCell) -> float:
+    """Log-likelihood ratio of the module's docstring, nats."""
+    n = PAPER_RUNS[first.model]
+    sums = [(float(np.var(cell.logged)) * len(cell.logged), len(cell.logged) - 1) for cell in (first, second)]
+    printed_stds = [cell.printed_std for cell in (first, second) if cell.printed_std is not None]
+    sums += [(sample_std(std, n) ** 2 * (n - 1), n - 1) for std in printed_stds]
+    variance = sum(square for square, _ in sums) / sum(freedom for _, freedom in sums)
+    v = [variance * (1 / n + 1 / len(cell.logged)) + cell.unit**2 / 12 for cell in (first, second)]
+    return _ratio(first.printed, second.printed, first.mean, second.mean, *v)
+
+
+def _ratio(p1, p2, l1, l2, v1, v2):
+    return ((p1 - l1) ** 2 / v1 + (p2 - l2) ** 2 / v2 - (p1 - l2) ** 2 / v2 - (p2 - l1) ** 2 / v1) / 2
+
+
+def _chance(evidence: float, runs: tuple[int, int, int], seed: int, samples: int = 200_000) -> float:
+    """Share of draws without an exchange, and without a difference, whose evidence is as large.
+
+    Args:
+        evidence: The observed one.
+        runs: Runs behind a printed mean, and behind the two logged ones.
+        seed: Seed of the local generator.
+        samples: Number of draws; the observed one counts as one more.
+    """
+    n, *logs = runs
+    generator = np.random.default_rng(seed)
+    p1, p2 = generator.standard_normal((2, samples)) / np.sqrt(n)
+    l1, l2 = (generator.standard_normal(samples) / np.sqrt(count) for count in logs)
+    freedom = 2 * (n - 1) + sum(logs) - 2
+    variance = generator.chisquare(freedom, samples) / freedom
+    v1, v2 = (variance * (1 / n + 1 / count) for count in logs)
+    extreme = int(np.count_nonzero(_ratio(p1, p2, l1, l2, v1, v2) >= evidence))
+    return (extreme + 1) / (samples + 1)
+
+
+def _exchange(first: PrintedCell, second: PrintedCell, evidence: float, chance: float, corrected: float) -> Exchange:
+    cells = (first, second)
+    means = (first.mean, second.mean)
+    digits = [round(-np.log10(cell.unit)) for cell in cells]
+    crossed = [round(mean, place) for mean, place in zip(reversed(means), digits, strict=True)]
+    return Exchange(
+        first.model,
+        first.task,
+        (first.method, second.method),
+        (first.printed, second.printed),
+        means,
+        (first.printed_std, second.printed_std),
+        (first.std, second.std),
+        sum(abs(cell.printed - mean) for cell, mean in zip(cells, means, strict=True)),
+        sum(abs(cell.printed - mean) for cell, mean in zip(cells, reversed(means), strict=True)),
+        evidence,
+        chance,
+        corrected,
+        sum(cell.match == ROUNDED for cell in cells),
+        sum(abs(cell.printed - mean) < cell.unit / 4 for cell, mean in zip(cells, crossed, strict=True)),
+    )
+
+
+def _at_least(count: int, tasks: int) -> float:
+    return float(distributions.binom.sf(count - 1, tasks, 0.5)) if tasks else 1.0

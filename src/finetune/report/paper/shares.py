@@ -1,0 +1,83 @@
+"""Trainable share of LLaMa-2-7B by method and by which matrices train: three readings of one printed column.
+
+Exact arithmetic on the shapes that the meta device gives; with `n` matrices of shape (o, i) in a model of `P` numbers
+
+    Regular FT    n o i / P            LoRA    n r (o + i) / P            SparseGrad, MeProp    n k / P
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.report.paper.architectures import count_parameters, mlp_matrices
+from finetune.report.paper.layouts import METHODS
+
+_TEXT, _GATED = ("up", "down"), ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One reading of which matrices train.
+
+    Attributes:
+        name: Such as `gate+up+down of 11 blocks`.
+        shares: Method -> trainable numbers in percent of the model.
+    """
+
+    name: str
+    shares: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The shares of one model.
+
+    Attributes:
+        total: Number of parameters of the model.
+        variants: The text's reading first: `up+down` of the selected blocks; with `gate`; `up+down` of all blocks.
+        matrix: Entries of one matrix.
+        gate: Share of the gate matrices of the selected blocks, in percent.
+        k: Entries that SparseGrad and MeProp keep of a matrix.
+        rank: Rank of LoRA.
+    """
+
+    total: int
+    variants: tuple[Variant, ...]
+    matrix: int
+    gate: float
+    k: int
+    rank: int
+
+
+def trainable_shares(model: Mapping[str, Any]) -> Shares:
+    """Compute the shares of a LLaMa model.
+
+    Args:
+        model: Its configuration (`conf/model`): `architecture`, `layers_to_transform`, `lora_rank`, `k`.
+
+    Raises:
+        ValueError: If the architecture is no LLaMa, or a selected block is not there.
+    """
+    from finetune.methods import FullFineTuning, LoRA, MeProp, SparseGrad, Targets
+
+    total = count_parameters(model["architecture"]).total
+    matrices = mlp_matrices(model["architecture"])
+    blocks = sorted({block for block, _, _ in matrices})
+    selected = blocks if model["layers_to_transform"] is None else [*model["layers_to_transform"]]
+    if unknown := sorted(set(selected) - set(blocks)):
+        raise ValueError(f"layers_to_transform has {unknown}; the model's blocks are 0 to {blocks[-1]}")
+    targets, k, rank = Targets(target_modules={}), model["k"], model["lora_rank"]
+    methods = {
+        "full": FullFineTuning(targets),
+        "lora": LoRA(targets, rank=rank),
+        "sparsegrad": SparseGrad(targets, bases={}, k=k),
+        "meprop": MeProp(targets, k=k),
+    }
+    variants = []
+    for kinds, of in ((_TEXT, selected), (_GATED, selected), (_TEXT, blocks)):
+        shapes = [shape for block, kind, shape in matrices if kind in kinds and block in of]
+        shares = {name: 100 * sum(map(methods[name].entries, shapes)) / total for name in METHODS.values()}
+        variants.append(Variant(f"{'+'.join(kinds)} of {len(of)} blocks", shares))
+    sizes = {kind: shape[0] * shape[1] for _, kind, shape in matrices}
+    gate = 100 * len(selected) * sizes["gate"] / total
+    return Shares(total, tuple(variants), sizes["up"], gate, k, rank)

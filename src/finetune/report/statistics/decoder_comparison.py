@@ -1,0 +1,111 @@
+"""Methods and variants against each other on a decoder: validation losses at equal seeds.
+
+The pairs are those of :mod:`finetune.report.statistics.method_comparison`. At the three seeds of a decoder sign
+flips can separate nothing, so the test is the paired t test, which trusts that differences of losses are normal; the
+page says so.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from scipy import stats as distributions
+
+from finetune.report.evidence.llama_evidence import LlamaEvidence
+from finetune.report.statistics.method_comparison import families_of
+from finetune.stats import paired
+from finetune.stats.intervals import Difference, Estimate, mean_interval
+
+LOWER, HIGHER, OPEN = "first is lower", "second is lower", "not separated"
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class LossPair:
+    """Two methods, the first minus the second.
+
+    Attributes:
+        first: Method.
+        second: Method.
+        difference: Mean paired difference in nats a token, t interval.
+        seeds: Those that both have.
+        p: Two-sided p-value of the paired t test; `None` below two seeds.
+        p_holm: The same, corrected for the family.
+        verdict: `first is lower`, `second is lower` or `not separated`, by `p_holm` and `LEVEL`.
+    """
+
+    first: str
+    second: str
+    difference: Difference
+    seeds: tuple[int, ...]
+    p: float | None
+    p_holm: float | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class LossSummary:
+    """The runs of one method: loss over seeds with a t interval, and the share of the model that trains, in percent."""
+
+    loss: Estimate
+    share: float
+
+
+@dataclass(frozen=True)
+class LossFamily:
+    """Pairs that are corrected together."""
+
+    name: str
+    pairs: tuple[LossPair, ...]
+
+
+@dataclass(frozen=True)
+class LossComparison:
+    """What ran in LLaMa-2's place: `methods` by name, from the lowest loss, and `families` of pairs."""
+
+    model: str
+    title: str
+    methods: Mapping[str, LossSummary]
+    families: tuple[LossFamily, ...]
+    records: tuple[str, ...]
+
+
+def compare_losses(evidence: LlamaEvidence) -> LossComparison | None:
+    """Compare the best validation losses of all runs; `None` where no decoder ran."""
+    runs = {method: found for method, found in evidence.runs.items() if found}
+    if not runs:
+        return None
+    summaries = {
+        m: LossSummary(mean_interval([run.loss for run in found]), found[0].share) for m, found in runs.items()
+    }
+    first = next(iter(runs.values()))[0]
+    losses = {method: {run.seed: run.loss for run in found} for method, found in runs.items()}
+    families = families_of(list(runs), evidence.bases)
+    return LossComparison(
+        model=first.model,
+        title=first.title,
+        methods=dict(sorted(summaries.items(), key=lambda item: item[1].loss.mean)),
+        families=tuple(LossFamily(name, _pairs(pairs, losses)) for name, pairs in families.items()),
+        records=tuple(sorted(run.path for found in runs.values() for run in found)),
+    )
+
+
+def _pairs(pairs: Sequence[tuple[str, str]], losses: Mapping[str, Mapping[int, float]]) -> tuple[LossPair, ...]:
+    shared = {pair: sorted(losses[pair[0]].keys() & losses[pair[1]].keys()) for pair in pairs}
+    shared = {pair: seeds for pair, seeds in shared.items() if seeds}
+    values = {pair: [losses[pair[0]][s] - losses[pair[1]][s] for s in seeds] for pair, seeds in shared.items()}
+    tested = {pair: _p_value(found) for pair, found in values.items() if len(found) > 1}
+    holm = dict(zip(tested, paired.holm(list(tested.values())), strict=True))
+    found = []
+    for pair, differences in values.items():
+        difference, p = paired.paired_difference([differences]), holm.get(pair)
+        apart = p is not None and p <= LEVEL
+        verdict = (LOWER if difference.value < 0 else HIGHER) if apart else OPEN
+        found.append(LossPair(*pair, difference, tuple(shared[pair]), tested.get(pair), p, verdict))
+    return tuple(found)
+
+
+def _p_value(differences: Sequence[float]) -> float:
+    """Two-sided p of the paired t test; equal differences leave no doubt, or nothing to doubt."""
+    if len(set(differences)) == 1:
+        return 1.0 if differences[0] == 0 else 0.0
+    return float(distributions.ttest_1samp(differences, 0.0).pvalue)

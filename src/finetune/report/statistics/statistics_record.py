@@ -1,0 +1,141 @@
+"""Everything about scores that the paper does not print, as one JSON record: `statistics.json`.
+
+Our runs and the authors' released logs go through the same functions (`method_comparison`); the printed averages are
+held against their rows (`printed_averages`), the printed cells against the logs (`released_check`).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import numpy as np
+
+from finetune.published import TASKS
+from finetune.report.evidence.evidence import Evidence
+from finetune.report.evidence.llama_evidence import LlamaEvidence
+from finetune.report.paper import printed_averages, released_check
+from finetune.report.paper.layouts import GLUE_TABLES, PAPER_MODELS, PAPER_RUNS, cells
+from finetune.report.statistics import decoder_comparison, method_comparison
+from finetune.stats import paired
+
+ASKED = {"model": "bert_base", "methods": ("lora", "sparsegrad"), "tasks": ("mrpc", "rte")}
+"""The exchange that `protocol.md`'s row D15 suspects; the answer looks at every task and model all the same."""
+
+
+def build_statistics(
+    evidence: Evidence, decoder: LlamaEvidence | None = None, *, seed: int = 0, samples: int = 10_000
+) -> dict[str, Any]:
+    """Compute the statistics of an experiment.
+
+    Args:
+        evidence: What ran (`collect_evidence`).
+        decoder: What ran on dialogues (`collect_llama_evidence`); its losses are compared.
+        seed: Seed of bootstraps and sampled sign patterns.
+        samples: Number of bootstrap resamples.
+
+    Returns:
+        JSON values with the keys `schema`, `experiment`, `protocol`, `settings`, `runs` (one entry a model that ran),
+        `decoder` (`None` without its runs), `logs` (one a model with logs), `averages` (the printed ones), `cells`
+        (printed against logs) and `exchange`.
+    """
+    settings = {
+        "seed": seed,
+        "samples": samples,
+        "confidence": 0.95,
+        "level": method_comparison.LEVEL,
+        "exact_pairs": paired.EXACT_PAIRS,
+        "least_for_iqm": paired.LEAST_FOR_IQM,
+        "paper_runs": dict(PAPER_RUNS),
+    }
+    content = {
+        "schema": 1,
+        "experiment": evidence.experiment,
+        "protocol": evidence.protocol,
+        "settings": settings,
+        "runs": [_own(evidence, model, seed, samples) for model in _models(evidence)],
+        "decoder": decoder_comparison.compare_losses(decoder) if decoder is not None else None,
+        "logs": [_logged(model, seed, samples) for model in GLUE_TABLES],
+        "averages": printed_averages.check_averages(),
+        "repeated_rows": printed_averages.twins(),
+        "cells": [_cell(cell) for model in GLUE_TABLES for cell in released_check.printed_cells(model)],
+        "exchange": _exchange(seed),
+    }
+    return plain(content)
+
+
+def plain(value: Any) -> Any:
+    """Turn dataclasses and tuples into JSON values; an infinity, which JSON has not, into `None`."""
+    if is_dataclass(value):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {key: plain(found) for key, found in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(found) for found in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _models(evidence: Evidence) -> list[str]:
+    return list(dict.fromkeys(model for model, _, _ in evidence.runs))
+
+
+def _own(evidence: Evidence, model: str, seed: int, samples: int) -> dict[str, Any]:
+    """The comparison of one model's runs, and where they are."""
+    runs = [run for (name, _, _), found in evidence.runs.items() if name == model for run in found]
+    failed = [path for (name, _, _), paths in evidence.failed.items() if name == model for path in paths]
+    scores = method_comparison.scores_of_runs(evidence, model)
+    trains = {
+        method
+        for (name, method, _), found in evidence.runs.items()
+        if name == model and any(run.trainable_per_layer for run in found)
+    }
+    controls = [method for method in scores if method not in trains]
+    return {
+        "model": model,
+        "title": runs[0].title,
+        "stands_for": [paper for paper, own in evidence.stands_for.items() if own == model],
+        "scales": sorted({run.scale for run in runs}),
+        "versions": sorted({run.version for run in runs}),
+        "random_weights": any(run.random_weights for run in runs),
+        "bases": {method: base for method, base in evidence.bases.items() if method in scores},
+        "comparison": method_comparison.compare_methods(
+            scores, evidence.bases, controls=controls, seed=seed, samples=samples
+        ),
+        "failed": failed,
+        "records": sorted(run.path for run in runs),
+    }
+
+
+def _logged(model: str, seed: int, samples: int) -> dict[str, Any]:
+    """The comparison of the authors' logs of one model, and the printed averages beside theirs."""
+    scores = method_comparison.scores_of_logs(model)
+    comparison = method_comparison.compare_methods(scores, seed=seed, samples=samples)
+    table = [cell for cell in cells(GLUE_TABLES[model]) if cell.method in scores]
+    printed = {cell.method: float(cell.paper) for cell in table if cell.quantity == "average"}
+    rows = {}
+    for method, tasks in scores.items():
+        own = {cell.task: float(cell.paper) for cell in table if cell.method == method and cell.task}
+        rows[method] = {
+            "printed": printed[method],
+            "printed_same_tasks": float(np.mean([own[task] for task in tasks])),
+            "logs": comparison.methods[method].mean,
+            "tasks": list(tasks),
+            "missing": [task for task in TASKS if task not in tasks],
+        }
+    return {"model": model, "title": PAPER_MODELS[model], "printed": rows, "comparison": comparison}
+
+
+def _cell(cell: released_check.PrintedCell) -> dict[str, Any]:
+    return asdict(cell) | {"mean": cell.mean, "std": cell.std}
+
+
+def _exchange(seed: int) -> dict[str, Any]:
+    """Whether printed cells of two methods look exchanged: every task, every model, and how often chance does it."""
+    model, pair = ASKED["model"], ASKED["methods"]
+    found = released_check.exchanges(pair=pair, seed=seed)
+    return {
+        "asked": ASKED,
+        "cells": found,
+        "counts": released_check.exchange_counts(),
+        "averages": released_check.averages_with(ASKED["tasks"], model, pair),
+    }

@@ -1,0 +1,1 @@
+"""Runs and the cells that they stand in."""

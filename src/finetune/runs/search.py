@@ -1,0 +1,217 @@
+"""Hyper-parameter search that survives kills: an Optuna ask/tell loop over a journal file or a database.
+
+The trial count is a *total*: a rerun finishes a search and repeats nothing. A trial that a kill left running is taken
+up again under its number, with its point. The sampler's seed comes from the trial's number, so a resumed search draws
+what an unbroken one would have drawn (a restarted sampler would repeat its first points: optuna#3255).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from finetune.training.loop import Ended, NonFiniteLoss
+
+log = logging.getLogger(__name__)
+DIVERGED = "diverged"
+LOSS = "validation_loss"
+Objective = Callable[[dict[str, Any], Callable[[int, float], None]], tuple[float, float] | float]
+
+
+class Pruned(optuna.TrialPruned, Ended):
+    """A trial that the pruner ends."""
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What is searched, and how long.
+
+    Attributes:
+        learning_rate: bounds, sampled log-uniformly.
+        batch_sizes: allowed values.
+        trials: in all; complete, pruned and diverged ones count.
+        points: tried first, in this order; each has ``learning_rate`` and ``batch_size``.
+        startup_trials, warmup_steps: of the median pruner.
+        seed: base of the sampler's seeds.
+    """
+
+    learning_rate: tuple[float, float]
+    batch_sizes: tuple[int, ...]
+    trials: int
+    points: tuple[Mapping[str, Any], ...] = ()
+    startup_trials: int = 5
+    warmup_steps: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.learning_rate) != 2 or not 0 < self.learning_rate[0] < self.learning_rate[1]:
+            raise ValueError(f"search.learning_rate={list(self.learning_rate)}; allowed: [low, high], 0 < low < high.")
+        if self.trials < 1 or not self.batch_sizes:
+            raise ValueError(f"search.trials={self.trials}, batch_sizes={list(self.batch_sizes)}: both are needed.")
+        low, high = self.learning_rate
+        for point in self.points:
+            if {*point} != {"learning_rate", "batch_size"}:
+                raise ValueError(f"search point {dict(point)} needs learning_rate and batch_size, and nothing else.")
+            if not low <= point["learning_rate"] <= high or point["batch_size"] not in self.batch_sizes:
+                raise ValueError(f"search point {dict(point)} is outside {[low, high]} x {list(self.batch_sizes)}.")
+
+
+def open_storage(location: str | Path) -> BaseStorage:
+    """A database URL (``sqlite:///...``, ``postgresql://...``: many workers), or the path of a journal file (one)."""
+    if "://" in str(location):
+        return RDBStorage(str(location))
+    path = Path(location)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return JournalStorage(JournalFileBackend(str(path)))
+
+
+def run_search(
+    objective: Objective,
+    space: SearchSpace,
+    storage: BaseStorage,
+    study_name: str,
+    *,
+    stale_after: timedelta = timedelta(0),
+) -> optuna.Study:
+    """Run what is missing of a search.
+
+    Args:
+        objective: gets the hyper-parameters and a function that reports (step, score) and may prune; returns the score,
+            or the score and the validation loss, which breaks ties.
+        space: what to search.
+        storage: see :func:`open_storage`.
+        study_name: from the configuration's hash, so that another configuration is another study.
+        stale_after: a running trial older than this was killed; with one worker every running one was.
+
+    Returns:
+        The study, with ``space.trials`` finished trials.
+
+    Raises:
+        NonFiniteLoss: never; a diverged trial is counted and marked.
+        Exception: whatever else the objective raises; the trial is failed first.
+    """
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        pruner = optuna.pruners.MedianPruner(space.startup_trials, space.warmup_steps)
+        study = optuna.create_study(
+            storage=storage, study_name=study_name, direction="maximize", load_if_exists=True, pruner=pruner
+        )
+        _put_back_stale(study, storage, stale_after)
+        _enqueue_points(study, space.points)
+        while len(finished(study)) < space.trials:
+            _one_trial(study, space, objective)
+        return study
+    finally:
+        optuna.logging.set_verbosity(level)
+
+
+def finished(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that count towards the total: complete, pruned, diverged."""
+    done = (TrialState.COMPLETE, TrialState.PRUNED)
+    return [t for t in study.get_trials(deepcopy=False) if t.state in done or t.user_attrs.get(DIVERGED)]
+
+
+def summary(study: optuna.Study, space: SearchSpace) -> dict[str, Any]:
+    """Best point and all trials as JSON values.
+
+    Raises:
+        ValueError: if no trial completed.
+    """
+    complete = [t for t in study.trials if t.state == TrialState.COMPLETE]
+    if not complete:
+        raise ValueError(
+            f"no trial of {len(finished(study))} completed (pruned or diverged): lower search.learning_rate."
+        )
+    best = max(complete, key=lambda t: (t.value, -t.user_attrs.get(LOSS, 0.0), -t.number))
+    rates = sorted({t.params["learning_rate"] for t in finished(study)})
+    return {
+        "best": {**best.params, "value": best.value, "trial": best.number},
+        "best_is_at_edge": len(rates) > 1 and best.params["learning_rate"] in (rates[0], rates[-1]),
+        "trials": [
+            {
+                "number": t.number,
+                "state": "diverged" if t.user_attrs.get(DIVERGED) else t.state.name.lower(),
+                "value": t.value if t.state == TrialState.COMPLETE else None,
+                LOSS: t.user_attrs.get(LOSS),
+                **t.params,
+                "seconds": t.duration.total_seconds() if t.duration else None,
+                "intermediate": {str(step): value for step, value in t.intermediate_values.items()},
+            }
+            for t in study.trials
+            if t.state.is_finished()
+        ],
+        "n_trials": space.trials,
+    }
+
+
+def _one_trial(
+    study: optuna.Study,
+    space: SearchSpace,
+    objective: Objective,
+) -> None:
+    trial = study.ask()
+    seed, startup = space.seed + trial.number, max(5, len(space.points))
+    study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
+    reported = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)  # before a kill
+    point = {
+        "learning_rate": trial.suggest_float("learning_rate", *space.learning_rate, log=True),
+        "batch_size": trial.suggest_categorical("batch_size", space.batch_sizes),
+    }
+
+    def report(step: int, score: float) -> None:
+        if step not in reported:
+            trial.report(score, step)
+        if trial.should_prune():
+            raise Pruned
+
+    try:
+        value = objective(point, report)
+    except optuna.TrialPruned:
+        study.tell(trial, state=TrialState.PRUNED)
+        log.info("trial %d %s pruned", trial.number, point)
+    except NonFiniteLoss as error:
+        trial.set_user_attr(DIVERGED, True)
+        study.tell(trial, state=TrialState.FAIL)
+        log.info("trial %d %s diverged: %s", trial.number, point, error)
+    except Exception:
+        study.tell(trial, state=TrialState.FAIL)
+        raise
+    else:
+        if isinstance(value, tuple):
+            value, loss = value
+            trial.set_user_attr(LOSS, loss)
+        study.tell(trial, value)
+        log.info("trial %d %s: %.4f", trial.number, point, value)
+
+
+def _put_back_stale(study: optuna.Study, storage: BaseStorage, stale_after: timedelta) -> None:
+    """Let the trials that a kill left running wait: the next ones asked for are they, with the points they had."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if trial.datetime_start is not None and datetime.now() - trial.datetime_start < stale_after:
+            continue
+        if trial.user_attrs.get(DIVERGED):
+            study.tell(trial.number, state=TrialState.FAIL)
+            continue
+        study_id = storage.get_study_id_from_name(study.study_name)
+        trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+        storage.set_trial_state_values(trial_id, TrialState.WAITING)
+        log.info("trial %d was killed; its point %s is tried again", trial.number, trial.params)
+
+
+def _enqueue_points(study: optuna.Study, points: Sequence[Mapping[str, Any]]) -> None:
+    """Queue the points that no trial has finished, none waits for, and no other worker is trying."""
+    pending = study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
+    seen = [t.params for t in finished(study)] + [t.system_attrs.get("fixed_params", t.params) for t in pending]
+    for point in points:
+        if dict(point) not in seen:
+            study.enqueue_trial(dict(point))

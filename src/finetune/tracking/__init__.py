@@ -1,0 +1,1 @@
+"""wandb, a mirror of the records."""

@@ -1,0 +1,517 @@
+"""Measuring speed and memory: never how fast, only that what is measured is what is said."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from finetune.efficiency import footprint, machine, task, timing, variants
+from finetune.efficiency.__main__ import main
+from finetune.efficiency.lengths import Lengths, make_batches, read_lengths
+from finetune.efficiency.task import EfficiencyOptions, measure_task
+from finetune.efficiency.variants import VARIANTS, make_trainee, random_bases, select_variants, train_step
+
+CPU = torch.device("cpu")
+SRC = Path(__file__).parents[3] / "src"
+NAMES = [variant.name for variant in VARIANTS]
+LENGTHS = Lengths("cola", "made up", (3, 5, 9, 12, 12, 7))
+
+
+@pytest.fixture
+def protocol(compose):
+    return compose()["protocol"]
+
+
+@pytest.fixture
+def model(compose):
+    """``model(hidden_size=...)``: the group of a tiny BERT."""
+
+    def make(**changes):
+        group = compose("model=tiny_bert")["model"]
+        group["architecture"] |= {"vocab_size": 300} | changes
+        return group
+
+    return make
+
+
+@pytest.fixture
+def options():
+    def make(**changes):
+        values = {"batch_size": 4, "batches": 2, "rounds": 2, "warmup_steps": 1, "device": "cpu"}
+        return EfficiencyOptions(**values | changes)
+
+    return make
+
+
+@pytest.fixture
+def batches():
+    """``batches(size=4, count=2)``: batches for a vocabulary of 300."""
+
+    def make(size=4, count=2, vocabulary=300, lengths=LENGTHS):
+        sizes = {"batch_size": size, "batches": count, "padding": "longest", "max_length": 64}
+        return make_batches(lengths, **sizes, vocabulary=vocabulary, padding_id=0, num_labels=2, seed=0)[0]
+
+    return make
+
+
+@pytest.fixture
+def maker(model, protocol):
+    """``maker("lora", **architecture)``: what builds a variant, and the model's group."""
+
+    def make(name, **changes):
+        group = model(**changes)
+        (variant,) = select_variants([name])
+        bases = random_bases(group, protocol, seed=0, device=CPU)
+        how = {"num_labels": 2, "learning_rate": 1e-3, "seed": 0, "device": CPU}
+        return partial(make_trainee, variant, group, protocol | size_for(name), bases, **how)
+
+    return make
+
+
+def there(name):
+    (variant,) = select_variants([name])
+    if reason := variants.why_missing(variant):
+        pytest.skip(reason)
+    return name
+
+
+def size_for(name):
+    """A core of all outputs needs more entries than one percent of the smallest model has."""
+    return {"density": 0.1} if name == "truncated_input" else {}
+
+
+# Lengths and batches
+
+
+def test_a_lengths_file_is_read_back(tmp_path):
+    path = tmp_path / "cola.json"
+    path.write_text(json.dumps(LENGTHS.content()))
+    found = read_lengths(path)
+    assert sorted(found.values) == sorted(LENGTHS.values) and found.task == "cola" and found.source == "made up"
+    assert found.facts()["sha256"] == LENGTHS.facts()["sha256"]
+    assert LENGTHS.facts()["mean"] == 8 and LENGTHS.facts()["quantiles"]["1.0"] == 12
+
+
+def test_lengths_of_quantiles_follow_them(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"task": "x", "source": "s", "quantiles": {"0": 4, "0.5": 10, "1": 40}}))
+    values = torch.tensor(read_lengths(path).values, dtype=torch.float64)
+    assert values.min() == 4 and values.max() == 40
+    assert values.median() == 10 and values.quantile(0.75) == 25 and values.quantile(0.25) == 7
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"task": "x", "source": "s"}, "one of counts and quantiles"),
+        ({"source": "s", "counts": {"3": 1}}, "needed are task"),
+        ({"task": "x", "source": "s", "counts": {"3": 1}, "quantiles": {"0": 1, "1": 2}}, "one of counts"),
+        ({"task": "x", "source": "s", "counts": {}}, "none"),
+        ({"task": "x", "source": "s", "counts": {"0": 2}}, "at least 1"),
+        ({"task": "x", "source": "s", "counts": {"three": 2}}, "can't be read"),
+        ({"task": "x", "source": "s", "quantiles": {"0.1": 4, "1": 5}}, "from share 0"),
+        ({"task": "x", "source": "s", "quantiles": {"0": 9, "1": 5}}, "never fall"),
+    ],
+)
+def test_a_wrong_lengths_file_is_refused(content, text, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=text):
+        read_lengths(path)
+
+
+@pytest.mark.parametrize(("padding", "width"), [("longest", 12), ("max_length", 16)])
+def test_batches_have_the_lengths_and_the_padding(padding, width):
+    sizes = {"batch_size": 6, "batches": 1, "vocabulary": 10, "padding_id": 3, "num_labels": 3, "seed": 1}
+    (batch,), facts = make_batches(LENGTHS, **sizes, padding=padding, max_length=16)
+    assert sorted(batch["attention_mask"].sum(1).tolist()) == sorted(LENGTHS.values)
+    assert batch["input_ids"].shape == (6, width)
+    assert torch.equal(batch["input_ids"] == 3, batch["attention_mask"] == 0)
+    assert batch["input_ids"].max() < 10 and set(batch["labels"].tolist()) <= {0, 1, 2}
+    assert facts["padded_share"] == pytest.approx(1 - 48 / (6 * width)) and facts["mean_slots"] == 6 * width
+
+
+def test_long_inputs_are_cut_and_regression_has_float_targets():
+    sizes = {"batch_size": 4, "batches": 2, "vocabulary": 10, "padding_id": 0, "num_labels": 1, "seed": 1}
+    made, _ = make_batches(LENGTHS, **sizes, padding="longest", max_length=8)
+    assert max(batch["input_ids"].shape[1] for batch in made) == 8 and made[0]["labels"].is_floating_point()
+
+
+# Options and devices
+
+
+@pytest.mark.parametrize("name", ["batch_size", "batches", "rounds", "warmup_steps"])
+@pytest.mark.parametrize("value", [0, -1, True, 1.5])
+def test_zero_steps_and_other_nonsense_are_refused(name, value, options):
+    with pytest.raises(ValueError, match=f"{name}=.*at least 1"):
+        options(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"variants": ["adapter"]}, "allowed, each once: full, lora"),
+        ({"variants": []}, "allowed, each once"),
+        ({"variants": ["full", "full"]}, "each once"),
+        ({"padding": "none"}, "padding='none'; allowed: longest"),
+        ({"precision": "fp8"}, "precision='fp8'; allowed: fp32, bf16"),
+        ({"keep": "never"}, "keep='never'; allowed: auto"),
+    ],
+)
+def test_unknown_options_are_refused(changes, text, options):
+    with pytest.raises(ValueError, match=text):
+        options(**changes)
+
+
+def test_cuda_without_a_device_is_refused(monkeypatch, model, protocol, options):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch sees no CUDA device"):
+        measure_task(model(), protocol, LENGTHS, options(device="cuda"))
+    with pytest.raises(ValueError, match="allowed: auto, cpu, cuda"):
+        machine.find_device("tpu")
+    assert machine.find_device("auto") == CPU
+
+
+def test_a_shared_device_is_refused_and_a_busy_cpu_is_noted(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    assert machine.check_alone(torch.device("cuda"), {"other_bytes": 400e6}) == []
+    with pytest.raises(ValueError, match="other processes hold 600 MB of a card"):
+        machine.check_alone(torch.device("cuda"), {"other_bytes": 600e6})
+    assert machine.check_alone(CPU, {"load_average": 0.0}) == []
+    (warning,) = machine.check_alone(CPU, {"load_average": 99.0})
+    assert "load average 99.0" in warning
+
+
+def test_inputs_longer_than_the_model_takes_are_refused(model, protocol, options):
+    with pytest.raises(ValueError, match="inputs of 70 tokens; this model has 64 positions"):
+        measure_task(model(), protocol, Lengths("x", "s", (70,)), options())
+
+
+# Memory
+
+
+def test_components_of_full_and_lora_are_the_bytes_counted_by_hand(maker, batches):
+    found = {
+        name: footprint.measure_memory(maker(name), batches()[0], precision="fp32", device=CPU, warmup_steps=1)[
+            "components"
+        ]
+        for name in ("full", "lora")
+    }
+    h, inner, layers = 64, 256, 2
+    embeddings = (300 + 64 + 2) * h + 2 * h
+    block = 4 * (h * h + h) + 2 * h + (h * inner + inner) + (inner * h + h) + 2 * h
+    total = embeddings + layers * block + (h * h + h) + (2 * h + 2)
+    assert found["full"]["parameters"] == found["full"]["gradients"] == 4 * total
+    assert found["full"]["optimizer_state"] == 8 * total and found["full"]["bases"] == 0
+    adapters, frozen = layers * 2 * (h + inner), layers * 2 * h * inner  # rank 1
+    assert found["lora"]["parameters"] == 4 * (total + adapters)
+    assert found["lora"]["gradients"] == 4 * (total - frozen + adapters)
+    assert found["lora"]["optimizer_state"] == 8 * (total - frozen + adapters)
+
+
+def test_components_of_sparsegrad_are_the_kept_entries(maker, batches):
+    found = footprint.measure_memory(maker("folded"), batches()[0], precision="fp32", device=CPU, warmup_steps=1)
+    full = footprint.measure_memory(maker("full"), batches()[0], precision="fp32", device=CPU, warmup_steps=1)
+    kept, matrix, matrices = 164, 64 * 256, 4  # density 0.01
+    expected = full["components"]["gradients"] - 4 * matrix * matrices + 12 * kept * matrices
+    assert found["components"]["gradients"] == expected
+    assert found["components"]["bases"] == 2 * 4 * (64**2 + 256**2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_measured_peak_holds_the_resident_parts_and_is_predicted(name, maker, batches):
+    there(name)
+    architecture = {"vocab_size": 1000, "hidden_size": 192, "num_hidden_layers": 3, "intermediate_size": 768}
+    make = maker(name, **architecture)
+    (batch,) = batches(8, 1, lengths=Lengths("x", "s", tuple(range(20, 60))))
+    found = footprint.measure_memory(make, batch, precision="fp32", device=CPU, warmup_steps=1)
+    resident = sum(found["components"][part] for part in footprint.RESIDENT)
+    assert found["peak_training"] > found["peak_evaluation"] > resident
+    assert found["peak_training"] >= resident + found["components"]["gradients"]
+    (variant,) = select_variants([name])
+    predicted = task.predict(
+        variant, found["components"], [(768, 192)], positions=batch["input_ids"].numel(), kept=1475, precision="fp32"
+    )
+    for peak, value in predicted.items():
+        assert value == pytest.approx(found[peak], rel=0.1), peak
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "rotated_regular", "folded"])
+def test_prediction_holds_under_autocast(name, maker, batches):
+    make = maker(there(name), vocab_size=1000, hidden_size=192, num_hidden_layers=3, intermediate_size=768)
+    (batch,) = batches(8, 1, lengths=Lengths("x", "s", tuple(range(20, 60))))
+    found = footprint.measure_memory(make, batch, precision="bf16", device=CPU, warmup_steps=1)
+    how = {"positions": batch["input_ids"].numel(), "kept": 1475, "precision": "bf16"}
+    predicted = task.predict(select_variants([name])[0], found["components"], [(768, 192)], **how)
+    for peak, value in predicted.items():
+        assert value == pytest.approx(found[peak], rel=0.1), peak
+
+
+def test_peaks_in_a_trace_written_by_hand():
+    def changed(time, size):
+        return {"name": "[memory]", "ph": "i", "ts": time, "args": {"Bytes": size}}
+
+    events = [
+        {"name": "a", "ph": "X", "ts": 10.0, "dur": 10.0},
+        {"name": "b", "ph": "X", "ts": 30.0, "dur": 10.0},
+        *(changed(*pair) for pair in [(32, -20), (5, 100), (12, 50), (13, -50), (14, 20), (25, 500), (26, -500)]),
+    ]
+    assert footprint.peaks_in_trace(events, ("a", "b")) == {"a": 150, "b": 120}
+    with pytest.raises(ValueError, match="no block 'c'"):
+        footprint.peaks_in_trace(events, ("c",))
+
+
+def test_on_cuda_the_peak_is_the_allocators_over_what_was_there_before(maker, batches, monkeypatch):
+    """Without a card: the calls of torch.cuda are answered here."""
+    answers, asked = {"memory_allocated": 70, "max_memory_allocated": 170}, []
+    for name in ("memory_allocated", "max_memory_allocated", "synchronize", "reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: asked.append(name) or answers.get(name))
+    cuda = torch.device("cuda")
+    found = footprint.measure_memory(maker("full"), batches()[0], precision="fp32", device=cuda, warmup_steps=1)
+    assert found["peak_training"] == found["peak_evaluation"] == 100
+    measured = ["synchronize", "reset_peak_memory_stats", "synchronize", "max_memory_allocated"]
+    assert asked == ["empty_cache", "memory_allocated", *measured, *measured, "empty_cache"]
+    assert found["components"]["gradients"] == found["components"]["parameters"] > 0
+
+
+def test_on_cuda_steps_are_timed_by_events(monkeypatch):
+    asked, now = [], iter([1.0, 3.0, 4.0, 9.0])
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = next(now)
+
+        def elapsed_time(self, end):
+            return 1000 * (end.time - self.time)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: asked.append("synchronize"))
+    calls = [lambda: asked.append("step")] * 2
+    assert machine.seconds_of(calls, torch.device("cuda")) == [2.0, 5.0]
+    assert asked == ["synchronize", "step", "step", "synchronize"]
+
+
+def test_a_larger_model_has_a_larger_measured_peak(maker, batches):
+    def peak(**changes):
+        make, batch = maker("full", **changes), batches()[0]
+        return footprint.measure_memory(make, batch, precision="fp32", device=CPU, warmup_steps=1)["peak_training"]
+
+    more = 10_000 * 64 * 4 * 4  # weight, gradient, two moments of 10,000 more embeddings
+    assert peak(vocab_size=20_000) - peak(vocab_size=10_000) == pytest.approx(more, rel=0.01)
+
+
+# Times
+
+
+def test_rounds_go_forwards_and_backwards():
+    order = list(timing.interleaved(["a", "b", "c"], 3))
+    assert order == [(0, "a"), (0, "b"), (0, "c"), (1, "c"), (1, "b"), (1, "a"), (2, "a"), (2, "b"), (2, "c")]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_every_variant_trains_the_same_batches(together):
+    built, trained = [], []
+
+    def make(name):
+        built.append(name)
+        return name
+
+    batches = [{"number": number} for number in range(3)]
+    seconds = timing.time_variants(
+        {name: partial(make, name) for name in ("a", "b")},
+        batches,
+        rounds=2,
+        warmup_steps=2,
+        precision="fp32",
+        device=CPU,
+        together=together,
+        step=lambda name, batch, precision: trained.append((name, batch["number"])),
+    )
+    assert built == (["a", "b"] if together else ["a", "b", "b", "a"])
+    again = [0] if together else [0, 1]
+    turns = [("a", [0, 1]), ("b", [0, 1]), ("b", again), ("a", again)]
+    assert trained == [(name, number) for name, warm in turns for number in (*warm, 0, 1, 2)]
+    assert {name: [len(times) for times in rounds] for name, rounds in seconds.items()} == {"a": [3, 3], "b": [3, 3]}
+
+
+def test_summaries_are_medians_and_ratios_are_paired():
+    found = timing.summarise([[1.0, 2.0, 9.0], [4.0, 4.0, 4.0]])
+    assert found["rounds"] == [0.5, 0.25] and found["steps_per_second"] == 0.375
+    assert found["step_seconds"] == {"median": 4.0, "q25": 2.5, "q75": 4.0, "mean": 4.0, "min": 1.0, "n": 6}
+    ratio = timing.ratio([[1.0, 2.0, 9.0]], [[2.0, 4.0, 9.0]])
+    assert ratio == {"mean": 0.5, "rounds": [0.5]}
+    assert timing.summarise([[2.0]])["step_seconds"]["q75"] == 2.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_moves_the_weights_as_training_does(name, maker, batches):
+    """All variants start from the same function, and a step on one batch lowers its loss."""
+    trainee, reference = maker(there(name))(), maker("full")()
+    batch = batches(count=1)[0]
+    for one in (trainee, reference):
+        one.model.eval()
+    with torch.no_grad():
+        before = variants.mean_loss(trainee.model, batch, "fp32")
+        torch.testing.assert_close(before, variants.mean_loss(reference.model, batch, "fp32"), rtol=1e-4, atol=1e-5)
+    for _ in range(3):
+        train_step(trainee, batch, "fp32")
+    with torch.no_grad():
+        assert variants.mean_loss(trainee.model, batch, "fp32") < before
+    assert all(parameter.grad is None for parameter in trainee.model.parameters())
+
+
+# The record
+
+
+def test_the_record_says_what_was_measured(model, protocol, options):
+    wanted = ["full", "rotated_sparse_by_dense", "folded"]
+    record = measure_task(model(), protocol, LENGTHS, options(variants=wanted), experiment="e", scale="smoke")
+    json.dumps(record, allow_nan=False)
+    assert record["run"] | {"config_hash": ""} == {
+        "experiment": "e",
+        "kind": "efficiency",
+        "model": "tiny_bert",
+        "task": "cola",
+        "protocol": "sound",
+        "scale": "smoke",
+        "config_hash": "",
+    }
+    assert record["schema"] == 1 and record["status"] == "finished"
+    assert record["treatment"]["batch_size"] == 4 and "random orthogonal" in record["treatment"]["bases"]
+    assert record["treatment"]["kept"] == "all variants in memory"
+    assert record["device"]["type"] == "cpu" and record["device"]["threads"] == torch.get_num_threads()
+    assert 0 < record["lengths"]["padded_share"] < 1 and record["lengths"]["source"] == "made up"
+    widths = [batch["tokens"] for batch in record["lengths"]["batches"]]
+    assert widths == sorted(widths, reverse=True) and len(widths) == 2
+    assert [entry["name"] for entry in record["variants"]] == wanted
+    for entry in record["variants"]:
+        assert entry["status"] == "finished" and entry["step_seconds"]["n"] == 4 and len(entry["rounds"]) == 2
+        assert entry["memory"]["batch"] == [4, widths[0]]
+        assert set(entry["memory"]["predicted_over_measured"]) == {"peak_training", "peak_evaluation"}
+        assert entry["parameters"]["trainable"] > 0
+    full = record["variants"][0]
+    assert full["ratio_to_full"] == {"mean": 1.0, "rounds": [1.0, 1.0]}
+    assert record["variants"][1]["matmul"] == "sparse_by_dense"
+
+
+def test_a_form_that_does_not_exist_is_skipped_with_a_reason(monkeypatch, model, protocol, options):
+    monkeypatch.setattr(variants, "FORMS", ("folded", "rotated"))
+    record = measure_task(model(), protocol, LENGTHS, options(variants=["truncated", "lora"]))
+    lora, truncated = record["variants"]
+    assert truncated["status"] == "skipped" and "no form 'truncated'" in truncated["reason"]
+    assert "rounds" not in truncated and "memory" not in truncated
+    assert lora["status"] == "finished" and "ratio_to_full" not in lora
+
+
+def test_a_core_of_all_outputs_that_the_budget_cannot_pay_is_skipped_with_a_reason(model, protocol, options):
+    record = measure_task(model(), protocol, LENGTHS, options(variants=["truncated_input", "full"]))
+    reasons = {entry["name"]: entry["reason"] for entry in record["variants"]}
+    assert "needs as many entries at least" in reasons["truncated_input"] and reasons["full"] is None
+
+
+def test_a_variant_that_does_not_fit_is_said_and_the_others_go_on(monkeypatch, model, protocol, options):
+    measure = task.measure_memory
+    calls = []
+
+    def first_does_not_fit(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("tried to allocate 1 TB\nmore")
+        return measure(*arguments, **keywords)
+
+    monkeypatch.setattr(task, "measure_memory", first_does_not_fit)
+    record = measure_task(model(), protocol, LENGTHS, options(variants=["full", "lora"]))
+    assert [entry["status"] for entry in record["variants"]] == ["failed", "finished"]
+    assert record["variants"][0]["reason"] == "out of memory: tried to allocate 1 TB"
+
+
+@pytest.mark.parametrize(
+    ("keep", "free", "kept"),
+    [
+        ("auto", 1e12, "all variants in memory"),
+        ("auto", 10, "each variant built anew in every round"),
+        ("each_round", 1e12, "each variant built anew in every round"),
+    ],
+)
+def test_variants_stay_in_memory_if_they_fit(keep, free, kept, monkeypatch, model, protocol, options):
+    monkeypatch.setattr(machine, "free_memory", lambda device: free)
+    record = measure_task(model(), protocol, LENGTHS, options(variants=["full"], keep=keep))
+    assert record["treatment"]["kept"] == kept
+
+
+def test_the_hash_follows_what_decides_the_numbers(model, protocol, options):
+    def digest(group=None, lengths=LENGTHS, **changes):
+        return task.identity(group or model(), protocol, lengths, options(**changes), 1)
+
+    others = [
+        digest(batch_size=5),
+        digest(variants=["full"]),
+        digest(model(hidden_size=32)),
+        digest(lengths=Lengths("cola", "made up", (4, 4))),
+        digest(precision="bf16"),
+    ]
+    assert digest() == digest(model() | {"title": "another"}) and len({digest(), *others}) == 6
+
+
+# The command line
+
+
+@pytest.fixture
+def files(tmp_path, model, protocol):
+    places = {name: tmp_path / name for name in ("model.yaml", "protocol.yaml", "cola.json")}
+    places["model.yaml"].write_text(yaml.safe_dump(model()))
+    places["protocol.yaml"].write_text(yaml.safe_dump(protocol))
+    places["cola.json"].write_text(json.dumps(LENGTHS.content()))
+    sizes = ["--batch-size", "4", "--batches", "1", "--rounds", "1", "--warmup", "1", "--device", "cpu"]
+    named = ["--model", places["model.yaml"], "--protocol", places["protocol.yaml"], "--lengths", places["cola.json"]]
+    return [str(part) for part in (*named, "--output", tmp_path / "out", *sizes)]
+
+
+def test_the_command_line_needs_four_packages_alone(files, tmp_path):
+    """In a fresh interpreter where every other package of the project can't be imported."""
+    blocked = ("hydra", "omegaconf", "datasets", "optuna", "pyarrow", "sklearn", "scipy", "wandb", "dvc", "pandas")
+    code = (
+        "import runpy, sys\n"
+        "class Blocking:\n"
+        "    def __init__(self, finder): self.finder = finder\n"
+        "    def __getattr__(self, name): return getattr(self.finder, name)\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        blocked = name.partition('.')[0] in {blocked}\n"
+        "        return None if blocked else self.finder.find_spec(name, path, target)\n"
+        "sys.meta_path[:] = [Blocking(finder) for finder in sys.meta_path]\n"
+        "sys.argv = ['efficiency', *sys.argv[1:]]\n"
+        "runpy.run_module('finetune.efficiency', run_name='__main__')\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(SRC), "HF_HUB_OFFLINE": "1"}
+    arguments = [*files, "--variants", "full", "lora", "folded"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "cola.json").read_text())
+    assert [entry["status"] for entry in record["variants"]] == ["finished"] * 3
+    assert "steps/s" in done.stderr and done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--variants", "nope"], "allowed, each once"),
+        (["--rounds", "0"], "rounds=0"),
+        (["--model", "/no/such.yaml"], "/no/such.yaml does not exist"),
+        (["--lengths", "/no/such.json"], "/no/such.json does not exist"),
+    ],
+)
+def test_wrong_arguments_end_with_one_line(arguments, text, files):
+    with pytest.raises(SystemExit, match=text) as exit:
+        main([*files, *arguments])
+    assert str(exit.value).startswith("error: ") and "\n" not in str(exit.value)

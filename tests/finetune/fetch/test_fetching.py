@@ -1,0 +1,392 @@
+"""Fetching against a hub on this machine: layout, checksums, resumption, and every way in which a hub can refuse."""
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.fetch import fetching
+from finetune.fetch.hub import FetchError, Hub, HubFile, Source
+
+SPEC = importlib.util.spec_from_file_location("hub_mirror", Path(__file__).parents[2] / "hub_mirror.py")
+hub_mirror = sys.modules.setdefault("hub_mirror", importlib.util.module_from_spec(SPEC))
+SPEC.loader.exec_module(hub_mirror)
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+WEIGHTS = bytes(range(256)) * 1024
+MODEL = {"config.json": b'{"model_type": "bert"}\n', "model.safetensors": WEIGHTS, "README.md": b"not wanted"}
+GLUE = {
+    "README.md": b"not wanted",
+    "cola/train-00000-of-00001.parquet": b"PAR1 train",
+    "cola/validation-00000-of-00001.parquet": b"PAR1 validation",
+    "mrpc/train-00000-of-00001.parquet": b"PAR1 other task",
+}
+MODEL_CONFIG = {
+    "checkpoint": "acme/tiny",
+    "revision": COMMIT,
+    "folder": "models/tiny",
+    "files": ["config.json", "*.safetensors"],
+}
+DATA_CONFIG = {"source": "acme/glue", "revision": COMMIT, "folder": "glue", "tasks": {"cola": {}, "mrpc": {}}}
+EXPERIMENT = {"models": ["tiny"], "tasks": ["cola"]}
+
+
+@pytest.fixture
+def mirror(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    huggingface_hub.close_session()
+    with hub_mirror.HubMirror() as server:
+        server.repos["models", "acme/tiny"] = hub_mirror.Repo(COMMIT, dict(MODEL))
+        server.repos["datasets", "acme/glue"] = hub_mirror.Repo(COMMIT, dict(GLUE))
+        yield server
+    huggingface_hub.close_session()
+
+
+def tiny(**changes) -> Source:
+    return fetching.sources({"models": ["tiny"]}, {"tiny": MODEL_CONFIG | changes}, {})[0]
+
+
+def run(mirror, root, sources=None, token=None):
+    hub = Hub(mirror.endpoint, token)
+    sources = (
+        fetching.sources(EXPERIMENT, {"tiny": MODEL_CONFIG}, {"glue": DATA_CONFIG}) if sources is None else sources
+    )
+    items = fetching.plan(sources, root, hub)
+    return items, fetching.fetch(items, hub)
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def test_fetches_the_wanted_files_in_the_hubs_layout(mirror, tmp_path):
+    items, errors = run(mirror, tmp_path)
+    assert errors == []
+    assert [item.missing for item in items] == [0, 0]
+    found = tree(tmp_path)
+    sums = {name: found.pop(name).decode() for name in ("models/tiny/SHA256SUMS", "glue/cola/SHA256SUMS")}
+    assert found == {
+        "models/tiny/config.json": MODEL["config.json"],
+        "models/tiny/model.safetensors": WEIGHTS,
+        "glue/cola/train-00000-of-00001.parquet": b"PAR1 train",
+        "glue/cola/validation-00000-of-00001.parquet": b"PAR1 validation",
+    }
+    sha = {name: hashlib.sha256(MODEL[name]).hexdigest() for name in MODEL}
+    assert sums["models/tiny/SHA256SUMS"] == (
+        f"# acme/tiny@{COMMIT}\n{sha['config.json']}  config.json\n{sha['model.safetensors']}  model.safetensors\n"
+    )
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs coreutils")
+def test_sha256sum_reads_what_is_written(mirror, tmp_path):
+    run(mirror, tmp_path)
+    for folder in ("models/tiny", "glue/cola"):
+        subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=tmp_path / folder, check=True)
+
+
+def test_second_run_asks_the_hub_for_nothing(mirror, tmp_path):
+    run(mirror, tmp_path)
+    before, mirror.bodies, mirror.requests = tree(tmp_path), [], []
+    items, errors = run(mirror, tmp_path)
+    assert errors == [] and all(item.complete for item in items)
+    assert (mirror.bodies, mirror.requests) == ([], [])
+    assert tree(tmp_path) == before
+
+
+def test_complete_folders_need_no_network(mirror, tmp_path, monkeypatch):
+    run(mirror, tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert run(mirror, tmp_path)[1] == []
+
+
+def test_files_that_are_there_are_verified_and_kept(mirror, tmp_path):
+    folder = tmp_path / "models/tiny"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
+    items = fetching.plan([tiny()], tmp_path, Hub(mirror.endpoint))
+    assert items[0].missing == len(MODEL["config.json"])
+    assert run(mirror, tmp_path, [tiny()])[1] == []
+    assert [path for path, _, _ in mirror.bodies] == ["config.json"]
+
+
+@pytest.mark.parametrize("how", ["close", "reset"])
+def test_resumes_after_the_connection_is_cut(mirror, tmp_path, how):
+    mirror.repos["models", "acme/tiny"].cuts["model.safetensors"] = [(100_000, how)]
+    assert run(mirror, tmp_path, [tiny()])[1] == []
+    (_, start, _), (_, resumed, rest) = [body for body in mirror.bodies if body[0] == "model.safetensors"]
+    assert start == 0 and 0 < resumed <= 100_000 and resumed + rest == len(WEIGHTS)
+    assert (tmp_path / "models/tiny/model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_resumes_a_partial_file_of_the_same_content_only(mirror, tmp_path):
+    folder = tmp_path / "models/tiny"
+    folder.mkdir(parents=True)
+    sha = hashlib.sha256(WEIGHTS).hexdigest()
+    (folder / f"model.safetensors.{sha[:8]}.incomplete").write_bytes(WEIGHTS[:200_000])
+    (folder / "model.safetensors.00000000.incomplete").write_bytes(b"another revision")
+    _items, errors = run(mirror, tmp_path, [tiny()])
+    assert errors == []
+    assert ("model.safetensors", 200_000, len(WEIGHTS) - 200_000) in mirror.bodies
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize("path", ["model.safetensors", "config.json"])
+def test_wrong_content_is_kept_aside_and_named(mirror, tmp_path, path):
+    repo = mirror.repos["models", "acme/tiny"]
+    repo.tampered[path] = b"evil" + MODEL[path][4:]
+    _, errors = run(mirror, tmp_path, [tiny()])
+    lfs = path.endswith("safetensors")
+    expected = hashlib.sha256(WEIGHTS).hexdigest() if lfs else hub_mirror.blob_id(MODEL[path])
+    received = hashlib.sha256(repo.tampered[path]).hexdigest() if lfs else hub_mirror.blob_id(repo.tampered[path])
+    assert len(errors) == 1 and expected in errors[0] and received in errors[0] and "\n" not in errors[0]
+    folder = tmp_path / "models/tiny"
+    assert (folder / f"{path}.corrupt").read_bytes() == repo.tampered[path]
+    assert not (folder / path).exists() and not (folder / "SHA256SUMS").exists()
+
+    run(mirror, tmp_path, [tiny()])
+    assert (folder / f"{path}.1.corrupt").exists(), "an earlier corrupt file is never overwritten"
+    repo.tampered.clear()
+    assert run(mirror, tmp_path, [tiny()])[1] == []
+    assert (folder / path).read_bytes() == MODEL[path]
+
+
+def test_a_shorter_file_than_listed_is_refused(mirror, tmp_path):
+    mirror.repos["models", "acme/tiny"].tampered["model.safetensors"] = WEIGHTS[:1000]
+    (error,) = run(mirror, tmp_path, [tiny()])[1]
+    assert "expected" in error and (tmp_path / "models/tiny/model.safetensors.corrupt").stat().st_size == 1000
+
+
+def test_pinned_checksum_is_checked_before_and_after_the_download(mirror, tmp_path):
+    (error,) = run(mirror, tmp_path, [tiny(checksums={"model.safetensors": "0" * 64})])[1]
+    assert "pinned" in error and "0" * 64 in error and hashlib.sha256(WEIGHTS).hexdigest() in error
+    assert mirror.bodies == [], "a listing that contradicts the pin is refused before any download"
+
+    (error,) = run(mirror, tmp_path, [tiny(checksums={"config.json": "0" * 64})])[1]
+    assert f"expected {'0' * 64}, received {hashlib.sha256(MODEL['config.json']).hexdigest()}" in error
+
+    right = {name: hashlib.sha256(MODEL[name]).hexdigest() for name in ("config.json", "model.safetensors")}
+    assert run(mirror, tmp_path, [tiny(checksums=right)])[1] == []
+
+
+def test_verify_finds_changed_and_missing_files_without_a_network(mirror, tmp_path, monkeypatch):
+    run(mirror, tmp_path, [tiny()])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = tmp_path / "models/tiny"
+    fetching.verify(tiny(), folder)
+
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").write_bytes(b"\xff" + WEIGHTS[1:])
+    with pytest.raises(FetchError, match=r"config.json is missing; .*model.safetensors: expected .*kept as .*corrupt"):
+        fetching.verify(tiny(), folder)
+    assert sorted(tree(folder)) == ["SHA256SUMS.old", "model.safetensors.corrupt"]
+    with pytest.raises(FetchError, match="not complete"):
+        fetching.verify(tiny(), folder)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert run(mirror, tmp_path, [tiny()])[1] == []
+    fetching.verify(tiny(), folder)
+
+
+def test_verify_checks_pins_that_came_later(mirror, tmp_path):
+    run(mirror, tmp_path, [tiny()])
+    with pytest.raises(FetchError, match=f"expected {'0' * 64}, received"):
+        fetching.verify(tiny(checksums={"config.json": "0" * 64}), tmp_path / "models/tiny")
+
+
+def test_sums_that_a_user_wrote_are_enough_to_verify_but_not_to_skip_the_hub(mirror, tmp_path):
+    run(mirror, tmp_path, [tiny()])
+    sums = tmp_path / "models/tiny/SHA256SUMS"
+    sums.write_text("".join(line for line in sums.read_text().splitlines(True) if not line.startswith("#")))
+    fetching.verify(tiny(), sums.parent)
+    mirror.bodies, mirror.requests = [], []
+    assert run(mirror, tmp_path, [tiny()])[1] == []
+    assert mirror.requests and mirror.bodies == []
+    assert sums.read_text().startswith(f"# acme/tiny@{COMMIT}\n")
+
+
+def test_a_new_pattern_fetches_the_new_files_only(mirror, tmp_path):
+    run(mirror, tmp_path, [tiny()])
+    mirror.bodies = []
+    assert run(mirror, tmp_path, [tiny(files=["config.json", "*.safetensors", "README.md"])])[1] == []
+    assert [path for path, _, _ in mirror.bodies] == ["README.md"]
+
+
+def test_a_folder_of_another_revision_is_left_alone(mirror, tmp_path):
+    run(mirror, tmp_path, [tiny()])
+    before = tree(tmp_path)
+    (error,) = run(mirror, tmp_path, [tiny(revision="f" * 40)])[1]
+    assert f"holds acme/tiny@{COMMIT}" in error and "another data.root" in error
+    assert tree(tmp_path) == before
+
+
+def test_gated_model(mirror, tmp_path):
+    mirror.repos["models", "acme/tiny"].token = "hf_secret"
+    items, errors = run(mirror, tmp_path, [tiny()])
+    assert errors == [items[0].error], "found out while planning, not in the middle of the downloads"
+    assert "HTTP 401" in errors[0] and f"accept the licence at {mirror.endpoint}/acme/tiny" in errors[0]
+    assert "HF_TOKEN is not set" in errors[0]
+
+    (error,) = run(mirror, tmp_path, [tiny()], token="hf_wrong")[1]
+    assert "HTTP 403" in error and "gives no access" in error and "hf_wrong" not in error
+
+    assert run(mirror, tmp_path, [tiny()], token="hf_secret\n")[1] == []
+    assert mirror.leaked_tokens == [], "the token stays with the hub, it does not follow a redirect"
+
+
+def test_a_token_on_disk_is_not_used(mirror, tmp_path, monkeypatch):
+    (tmp_path / "token").write_text("hf_secret")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    mirror.repos["models", "acme/tiny"].token = "hf_secret"
+    assert "HF_TOKEN is not set" in run(mirror, tmp_path, [tiny()])[1][0]
+
+
+def test_one_failing_source_does_not_stop_the_others(mirror, tmp_path):
+    mirror.repos["models", "acme/tiny"].token = "hf_secret"
+    _items, errors = run(mirror, tmp_path)
+    assert len(errors) == 1 and "acme/tiny" in errors[0]
+    assert (tmp_path / "glue/cola/SHA256SUMS").exists() and not (tmp_path / "models/tiny/SHA256SUMS").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"revision": "f" * 40}, f"acme/tiny has no revision {'f' * 40}"),
+        ({"checkpoint": "acme/none"}, "there is no model at http://127.0.0.1:.*/acme/none"),
+        ({"files": ["config.json", "merges.txt"]}, "has no file 'merges.txt'; it has README.md, config.json, model"),
+        ({"checkpoint": "not a name"}, "not a name@.*: Repo id must"),
+    ],
+)
+def test_what_the_hub_does_not_have(mirror, tmp_path, changes, message):
+    (error,) = run(mirror, tmp_path, [tiny(**changes)])[1]
+    assert re.search(message, error), error
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("listing", "message"),
+    [
+        ({"size": None}, "no size for config.json"),
+        ({"blobId": None}, "no checksum for config.json"),
+        ({"rfilename": "../../config.json"}, "would leave the folder"),
+    ],
+)
+def test_listings_that_can_not_be_trusted(mirror, tmp_path, listing, message):
+    mirror.repos["models", "acme/tiny"].listing["config.json"] = listing
+    (error,) = run(mirror, tmp_path, [tiny(files=["*config.json"])])[1]
+    assert message in error
+
+
+def test_offline_flag(mirror, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (error,) = run(mirror, tmp_path, [tiny()])[1]
+    assert "HF_HUB_OFFLINE" in error and "unset it" in error
+    assert mirror.requests == []
+
+
+def test_unreachable_hub(tmp_path, mirror):
+    hub = Hub("http://127.0.0.1:9")
+    (item,) = fetching.plan([tiny()], tmp_path, hub)
+    assert "http://127.0.0.1:9 can't be reached" in item.error
+
+
+def test_the_disk_must_have_room(mirror, tmp_path, monkeypatch):
+    items = fetching.plan([tiny()], tmp_path / "not" / "there", Hub(mirror.endpoint))
+    fetching.check_room(items, tmp_path / "not" / "there")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    with pytest.raises(FetchError, match=r"262.2 kB to download, but .* has room for 1.0 kB"):
+        fetching.check_room(items, tmp_path / "not" / "there")
+
+
+def test_plan_says_what_is_missing(mirror, tmp_path):
+    hub = Hub(mirror.endpoint)
+    source = tiny()
+    assert str(fetching.plan([source], tmp_path, hub)[0]) == (
+        f"models/tiny: acme/tiny@{COMMIT}, 2 files, 262.2 kB: 262.2 kB to download"
+    )
+    assert mirror.bodies == [] and tree(tmp_path) == {}
+    run(mirror, tmp_path, [source])
+    assert str(fetching.plan([source], tmp_path, hub)[0]).endswith("262.2 kB: complete")
+
+
+def test_sources_of_an_experiment():
+    made = {"checkpoint": None, "revision": None, "folder": "models/made", "files": []}
+    experiment = {"models": ["made", "tiny", "tiny"], "tasks": ["mrpc", "cola"]}
+    pins = {"cola/train-00000-of-00001.parquet": "1" * 64}
+    found = fetching.sources(
+        experiment, {"made": made, "tiny": MODEL_CONFIG}, {"glue": DATA_CONFIG | {"checksums": pins}, "generated": {}}
+    )
+    assert [(str(s), s.kind, s.folder, s.files) for s in found] == [
+        (f"acme/tiny@{COMMIT}", "model", "models/tiny", ("config.json", "*.safetensors")),
+        (f"acme/glue@{COMMIT}", "dataset", "glue/mrpc", ("mrpc/*.parquet",)),
+        (f"acme/glue@{COMMIT}", "dataset", "glue/cola", ("cola/*.parquet",)),
+    ]
+    assert [s.checksums for s in found] == [{}, {}, {"train-00000-of-00001.parquet": "1" * 64}]
+
+    whole = {"source": "acme/chat", "revision": COMMIT, "folder": "chat", "files": ["data/*.parquet"]}
+    (chat,) = fetching.sources({}, {}, {"chat": whole})
+    assert (chat.folder, chat.files, chat.prefix) == ("chat", ("data/*.parquet",), "")
+
+
+def test_a_local_checkpoint_is_not_fetched(tmp_path):
+    assert fetching.sources({"models": ["tiny"]}, {"tiny": MODEL_CONFIG | {"checkpoint": str(tmp_path)}}, {}) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"revision": "main"}, "revision is 'main'; pin a commit"),
+        ({"revision": None}, "revision is None; pin a commit"),
+        ({"folder": "../elsewhere"}, "give a path below data.root"),
+        ({"checksums": {"vocab.txt": "0" * 64}}, "'vocab.txt' has a pinned checksum but is not among files"),
+    ],
+)
+def test_configurations_that_can_not_be_fetched(change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**change)
+
+
+def test_unknown_tasks_and_shared_folders_are_refused():
+    with pytest.raises(ValueError, match=r"tasks \['sst3'\] are not in acme/glue; allowed: \['cola', 'mrpc'\]"):
+        fetching.sources({"tasks": ["sst3"]}, {}, {"glue": DATA_CONFIG})
+    with pytest.raises(ValueError, match="models/tiny is the folder of both acme/tiny@.* and acme/other@"):
+        other = MODEL_CONFIG | {"checkpoint": "acme/other"}
+        fetching.sources({"models": ["tiny", "other"]}, {"tiny": MODEL_CONFIG, "other": other}, {})
+
+
+def test_sums_of_another_program_are_refused(tmp_path):
+    (tmp_path / "SHA256SUMS").write_text("SHA256 (config.json) = 00\n")
+    with pytest.raises(FetchError, match="not a line of sha256sum"):
+        fetching.verify(tiny(), tmp_path)
+
+
+def test_empty_file(mirror, tmp_path):
+    mirror.repos["models", "acme/tiny"].files["empty.json"] = b""
+    assert run(mirror, tmp_path, [tiny(files=["empty.json"])])[1] == []
+    assert (tmp_path / "models/tiny/empty.json").read_bytes() == b""
+
+
+@pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (999, "999 B"), (90_868_376, "90.9 MB"), (13.48e9, "13.5 GB")])
+def test_human_sizes(size, text):
+    assert fetching.human(size) == text
+
+
+def test_importing_is_free_of_the_hub_client():
+    code = "import sys, finetune.fetch.fetching; sys.exit(bool({'huggingface_hub', 'hydra'} & {*sys.modules}))"
+    src = str(Path(fetching.__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": src})
+
+
+def test_partial_names_follow_the_content():
+    assert HubFile("a/b.bin", 1, "0123456789").partial(Path("d")) == Path("d/a/b.bin.01234567.incomplete")
+    assert HubFile("b.txt", 1, None, "fedcba9876").partial(Path("d")) == Path("d/b.txt.fedcba98.incomplete")

@@ -1,0 +1,231 @@
+"""The judge's client: what it sends, what each fault means, and that its key is seen nowhere."""
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+import openai
+import pytest
+
+from finetune.mt_bench.client import ItemFailed, JudgeClient, JudgeOptions, JudgeUnusable
+
+SPEC = importlib.util.spec_from_file_location("judge_endpoint", Path(__file__).parents[2] / "judge_endpoint.py")
+bench = sys.modules.setdefault("judge_endpoint", importlib.util.module_from_spec(SPEC))
+SPEC.loader.exec_module(bench)
+
+KEY = "sk-test-0123456789abcdefghij"
+MESSAGES = [{"role": "system", "content": "be fair"}, {"role": "user", "content": "rate [[?]] answer 1 first"}]
+
+
+@pytest.fixture
+def server():
+    with bench.Endpoint() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Retries without the client's pauses of seconds; what a server asks for is still waited."""
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
+
+
+def options(server, **changes):
+    return JudgeOptions(**{"model": "judge", "base_url": server.base_url, "timeout": 5, "max_retries": 2} | changes)
+
+
+def ask(server, **changes):
+    with JudgeClient(options(server, **changes)) as client:
+        return client.complete(MESSAGES)
+
+
+def test_the_request_holds_model_messages_and_sampling(server):
+    assert ask(server) == "Rating: [[7]]"
+    assert server.requests == [{"model": "judge", "messages": MESSAGES, "temperature": 0.0, "max_tokens": 2048}]
+    ask(server, temperature=None, max_tokens=None)
+    assert server.requests[1] == {"model": "judge", "messages": MESSAGES}
+    ask(server, temperature=0.5, max_tokens=9, token_parameter="max_completion_tokens")
+    assert server.requests[2] == {
+        "model": "judge",
+        "messages": MESSAGES,
+        "temperature": 0.5,
+        "max_completion_tokens": 9,
+    }
+
+
+def test_the_key_comes_from_its_variable_and_a_local_endpoint_gets_a_placeholder(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-service")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    ask(server)
+    monkeypatch.setenv("JUDGE_KEY", f" {KEY}\n")
+    ask(server, api_key_env="JUDGE_KEY")
+    assert server.authorization == ["Bearer none", f"Bearer {KEY}"]
+
+
+@pytest.mark.parametrize("value", [None, "", " \n"])
+def test_a_missing_key_names_its_variable(server, monkeypatch, value):
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("JUDGE_KEY", value)
+    with pytest.raises(ValueError, match="environment variable JUDGE_KEY is not set"):
+        JudgeClient(options(server, api_key_env="JUDGE_KEY"))
+
+
+@pytest.mark.parametrize("value", [f"{KEY} {KEY}", f"{KEY}\nX: y", f"{KEY}é"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(server, monkeypatch, value):
+    monkeypatch.setenv("JUDGE_KEY", value)
+    with pytest.raises(ValueError, match="JUDGE_KEY holds no API key") as caught:
+        JudgeClient(options(server, api_key_env="JUDGE_KEY"))
+    assert KEY not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        bench.says(f"your key is {KEY}. [[3]]"),
+        bench.fails(401, f"Incorrect API key provided: {KEY[:12]}***{KEY[-4:]}"),
+        bench.fails(403, f"{KEY} may not"),
+        bench.fails(400, "x" * 190 + KEY),
+        bench.fails(404, f"no model for {KEY}"),
+        bench.fails(500, f"Bearer {KEY}"),
+        bench.Reply(502, f"<html>{KEY}</html>".encode()),
+        bench.Reply(body=f"broken {KEY}".encode()),
+    ],
+)
+def test_the_key_is_in_no_text_whatever_the_endpoint_sends_back(server, monkeypatch, caplog, reply):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    server.answer = lambda item, times: reply
+    with JudgeClient(options(server, api_key_env="JUDGE_KEY", max_retries=0)) as client:
+        try:
+            seen = client.complete(MESSAGES)
+        except (ItemFailed, JudgeUnusable) as error:
+            seen = "".join(traceback.format_exception(error)) + repr(error) + str(vars(error))
+        seen += repr(client) + str(vars(client)) + repr(client.options) + str(dataclasses.asdict(client.options))
+    assert server.authorization == [f"Bearer {KEY}"]
+    assert KEY not in seen and KEY[:12] not in seen
+    assert KEY not in "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("finetune"))
+
+
+@pytest.mark.parametrize(
+    ("reply", "message", "attempts"),
+    [
+        (bench.fails(500, "boom"), "HTTP 500: boom", 3),
+        (bench.fails(429, "slow down"), "HTTP 429: slow down", 3),
+        (bench.Reply(503, b"<html>\n down</html>"), "HTTP 503: .*down", 3),
+        (bench.fails(400, "context length exceeded"), "HTTP 400: context length exceeded", 1),
+        (bench.Reply(close=True), "connection broken", 3),
+        (bench.says("late", seconds=1), "no answer within 0.3 s", 3),
+        (bench.Reply(body=b'{"choices": [{"mess'), "no JSON", 1),
+        (bench.Reply(body=b"\xff\xfe"), "no JSON", 1),
+        (bench.Reply(body=b""), "no JSON", 1),
+        (bench.Reply(body=[1]), "no chat completion", 1),
+        (bench.Reply(body={"choices": []}), "no chat completion", 1),
+        (bench.Reply(body={"choices": None}), "no chat completion", 1),
+        (bench.Reply(body={"choices": [{"message": None}]}), "no chat completion", 1),
+        (bench.Reply(body={"choices": ["text"]}), "no chat completion", 1),
+        (bench.says(None), "empty .finish_reason 'stop'", 1),
+        (bench.says(" \n"), "empty .finish_reason 'stop'", 1),
+        (bench.says([1]), "empty .finish_reason 'stop'", 1),
+    ],
+)
+def test_a_fault_of_one_item_is_that_items_with_its_number_of_requests(server, reply, message, attempts):
+    server.answer = lambda item, times: reply
+    with pytest.raises(ItemFailed, match=message) as caught:
+        ask(server, timeout=0.3)
+    assert caught.value.attempts == attempts == len(server.requests)
+
+
+def test_a_passing_fault_is_retried_and_a_retry_after_is_kept(server):
+    server.answer = lambda item, times: (
+        bench.fails(429, "wait", headers=(("Retry-After", "1"),)) if times == 1 else bench.says("[[4]]")
+    )
+    with JudgeClient(options(server)) as client:
+        assert client.complete(MESSAGES) == "[[4]]"
+        assert client.attempts == 2 and client.finish_reason == "stop"
+    first, second = server.asked[1, 1]
+    assert second - first >= 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (bench.fails(401, "x"), "refuses access .HTTP 401.: check the key in environment variable JUDGE_KEY"),
+        (bench.fails(403, "x"), "refuses access .HTTP 403."),
+        (bench.fails(404, "The model does not exist"), "no judge model 'judge'.*The model does not exist"),
+        (bench.fails(429, "quota", code="insufficient_quota"), "no quota left"),
+        (bench.fails(402, "pay"), "no quota left"),
+        (bench.fails(400, "use max_completion_tokens", code="unsupported_parameter"), "judge.token_parameter="),
+        (bench.fails(400, "temperature 0", code="unsupported_value"), "judge.temperature=null"),
+    ],
+)
+def test_what_every_item_would_meet_stops(server, monkeypatch, reply, message):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    server.answer = lambda item, times: reply
+    with pytest.raises(JudgeUnusable, match=message):
+        ask(server, api_key_env="JUDGE_KEY", max_retries=0)
+
+
+def test_no_server_stops_after_the_retries():
+    with socket.socket() as holder:  # bound, not listening: nobody else can take the port
+        holder.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{holder.getsockname()[1]}/v1"
+        with (
+            JudgeClient(JudgeOptions("judge", url, max_retries=1)) as client,
+            pytest.raises(JudgeUnusable, match=rf"no judge answers at {url} \(.*refused.*, 2 attempts\): start it"),
+        ):
+            client.complete(MESSAGES)
+
+    with (
+        JudgeClient(JudgeOptions("judge", "http://judge.invalid/v1", max_retries=0, timeout=5)) as client,
+        pytest.raises(JudgeUnusable, match="no judge answers at http://judge.invalid/v1"),
+    ):
+        client.complete(MESSAGES)
+
+
+def test_a_server_that_goes_away_later_fails_items_and_stops_when_it_stays_away():
+    hangs_up = bench.says("[[5]]", headers=(("Connection", "close"),))
+    with bench.Endpoint(lambda item, times: hangs_up) as server:
+        client = JudgeClient(options(server, max_retries=0, parallel=2))
+        client.complete(MESSAGES)
+    with client:
+        for _ in range(2):
+            with pytest.raises(ItemFailed, match="no connection"):
+                client.complete(MESSAGES)
+        with pytest.raises(JudgeUnusable, match="no judge answers"):
+            client.complete(MESSAGES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": ""}, "judge.model=''"),
+        ({"base_url": None}, "judge.base_url is None"),
+        ({"base_url": "127.0.0.1:8000"}, "judge.base_url is '127.0.0.1:8000'"),
+        ({"base_url": "ftp://host/v1"}, "judge.base_url is 'ftp://host/v1'"),
+        ({"base_url": f"https://user:{KEY}@host/v1"}, "must have no user, password"),
+        ({"base_url": f"user:{KEY}@host/v1"}, "judge.base_url is one with '@'"),
+        ({"base_url": f"https://host/v1?api-key={KEY}"}, "must have no user, password, query"),
+        ({"temperature": -1}, "judge.temperature=-1"),
+        ({"temperature": "0"}, "judge.temperature='0'"),
+        ({"max_tokens": 0}, "judge.max_tokens=0"),
+        ({"token_parameter": "tokens"}, "judge.token_parameter='tokens'; allowed: max_tokens, max_completion_tokens"),
+        ({"timeout": 0}, "judge.timeout=0"),
+        ({"max_retries": -1}, "judge.max_retries=-1"),
+        ({"parallel": 0}, "judge.parallel=0"),
+        ({"repeats": 1.5}, "judge.repeats=1.5"),
+        ({"repeats": True}, "judge.repeats=True"),
+    ],
+)
+def test_wrong_options_are_named(changes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        JudgeOptions(**{"model": "judge", "base_url": "http://127.0.0.1:8000/v1"} | changes)
+    assert KEY not in str(caught.value)
+
+
+def test_options_have_no_place_for_a_key():
+    assert KEY not in json.dumps(dataclasses.asdict(JudgeOptions("judge", "http://h/v1", api_key_env="JUDGE_KEY")))

@@ -1,0 +1,342 @@
+"""Scores, repeat noise and comparisons from judgment lines; the reader of a judgments folder."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finetune.mt_bench import comparison, judged, scores
+from finetune.mt_bench.comparison import (
+    INSIDE_NOISE,
+    SEPARATED,
+    Comparison,
+    bootstrap_score,
+    comparison_verdict,
+    paired_bootstrap,
+    repeat_noise,
+)
+from finetune.mt_bench.journal import read_items
+from finetune.mt_bench.scores import categories_of, item_scores, show_result, summarize
+
+DATA = Path(os.environ.get("SPARSEGRAD_DATA") or Path(__file__).parents[3] / "data")
+JUDGMENTS = DATA / "mt_bench" / "judgments" / "gpt-4_single.jsonl"
+PUBLISHED = {"mamba_0_5_dpo_ep1": "7.12", "mamba_0_75_dpo_ep3": "6.58", "mamba_0_875_dpo_ep3": "6.37"}
+real = pytest.mark.skipif(not JUDGMENTS.is_file(), reason=f"{JUDGMENTS} is not there (set SPARSEGRAD_DATA)")
+
+
+def line(question, turn, score, *, model="m", judge="gpt-4", **extra):
+    prompt = "single-v1" if turn == 1 else "single-v1-multi-turn"
+    return {"question_id": question, "turn": turn, "score": score, "model": model, "judge": [judge, prompt]} | extra
+
+
+# FastChat's definition
+
+
+@real
+def test_published_scores_of_three_models():
+    found = show_result(read_items(JUDGMENTS))
+    assert {model: f"{score.average:.2f}" for model, score in found.items()} == PUBLISHED
+    assert {score.items for score in found.values()} == {160}
+
+
+@real
+def test_real_judgments_as_pandas_groups_them():
+    """The aggregation of `show_result`: drop -1, group by model (and turn), mean."""
+    pandas = pytest.importorskip("pandas")
+    lines = read_items(JUDGMENTS)
+    lines[3]["score"] = lines[200]["score"] = -1
+    frame = pandas.DataFrame(lines)[["model", "score", "turn"]]
+    frame = frame[frame["score"] != -1]
+    average = frame[["model", "score"]].groupby(["model"]).mean()["score"]
+    turns = frame.groupby(["model", "turn"]).mean()["score"]
+    for model, score in show_result(lines).items():
+        assert score.average == pytest.approx(average[model], abs=1e-12)
+        assert dict(score.turns) == pytest.approx({turn: turns[model, turn] for turn in (1, 2)}, abs=1e-12)
+        assert score.items == (frame["model"] == model).sum()
+
+
+@real
+def test_items_and_categories_of_real_judgments():
+    questions = read_items(DATA / "mt_bench" / "question.jsonl")
+    lines = [one for one in read_items(JUDGMENTS) if one["model"] == "mamba_0_5_dpo_ep1"]
+    found = summarize(item_scores(lines), categories_of(questions))
+    assert f"{found.average:.2f}" == "7.12"
+    # Eight categories of ten questions, two turns each: the mean of their means is the score.
+    assert len(found.categories) == 8
+    assert np.mean(list(found.categories.values())) == pytest.approx(found.average)
+
+
+def test_score_by_hand():
+    lines = [line(81, 1, 8), line(81, 2, 5), line(82, 1, 3), line(82, 2, -1), line(81, 1, 9, model="other")]
+    found = show_result(lines)
+    assert found["m"].average == pytest.approx(16 / 3) and found["m"].items == 3
+    assert found["m"].turns == {1: 5.5, 2: 5.0}
+    assert found["other"].turns == {1: 9.0}
+    by_category = summarize(item_scores(lines[:4]), {81: "writing", 82: "math"})
+    assert by_category.categories == {"writing": 6.5, "math": 3.0}
+    assert summarize(item_scores(lines[:4])).categories == {}
+
+
+def test_nothing_but_failures_is_no_score():
+    assert show_result([line(81, 1, -1)])["m"] == scores.Score(None, {}, {}, 0)
+    assert item_scores([line(81, 1, -1)]) == {}
+
+
+def test_repeats_become_their_median_or_mean():
+    lines = [line(81, 1, score, repeat=repeat) for repeat, score in enumerate((2, 9, 10))]
+    lines += [line(81, 2, 4, repeat=0), line(81, 2, -1, repeat=1), line(81, 2, 7, repeat=2)]
+    assert item_scores(lines) == {(81, 1): 9, (81, 2): 5.5}
+    assert item_scores(lines, "mean") == {(81, 1): 7, (81, 2): 5.5}
+    with pytest.raises(ValueError, match="repeats='mode'; allowed: median, mean"):
+        item_scores(lines, "mode")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([line(81, 1, 5), line(81, 2, 5, judge="other")], "judgments of several judges are mixed: gpt-4, other"),
+        ([line(81, 1, 5), line(81, 2, 5, model="other")], "judgments of several models are mixed: m, other"),
+        ([line(81, 1, 5), line(81, 1, 6)], "question 81, turn 1, repeat 0 of m was judged twice"),
+        ([line(81, 3, 5)], "turn .1 or 2."),
+        ([line(81, 1, None)], "score .a number."),
+        ([line(81, 1, float("nan"))], "score .a number."),
+        ([{"question_id": 81}], "it lacks .'judge', 'model', 'score', 'turn'."),
+    ],
+)
+def test_lines_that_are_no_judgments_of_one_model_by_one_judge(lines, message):
+    with pytest.raises(ValueError, match=message):
+        item_scores(lines)
+
+
+def test_mixed_judges_are_refused_by_the_whole_files_score_too():
+    with pytest.raises(ValueError, match="several judges are mixed"):
+        show_result([line(81, 1, 5), line(82, 1, 5, judge="other")])
+
+
+def test_a_question_without_a_category():
+    with pytest.raises(ValueError, match="question 82 was judged and has no category"):
+        summarize({(82, 1): 5.0}, {81: "writing"})
+
+
+# Repeats, intervals, verdicts
+
+
+def test_repeat_noise_by_hand():
+    lines = [line(81, 1, 6, repeat=0), line(82, 1, 8, repeat=0), line(81, 1, 7, repeat=1), line(82, 1, 8, repeat=1)]
+    lines += [line(83, 1, 1, repeat=1), line(84, 1, 1, repeat=0), line(84, 1, -1, repeat=1)]
+    found = repeat_noise(lines)  # over questions 81 and 82: the others lack a repeat
+    assert (found.means, found.spread, found.items) == ((7.0, 7.5), 0.5, 2)
+    assert repeat_noise(lines[:2]) is None
+    assert repeat_noise([]) is None
+
+
+def test_score_of_seeds_is_the_mean_of_their_scores():
+    seeds = [{(81, 1): 4.0, (82, 1): 8.0}, {(81, 1): 5.0, (81, 2): 6.0, (82, 1): 10.0}]
+    found = bootstrap_score(seeds, seed=0)
+    assert found.mean == pytest.approx((6 + 7) / 2) and found.n == 5
+    # Resamples of two questions are all of one, all of the other, or both.
+    assert (found.low, found.high) == (pytest.approx((4 + 5.5) / 2), pytest.approx((8 + 10) / 2))
+    assert bootstrap_score([{(81, 1): 4.0}], seed=0) == comparison.Estimate(4.0, None, None, 1)
+
+
+def test_paired_difference_by_hand():
+    first = [{(81, 1): 6.0, (81, 2): 4.0, (82, 1): 9.0}, {(81, 1): 8.0, (81, 2): 4.0, (82, 1): 9.0}]
+    second = [{(81, 1): 5.0, (81, 2): 5.0, (82, 2): 1.0, (82, 1): 9.0}]
+    found = paired_bootstrap(first, second, seed=0)  # differences 2, -1 and 0; (82, 2) is judged for one alone
+    assert found.difference == pytest.approx(1 / 3)
+    assert (found.questions, found.items, found.unpaired) == (2, 3, 1)
+    assert (found.low, found.high) == (pytest.approx(0.0), pytest.approx(0.5))
+    assert paired_bootstrap(second, first, seed=0).difference == pytest.approx(-1 / 3)
+
+
+def test_stratified_bootstrap_draws_within_categories():
+    """Differences that a category shares make no spread when its size is fixed."""
+    items = {(question, 1): 9.0 if question < 40 else 1.0 for question in range(80)}
+    categories = {question: "a" if question < 40 else "b" for question in range(80)}
+    stratified = bootstrap_score([items], seed=0, categories=categories)
+    assert (stratified.low, stratified.mean, stratified.high) == pytest.approx((5, 5, 5))
+    plain = bootstrap_score([items], seed=0)
+    assert plain.low < 4.5 and plain.high > 5.5
+    with pytest.raises(ValueError, match=r"questions \[79\] have no category"):
+        bootstrap_score([items], seed=0, categories=dict.fromkeys(range(79), "a"))
+
+
+def test_same_seed_same_interval():
+    generator = np.random.default_rng(0)
+    items = [{(question, 1): float(score) for question, score in enumerate(generator.integers(1, 11, 30))}]
+    assert bootstrap_score(items, seed=1) == bootstrap_score(items, seed=1) != bootstrap_score(items, seed=2)
+
+
+def test_bootstrap_covers_the_true_difference():
+    """Simulated scores: two turns that share their question's difficulty, true difference 0.5, 80 questions."""
+    generator = np.random.default_rng(7)
+    covered = 0
+    for number in range(200):
+        difficulty = generator.normal(0, 2, (80, 1))
+        first = difficulty + generator.normal(0.5, 1.5, (80, 2)) + generator.normal(0, 1, (80, 1))
+        second = difficulty + generator.normal(0, 1.5, (80, 2))
+        pair = [[{(q, t + 1): float(table[q, t]) for q in range(80) for t in range(2)}] for table in (first, second)]
+        found = paired_bootstrap(*pair, seed=number, samples=500)
+        covered += found.low <= 0.5 <= found.high
+    # 95 % nominal; a percentile bootstrap of 80 questions is a little narrow. 200 draws have a deviation of 1.6 %.
+    assert 0.89 <= covered / 200 <= 0.99
+
+
+@pytest.mark.parametrize(
+    ("low", "difference", "high", "noise", "expected"),
+    [
+        (0.1, 0.5, 0.9, 0.2, SEPARATED),
+        (-0.9, -0.5, -0.1, 0.2, SEPARATED),
+        (-0.1, 0.5, 1.1, 0.0, INSIDE_NOISE),  # the interval includes 0
+        (0.0, 0.5, 1.0, 0.0, INSIDE_NOISE),  # its end is in it
+        (0.05, 0.15, 0.25, 0.2, INSIDE_NOISE),  # smaller than the judge's own changes
+        (0.05, 0.2, 0.35, 0.2, SEPARATED),
+        (None, 3.0, None, 0.0, INSIDE_NOISE),  # one question
+    ],
+)
+def test_verdict(low, difference, high, noise, expected):
+    assert comparison_verdict(Comparison(difference, low, high, 80, 160, 0), noise) == expected
+
+
+def test_verdict_needs_a_noise():
+    with pytest.raises(ValueError, match="noise=-1"):
+        comparison_verdict(Comparison(1.0, 0.5, 1.5, 80, 160, 0), -1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ([], [{(81, 1): 5.0}], "got 0 and 1 seeds"),
+        ([{(81, 1): 5.0}], [{(82, 1): 5.0}], "no item was judged in every one of 2 seeds"),
+    ],
+)
+def test_nothing_to_pair(first, second, message):
+    with pytest.raises(ValueError, match=message):
+        paired_bootstrap(first, second, seed=0)
+    with pytest.raises(ValueError, match=r"judged items; each needs at least one"):
+        bootstrap_score([*first, {}], seed=0)
+
+
+# Files
+
+
+def write_judged(folder, name="m", *, lines=None, failures=(), record=None, repeats=1):
+    """A record with two questions, its lines, its failures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "schema": 1,
+        "status": "finished",
+        "run": {
+            "experiment": "test",
+            "kind": "judgments",
+            "model": "tiny",
+            "method": "full",
+            "task": "mt_bench",
+            "seed": 1,
+            "protocol": "sound",
+            "scale": "smoke",
+            "config_hash": "abc",
+        },
+        "judge": {
+            "model": "gpt-4",
+            "measures_quality": True,
+            "temperature": 0,
+            "max_tokens": 2048,
+            "repeats": repeats,
+        },
+        "questions": {"file": "q.jsonl", "sha256": "0" * 64, "count": 2},
+        "answers": {"cut": 0, "refused": 0},
+    }
+    (folder / f"{name}.json").write_text(json.dumps(content | (record or {})))
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines or []))
+    if failures:
+        (folder / f"{name}.failures.jsonl").write_text("".join(json.dumps(one) + "\n" for one in failures))
+    return folder / f"{name}.json"
+
+
+def whole(**extra):
+    """Every item of two questions; `repeat` and `config_hash` as our client writes them."""
+    return [line(q, t, q - 80 + t, config_hash="abc", **extra) for q in (81, 82) for t in (1, 2)]
+
+
+def test_reader_of_a_complete_folder(tmp_path):
+    write_judged(tmp_path / "tiny" / "full", lines=[one | {"judgment": "a\u2028b"} for one in whole(repeat=0)])
+    (found,) = judged.read_judgments(tmp_path)
+    assert (found.expected, found.missing, found.foreign, found.shortfall()) == (4, 0, 0, "")
+    assert found.items() == {(81, 1): 2, (81, 2): 3, (82, 1): 3, (82, 2): 4}
+
+
+def test_missing_and_failed_items_are_counted(tmp_path):
+    lines = [*whole(repeat=0)[:3], whole(repeat=1)[0], line(82, 2, -1, config_hash="abc", repeat=0)]
+    failure = {"question_id": 82, "turn": 2, "repeat": 0, "judge": ["gpt-4", "single-v1"], "error": "no rating"}
+    found = judged.read_judged(write_judged(tmp_path, lines=lines, failures=[failure], repeats=2))
+    assert (found.expected, len(found.lines), found.missing) == (8, 4, 4)
+    assert found.shortfall() == "4 of 8 judgments have a rating (1 listed as failures), 1 of 4 items have none"
+    assert (82, 2) not in found.items()
+
+
+def test_only_what_belongs_to_the_record_counts(tmp_path):
+    lines = whole(repeat=0)
+    foreign = [
+        lines[0] | {"config_hash": "old", "score": 1},
+        lines[0] | {"model": "other"},
+        lines[0] | {"judge": ["gpt-3", "single-v1"]},
+        lines[0] | {"repeat": 1},
+    ]
+    found = judged.read_judged(write_judged(tmp_path, lines=[*foreign, *lines]))
+    assert (found.foreign, found.missing) == (4, 0)
+    assert found.items() == {(81, 1): 2, (81, 2): 3, (82, 1): 3, (82, 2): 4}
+    assert "4 lines of another configuration, judge or model not counted" in found.shortfall()
+
+
+def test_of_two_lines_of_an_item_the_last_counts(tmp_path):
+    lines = [*whole(repeat=0), line(81, 1, 9, config_hash="abc", repeat=0)]
+    assert judged.read_judged(write_judged(tmp_path, lines=lines)).items()[81, 1] == 9
+
+
+def test_records_that_a_cell_no_longer_lists_are_passed_over(tmp_path):
+    write_judged(tmp_path / "cell", "m", lines=whole())
+    write_judged(tmp_path / "cell", "stale", lines=[])
+    write_judged(tmp_path / "cell" / "earlier", "m", lines=[])
+    (tmp_path / "cell" / "cell.json").write_text('{"records": ["m.json"]}')
+    assert [found.path for found in judged.read_judgments(tmp_path)] == [(tmp_path / "cell" / "m.json").as_posix()]
+    (tmp_path / "cell" / "cell.json").unlink()
+    assert len(list(judged.read_judgments(tmp_path))) == 3
+
+
+def test_other_records_are_no_judgments(tmp_path):
+    (tmp_path / "answers.json").write_text('{"run": {"kind": "answers"}}')
+    assert list(judged.read_judgments(tmp_path)) == []
+    assert list(judged.read_judgments(tmp_path / "nowhere")) == []
+
+
+def test_more_judgments_than_items(tmp_path):
+    lines = [*whole(), line(83, 1, 5, config_hash="abc")]
+    with pytest.raises(ValueError, match="speaks of 4 judgments, its file holds 5"):
+        judged.read_judged(write_judged(tmp_path, lines=lines))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "does not exist: run the stage"),
+        ('{"question_id": 81}\n{"torn', "line 2"),
+        ('{"model": "m", "judge": ["gpt-4", "p"], "config_hash": "abc", "turn": 1}\n', "lacks a question, a turn"),
+    ],
+)
+def test_damaged_files(tmp_path, text, message):
+    path = write_judged(tmp_path)
+    if text is None:
+        path.with_suffix(".jsonl").unlink()
+    else:
+        path.with_suffix(".jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        judged.read_judged(path)
+
+
+def test_record_without_a_judge(tmp_path):
+    path = write_judged(tmp_path, record={"judge": {"model": "gpt-4"}})
+    with pytest.raises(ValueError, match=r"lacks judge.measures_quality, judge.temperature, .*run the judgments stage"):
+        judged.read_judged(path)

@@ -1,0 +1,440 @@
+"""The plan of a whole experiment: operations, rates, memory and sizes against what is counted or done by hand."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from finetune.efficiency.variants import VARIANTS, make_model, make_trainee, random_bases, train_step
+from finetune.plan.actual import taken
+from finetune.plan.encoder import classifier_memory
+from finetune.plan.estimate import plan_experiment
+from finetune.plan.experiment import Experiment
+from finetune.plan.flops import Cost, cost_of, hosvd_operations
+from finetune.plan.inputs import chat_blocks, padded_tokens, stopping_epochs, task_rows
+from finetune.plan.text import plan_lines
+from finetune.plan.throughput import Fact, Processor, Throughput, published_facts, recorded_facts
+from finetune.plan.work import Decoding, Decomposition, Training
+from finetune.store import records
+from sparsegrad import core_shape
+
+ROOT = Path(__file__).resolve().parents[3]
+TINY = {
+    "model_type": "bert",
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "attn_implementation": "eager",  # the counter does not see the fused one on a CPU
+}
+
+
+def read(group, name):
+    path = ROOT / "conf" / group / f"{name}.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    return yaml.safe_load(path.read_text())
+
+
+MODEL = read("model", "tiny_bert") | {"architecture": TINY, "k": 41, "lora_rank": 2}
+PROTOCOL = read("protocol", "sound")
+SETTINGS = {name: value for name, value in read("", "plan").items() if name not in ("hydra", "data_root")}
+CPU = torch.device("cpu")
+
+
+def cost(name, protocol=PROTOCOL):
+    return cost_of(make_model(TINY, 2, "meta"), MODEL, read("method", name), protocol)
+
+
+@pytest.mark.parametrize(
+    "name", ["full", "lora", "meprop", "folded", "rotated_regular", "truncated", "truncated_input"]
+)
+def test_operations_are_those_that_torch_counts(name):
+    """A real step under torch's counter; it also counts pooler and head, which see one token."""
+    protocol = PROTOCOL | {"density": 0.1}  # 409 entries: a core of all 128 outputs needs as many at least
+    variant = next(v for v in VARIANTS if v.name == name)
+    bases = random_bases(MODEL, protocol, seed=0, device=CPU)
+    how = {"num_labels": 2, "learning_rate": 1e-3, "seed": 0, "device": CPU}
+    trainee = make_trainee(variant, MODEL, protocol, bases, **how)
+    rows, tokens = 4, 32
+    ids = torch.randint(1, 100, (rows, tokens))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros(rows, dtype=torch.long)}
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}  # the counter leaves it out
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        train_step(trainee, batch, "fp32")
+    method = {"name": name, "base": variant.method, "form": variant.form, "core": variant.core}
+    found = cost_of(make_model(TINY, 2, "meta"), MODEL, method, protocol)
+    ratio = counter.get_total_flops() / found.training(rows, tokens)
+    if name == "folded":  # folding back is counted at most, of which a batch this small makes a large part
+        assert 0.8 < ratio < 1.0
+    else:
+        assert ratio == pytest.approx(1.0, abs=0.005)
+
+
+def test_operations_by_hand():
+    """One block of BERT: four matrices h x h and two h x 4h; 2 o i forward, and as much for each of two gradients."""
+    h, blocks = 32, 2
+    linear = blocks * (4 * h * h + 2 * 4 * h * h)
+    full, lora, folded, truncated = (cost(name) for name in ("full", "lora", "sparsegrad", "truncated"))
+    assert full.forward == 2 * linear and full.train == 6 * linear and full.step == 0
+    assert full.attention == 4 * h * blocks and full.blocks == blocks
+    matrix, matrices = 4 * h * h, 2 * blocks
+    assert lora.train == full.train - 2 * matrices * matrix + matrices * 6 * 2 * (h + 4 * h)
+    assert folded.train == full.train and folded.step == matrices * 2 * matrix * (5 * h)
+    narrow, wide = min(30 * h * h, matrix * h), min(30 * 16 * h * h, matrix * 4 * h)
+    assert folded.training(3, 10) == full.training(3, 10) + folded.step + matrices * 2 * (narrow + wide)
+    shapes = [(4 * h, h), (h, 4 * h)] * blocks
+    cores = [(*core_shape(41, shape), *shape) for shape in shapes]
+    expected = sum(2 * (c * i + r * o + r * c) for r, c, o, i in cores)
+    assert truncated.train == full.train - 2 * matrices * matrix + expected
+    assert full.training(3, 10) == 30 * (full.train + 3 * full.attention * 10)
+    assert full.evaluation(3, 10) == 30 * (full.forward + full.attention * 10)
+    checkpointed = cost_of(make_model(TINY, 2, "meta"), MODEL, read("method", "full"), PROTOCOL, checkpointing=True)
+    assert checkpointed.train == full.train + full.forward and checkpointed.attention_passes == 4
+    only_mlp = cost("full", PROTOCOL | {"train": "mlp"})
+    assert only_mlp.train == full.train - 2 * blocks * 4 * h * h
+    assert hosvd_operations({"up": (2, 3)}) == 9 * (8 + 27)
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "meprop", "sparsegrad"])
+def test_memory_of_classifiers_is_what_the_allocator_measured(name):
+    path = ROOT / "results/local/efficiency/minilm/cola.json"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there: make repro EXPERIMENT=local")
+    record = records.read_json(path)
+    variant = next(v for v in record["variants"] if v["name"] == {"sparsegrad": "folded"}.get(name, name))
+    measured, (rows, tokens) = variant["memory"], variant["memory"]["batch"]
+
+    def calculated(touched):
+        where = {"rows": rows, "tokens": tokens, "precision": "fp32", "touched": touched}
+        return classifier_memory(read("method", name), read("model", "minilm"), PROTOCOL, **where)
+
+    share, state = 0.0, measured["components"]["optimizer_state"]
+    kept, dense = (calculated(touched)["optimizer_state"] for touched in (0.0, 1.0))
+    if name in ("meprop", "sparsegrad"):
+        # Lazy Adam holds what its few steps touched: the record tells how much, the peak follows from it.
+        share = 0.01 + 0.99 * (state - kept) / (dense - kept)
+        assert 0.01 < share < 0.06, share
+    found = calculated(share)
+    assert found["optimizer_state"] == pytest.approx(state, rel=1e-5)
+    for component in ("parameters", "gradients", "bases"):
+        assert found[component] == measured["components"][component], component
+    assert found["saved_activations"] == pytest.approx(measured["components"]["saved_activations"], rel=0.002)
+    assert found["peak_training"] == pytest.approx(measured["peak_training"], rel=0.015)
+
+
+# Rates
+
+
+CARD = Processor("card", peak={"fp32": 1e12}, match="Card 1", block_seconds=0.5)
+UNIT = Cost(forward=1.0, train=3.0, step=0.0, attention=0.0, attention_passes=3, blocks=2, parameters=1)
+
+
+def fact(**changes):
+    values = {"card": "card", "model": "m", "method": "full", "task": "cola", "batch": 10, "tokens": 10.0}
+    return Fact(**values | {"precision": "fp32", "steps_per_second": 2.0, "source": "a record"} | changes)
+
+
+def speed(*facts):
+    return Throughput(facts, lambda model, method: UNIT, lambda model, task: 10.0, {"fp32": 0.5, "bandwidth": 0.5})
+
+
+def test_the_best_rate_is_taken_and_named():
+    own, other_task = fact(), fact(task="mrpc", steps_per_second=4.0)
+    other_model = fact(model="n", steps_per_second=8.0, source="another")
+    everything = speed(own, other_task, other_model)
+    rates = [everything.rate(CARD, "m", "full", task, "fp32") for task in ("cola", "mrpc", "rte")]
+    assert [(r.value, r.kind) for r in rates] == [(600, "measured"), (1200, "measured"), (900, "measured")]
+    lora = everything.rate(CARD, "m", "lora", "cola", "fp32")
+    assert (lora.value, lora.kind, lora.source) == (900, "scaled", "a record")
+    assert everything.rate(CARD, "x", "lora", "cola", "fp32").kind == "scaled"
+    assert speed(other_model).rate(CARD, "m", "full", "cola", "fp32").source == "another"
+    nothing = speed(fact(card="another card")).rate(CARD, "m", "full", "cola", "fp32")
+    assert (nothing.value, nothing.kind) == (5e11, "calculated") and "fp32 peak 1 TFLOP/s x 0.5" in nothing.source
+    assert speed().rate(CARD, "m", "full", "cola", "bf16").kind == "unknown"
+    # A GPU's bf16 says nothing of its fp32; a CPU's says more than nothing.
+    assert speed(fact(precision="bf16")).rate(CARD, "m", "full", "cola", "fp32").kind == "calculated"
+    cpu = Processor("card", match="cpu")
+    assert speed(fact(precision="bf16")).rate(cpu, "m", "full", "cola", "fp32").kind == "scaled"
+
+
+def test_time_of_runs_with_their_evaluations():
+    work = Training("train", "m", "full", "cola", 3, 20, 5.0, 10, 10.0, 8, 100, "fp32", UNIT)
+    whole, kind, _ = work.seconds(CARD, speed(fact()))
+    assert kind == "measured" and whole == pytest.approx(3 * (20 * 300 + 3 * 1000) / 600)
+    stopped, _, _ = work.seconds(CARD, speed(fact()), stopped=True)
+    assert stopped == pytest.approx(3 * (5 * 300 + 1 * 1000) / 600)
+    # Nothing measured: 9,000 operations are nothing to a card of a TFLOP/s, but 20 steps of 2 blocks take 20 s.
+    assert work.seconds(CARD, speed())[:2] == (3 * 20 * 2 * 0.5, "calculated")
+    never = replace(work, stopped=None)
+    assert never.seconds(CARD, speed(fact()), stopped=True) == never.seconds(CARD, speed(fact()))
+    assert work.seconds(Processor("nothing known"), speed())[:2] == (None, "unknown")
+
+
+def test_time_of_decompositions_and_answers():
+    hosvd = Decomposition("basis", "m", "", "all", 4, 1e9)
+    assert hosvd.seconds(replace(CARD, eigh=1e8), speed())[:2] == (40.0, "calculated")
+    assert hosvd.seconds(CARD, speed())[0] is None
+    answers = Decoding("answers", "m", "full", "mt_bench", 2, 100, weights=1e9, blocks=2)
+    fast = replace(CARD, bandwidth=1e9, block_seconds=0.0)
+    assert answers.seconds(fast, speed())[0] == pytest.approx(2 * 100 * 2.0)
+    assert answers.seconds(replace(fast, block_seconds=300.0), speed())[0] == pytest.approx(2 * 100 * 200.0)
+
+
+def test_published_facts_leave_out_what_is_inflated():
+    facts = published_facts()
+    authors = [f for f in facts if f.card == "authors"]
+    assert {(f.method, f.steps_per_second) for f in authors} == {("full", 4.24), ("lora", 4.49), ("sparsegrad", 1.74)}
+    assert all(f.source for f in facts)
+
+
+def run_record(**changes):
+    run = {"experiment": "e", "kind": "train", "model": "m", "method": "lora", "task": "cola", "seed": 1}
+    return {
+        "status": "finished",
+        "run": run,
+        "hyperparameters": {"batch_size": 8},
+        "treatment": {"precision": "fp32"},
+        "device": {"type": "cuda", "name": "Big Card 1 (80 GB)"},
+        "training": {"seconds": 50.0, "steps": 100, "step_seconds_median": 0.25},
+        "memory": {"peak_training": 123},
+    } | changes
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Runs of two experiments, ``e`` and ``other``; a search of ``e``."""
+    root = tmp_path / "results"
+    for name in ("e", "other"):
+        folder = root / name / "runs/m/lora"
+        records.write_json(folder / "a.json", run_record())
+        records.write_json(folder / "b.json", run_record(status="failed"))
+        records.write_json(folder / "cell.json", {"records": ["a.json", "b.json"]})
+    trials = [{"seconds": 10.0, "intermediate": {"5": 0.1, "10": 0.2}}, {"seconds": None, "intermediate": {}}]
+    content = {"run": {"model": "m", "method": "lora"}, "best": {"batch_size": 32}, "trials": trials}
+    records.write_json(root / "e/search/m/lora/cola.json", content)
+    return root
+
+
+def test_an_experiments_own_runs_do_not_estimate_it(results):
+    for planned, there in (("e", ["other"]), ("other", ["e"]), ("new", ["e", "other"])):
+        facts = list(recorded_facts(results, [CARD], planned))
+        assert [Path(f.source).relative_to(results).parts[0] for f in facts] == there
+    assert facts[0].steps_per_second == 4 and (facts[0].card, facts[0].batch) == ("card", 8)
+    assert list(recorded_facts(results, [Processor("cpu", match="cpu")], "new")) == []
+
+
+def test_what_was_taken_is_read_from_records(results):
+    found = taken(results, "e", [CARD])
+    train, search = found["train", "m", "lora"], found["search", "m", "lora"]
+    assert (train.runs, train.seconds, train.steps, train.peak, train.devices) == (1, 50.0, 100, 123, {"card"})
+    assert (search.runs, search.seconds, search.steps, search.devices) == (2, 10.0, 10, set())
+    assert taken(results, "none", [CARD]) == {}
+
+
+# Sizes
+
+
+def test_rows_come_from_files_then_from_the_table(tmp_path, glue_root):
+    data = read("data", "glue")
+    sizes = SETTINGS["rows"]
+    train, held, source = task_rows(data | {"root": str(glue_root)}, sizes, "cola")
+    assert source.startswith("files in") and (train, held) != (8551, 1043) and train > 0
+    assert task_rows(data | {"root": str(tmp_path)}, sizes, "cola") == (8551, 1043, "dataset card of nyu-mll/glue")
+    with pytest.raises(ValueError, match="rows of cola are not known: add rows.cola to conf/plan.yaml"):
+        task_rows(data | {"root": str(tmp_path)}, {}, "cola")
+    assert set(read("", "plan")["rows"]) - {"source"} == set(data["tasks"])
+
+
+def test_stopping_epochs_are_means_of_the_logs():
+    epochs = stopping_epochs()
+    assert epochs["bert_base", "full", "stsb"] == pytest.approx((4.72 + 3.89 + 8.61 + 5.00 + 2.78) / 5)
+    three = [epochs["bert_base", method, "stsb"] for method in ("full", "lora", "sparsegrad")]
+    assert epochs["bert_base", "meprop", "stsb"] == pytest.approx(sum(three) / 3)
+    assert ("llama2_7b", "full", "stsb") not in epochs
+
+
+def test_tokens_of_a_row(tmp_path):
+    model = {"name": "m", "architecture": {"max_position_embeddings": 64}}
+    assert padded_tokens(tmp_path, model, PROTOCOL | {"padding": "max_length"}, "cola")[0] == 64
+    longest, source = padded_tokens(tmp_path, model, PROTOCOL, "cola")
+    assert longest == 64 and "an upper bound" in source
+    record = {"treatment": {"padding": "longest", "batch_size": 32}, "lengths": {"mean_slots": 320}}
+    records.write_json(tmp_path / "any/efficiency/m/cola.json", record)
+    assert padded_tokens(tmp_path, model, PROTOCOL, "cola")[0] == 10
+
+
+def test_blocks_come_from_a_record_then_from_the_assumption(tmp_path):
+    assumed = {"oasst1": {"train": 7, "validation": 3, "source": "assumption"}}
+    assert chat_blocks(tmp_path, "oasst1", "m", assumed) == (7, 3, "assumption")
+    with pytest.raises(ValueError, match="add blocks.mine to conf/plan.yaml"):
+        chat_blocks(tmp_path, "mine", "m", assumed)
+    folder = tmp_path / "e/llama/runs/m/full"
+    records.write_json(folder / "a.json", {"data": {"rows": {"train": 90, "validation": 9}}})
+    records.write_json(folder / "cell.json", {"records": ["a.json"]})
+    assert chat_blocks(tmp_path, "oasst1", "m", assumed)[:2] == (90, 9)
+
+
+# The whole
+
+
+LISTS = {
+    "name": "e",
+    "protocol": "printed",
+    "scale": "paper",
+    "data": "glue",
+    "tasks": ["rte", "mnli"],
+    "seeds": [1, 2, 3],
+    "methods": ["full", "sparsegrad"],
+    "models": ["bert_base"],
+    "ablations": ["sparsegrad_22k"],
+    "ablation_models": ["bert_base"],
+    "efficiency_models": ["bert_base"],
+}
+
+
+def planned(tmp_path, lists=LISTS, cards=None, **changes):
+    settings = SETTINGS | changes
+    experiment = Experiment(lists, read, settings, tmp_path / "results", str(tmp_path / "data"))
+    cards = cards or [Processor(name=name, **values) for name, values in settings["cards"].items()]
+    return plan_experiment(experiment, cards, settings)
+
+
+def row_of(plan, stage, method=""):
+    (found,) = [row for row in plan["stages"] if (row["stage"], row["method"]) == (stage, method)]
+    return found
+
+
+def test_every_cell_is_counted(tmp_path):
+    plan = planned(tmp_path)
+    assert [(row["stage"], row["method"]) for row in plan["stages"]] == [
+        ("gradients", ""),
+        ("basis", ""),
+        *((stage, method) for method in ("full", "sparsegrad") for stage in ("search", "train")),
+        ("ablation_search", "sparsegrad_22k"),
+        ("ablation", "sparsegrad_22k"),
+        ("efficiency", ""),
+    ]
+    train, search = row_of(plan, "train", "full"), row_of(plan, "search", "full")
+    steps = 20 * (math.ceil(2490 / 16) + math.ceil(392702 / 16))
+    assert (train["runs"], train["steps"]) == (2 * 3, 3 * steps) and train["longest"] == 20 * math.ceil(392702 / 16)
+    assert (search["runs"], search["steps"]) == (2 * 40, 40 * steps)
+    epochs = stopping_epochs()
+    stopped = sum(epochs["bert_base", "full", task] * n / 16 for task, n in (("rte", 2490), ("mnli", 392702)))
+    assert train["may_stop"] and train["steps_if_stopped"] == pytest.approx(3 * stopped)
+    a40 = train["cards"]["A40"]
+    assert a40["kinds"] == ["calculated"] and a40["if_stopped"] < a40["seconds"]
+    assert a40["sources"] == ["fp32 peak 37.4 TFLOP/s x 0.4"]
+    assert row_of(plan, "efficiency")["runs"] == 2 * len(VARIANTS)
+    json.dumps(plan)
+
+
+def test_money_only_where_prices_are_set(tmp_path):
+    plan = planned(tmp_path)
+    assert all(total["money"] is None for total in plan["totals"].values())
+    assert "No money: prices are not set" in "\n".join(plan_lines(plan, []))
+    cards = [Processor("A40", memory=48e9, peak={"fp32": 1e12, "bf16": 1e12}, eigh=1e9, price=0.5)]
+    lists = LISTS | {"llama_models": ["stories260k"], "llama_seeds": [1, 2], "chat": "oasst1"}
+    judge = {"prompt_tokens": 1000, "completion_tokens": 500, "prompt_price": 2.0, "completion_price": 4.0}
+    plan = planned(tmp_path, lists, cards, currency="EUR", judge=judge)
+    total = plan["totals"]["A40"]
+    assert total["hours"] is None  # no bandwidth: the time of answers is not known, and not left out
+    plan = planned(tmp_path, lists, [replace(cards[0], bandwidth=1e12)], currency="EUR", judge=judge)
+    total = plan["totals"]["A40"]
+    assert total["money"] == pytest.approx(0.5 * total["hours"]) and total["hours_if_stopped"] < total["hours"]
+    calls = 80 * 2 * 2 * 3 * 2  # questions, turns, seeds, repeats, methods
+    assert plan["judging"]["calls"] == calls
+    assert plan["judging"]["money"] == pytest.approx(calls * (1000 * 2.0 + 500 * 4.0) / 1e6)
+    assert "EUR, at most" in "\n".join(plan_lines(plan, []))
+
+
+def test_a_card_that_is_too_small_is_said(tmp_path):
+    small = Processor("small", memory=4e9, reserve=1e9, peak={"fp32": 1e12}, eigh=1e9)
+    plan = planned(tmp_path, cards=[small])
+    assert {row["fits"]["small"] for row in plan["memory"]} == {False}
+    text = "\n".join(plan_lines(plan, ["pretrain"]))
+    assert "NO" in text and "AT MOST: no run stops early" in text and "dataset card of nyu-mll/glue" in text
+    assert "Not estimated (minutes; judgments as long as the judge takes): pretrain." in text
+
+
+def test_bases_of_every_run_cost_time_and_are_no_runs(tmp_path):
+    printed, released = (planned(tmp_path, LISTS | {"protocol": name}) for name in ("printed", "released"))
+    for plan in (printed, released):
+        assert row_of(plan, "train", "sparsegrad")["runs"] == 6
+    seconds = [row_of(plan, "train", "sparsegrad")["cards"]["A40"]["seconds"] for plan in (printed, released)]
+    assert seconds[1] > seconds[0]
+    full = [row_of(plan, "train", "full")["cards"]["A40"]["seconds"] for plan in (printed, released)]
+    assert full[0] == full[1]
+
+
+def test_what_was_taken_stands_beside_the_estimate(tmp_path):
+    folder = tmp_path / "results/e/runs/bert_base/full"
+    record = run_record(
+        run={"model": "bert_base", "method": "full", "task": "rte"}, device={"type": "cpu", "name": "1"}
+    )
+    for name in ("a.json", "b.json"):
+        records.write_json(folder / name, record)
+    records.write_json(folder / "cell.json", {"records": ["a.json", "b.json"]})
+    cpu = Processor("CPU", match="cpu", peak={"fp32": 1e12}, eigh=1e9)
+    plan = planned(tmp_path, LISTS | {"efficiency_models": []}, [cpu, replace(cpu, name="card", match="Card")])
+    (row,) = plan["actual"]
+    estimate = row_of(plan, "train", "full")["cards"]["CPU"]["seconds"] * 2 / 6
+    assert (row["card"], row["runs"], row["of"], row["actual_seconds"]) == ("CPU", 2, 6, 100.0)
+    assert row["estimated_seconds"] == pytest.approx(estimate) and row["ratio"] == pytest.approx(100 / estimate)
+    assert "actual / estimated" in "\n".join(plan_lines(plan, []))
+    assert planned(tmp_path, LISTS | {"name": "not run"})["actual"] == []
+
+
+# The script
+
+
+OFFLINE = """
+import runpy, socket, sys
+def refuse(*_, **__):
+    raise OSError("no network")
+socket.socket.connect = socket.create_connection = refuse
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def script(*arguments):
+    command = [sys.executable, "-W", "ignore", "-c", OFFLINE, str(ROOT / "experiments/plan.py"), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+
+
+def test_it_runs_without_a_gpu_and_a_network_and_names_its_sources(tmp_path):
+    lists = yaml.safe_load((ROOT / "experiments/paper.yaml").read_text())
+    lists |= {"models": ["bert_base"], "ablations": [], "methods": ["full", "sparsegrad"]}
+    (tmp_path / "paper.yaml").write_text(yaml.safe_dump(lists))
+    places = [f"results={tmp_path}", f"data_root={tmp_path}", f"json={tmp_path}/plan.json"]
+    done = script(f"experiment={tmp_path}/paper.yaml", *places)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert {row["stage"] for row in plan["stages"]} >= {"search", "train", "efficiency", "llama_train", "answers"}
+    assert plan["models"]["llama2_7b"]["training"]["full"]["fits"] and plan["judging"]["calls"] == 80 * 2 * 3 * 3 * 2
+    for source in ("released logs", "dataset card of nyu-mll/glue", "fp32 peak 37.4 TFLOP/s", "assumption in conf"):
+        assert source in done.stdout
+    assert "table_09" in done.stdout  # among the stages that are not estimated
+
+
+def test_the_scripts_errors_are_one_line(tmp_path):
+    (tmp_path / "empty.yaml").write_text("name: empty\n")
+    done = script(f"experiment={tmp_path}/empty.yaml")
+    assert done.returncode == 1 and "names no models and no llama_models; give some" in done.stderr
+    lists = LISTS | {"models": ["nothing"], "ablation_models": [], "efficiency_models": []}
+    (tmp_path / "unknown.yaml").write_text(yaml.safe_dump(lists))
+    done = script(f"experiment={tmp_path}/unknown.yaml")
+    assert done.returncode == 1 and "there is no conf/model/nothing.yaml; its folder has bert_base" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,364 @@
+"""The search: a total that reruns keep to, kills that lose nothing, points that are tried once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from datetime import timedelta
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from finetune.runs.search import SearchSpace, finished, open_storage, run_search, summary
+from finetune.training.loop import NonFiniteLoss
+
+POINTS = ({"learning_rate": 1e-3, "batch_size": 8}, {"learning_rate": 1e-2, "batch_size": 16})
+
+
+@pytest.fixture
+def space():
+    """``space(trials=6, ...)``."""
+
+    def make(**changes):
+        values = {"learning_rate": (1e-5, 1e-1), "batch_sizes": (8, 16), "trials": 6, "startup_trials": 100, "seed": 34}
+        return SearchSpace(**values | changes)
+
+    return make
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return open_storage(tmp_path / "search.journal")
+
+
+def value(point):
+    """A score with one maximum, at 3e-3 and 16."""
+    from math import log
+
+    return -abs(log(point["learning_rate"] / 3e-3)) + point["batch_size"] / 100
+
+
+class Objective:
+    """Notes what it is asked, in order; ends like a killed process when asked for the n-th time."""
+
+    def __init__(self, dies_at=None):
+        self.asked, self.dies_at = [], dies_at
+
+    def __call__(self, point, report):
+        self.asked.append(dict(point))
+        if len(self.asked) == self.dies_at:
+            raise KeyboardInterrupt  # no Exception: nothing is told to the study, as in a kill
+        report(1, value(point))
+        return value(point)
+
+
+def points(study):
+    """Points of the trials that count, in the order of their numbers."""
+    return [trial.params for trial in sorted(finished(study), key=lambda t: t.number)]
+
+
+def test_finds_the_better_half(space, storage):
+    study = run_search(Objective(), space(trials=25), storage, "a")
+    best = summary(study, space(trials=25))["best"]
+    assert 3e-4 < best["learning_rate"] < 3e-2 and best["batch_size"] == 16
+
+
+def test_total_is_kept_over_restarts(space, storage):
+    objective = Objective()
+    run_search(objective, space(trials=3), storage, "a")
+    assert len(objective.asked) == 3
+    run_search(objective, space(trials=3), storage, "a")
+    assert len(objective.asked) == 3
+    study = run_search(objective, space(trials=7), storage, "a")
+    assert len(objective.asked) == 7 == len(finished(study)) == len(study.trials)
+
+
+def test_another_configuration_is_another_search(space, storage):
+    objective = Objective()
+    run_search(objective, space(trials=2), storage, "a")
+    run_search(objective, space(trials=2), storage, "b")
+    assert len(objective.asked) == 4
+
+
+def test_same_seed_asks_the_same_points_and_another_seed_others(space, tmp_path):
+    asked = []
+    for name, seed in (("a", 34), ("b", 34), ("c", 35)):
+        objective = Objective()
+        run_search(objective, space(seed=seed), open_storage(tmp_path / name), "study")
+        asked.append(objective.asked)
+    assert asked[0] == asked[1] != asked[2]
+    assert len({point["learning_rate"] for point in asked[0]}) == 6
+
+
+@pytest.mark.parametrize("given", [(), POINTS])
+@pytest.mark.parametrize("kills", [(1,), (2,), (3, 1), (7, 1, 2), (9,)])
+def test_killed_search_asks_what_an_unbroken_one_asks(kills, given, space, tmp_path):
+    whole = run_search(Objective(), space(trials=10, points=given), open_storage(tmp_path / "whole"), "a")
+    asked = []
+    for dies_at in kills:
+        objective = Objective(dies_at)
+        with pytest.raises(KeyboardInterrupt):
+            run_search(objective, space(trials=10, points=given), open_storage(tmp_path / "broken"), "a")
+        asked += objective.asked[:-1]
+    objective = Objective()
+    study = run_search(objective, space(trials=10, points=given), open_storage(tmp_path / "broken"), "a")
+    asked += objective.asked
+    assert points(study) == points(whole)
+    assert len(asked) == 10  # no finished trial was done again
+    assert not [t for t in study.trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
+
+
+def test_stopped_and_extended_search_asks_what_a_longer_one_asks(space, tmp_path):
+    whole = run_search(Objective(), space(trials=9), open_storage(tmp_path / "whole"), "a")
+    for trials in (2, 5, 9):
+        study = run_search(Objective(), space(trials=trials), open_storage(tmp_path / "parts"), "a")
+    assert points(study) == points(whole)
+
+
+def test_values_reported_before_a_kill_are_kept_and_reported_once(space, storage):
+    def objective(point, report):
+        report(10, 0.1)
+        if not killed:
+            killed.append(point)
+            raise KeyboardInterrupt
+        report(20, 0.2)
+        return 0.2
+
+    killed = []
+    with pytest.raises(KeyboardInterrupt):
+        run_search(objective, space(trials=1), storage, "a")
+    study = run_search(objective, space(trials=1), storage, "a")
+    assert [trial.intermediate_values for trial in study.trials] == [{10: 0.1, 20: 0.2}]
+    assert study.trials[0].params == killed[0]
+
+
+KILLED = """
+    import os, signal, sys
+    from finetune.runs.search import SearchSpace, open_storage, run_search
+
+    asked = []
+
+    def objective(point, report):
+        asked.append(point)
+        if len(asked) == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return point["learning_rate"]
+
+    space = SearchSpace((1e-5, 1e-1), (8, 16), 5, seed=34)
+    study = run_search(objective, space, open_storage(sys.argv[1]), "a")
+"""
+
+
+def test_search_outlives_sigkill(tmp_path, space):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(KILLED))
+    journal = tmp_path / "journal"
+    done = subprocess.run(
+        [sys.executable, script, journal, "3"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = optuna.load_study(study_name="a", storage=open_storage(journal))
+    assert [t.state for t in left.trials] == [TrialState.COMPLETE] * 2 + [TrialState.RUNNING]
+    interrupted = left.trials[-1].params
+    objective = Objective()
+    study = run_search(objective, space(trials=5), open_storage(journal), "a")
+    assert len(objective.asked) == 3 and objective.asked[0] == interrupted
+    assert len(finished(study)) == 5
+
+
+def test_points_are_tried_first_in_their_order_and_once(space, storage):
+    objective = Objective()
+    run_search(objective, space(trials=2, points=POINTS), storage, "a")
+    study = run_search(objective, space(trials=6, points=POINTS), storage, "a")
+    assert objective.asked[:2] == list(POINTS)
+    assert all(objective.asked.count(point) == 1 for point in POINTS)
+    assert len(study.trials) == 6
+
+
+def test_more_points_than_trials_ask_the_first(space, storage):
+    objective = Objective()
+    run_search(objective, space(trials=1, points=POINTS), storage, "a")
+    run_search(objective, space(trials=1, points=POINTS), storage, "a")
+    assert objective.asked == [POINTS[0]]
+    run_search(objective, space(trials=2, points=POINTS), storage, "a")
+    assert objective.asked == list(POINTS)
+
+
+def test_point_that_another_worker_is_trying_is_not_queued_again(space, storage):
+    def objective(point, report):
+        if not others:
+            others.append(Objective())
+            run_search(others[0], space(trials=3, points=POINTS), storage, "a", stale_after=timedelta(days=1))
+        return value(point)
+
+    others = []
+    study = run_search(objective, space(trials=3, points=POINTS), storage, "a", stale_after=timedelta(days=1))
+    tried = [t.params for t in study.trials if t.state == TrialState.COMPLETE]
+    assert all(tried.count(point) == 1 for point in POINTS)
+
+
+def test_running_trial_of_a_living_worker_is_left_alone(space, storage):
+    study = optuna.create_study(storage=storage, study_name="a", direction="maximize")
+    study.ask()
+    objective = Objective()
+    run_search(objective, space(trials=2), storage, "a", stale_after=timedelta(hours=1))
+    assert study.trials[0].state == TrialState.RUNNING
+    run_search(objective, space(trials=3), storage, "a")
+    assert not [t for t in study.get_trials() if t.state == TrialState.RUNNING]
+    assert len(objective.asked) == 3
+
+
+def test_pruned_and_diverged_trials_count(space, storage):
+    asked = []
+
+    def objective(point, report):
+        asked.append(point)
+        if len(asked) == 2:
+            raise NonFiniteLoss("loss is nan at step 3")
+        report(1, -float(len(asked)))
+        return -float(len(asked))
+
+    study = run_search(objective, space(trials=6, startup_trials=1), storage, "a")
+    assert len(asked) == 6
+    result = summary(study, space(trials=6))
+    states = [trial["state"] for trial in result["trials"]]
+    assert states[:2] == ["complete", "diverged"] and "pruned" in states[2:]
+    assert result["best"]["trial"] == 0 and result["n_trials"] == 6
+
+
+def test_pruned_trials_keep_what_they_reported(space, storage):
+    asked = []
+
+    def objective(point, report):
+        asked.append(point)
+        for step in (10, 20):
+            report(step, -float(len(asked)))
+        return -float(len(asked))
+
+    study = run_search(objective, space(trials=3, startup_trials=1), storage, "a")
+    result = summary(study, space(trials=3))
+    assert result["trials"][0]["intermediate"] == {"10": -1.0, "20": -1.0}
+    assert result["trials"][1]["intermediate"] == {"10": -2.0} and result["trials"][1]["value"] is None
+
+
+def test_warmup_steps_are_not_pruned(space, storage):
+    asked = []
+
+    def objective(point, report):
+        asked.append(point)
+        for step in (10, 20):
+            report(step, -float(len(asked)))
+        return 0.0
+
+    study = run_search(objective, space(trials=3, startup_trials=1, warmup_steps=15), storage, "a")
+    assert [list(t.intermediate_values) for t in study.trials] == [[10, 20]] * 3
+
+
+def test_no_trial_completed(space, storage):
+    def objective(point, report):
+        raise NonFiniteLoss("loss is inf at step 1")
+
+    study = run_search(objective, space(trials=3), storage, "a")
+    with pytest.raises(ValueError, match=r"no trial of 3 completed \(pruned or diverged\): lower search.learning_rate"):
+        summary(study, space(trials=3))
+
+
+def test_error_of_the_objective_is_raised_and_its_point_tried_again(space, storage):
+    def objective(point, report):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        run_search(objective, space(trials=2, points=POINTS), storage, "a")
+    again = Objective()
+    study = run_search(again, space(trials=2, points=POINTS), storage, "a")
+    assert sorted(map(str, again.asked)) == sorted(map(str, POINTS))
+    assert len(finished(study)) == 2
+
+
+def test_ties_go_to_the_lower_loss_then_to_the_earlier_trial(space, storage):
+    losses = iter([0.5, 0.3, 0.3, 0.9])
+    study = run_search(lambda point, report: (1.0, next(losses)), space(trials=4), storage, "a")
+    result = summary(study, space(trials=4))
+    assert result["best"]["trial"] == 1
+    assert [trial["validation_loss"] for trial in result["trials"]] == [0.5, 0.3, 0.3, 0.9]
+
+
+def test_best_at_the_edge_of_what_was_tried_is_marked(space, storage):
+    rates = run_search(lambda point, report: point["learning_rate"], space(trials=4), storage, "edge")
+    assert summary(rates, space(trials=4))["best_is_at_edge"] is True
+    given = tuple({"learning_rate": rate, "batch_size": 8} for rate in (1e-4, 3e-3, 1e-2))
+    middle = run_search(lambda point, report: value(point), space(trials=3, points=given), storage, "middle")
+    assert summary(middle, space(trials=3))["best_is_at_edge"] is False
+
+
+def test_summary_is_json(space, storage):
+    study = run_search(Objective(), space(trials=3), storage, "a")
+    content = json.loads(json.dumps(summary(study, space(trials=3)), allow_nan=False))
+    assert set(content["trials"][0]) >= {"number", "state", "value", "learning_rate", "batch_size", "seconds"}
+    assert set(content["best"]) == {"learning_rate", "batch_size", "value", "trial"}
+
+
+def test_database_url(space, tmp_path):
+    url = f"sqlite:///{tmp_path / 'search.db'}"
+    objective = Objective()
+    for trials in (2, 4, 4):
+        storage = open_storage(url)
+        study = run_search(objective, space(trials=trials, points=POINTS), storage, "a")
+        assert len(finished(study)) == trials
+        storage.remove_session()
+        storage.engine.dispose()
+    assert len(objective.asked) == 4
+    with pytest.raises(KeyboardInterrupt):
+        run_search(Objective(dies_at=1), space(trials=5), storage, "a")
+    assert len(finished(run_search(Objective(), space(trials=5), storage, "a"))) == 5
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+def test_journal_in_a_folder_that_is_not_there_yet(space, tmp_path):
+    run_search(Objective(), space(trials=1), open_storage(tmp_path / "a" / "b" / "cola.journal"), "a")
+    assert (tmp_path / "a" / "b" / "cola.journal").is_file()
+
+
+def test_optunas_verbosity_is_left_as_it_was(space, storage):
+    before = optuna.logging.get_verbosity()
+    run_search(Objective(), space(trials=1), storage, "a")
+    with pytest.raises(KeyboardInterrupt):
+        run_search(Objective(dies_at=1), space(trials=2), storage, "a")
+    assert optuna.logging.get_verbosity() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (
+            {"learning_rate": (1e-1, 1e-5)},
+            r"search.learning_rate=\[0.1, 1e-05\]; allowed: \[low, high\], 0 < low < high",
+        ),
+        ({"learning_rate": (0.0, 1e-1)}, r"search.learning_rate=\[0.0, 0.1\]"),
+        ({"trials": 0}, r"search.trials=0, batch_sizes=\[8, 16\]: both are needed\."),
+        ({"batch_sizes": ()}, r"search.trials=6, batch_sizes=\[\]: both are needed\."),
+        (
+            {"points": ({"learning_rate": 1.0, "batch_size": 8},)},
+            r"search point .* is outside \[1e-05, 0.1\] x \[8, 16\]",
+        ),
+        ({"points": ({"learning_rate": 1e-3, "batch_size": 9},)}, r"search point .*9.* is outside"),
+        ({"points": ({"learning_rate": 1e-3},)}, r"search point .* needs .*batch_size"),
+        ({"learning_rate": (1e-3,)}, r"search.learning_rate=\[0.001\]; allowed: \[low, high\]"),
+    ],
+)
+def test_space_out_of_range(changes, text, space):
+    with pytest.raises(ValueError, match=text):
+        space(**changes)
+
+
+def test_kill_leaves_no_lock_behind(tmp_path):
+    """SIGKILL inside the objective: the journal's lock is held only while a line is written."""
+    journal = tmp_path / "journal"
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(KILLED))
+    subprocess.run([sys.executable, script, journal, "1"], capture_output=True, timeout=120, check=False)
+    assert sorted(os.listdir(tmp_path)) == ["journal", "script.py"]

@@ -1,0 +1,195 @@
+"""Records: a hash that means the configuration, files that are whole, nothing read that a cell does not list."""
+
+import json
+import os
+import re
+import subprocess
+
+import pytest
+
+from finetune.store import files, records
+
+CONFIG = {"model": {"name": "a", "k": 7, "blocks": [1, 2]}, "lr": 1e-3, "seed": 1, "limit": None, "flag": True}
+
+
+def reversed_keys(value):
+    if isinstance(value, dict):
+        return {key: reversed_keys(value[key]) for key in reversed(value)}
+    return value
+
+
+def leaves(value, path=()):
+    """Paths to every value that is neither dictionary nor list."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            yield from leaves(inner, (*path, key))
+    else:
+        yield path
+
+
+def changed(value, path, new):
+    content = json.loads(json.dumps(value))
+    place = content
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = new
+    return content
+
+
+def test_hash_does_not_depend_on_the_order_of_keys():
+    assert records.config_hash(reversed_keys(CONFIG)) == records.config_hash(CONFIG)
+    assert re.fullmatch("[0-9a-f]{12}", records.config_hash(CONFIG))
+
+
+@pytest.mark.parametrize("path", list(leaves(CONFIG)), ids=str)
+def test_hash_changes_with_every_value(path):
+    hashes = {records.config_hash(changed(CONFIG, path, new)) for new in ("x", 99, 0.5)}
+    assert len(hashes | {records.config_hash(CONFIG)}) == 4
+
+
+def test_hash_tells_lists_by_their_order_and_missing_from_null():
+    assert records.config_hash({"a": [1, 2]}) != records.config_hash({"a": [2, 1]})
+    assert records.config_hash({"a": None}) != records.config_hash({})
+
+
+def test_hash_refuses_what_json_has_not():
+    with pytest.raises(ValueError):
+        records.config_hash({"lr": float("nan")})
+
+
+def test_hash_is_the_same_in_every_version():
+    """Records in git carry it: this value may change with ``version`` in conf/base.yaml only."""
+    assert records.config_hash({"a": 1, "b": [1.5, None, "x"]}) == "51824779aebd"
+
+
+def test_record_comes_back(tmp_path):
+    path = tmp_path / "a" / "b.json"
+    records.write_json(path, CONFIG)
+    assert records.read_json(path) == CONFIG
+    assert path.read_text().endswith("}\n")
+    assert os.stat(path).st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_json_has_not_are_refused(value, tmp_path):
+    records.write_json(tmp_path / "a.json", {"score": 1})
+    with pytest.raises(ValueError):
+        records.write_json(tmp_path / "a.json", {"evaluations": [{"loss": value}]})
+    assert records.read_json(tmp_path / "a.json") == {"score": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_failure_while_writing_leaves_the_old_file_and_nothing_else(step, tmp_path, monkeypatch):
+    records.write_json(tmp_path / "a.json", {"score": 1})
+
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(files.os, step, fail)
+    with pytest.raises(OSError, match="no space left"):
+        records.write_json(tmp_path / "a.json", {"score": 2})
+    assert records.read_json(tmp_path / "a.json") == {"score": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ValueError, match=r"a.json does not exist: run the stage that writes it\."):
+        records.read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"status": "fin', b"\xff\xfe{}", b"{'a': 1}"])
+def test_damaged_file(content, tmp_path):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a.json is damaged \(.*\): delete it and run the stage that writes it again"):
+        records.read_json(tmp_path / "a.json")
+
+
+def test_file_of_another_shape(tmp_path):
+    (tmp_path / "a.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"a.json holds a list, not a JSON object\."):
+        records.read_json(tmp_path / "a.json")
+
+
+def test_finished_record_is_found_by_its_hash(tmp_path):
+    assert records.find_finished(tmp_path / "none", "abc") is None
+    records.write_json(tmp_path / "cola-seed1-abc.json", {"status": "finished"})
+    records.write_json(tmp_path / "cola-seed2-xyz.json", {"status": "finished"})
+    assert records.find_finished(tmp_path, "abc") == tmp_path / "cola-seed1-abc.json"
+    assert records.find_finished(tmp_path, "bc") is None
+
+
+def test_failed_record_is_not_finished(tmp_path):
+    records.write_json(tmp_path / "cola-seed1-abc.json", {"status": "failed"})
+    assert records.find_finished(tmp_path, "abc") is None
+
+
+def test_cells_list_what_is_theirs(tmp_path):
+    for cell in ("a/full", "a/lora"):
+        for name in ("cola-seed1-abc", "cola-seed2-xyz", "old-seed1-000"):
+            records.write_json(tmp_path / cell / f"{name}.json", {"cell": cell, "name": name})
+        records.write_json(tmp_path / cell / "cell.json", {"records": ["cola-seed2-xyz.json", "cola-seed1-abc.json"]})
+    records.write_json(tmp_path / "b" / "unlisted" / "cola-seed1-abc.json", {})
+    found = [(path.relative_to(tmp_path).as_posix(), record["name"]) for path, record in records.iterate(tmp_path)]
+    assert found == [
+        ("a/full/cola-seed2-xyz.json", "cola-seed2-xyz"),
+        ("a/full/cola-seed1-abc.json", "cola-seed1-abc"),
+        ("a/lora/cola-seed2-xyz.json", "cola-seed2-xyz"),
+        ("a/lora/cola-seed1-abc.json", "cola-seed1-abc"),
+    ]
+
+
+def test_listed_record_that_is_missing_is_an_error(tmp_path):
+    records.write_json(tmp_path / "cell.json", {"records": ["cola-seed1-abc.json"]})
+    with pytest.raises(ValueError, match="cola-seed1-abc.json does not exist"):
+        list(records.iterate(tmp_path))
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    done = subprocess.run(["git", "-C", folder, *identity, *arguments], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A git repository with code, configuration and params.yaml, outside the project's."""
+    git(tmp_path, "init", "-q")
+    for name in ("src/a.py", "conf/base.yaml", "experiments/train.py", "params.yaml", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x\n")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "a")
+    return tmp_path
+
+
+def test_provenance_names_commit_packages_and_machine(repository):
+    found = records.provenance(repository)
+    assert found["commit"] == git(repository, "rev-parse", "HEAD") and found["dirty"] is False
+    assert set(found["packages"]) == set(records.PACKAGES) and found["packages"]["torch"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", found["python"]) and found["platform"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", found["created"])
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("name", ["src/a.py", "src/new.py", "conf/base.yaml", "experiments/train.py"])
+def test_changed_code_or_configuration_is_dirty(name, repository):
+    (repository / name).write_text("y\n")
+    assert records.provenance(repository)["dirty"] is True
+
+
+@pytest.mark.parametrize("name", ["params.yaml", "README.md", "results.json"])
+def test_what_does_not_decide_numbers_is_not_dirty(name, repository):
+    (repository / name).write_text("y\n")
+    assert records.provenance(repository)["dirty"] is False
+
+
+def test_provenance_outside_a_repository(tmp_path):
+    found = records.provenance(tmp_path)
+    assert found["commit"] is None and found["dirty"] is False
+
+
+def test_provenance_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert records.provenance(tmp_path)["commit"] is None

@@ -1,0 +1,531 @@
+"""The training loop against plain torch, cut in any way, and where it ends."""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from finetune.training.evaluation import evaluate, summed_loss
+from finetune.training.loop import NonFiniteLoss, Progress, make_accelerator, median_step_seconds
+from finetune.training.options import TrainingOptions, learning_rate_factor, planned_steps
+from sparsegrad import sparsegrad_layers
+
+CPU = torch.device("cpu")
+
+
+class Spy:
+    """A split that notes which rows are asked for."""
+
+    def __init__(self, split):
+        self.split, self.rows = split, []
+
+    def __len__(self):
+        return len(self.split)
+
+    def targets(self, rows):
+        return len(rows)
+
+    def batch(self, rows):
+        self.rows.append(list(rows))
+        return self.split.batch(rows)
+
+
+def weights(model):
+    """Without keys' biases: they cancel in the softmax, their gradient is rounding noise, which Adam blows up."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if not name.endswith("key.bias")}
+
+
+def assert_equal_weights(found, expected, atol):
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        torch.testing.assert_close(
+            weight, expected[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.fixture
+def fit(classifier, build, run_training):
+    """``fit("lora", one_backward=True, ...)``: prepare and train; gives weights and progress. No dropout."""
+
+    def make(name, one_backward=False, dropout=False, overrides=(), **changes):
+        method = build(name, *overrides, one_backward=one_backward)
+        model = method.prepare(classifier(dropout=dropout))
+        options = {"learning_rate": 1e-3} | changes
+        optimizer = method.optimizer(model, options["learning_rate"], options.get("weight_decay", 0.0))
+        progress = run_training(model, optimizer, **options)
+        return weights(model), progress
+
+    return make
+
+
+def scores(*values):
+    """An evaluation that gives these scores in turn."""
+    left = list(values)
+    return lambda model: {"loss": 0.5, "matthews_correlation": left.pop(0)}
+
+
+# What is learnt
+
+
+def test_loss_goes_down_and_the_score_up(method_name, classifier, build, run_training, load):
+    method = build(method_name, one_backward=True)
+    model = method.prepare(classifier())
+    facts, splits = load("cola")
+    progress = run_training(
+        model,
+        method.optimizer(model, 2e-3, 0.0),
+        evaluation=lambda m: evaluate(m, splits["train"], facts, 16, CPU),
+        max_steps=60,
+        evaluation_steps=15,
+        learning_rate=2e-3,
+    )
+    losses = [evaluation["loss"] for evaluation in progress.evaluations]
+    assert losses[-1] < 0.6 * losses[0] and progress.score > 0.8
+
+
+@pytest.mark.parametrize(("task", "criterion"), [("cola", F.cross_entropy), ("stsb", F.mse_loss)])
+def test_full_fine_tuning_is_the_plain_loop(task, criterion, classifier, build, run_training, load):
+    model, method = classifier(1 if task == "stsb" else 2, dropout=False), build("full")
+    reference = classifier(1 if task == "stsb" else 2, dropout=False).train()
+    spy = Spy(load(task)[1]["train"])
+    optimizer = method.optimizer(method.prepare(model), 1e-3, 0.01)
+    run_training(model, optimizer, task=task, split=spy, max_steps=12, evaluation_steps=100, weight_decay=0.01)
+    assert len(spy.rows) == 12 and {len(rows) for rows in spy.rows} == {8}
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-3, weight_decay=0.01)
+    for rows in spy.rows:
+        batch = spy.split.batch(rows)
+        labels = batch.pop("labels")
+        logits = reference(**batch).logits
+        optimizer.zero_grad()
+        criterion(logits.squeeze(-1) if task == "stsb" else logits, labels).backward()
+        optimizer.step()
+    assert_equal_weights(weights(model), weights(reference), atol=1e-6)
+
+
+def test_summed_loss_is_the_sum():
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 0])
+    torch.testing.assert_close(summed_loss(logits, labels), 5 * F.cross_entropy(logits, labels))
+    values, targets = torch.randn(5, 1), torch.randn(5)
+    torch.testing.assert_close(summed_loss(values, targets), ((values[:, 0] - targets) ** 2).sum())
+
+
+# Which rows
+
+
+def test_every_epoch_holds_every_row_once_in_an_order_of_its_own(classifier, run_training, load):
+    spies = []
+    for seed in (1, 1, 2):
+        model, spy = classifier(), Spy(load("cola")[1]["train"])
+        optimizer = torch.optim.AdamW(model.parameters())
+        run_training(model, optimizer, split=spy, seed=seed, batch_size=12, max_steps=8, evaluation_steps=100)
+        spies.append(spy.rows)
+    first, again, other = spies
+    assert [len(rows) for rows in first] == [12, 12, 12, 4] * 2
+    epochs = [[*itertools.chain(*first[:4])], [*itertools.chain(*first[4:])]]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(40)) and epochs[0] != epochs[1]
+    assert first == again != other
+
+
+@pytest.mark.parametrize(("epochs", "max_steps", "expected"), [(2, None, 8), (2, 100, 8), (100, 7, 7), (1, 1, 1)])
+def test_epochs_and_max_steps_end_the_run(epochs, max_steps, expected, fit, options):
+    changes = {"epochs": epochs, "max_steps": max_steps, "batch_size": 12}
+    assert planned_steps(40, options(**changes)) == expected
+    _, progress = fit("full", evaluation_steps=3, **changes)
+    assert progress.step == expected and progress.stopped == "all steps done"
+    assert progress.evaluations[-1]["step"] == expected
+
+
+# How a batch is cut
+
+
+def test_accumulation_does_not_change_the_steps(method_name, fit):
+    whole, before = fit(method_name, one_backward=True, max_steps=8, batch_size=12)
+    cut, after = fit(method_name, max_steps=8, batch_size=12, accumulation_steps=4)
+    assert_equal_weights(cut, whole, atol=1e-6)
+    losses = [[evaluation["loss"] for evaluation in progress.evaluations] for progress in (before, after)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("form", ["folded", "rotated", "truncated"])
+def test_accumulation_does_not_change_the_steps_with_clipping(form, fit):
+    overrides = (f"method.form={form}",)
+    changes = {"max_steps": 6, "max_grad_norm": 0.5, "overrides": overrides}
+    whole, _ = fit("sparsegrad", one_backward=True, **changes)
+    cut, _ = fit("sparsegrad", accumulation_steps=4, **changes)
+    assert_equal_weights(cut, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [3, 8, 50])
+def test_micro_batches_of_unequal_and_single_rows(accumulation, fit):
+    whole, _ = fit("full", max_steps=5, batch_size=10)
+    cut, _ = fit("full", max_steps=5, batch_size=10, accumulation_steps=accumulation)
+    assert_equal_weights(cut, whole, atol=1e-6)
+
+
+def test_padding_does_not_change_the_steps(method_name, classifier, build, run_training, load):
+    found = []
+    for padding in ("longest", "max_length"):
+        method = build(method_name)
+        model = method.prepare(classifier(dropout=False))
+        split = load("cola", padding=padding)[1]["train"]
+        run_training(model, method.optimizer(model, 1e-3, 0.0), split=split, max_steps=6, accumulation_steps=2)
+        found.append(weights(model))
+    assert_equal_weights(*found, atol=1e-6)
+
+
+def test_forms_of_sparsegrad_take_the_same_steps(fit):
+    changes = {"max_steps": 8, "batch_size": 12}
+    found = {}
+    for form in ("folded", "rotated"):
+        _, found[form] = fit("sparsegrad", one_backward=True, overrides=(f"method.form={form}",), **changes)
+    a, b = ([evaluation["loss"] for evaluation in found[form].evaluations] for form in found)
+    assert a == pytest.approx(b, abs=1e-5)
+
+
+# Learning rate and clipping
+
+
+def test_constant_linear_and_cosine_factors():
+    def shape(schedule, warmup=0, total=8):
+        return [learning_rate_factor(schedule, step, warmup, total) for step in range(total)]
+
+    assert shape("constant") == [1.0] * 8
+    assert shape("constant", warmup=4) == [0.25, 0.5, 0.75] + [1.0] * 5
+    assert shape("linear") == pytest.approx([1 - step / 8 for step in range(8)])
+    assert shape("linear", warmup=4) == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25])
+    assert shape("cosine") == pytest.approx([(1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)])
+    assert shape("cosine", warmup=4)[4:] == pytest.approx([(1 + math.cos(math.pi * s / 4)) / 2 for s in range(4)])
+
+
+def test_factors_stay_in_range_when_warmup_is_the_whole_run():
+    for schedule in ("constant", "linear", "cosine"):
+        for warmup in (8, 20):
+            assert all(0 < learning_rate_factor(schedule, step, warmup, 8) <= 1 for step in range(8))
+
+
+@pytest.mark.parametrize("method_name", ["full", "sparsegrad"])
+def test_every_group_follows_the_schedule(method_name, classifier, build, run_training):
+    method = build(method_name)
+    model = method.prepare(classifier())
+    optimizer, seen = method.optimizer(model, 1e-3, 0.0), []
+    optimizer.register_step_pre_hook(lambda o, *_: seen.append([group["lr"] for group in o.param_groups]))
+    run_training(model, optimizer, schedule="linear", warmup_steps=2, max_steps=6, evaluation_steps=100)
+    expected = [1e-3 * factor for factor in (0.5, 1.0, 1.0, 0.75, 0.5, 0.25)]
+    assert len(seen[0]) == (2 if method_name == "sparsegrad" else 1)
+    for lr, found in zip(expected, seen, strict=True):
+        assert found == pytest.approx([lr] * len(found))
+
+
+def test_clipping_is_torchs(classifier, run_training, load):
+    model, reference = classifier(dropout=False), classifier(dropout=False).train()
+    spy = Spy(load("cola")[1]["train"])
+    changes = {"max_steps": 5, "evaluation_steps": 100, "max_grad_norm": 0.01}
+    run_training(model, torch.optim.SGD(model.parameters()), split=spy, learning_rate=0.1, **changes)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for rows in spy.rows:
+        batch = spy.split.batch(rows)
+        labels = batch.pop("labels")
+        F.cross_entropy(reference(**batch).logits, labels).backward()
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.01)
+        assert norm > 0.01
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_equal_weights(weights(model), weights(reference), atol=1e-6)
+
+
+def test_clipping_limits_what_sparsegrad_steps_with(classifier, build, run_training):
+    method = build("sparsegrad", one_backward=True)
+    model = method.prepare(classifier())
+    optimizer, norms = method.optimizer(model, 1e-3, 0.0), []
+
+    def note(*_):
+        kept = [layer.selected_gradient()[1] for layer in sparsegrad_layers(model).values()]
+        dense = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        norms.append(float(torch.cat([*kept, *dense]).norm()))
+
+    optimizer.register_step_pre_hook(note)
+    run_training(model, optimizer, max_steps=3, evaluation_steps=100, max_grad_norm=0.05)
+    assert norms == pytest.approx([0.05] * 3, rel=1e-3)
+
+
+# Where a run ends, and with which weights
+
+
+def test_patience_counts_evaluations_without_improvement(classifier, run_training):
+    model = classifier()
+    optimizer = torch.optim.AdamW(model.parameters())
+    evaluation = scores(0.1, 0.3, 0.2, 0.3, 0.25, 0.9)
+    progress = run_training(model, optimizer, evaluation=evaluation, patience=3, max_steps=60, evaluation_steps=2)
+    assert progress.stopped == "no improvement in 3 evaluations"
+    assert (progress.step, progress.best_step, progress.score) == (10, 4, 0.3)
+    assert [e["step"] for e in progress.evaluations] == [2, 4, 6, 8, 10]
+
+
+def test_improvement_renews_patience(classifier, run_training):
+    model = classifier()
+    evaluation = scores(0.1, 0.0, 0.2, 0.0, 0.3, 0.0)
+    optimizer = torch.optim.AdamW(model.parameters())
+    progress = run_training(model, optimizer, evaluation=evaluation, patience=2, max_steps=6, evaluation_steps=1)
+    assert (progress.step, progress.score, progress.stopped) == (6, 0.3, "all steps done")
+
+
+def test_no_patience_never_stops_early(classifier, run_training):
+    model = classifier()
+    evaluation = scores(*range(10, 0, -1))
+    optimizer = torch.optim.AdamW(model.parameters())
+    progress = run_training(model, optimizer, evaluation=evaluation, patience=None, max_steps=10, evaluation_steps=1)
+    assert (progress.step, progress.score, progress.best_step) == (10, 10, 1)
+
+
+def test_best_weights_are_left_in_the_model(method_name, classifier, build, run_training, load):
+    method = build(method_name)
+    model = method.prepare(classifier())
+    _facts, _splits = load("cola")
+    seen = []
+
+    def evaluation(m):
+        seen.append(weights(m))
+        return {"loss": 0.5, "matthews_correlation": {1: 0.9}.get(len(seen), 0.1)}
+
+    progress = run_training(
+        model, method.optimizer(model, 1e-2, 0.0), evaluation=evaluation, max_steps=9, evaluation_steps=3
+    )
+    assert progress.best_step == 3
+    assert_equal_weights(weights(model), seen[0], atol=0)
+    assert any(not torch.equal(seen[0][name], seen[-1][name]) for name in seen[0])
+
+
+def test_score_is_that_of_the_weights_left(method_name, classifier, build, run_training, load):
+    method = build(method_name)
+    model = method.prepare(classifier())
+    facts, splits = load("cola")
+    progress = run_training(model, method.optimizer(model, 5e-3, 0.0), max_steps=30, evaluation_steps=5)
+    assert evaluate(model, splits["validation"], facts, 16, CPU)[facts.metric] == progress.score
+    assert progress.score == max(e[facts.metric] for e in progress.evaluations)
+    merged = method.merge(model)
+    assert evaluate(merged, splits["validation"], facts, 16, CPU)[facts.metric] == progress.score
+
+
+def test_callback_sees_every_evaluation_and_may_end_the_run(classifier, run_training):
+    model, seen = classifier(), []
+
+    class Enough(Exception):
+        pass
+
+    def on_evaluation(step, score):
+        seen.append((step, score))
+        if step == 4:
+            raise Enough
+
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(Enough):
+        run_training(
+            model, optimizer, evaluation=scores(0.1, 0.2, 0.3), evaluation_steps=2, on_evaluation=on_evaluation
+        )
+    assert seen == [(2, 0.1), (4, 0.2)]
+
+
+def test_evaluation_leaves_the_mode_and_the_random_generator(classifier, load):
+    facts, splits = load("cola")
+    for training in (True, False):
+        model = classifier().train(training)
+        state = torch.get_rng_state()
+        evaluate(model, splits["validation"], facts, 16, CPU)
+        assert model.training is training and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 24, 100])
+@pytest.mark.parametrize("task", ["cola", "stsb"])
+def test_evaluation_does_not_depend_on_its_batches(task, batch_size, classifier, load):
+    facts, splits = load(task)
+    split, model = splits["validation"], classifier(facts.num_labels)
+    batch = split.batch(range(24))
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = model(**batch).logits
+    found = evaluate(model, split, facts, batch_size, CPU)
+    assert found["loss"] == pytest.approx(float(summed_loss(logits, labels)) / 24, abs=1e-6)
+    if task == "stsb":
+        expected = torch.corrcoef(torch.stack([logits[:, 0], labels]))[0, 1]
+        assert found["pearson"] == pytest.approx(float(expected), abs=1e-3)  # almost constant predictions
+
+
+def test_f1_stands_beside_accuracy_of_two_classes(classifier, load):
+    facts, splits = load("mrpc")
+    assert set(evaluate(classifier(), splits["validation"], facts, 16, CPU)) == {"loss", "accuracy", "f1"}
+    facts, splits = load("cola")
+    assert set(evaluate(classifier(), splits["validation"], facts, 16, CPU)) == {"loss", "matthews_correlation"}
+
+
+# What does not converge
+
+
+@pytest.mark.parametrize("one_backward", [True, False])
+def test_diverging_run_is_a_non_finite_loss(method_name, one_backward, fit):
+    with pytest.raises(NonFiniteLoss, match=r"at step \d+; lower learning_rate=1e\+30 or check the data\."):
+        fit(method_name, one_backward=one_backward, learning_rate=1e30, max_steps=30, evaluation_steps=30)
+
+
+def test_loss_that_is_not_finite_says_the_step(classifier, run_training):
+    model = classifier()
+    with torch.no_grad():
+        model.classifier.bias.fill_(float("nan"))
+    with pytest.raises(NonFiniteLoss, match=r"loss is nan at step 3; lower learning_rate=0.001 or check the data\."):
+        run_training(model, torch.optim.AdamW(model.parameters()), evaluation_steps=3)
+
+
+@pytest.mark.parametrize("task", ["cola", "stsb"])
+def test_weights_that_the_last_step_destroys_are_a_non_finite_loss(task, classifier, build, run_training):
+    model, method = classifier(1 if task == "stsb" else 2), build("full")
+    optimizer = method.optimizer(method.prepare(model), 1e38, 0.0)
+    with pytest.raises(NonFiniteLoss, match="at step 1; lower learning_rate=3e"):
+        run_training(model, optimizer, task=task, learning_rate=3e38, max_steps=1, evaluation_steps=1)
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"batch_size": 0}, r"batch_size=0; it must be a whole number, at least 1\."),
+        ({"epochs": 0}, r"epochs=0; it must be a whole number, at least 1\."),
+        ({"evaluation_steps": 0}, r"evaluation_steps=0; it must be a whole number, at least 1\."),
+        ({"accumulation_steps": -1}, r"accumulation_steps=-1; it must be a whole number, at least 1\."),
+        ({"evaluation_batch_size": 0}, r"evaluation_batch_size=0; it must be a whole number, at least 1\."),
+        ({"max_steps": 0}, r"max_steps=0; it must be a whole number, at least 1, or null\."),
+        ({"learning_rate": 0.0}, r"learning_rate=0.0; it must be a positive number\."),
+        ({"learning_rate": float("nan")}, r"learning_rate=nan; it must be a positive number\."),
+        ({"learning_rate": float("inf")}, r"learning_rate=inf; it must be a positive number\."),
+        ({"learning_rate": "fast"}, r"learning_rate='fast'; it must be a positive number\."),
+        ({"batch_size": 8.5}, r"batch_size=8.5; it must be a whole number, at least 1\."),
+        ({"max_steps": "all"}, r"max_steps='all'; it must be a whole number, at least 1, or null\."),
+        ({"seed": "one"}, r"seed='one'; it must be a whole number\."),
+        ({"schedule": "step"}, r"schedule='step'; allowed: constant, linear, cosine\."),
+        ({"precision": "fp16"}, r"precision='fp16'; allowed: fp32, bf16\."),
+    ],
+)
+def test_options_out_of_range(changes, text, options):
+    with pytest.raises(ValueError, match=text):
+        options(**changes)
+
+
+def test_unknown_device_names_the_allowed():
+    with pytest.raises(ValueError, match=r"device='tpu'; allowed: auto, cpu, cuda\."):
+        make_accelerator("tpu", "fp32")
+
+
+def test_cuda_without_a_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device=cuda, but torch sees no CUDA device; use device=auto or device=cpu"):
+        make_accelerator("cuda", "fp32")
+
+
+def test_one_process_may_hold_runs_of_several_precisions():
+    assert [make_accelerator("cpu", p).mixed_precision for p in ("fp32", "bf16", "fp32")] == ["no", "bf16", "no"]
+
+
+def test_step_time_leaves_out_the_first_five():
+    assert median_step_seconds(Progress(step_seconds=[9.0] * 5 + [1.0, 2.0, 3.0])) == 2.0
+    assert median_step_seconds(Progress(step_seconds=[4.0, 2.0])) == 3.0
+    assert median_step_seconds(Progress()) is None
+
+
+def test_options_are_compared_by_value(options):
+    assert options() == options() and isinstance(options(), TrainingOptions)
+
+
+# Several processes
+
+PROCESSES = """
+    import sys
+    from pathlib import Path
+    import torch
+    import yaml
+    from safetensors.torch import load_file, save_file
+    from finetune.data.glue import load_task
+    from finetune.training.evaluation import evaluate
+    from finetune.methods import build_method
+    from finetune.models import load_classifier, load_tokenizer
+    from finetune.training.refreshing import refresh_options
+    from finetune.tracking.tracker import Tracker
+    from finetune.training.loop import make_accelerator, train
+    from finetune.training.options import TrainingOptions
+    from sparsegrad import Basis
+
+    config = yaml.safe_load(Path(sys.argv[1]).read_text())
+    out, bases = Path(sys.argv[2]), load_file(sys.argv[3])
+    bases = {kind: Basis(bases[f"{kind}.U"].double(), bases[f"{kind}.V"].double()) for kind in ("up", "down")}
+    accelerator = make_accelerator("cpu", "fp32")
+    facts, splits = load_task(config["data"], load_tokenizer(config["model"], ""), max_length=32, padding="longest")
+    for name in config["methods"]:
+        model = load_classifier(config["model"], "", 2, 0).double()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        group = config["methods"][name]
+        one = accelerator.num_processes == 1
+        method = build_method(group, config["model"], config["protocol"], bases=bases, one_backward_a_step=one)
+        model = method.prepare(model)
+        # 40 rows in batches of 11: the last of an epoch has 7 rows, and 3 when it is cut for two processes.
+        options = TrainingOptions(1e-3, 11, 2, 4, 7, accumulation_steps=2 if accelerator.num_processes == 2 else 1)
+        nothing = dict.fromkeys(("project", "run_id", "group", "job_type", "name"), "") | {"config": {}}
+        progress = train(model, method.optimizer(model, 1e-3, 0.0), splits["train"],
+                         lambda m: evaluate(m, splits["validation"], facts, 16, accelerator.device), facts.metric,
+                         options, accelerator, tracker=Tracker("disabled", "", **nothing), progress_bar=False,
+                         refresh=refresh_options(group))
+        assert progress.step == 8, progress
+        if accelerator.is_main_process:
+            save_file({k: v.clone() for k, v in model.state_dict().items()}, out / f"{name}.safetensors")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    print(accelerator.num_processes)
+"""
+
+
+def test_two_processes_take_the_steps_of_one(ranks, config, random_bases, tmp_path):
+    import yaml
+    from safetensors.torch import save_file
+
+    found = config("method=sparsegrad")
+    found["methods"] = {name: config(f"method={name}")["method"] for name in ("full", "sparsegrad")}
+    found["methods"]["truncated"] = found["methods"]["sparsegrad"] | {"form": "truncated"}
+    found["methods"]["refreshed"] = found["methods"]["truncated"] | {"refresh": {"steps": 3, "batches": 2}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(found))
+    (tmp_path / "script.py").write_text(textwrap.dedent(PROCESSES))
+    bases = {f"{k}.{letter}": getattr(b, letter).contiguous() for k, b in random_bases().items() for letter in "UV"}
+    save_file(bases, tmp_path / "bases.safetensors")
+    results, names = {}, list(found["methods"])
+    for size in (1, 2):
+        out = tmp_path / str(size)
+        out.mkdir()
+        files = [tmp_path / "script.py", tmp_path / "config.yaml", out, tmp_path / "bases.safetensors"]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, *map(str, files)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | (ranks(rank) if size == 2 else {}),
+            )
+            for rank in range(size)
+        ]
+        for process in processes:
+            found, errors = process.communicate(timeout=240)
+            assert process.returncode == 0, errors[-3000:]
+            assert found.split() == [str(size)]
+        results[size] = {name: load_file(out / f"{name}.safetensors") for name in names}
+    for name, one in results[1].items():
+        two = results[2][name]
+        near = 1e-7 if name == "refreshed" else 1e-9  # eigenvectors of close eigenvalues magnify rounding
+        assert one.keys() == two.keys()
+        for key, tensor in one.items():
+            if not key.endswith("key.bias"):
+                torch.testing.assert_close(two[key], tensor, rtol=0, atol=near)
