@@ -28,10 +28,10 @@ plan: .venv/installed ## time by kind of card, memory, disk and judge calls that
 	python experiments/plan.py experiment=experiments/$(EXPERIMENT).yaml
 
 test: .venv/installed ## the default tests: CPU, offline, short
-	python -m pytest
+	python -m pytest -q -n auto
 
 test-all: .venv/installed ## the slow ones too
-	python -m pytest -m "slow or not slow"
+	python -m pytest -q -n auto -m "slow or not slow"
 
 lint: .venv/installed ## ruff
 	ruff check . && ruff format --check .
