@@ -18,12 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-AGREES = "agrees"
-DIFFERS = "differs"
-INCONCLUSIVE = "inconclusive"
-NOT_COMPARABLE = "not comparable"
-NOT_RUN = "not run"
-VERDICTS = (AGREES, DIFFERS, INCONCLUSIVE, NOT_COMPARABLE, NOT_RUN)
+from finetune.stats import verdicts
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,7 @@ class Difference:
     df: float | None = None
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate:
+def mean_interval(values: Sequence[float], confidence: float = verdicts.CONFIDENCE) -> Estimate:
     """Mean of the runs of one cell with Student's t interval.
 
     Args:
@@ -81,7 +76,9 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate
     return Estimate(mean, mean - half, mean + half, n)
 
 
-def stratified_bootstrap(scores, *, seed: int, samples: int = 10_000, confidence: float = 0.95) -> Estimate:
+def stratified_bootstrap(
+    scores, *, seed: int, samples: int = 10_000, confidence: float = verdicts.CONFIDENCE
+) -> Estimate:
     """Average over tasks with the percentile interval of a stratified bootstrap (rliable, arXiv 2108.13264).
 
     Runs are drawn with replacement within each task; tasks are fixed, not a sample. With few runs per task the
@@ -120,7 +117,7 @@ def difference_from_paper(
     paper_mean: float,
     paper_stds: Sequence[float | None],
     paper_n: int,
-    confidence: float = 0.95,
+    confidence: float = verdicts.CONFIDENCE,
 ) -> Difference:
     """Ours minus a printed mean with Welch's interval; over several tasks, of their averages.
 
@@ -184,17 +181,17 @@ def verdict(
         margin: Largest difference that counts as agreement, in points.
 
     Returns:
-        One of `VERDICTS`.
+        One of `verdicts.VERDICTS`.
     """
     if not ran:
-        return NOT_RUN
+        return verdicts.NOT_RUN
     if not comparable or difference is None:
-        return NOT_COMPARABLE
+        return verdicts.NOT_COMPARABLE
     if difference.low is None or difference.high is None:
-        return INCONCLUSIVE
+        return verdicts.INCONCLUSIVE
     if (difference.low > 0 or difference.high < 0) and abs(difference.value) > rounding:
-        return DIFFERS
-    return AGREES if -margin <= difference.low and difference.high <= margin else INCONCLUSIVE
+        return verdicts.DIFFERS
+    return verdicts.AGREES if -margin <= difference.low and difference.high <= margin else verdicts.INCONCLUSIVE
 
 
 def within_factor(ours: float, paper: float, factor: float = 2.0) -> bool:

@@ -49,10 +49,10 @@ def test_pairs_are_differences_at_equal_seeds(evidence):
     expected = stats.ttest_1samp(differences, 0)
     low, high = expected.confidence_interval()
     assert (pair.difference.value, pair.difference.low, pair.difference.high) == pytest.approx((-0.22, low, high))
-    assert pair.p == pair.p_holm == pytest.approx(expected.pvalue) and pair.verdict == "first is lower"
+    assert pair.p == pair.p_holm == pytest.approx(expected.pvalue) and pair.verdict == "first is better"
     (pair,) = variants.pairs
     assert variants.name == "variants of sparsegrad" and pair.seeds == (2, 3)
-    assert pair.difference.value == pytest.approx(0.1025) and pair.verdict == "second is lower"
+    assert pair.difference.value == pytest.approx(0.1025) and pair.verdict == "second is better"
 
 
 def test_one_seed_has_no_test_and_noise_separates_nothing():
@@ -75,7 +75,7 @@ def test_the_page_the_figure_and_the_findings_say_it(evidence, tmp_path):
     inputs = PageInputs({"name": "test"}, {}, (), {}, content, page, (), {}, False)
     card = next(one for one in findings(inputs) if one.title.startswith("Decoder"))
     assert card.title == "Decoder, variants of sparsegrad: 1 of 1 pairs separated"
-    assert card.lines[0].startswith("truncated − SparseGrad: +0.103") and "SparseGrad is lower" in card.lines[0]
+    assert card.lines[0].startswith("truncated − SparseGrad: +0.103") and "SparseGrad is better" in card.lines[0]
     svg, _, words = draw_scores(content, tmp_path, ["statistics.json"])
     for text in ("Tiny, our runs", "difference of losses (nats)", "... minus SparseGrad"):
         assert text in svg.read_text(), text

@@ -464,7 +464,7 @@ Each cell: ours [95 % interval] and the verdict's mark | the paper's ± its devi
 
 Notes
 
-- Verdicts: = agrees (1), != differs (0), ? inconclusive (1), n/c not comparable (0), - not run (1).
+- Verdicts: = agrees (1), ≠ differs (0), ? inconclusive (1), n/c not comparable (0), – not run (1).
 - n (runs, or completed trials of a search): 5.
 - Not run: A_B & 50% | c (CoLA).
 - Failed runs: none.
@@ -486,7 +486,7 @@ def test_latex_of_a_small_table():
         r" & released &  & 58.96 \\",
         r" & verdict & = & ? \\",
         r"\addlinespace",
-        r"A\_B \& 50\% \textbar{} c & verdict &  & - \\",
+        r"A\_B \& 50\% \textbar{} c & verdict &  & -- \\",
         r"\bottomrule",
     ]
     assert lines[2] == (

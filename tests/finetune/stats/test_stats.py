@@ -7,6 +7,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from finetune.stats import intervals as stats
+from finetune.stats import verdicts
 from finetune.stats.intervals import Difference
 
 
@@ -173,7 +174,7 @@ def test_bootstrap_interval_covers_somewhat_less_with_five_runs():
 )
 def test_verdict(difference, options, expected):
     assert stats.verdict(difference, rounding=0.05, **options) == expected
-    assert expected in stats.VERDICTS
+    assert expected in verdicts.VERDICTS
 
 
 def test_within_factor():

@@ -23,7 +23,7 @@ from finetune.report.page.page_protocol import bearing_html, discrepancies_html,
 from finetune.report.page.page_records import environment_html
 from finetune.report.page.page_tables import legend, table_html
 from finetune.report.paper.layouts import PAPER_MODELS
-from finetune.stats import intervals as stats
+from finetune.stats import verdicts
 
 PAPER = "https://arxiv.org/abs/2410.07383"
 
@@ -69,7 +69,7 @@ def _header(inputs: PageInputs) -> Html:
     experiment = inputs.experiment
     built = [table for table in inputs.tables.values() if table is not None]
     rows = [row for table in built for row in table.rows]
-    run = sum(row["verdict"] != stats.NOT_RUN for row in rows)
+    run = sum(row["verdict"] != verdicts.NOT_RUN for row in rows)
     finished = sum(one.content.get("status", "finished") == "finished" for one in inputs.found)
     facts = [
         ("Protocol", experiment["protocol"]),

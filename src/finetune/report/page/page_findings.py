@@ -19,9 +19,8 @@ from finetune.report.paper.layouts import PAPER_MODELS
 from finetune.report.paper.printed_averages import CONTRADICTED, CUT_OFF
 from finetune.report.statistics.markdown import interval, label, p_value
 from finetune.report.tables.writers import format_value
-from finetune.stats import intervals as stats
+from finetune.stats import verdicts
 
-LEVEL = 0.05
 RATIO = " / Regular FT"
 
 
@@ -84,10 +83,10 @@ def pair_sentence(pair: Mapping[str, Any]) -> str:
         pair: An entry of a family's `pairs` in `statistics.json`.
     """
     first, second, test = label(pair["first"]), label(pair["second"]), pair["mean"]
-    better = {"first is better": f"{first} is better", "second is better": f"{second} is better"}
-    few = ", so few pairs separate nothing" if test["least"] > LEVEL else ""
+    better = {verdicts.FIRST_BETTER: f"{first} is better", verdicts.SECOND_BETTER: f"{second} is better"}
+    few = ", so few pairs separate nothing" if test["least"] > verdicts.LEVEL else ""
     numbers = f"p {p_value(test['p_holm'])}, {test['pairs']} pairs{few}"
-    verdict = better.get(test["verdict"], "not separated")
+    verdict = better.get(test["verdict"], verdicts.NOT_SEPARATED)
     return f"{first} − {second}: {interval(test['difference'], '+')} points, {verdict} ({numbers})."
 
 
@@ -97,7 +96,7 @@ def _own(entry: Mapping[str, Any]) -> Iterator[Finding]:
         pairs = family["pairs"]
         if not pairs:
             continue
-        apart = [pair for pair in pairs if pair["mean"]["verdict"] != "not separated"]
+        apart = [pair for pair in pairs if pair["mean"]["verdict"] != verdicts.NOT_SEPARATED]
         separated = f"{len(apart)} of {len(pairs)} pairs" if apart else "no pair"
         shown = [pair for pair in pairs if pair in apart or family["name"] != "methods" or "sparsegrad" in _names(pair)]
         lines = [pair_sentence(pair) for pair in shown] + [*_single(pairs)]
@@ -113,7 +112,7 @@ def _single(pairs: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """Single tasks on which two methods are separated."""
     for pair in pairs:
         for task, test in pair["tasks"].items():
-            if test["verdict"] != "not separated":
+            if test["verdict"] != verdicts.NOT_SEPARATED:
                 first, second = label(pair["first"]), label(pair["second"])
                 numbers = f"{interval(test['difference'], '+')} points, p {p_value(test['p_holm'])}"
                 yield f"On {TASKS[task]} alone, {first} − {second}: {numbers}."
@@ -183,7 +182,7 @@ def _losses(decoder: Mapping[str, Any] | None) -> Iterator[Finding]:
         lines, apart = [], 0
         for pair in family["pairs"]:
             first, second = label(pair["first"]), label(pair["second"])
-            apart += pair["verdict"] != "not separated"
+            apart += pair["verdict"] != verdicts.NOT_SEPARATED
             verdict = pair["verdict"].replace("first", first).replace("second", second)
             p = "" if pair["p_holm"] is None else f" (p {p_value(pair['p_holm'])})"
             lines.append(f"{first} − {second}: {interval(pair['difference'], '+', 3)} nats, {verdict}{p}.")
@@ -229,7 +228,7 @@ def _logs(logs: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
         over = " to ".join(str(count) for count in sorted({len(one) for one in tasks}))
         lines.append(f"{entry['title']}, {over} tasks: {', '.join(parts)}.")
     pairs = [pair for entry in logs for family in entry["comparison"]["families"] for pair in family["pairs"]]
-    apart = sum(pair["mean"]["verdict"] != "not separated" for pair in pairs)
+    apart = sum(pair["mean"]["verdict"] != verdicts.NOT_SEPARATED for pair in pairs)
     title = f"The authors’ logs separate {apart or 'no'} of {len(pairs)} pairs of methods"
     after = "Mean of the tasks’ means over the logged seeds; printed: the mean of the printed cells of the same tasks."
     if lines:
@@ -271,7 +270,7 @@ def _exchange(exchange: Mapping[str, Any]) -> Iterator[Finding]:
         if one["evidence"] <= 0:
             answers.append("no")
         else:
-            answers.append("yes" if one["p_holm"] <= LEVEL else "not beyond chance")
+            answers.append("yes" if one["p_holm"] <= verdicts.LEVEL else "not beyond chance")
         printed, logged = (", ".join(f"{value:.1f}" for value in one[key]) for key in ("printed", "logged"))
         lines.append(
             f"{TASKS[one['task']]}: printed {printed}; logs {logged}. Distance {one['distance']:.2f} as printed, "
@@ -286,7 +285,7 @@ def _exchange(exchange: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _column(table: BuiltTable | None, column: str) -> list[Row]:
     rows = table.rows if table is not None else ()
-    return [row for row in rows if row["column"] == column and row["verdict"] != stats.NOT_RUN]
+    return [row for row in rows if row["column"] == column and row["verdict"] != verdicts.NOT_RUN]
 
 
 def _shown(row: Row) -> str:

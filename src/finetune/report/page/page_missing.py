@@ -10,7 +10,7 @@ from finetune.report.page.page_inputs import PageInputs
 from finetune.report.page.page_protocol import linked
 from finetune.report.page.page_records import failures
 from finetune.report.paper.layouts import METHODS, PAPER_MODELS
-from finetune.stats import intervals as stats
+from finetune.stats import verdicts
 
 
 def missing_html(inputs: PageInputs) -> Html:
@@ -54,8 +54,8 @@ def _tables(inputs: PageInputs) -> Iterator[str]:
     for number, table in inputs.tables.items():
         if table is None:
             yield why_no_table(inputs, number)
-        elif table.count(stats.NOT_RUN):
-            count = table.count(stats.NOT_RUN)
+        elif table.count(verdicts.NOT_RUN):
+            count = table.count(verdicts.NOT_RUN)
             yield f"Table {number}: {count} of {len(table.rows)} cells not run; the reasons stand under the table."
 
 

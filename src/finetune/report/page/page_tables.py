@@ -18,27 +18,9 @@ from finetune.published import TASKS
 from finetune.report.page.markup import Child, Html, items, join, scrolled, tag
 from finetune.report.tables.rows import COLUMNS
 from finetune.report.tables.writers import format_value
-from finetune.stats import intervals as stats
+from finetune.stats import verdicts
 
 Row = Mapping[str, Any]
-
-MARKS = {
-    stats.AGREES: "=",
-    stats.DIFFERS: "≠",
-    stats.INCONCLUSIVE: "?",
-    stats.NOT_COMPARABLE: "n/c",
-    stats.NOT_RUN: "–",
-}
-"""Verdict -> its mark on the page."""
-
-MEANINGS = {
-    stats.AGREES: "within the margin of the printed value, or the same printed digits",
-    stats.DIFFERS: "away from the printed value by more than chance and rounding, or other digits",
-    stats.INCONCLUSIVE: "too few runs to say either",
-    stats.NOT_COMPARABLE: "another model, protocol, size or machine than the paper's, or nothing printed",
-    stats.NOT_RUN: "no finished run behind the cell",
-}
-"""Verdict -> what it says."""
 
 LONG = 14
 """Labels above which a table is folded away until it is asked for."""
@@ -133,7 +115,8 @@ def table_html(table: BuiltTable, after: Child = None) -> Html:
 def legend() -> Html:
     """What the marks say."""
     lines = [
-        join([tag("dt", _mark(verdict)), tag("dd", tag("b", verdict), f": {MEANINGS[verdict]}")]) for verdict in MARKS
+        join([tag("dt", _mark(verdict)), tag("dd", tag("b", verdict), f": {verdicts.MEANINGS[verdict]}")])
+        for verdict in verdicts.MARKS
     ]
     return tag("dl", join(lines, "\n"), class_="legend")
 
@@ -157,8 +140,10 @@ def _typed(rows: Sequence[dict[str, str]]) -> Iterable[dict[str, Any]]:
         texts = [row[name] for name in _VALUES if row[name]]
         whole[row["column"]] = whole.get(row["column"], True) and all(re.fullmatch(r"-?\d+", text) for text in texts)
     for row in rows:
-        if row["verdict"] not in MARKS:
-            raise ValueError(f"verdict {row['verdict']!r}; allowed are {', '.join(MARKS)}: write the table again.")
+        if row["verdict"] not in verdicts.MARKS:
+            raise ValueError(
+                f"verdict {row['verdict']!r}; allowed are {', '.join(verdicts.MARKS)}: write the table again."
+            )
         parse = int if whole[row["column"]] else float
         yield row | {name: parse(row[name]) if row[name] else None for name in _VALUES}
 
@@ -249,13 +234,15 @@ _ROW = _hidden("row")
 
 
 def _mark(verdict: str) -> Html:
-    return tag("span", MARKS[verdict], class_=f"mark {verdict.replace(' ', '-')}", title=verdict)
+    return tag("span", verdicts.MARKS[verdict], class_=f"mark {verdict.replace(' ', '-')}", title=verdict)
 
 
 def _counts(table: BuiltTable) -> Html:
     """How many cells have which verdict."""
     parts = [
-        tag("li", _mark(verdict), f" {verdict} {table.count(verdict)}") for verdict in MARKS if table.count(verdict)
+        tag("li", _mark(verdict), f" {verdict} {table.count(verdict)}")
+        for verdict in verdicts.MARKS
+        if table.count(verdict)
     ]
     return tag("ul", *parts, class_="counts", aria_label=f"Verdicts of Table {table.number}")
 
@@ -264,7 +251,7 @@ def _reasons(table: BuiltTable) -> Html:
     """Why cells are not run or not comparable: each reason once, with its cells."""
     found: dict[str, list[Row]] = {}
     for row in table.rows:
-        if row["verdict"] in (stats.NOT_RUN, stats.NOT_COMPARABLE):
+        if row["verdict"] in (verdicts.NOT_RUN, verdicts.NOT_COMPARABLE):
             for reason in reasons_of(row):
                 found.setdefault(reason, []).append(row)
     if not found:

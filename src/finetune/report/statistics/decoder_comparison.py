@@ -12,11 +12,8 @@ from scipy import stats as distributions
 
 from finetune.report.evidence.llama_evidence import LlamaEvidence
 from finetune.report.statistics.method_comparison import families_of
-from finetune.stats import paired
+from finetune.stats import paired, verdicts
 from finetune.stats.intervals import Difference, Estimate, mean_interval
-
-LOWER, HIGHER, OPEN = "first is lower", "second is lower", "not separated"
-LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class LossPair:
         seeds: Those that both have.
         p: Two-sided p-value of the paired t test; `None` below two seeds.
         p_holm: The same, corrected for the family.
-        verdict: `first is lower`, `second is lower` or `not separated`, by `p_holm` and `LEVEL`.
+        verdict: `first is better`, `second is better` (lower loss) or `not separated`, by `p_holm`.
     """
 
     first: str
@@ -98,8 +95,7 @@ def _pairs(pairs: Sequence[tuple[str, str]], losses: Mapping[str, Mapping[int, f
     found = []
     for pair, differences in values.items():
         difference, p = paired.paired_difference([differences]), holm.get(pair)
-        apart = p is not None and p <= LEVEL
-        verdict = (LOWER if difference.value < 0 else HIGHER) if apart else OPEN
+        verdict = verdicts.of_test(difference.value, p, lower_is_better=True)
         found.append(LossPair(*pair, difference, tuple(shared[pair]), tested.get(pair), p, verdict))
     return tuple(found)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from finetune.published import TASKS, released_scores
 from finetune.report.evidence.evidence import Evidence
 from finetune.report.paper.layouts import METHODS
-from finetune.stats import paired
+from finetune.stats import paired, verdicts
 from finetune.stats.intervals import Difference, Estimate, mean_interval
 
 Scores = Mapping[str, Mapping[str, Mapping[int, float]]]
@@ -22,9 +22,6 @@ Scores = Mapping[str, Mapping[str, Mapping[int, float]]]
 
 ORDER = ("sparsegrad", "lora", "meprop", "full")
 """A pair's difference is the earlier one's minus the later one's."""
-
-FIRST, SECOND, OPEN = "first is better", "second is better", "not separated"
-LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class Test:
         p: Two-sided p-value of the sign-flip test.
         p_holm: The same, corrected for the family.
         least: Smallest p-value that so many pairs allow.
-        verdict: `first is better`, `second is better` or `not separated`, by `p_holm` and `LEVEL`.
+        verdict: `first is better`, `second is better` or `not separated`, by `p_holm` (`verdicts.of_test`).
     """
 
     difference: Difference
@@ -251,5 +248,5 @@ def _differences(pair: tuple[str, str], scores: Scores, tasks: Mapping[str, Sequ
 
 def _test(differences: Sequence[Sequence[float]], flips: paired.SignFlips, p_holm: float) -> Test:
     difference = paired.paired_difference(differences)
-    verdict = OPEN if p_holm > LEVEL else FIRST if difference.value > 0 else SECOND
+    verdict = verdicts.of_test(difference.value, p_holm)
     return Test(difference, sum(map(len, differences)), flips.p, p_holm, flips.least, verdict)

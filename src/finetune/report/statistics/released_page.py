@@ -8,7 +8,7 @@ from finetune.published import TASKS
 from finetune.report.paper.layouts import METHODS, PAPER_MODELS
 from finetune.report.paper.released_check import CUT, OTHER, ROUNDED, SEEDS
 from finetune.report.statistics.markdown import label, p_value, table
-from finetune.report.statistics.method_comparison import LEVEL
+from finetune.stats.verdicts import LEVEL
 
 
 def cells_section(cells: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -9,6 +9,7 @@ from finetune.report.paper.layouts import PAPER_MODELS
 from finetune.report.paper.printed_averages import CONTRADICTED, CUT_OFF, FOLLOWS, IMPLAUSIBLE, UNDECIDED, AverageCheck
 from finetune.report.statistics.markdown import interval, label, p_value, table
 from finetune.report.statistics.released_page import cells_section, exchange_section
+from finetune.stats.verdicts import LEVEL
 
 
 def to_markdown(content: Mapping[str, Any]) -> str:
@@ -127,7 +128,7 @@ def _family(family: Mapping[str, Any]) -> list[str]:
     for pair in family["pairs"]:
         name, test = f"{label(pair['first'])} - {label(pair['second'])}", pair["mean"]
         verdict = test["verdict"].replace("first", label(pair["first"])).replace("second", label(pair["second"]))
-        if test["least"] > 0.05:
+        if test["least"] > LEVEL:
             verdict += " (too few pairs)"
         numbers = [interval(test["difference"], "+"), interval(pair["bootstrap"], "+"), interval(pair["iqm"], "+")]
         ps = [p_value(test[key]) for key in ("p", "p_holm", "least")]

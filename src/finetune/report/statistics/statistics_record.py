@@ -17,7 +17,7 @@ from finetune.report.evidence.llama_evidence import LlamaEvidence
 from finetune.report.paper import printed_averages, released_check
 from finetune.report.paper.layouts import GLUE_TABLES, PAPER_MODELS, PAPER_RUNS, cells
 from finetune.report.statistics import decoder_comparison, method_comparison
-from finetune.stats import paired
+from finetune.stats import paired, verdicts
 
 ASKED = {"model": "bert_base", "methods": ("lora", "sparsegrad"), "tasks": ("mrpc", "rte")}
 """The exchange that `protocol.md`'s row D15 suspects; the answer looks at every task and model all the same."""
@@ -42,8 +42,8 @@ def build_statistics(
     settings = {
         "seed": seed,
         "samples": samples,
-        "confidence": 0.95,
-        "level": method_comparison.LEVEL,
+        "confidence": verdicts.CONFIDENCE,
+        "level": verdicts.LEVEL,
         "exact_pairs": paired.EXACT_PAIRS,
         "least_for_iqm": paired.LEAST_FOR_IQM,
         "paper_runs": dict(PAPER_RUNS),

@@ -8,6 +8,7 @@ from finetune.report.evidence.evidence import Evidence, Key, Run, Search
 from finetune.report.paper import layouts, printed
 from finetune.report.paper.layouts import Cell
 from finetune.stats import intervals as stats
+from finetune.stats import verdicts
 
 PAPER_PROTOCOLS = ("printed", "released")
 """Protocols whose scores may be compared with the printed ones; `sound` makes other choices than the paper."""
@@ -111,12 +112,12 @@ def count_verdict(cell: Cell, exact: float, *, comparable: bool) -> tuple[str, l
     """
     paper = printed.parse(cell.paper)
     if not comparable or paper is None:
-        return stats.NOT_COMPARABLE, []
+        return verdicts.NOT_COMPARABLE, []
     if paper.round(exact).number == paper.number:
-        return stats.AGREES, []
+        return verdicts.AGREES, []
     how = "cut off, not rounded" if paper.truncate(exact).number == paper.number else "neither rounded nor cut off"
     value = f"{exact:,}" if isinstance(exact, int) else f"{exact:,.2f}{paper.unit if paper.unit == '%' else ''}"
-    return stats.DIFFERS, [f"{value} rounds to {paper.round(exact).text}, the paper prints {paper.text} ({how})"]
+    return verdicts.DIFFERS, [f"{value} rounds to {paper.round(exact).text}, the paper prints {paper.text} ({how})"]
 
 
 def k_verdict(cell: Cell, share: float | None) -> tuple[str, list[str]]:
@@ -131,17 +132,17 @@ def k_verdict(cell: Cell, share: float | None) -> tuple[str, list[str]]:
     """
     label = printed.parse(cell.row.split()[0])
     if share is None or label is None:
-        return stats.NOT_COMPARABLE, []
+        return verdicts.NOT_COMPARABLE, []
     if label.round(share).number == label.number:
-        return stats.AGREES, []
+        return verdicts.AGREES, []
     how = "cut off, not rounded" if label.truncate(share).number == label.number else "neither rounded nor cut off"
-    return stats.DIFFERS, [f"{share:.3f} % rounds to {label.round(share).text}, the label says {label.text} ({how})"]
+    return verdicts.DIFFERS, [f"{share:.3f} % rounds to {label.round(share).text}, the label says {label.text} ({how})"]
 
 
 def setting_verdict(cell: Cell, value: float, *, comparable: bool) -> str:
     """Compare a batch size (equal) or a learning rate (within a factor of 2) with the print."""
     paper = printed.parse(cell.paper)
     if not comparable or paper is None:
-        return stats.NOT_COMPARABLE
+        return verdicts.NOT_COMPARABLE
     same = value == paper.value if cell.quantity == "batch_size" else stats.within_factor(value, paper.value)
-    return stats.AGREES if same else stats.DIFFERS
+    return verdicts.AGREES if same else verdicts.DIFFERS

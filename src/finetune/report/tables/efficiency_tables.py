@@ -20,6 +20,7 @@ from finetune.report.evidence.efficiency_evidence import METHODS, PAPER_MODEL, E
 from finetune.report.tables import efficiency_notes
 from finetune.report.tables.writers import Context
 from finetune.stats import intervals as stats
+from finetune.stats import verdicts
 
 TITLES = {
     3: "steps per second and memory, average over GLUE, RoBERTa-base",
@@ -164,10 +165,10 @@ def _over_full(found: list[Cell]) -> Iterator[Cell]:
 
 def _build_row(cell: Cell, evidence: EfficiencyEvidence, seed: int) -> dict[str, Any]:
     values, paths = _values(cell, evidence)
-    ours, verdict = stats.Estimate(None, None, None, None), stats.NOT_RUN
+    ours, verdict = stats.Estimate(None, None, None, None), verdicts.NOT_RUN
     source = [f"paper: {cell.source}{f' ({cell.note})' if cell.note else ''}"] if cell.source else []
     if values:
-        verdict = stats.NOT_COMPARABLE
+        verdict = verdicts.NOT_COMPARABLE
         ours = _estimate(cell, values, seed)
         source += [_how(cell, values, ours), *_partial(cell, values), _against(cell, evidence)]
     else:

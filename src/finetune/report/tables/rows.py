@@ -26,6 +26,7 @@ from finetune.report.tables.comparability import (
     why_not_run,
 )
 from finetune.stats import intervals as stats
+from finetune.stats import verdicts
 
 COLUMNS = (
     "row",
@@ -87,7 +88,7 @@ def _score_row(cell: Cell, frame: Frame) -> dict[str, Any]:
     logged = _logged(cell, cell.task)
     released = {"released": statistics.fmean(logged) if logged else None, "logs": _logs(len(logged), "seed")}
     if not runs:
-        return _row(cell, frame, verdict=stats.NOT_RUN, source=why_not_run(cell, frame.evidence), **released)
+        return _row(cell, frame, verdict=verdicts.NOT_RUN, source=why_not_run(cell, frame.evidence), **released)
     scores = [run.score for run in runs]
     ours = stats.mean_interval(scores)
     reasons = reasons_against(cell, frame.evidence, runs)
@@ -106,7 +107,7 @@ def _average_row(cell: Cell, frame: Frame) -> dict[str, Any]:
         least = min(len(scores) for scores in logs.values())
         released = {"released": _mean_of_means(logs.values()), "logs": f"mean of 8 task means, {_logs(least, 'seed')}"}
     if not by_task:
-        return _row(cell, frame, verdict=stats.NOT_RUN, source=why_not_run(cell, frame.evidence), **released)
+        return _row(cell, frame, verdict=verdicts.NOT_RUN, source=why_not_run(cell, frame.evidence), **released)
     runs = [run for task in by_task for run in by_task[task]]
     ours = stats.stratified_bootstrap(_matrix(by_task.values()), seed=frame.seed)
     reasons = [*reasons_against(cell, frame.evidence, runs), *missing_tasks(cell, by_task)]
@@ -123,7 +124,7 @@ def _trainable_row(cell: Cell, frame: Frame) -> dict[str, Any]:
     """Trainable parameters of the model, or of one wrapped MLP matrix, as the records counted them."""
     runs = _runs(cell, frame.evidence)
     if not runs:
-        return _row(cell, frame, verdict=stats.NOT_RUN, source=why_not_run(cell, frame.evidence))
+        return _row(cell, frame, verdict=verdicts.NOT_RUN, source=why_not_run(cell, frame.evidence))
     counts = sorted(getattr(run, cell.quantity) for run in runs)
     count = _whole(statistics.median_low(counts))
     reasons = reasons_against(cell, frame.evidence, runs, sizes=False)
@@ -137,7 +138,7 @@ def _k_row(cell: Cell, frame: Frame) -> dict[str, Any]:
     """Entries of one MLP matrix that a step keeps, and their share against the row's label, whichever model ran."""
     runs = _runs(cell, frame.evidence)
     if not runs:
-        return _row(cell, frame, verdict=stats.NOT_RUN, source=why_not_run(cell, frame.evidence))
+        return _row(cell, frame, verdict=verdicts.NOT_RUN, source=why_not_run(cell, frame.evidence))
     counts = sorted({(run.trainable_per_layer, run.matrix) for run in runs}, key=str)
     (kept, matrix), several = counts[0], len(counts) > 1
     share = 100 * kept / matrix if matrix and not several else None
@@ -152,7 +153,7 @@ def _architecture_row(cell: Cell, frame: Frame) -> dict[str, Any]:
     """Count or share of a part of one of the paper's models, from its architecture alone."""
     if cell.model not in frame.counts:
         source = [f"no configuration of {cell.model} was given"]
-        return _row(cell, frame, verdict=stats.NOT_RUN, source=source)
+        return _row(cell, frame, verdict=verdicts.NOT_RUN, source=source)
     counts = frame.counts[cell.model]
     value = counts.share(cell.part) if cell.quantity == "share" else getattr(counts, cell.part)
     reasons = [] if cell.paper else ["not comparable: the paper prints no value"]
@@ -169,12 +170,12 @@ def _setting_row(cell: Cell, frame: Frame) -> dict[str, Any]:
     keys = keys_of(cell, frame.evidence)
     search = frame.evidence.searches.get(keys[0]) if keys else None
     if search is None:
-        return _row(cell, frame, verdict=stats.NOT_RUN, source=why_not_run(cell, frame.evidence), **released)
+        return _row(cell, frame, verdict=verdicts.NOT_RUN, source=why_not_run(cell, frame.evidence), **released)
     value = getattr(search, cell.quantity)
     states = ", ".join(f"{count} {state}" for state, count in search.states.items())
     trials = f"{_plural(sum(search.states.values()), 'trial')} ({states})"
     if value is None:
-        row = _row(cell, frame, verdict=stats.NOT_RUN, source=[f"none of {trials} has a value"], **released)
+        row = _row(cell, frame, verdict=verdicts.NOT_RUN, source=[f"none of {trials} has a value"], **released)
     else:
         reasons = reasons_against(cell, frame.evidence, [search])
         verdict = setting_verdict(cell, value, comparable=not reasons)

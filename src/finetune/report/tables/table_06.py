@@ -24,6 +24,7 @@ from finetune.report.tables import table_06_notes
 from finetune.report.tables.comparability import PAPER_PROTOCOLS, count_verdict
 from finetune.report.tables.writers import Context
 from finetune.stats import intervals as stats
+from finetune.stats import verdicts
 
 NUMBER = 6
 TITLE = "LLaMa-2 on OpenAssistant conversations, answers to MT-Bench Inf judged"
@@ -106,7 +107,7 @@ def _trainable_row(cell: Cell, evidence: LlamaEvidence) -> dict[str, Any]:
     """Share of the model's parameters that train, as the records counted them."""
     runs = evidence.runs.get(cell.method, ())
     if not runs:
-        return _row(cell, evidence, stats.NOT_RUN, _why_not_run(cell, evidence))
+        return _row(cell, evidence, verdicts.NOT_RUN, _why_not_run(cell, evidence))
     counts = sorted({(run.trainable, run.total) for run in runs})
     share = statistics.median_low(sorted(run.share for run in runs))
     reasons = _against(cell, evidence, runs, sizes=False)
@@ -120,11 +121,11 @@ def _loss_row(cell: Cell, evidence: LlamaEvidence) -> dict[str, Any]:
     """Best validation loss: mean over seeds with Student's interval, Welch's interval for the verdict."""
     runs = evidence.runs.get(cell.method, ())
     if not runs:
-        return _row(cell, evidence, stats.NOT_RUN, _why_not_run(cell, evidence))
+        return _row(cell, evidence, verdicts.NOT_RUN, _why_not_run(cell, evidence))
     losses = [run.loss for run in runs]
     ours = stats.mean_interval(losses)
     reasons = _against(cell, evidence, runs)
-    paper, verdict = printed.parse(cell.paper), stats.NOT_COMPARABLE
+    paper, verdict = printed.parse(cell.paper), verdicts.NOT_COMPARABLE
     if not reasons:
         deviation = float(cell.paper_std) if cell.paper_std else None
         difference = stats.difference_from_paper([losses], paper.value, [deviation], PAPER_RUNS)
@@ -140,7 +141,7 @@ def _judged_row(cell: Cell, evidence: LlamaEvidence, categories: Mapping[int, st
     """FastChat's score: mean over seeds, bootstrap interval over questions. The paper prints no deviation."""
     judged = [one for one in evidence.judged.get(cell.method, ()) if one.lines]
     if not judged:
-        return _row(cell, evidence, stats.NOT_RUN, _why_not_judged(cell, evidence))
+        return _row(cell, evidence, verdicts.NOT_RUN, _why_not_judged(cell, evidence))
     ours = bootstrap_score([one.items() for one in judged], seed=seed, categories=categories)
     reasons = _against_judged(cell, evidence, judged)
     paper = printed.parse(cell.paper)

@@ -17,7 +17,7 @@ from finetune.report.evidence.llama_evidence import PAPER_MODEL, LlamaEvidence
 from finetune.report.paper.layouts import METHODS, PAPER_MODELS
 from finetune.report.paper.shares import Shares
 from finetune.report.tables.comparability import PAPER_PROTOCOLS
-from finetune.stats import intervals as stats
+from finetune.stats import verdicts
 
 LABELS = {method: label for label, method in METHODS.items()}
 """Method -> row label."""
@@ -102,7 +102,7 @@ def pairs(evidence: LlamaEvidence, categories: Mapping[int, str] | None, seed: i
     for first, second in itertools.combinations(methods, 2):
         label = f"{LABELS[first]} - {LABELS[second]}"
         if not set.intersection(*(set(found) for found in (*items[first], *items[second]))):
-            notes.append(f"{label}: {stats.INCONCLUSIVE}, no item was judged for every seed of both.")
+            notes.append(f"{label}: {verdicts.INCONCLUSIVE}, no item was judged for every seed of both.")
             continue
         found = paired_bootstrap(items[first], items[second], seed=seed, categories=categories)
         threshold = max(PUBLISHED_NOISE if noise[name] is None else noise[name] for name in (first, second))
@@ -111,7 +111,7 @@ def pairs(evidence: LlamaEvidence, categories: Mapping[int, str] | None, seed: i
         unpaired = f", {found.unpaired} items not paired" if found.unpaired else ""
         notes.append(
             f"{label}: {found.difference:+.3f}{interval}, noise {threshold:.3f}: "
-            f"{verdict if quality else f'{stats.NOT_COMPARABLE} in quality (by the rule: {verdict})'} "
+            f"{verdict if quality else f'{verdicts.NOT_COMPARABLE} in quality (by the rule: {verdict})'} "
             f"({found.items} items of {found.questions} questions{unpaired})."
         )
     return notes
@@ -127,7 +127,7 @@ def readings(shares: Shares, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if row["column"].endswith(suffix):
             printed[row["row"]] = row["paper"]
             found = agreeing.setdefault(row["row"], [])
-            found += [row["column"].removeprefix(prefix).removesuffix(suffix)] * (row["verdict"] == stats.AGREES)
+            found += [row["column"].removeprefix(prefix).removesuffix(suffix)] * (row["verdict"] == verdicts.AGREES)
 
     def follows(method: str) -> str:
         label = LABELS[method]

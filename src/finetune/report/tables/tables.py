@@ -16,7 +16,7 @@ from finetune.report.paper.layouts import K_TABLES, PAPER_MODELS, SETTINGS, TABL
 from finetune.report.tables.comparability import PAPER_PROTOCOLS, keys_of
 from finetune.report.tables.rows import COLUMNS, Frame, build_row
 from finetune.report.tables.writers import Context, write_table
-from finetune.stats import intervals as stats
+from finetune.stats import verdicts
 
 __all__ = ["COLUMNS", "TABLES", "Context", "build_table", "collect_evidence", "write_table"]
 
@@ -126,7 +126,7 @@ def _marks(cells: Sequence[Cell], rows: Sequence[dict[str, Any]]) -> list[str]:
     marks = []
     for cell, row in zip(cells, rows, strict=True):
         rounding = [part for part in row["source"].split("; ") if " rounds to " in part]
-        if row["verdict"] == stats.DIFFERS and rounding:
+        if row["verdict"] == verdicts.DIFFERS and rounding:
             marks.append(f"{cell.row}, {cell.column}: {rounding[0]}.")
         if "does not match" in cell.note:
             marks.append(f"{cell.row}, {cell.column} as printed ({cell.paper}): {cell.note}.")

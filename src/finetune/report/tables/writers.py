@@ -13,19 +13,10 @@ from typing import Any
 
 from finetune.published import table_numbers
 from finetune.report.tables.rows import COLUMNS
-from finetune.stats import intervals as stats
+from finetune.stats import verdicts
 from finetune.store.files import write_atomically
 
 Row = Mapping[str, Any]
-
-MARKS = {
-    stats.AGREES: "=",
-    stats.DIFFERS: "!=",
-    stats.INCONCLUSIVE: "?",
-    stats.NOT_COMPARABLE: "n/c",
-    stats.NOT_RUN: "-",
-}
-"""Verdict -> its mark in a cell."""
 
 _NO_CELL = "–"
 """Where a row has no such column: a ratio of scores, say."""
@@ -42,6 +33,8 @@ _LATEX = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     "±": r"$\pm$",
+    "≠": r"$\neq$",
+    "–": "--",
 }
 
 
@@ -169,12 +162,12 @@ def _notes(rows: Sequence[Row], context: Context) -> list[str]:
     spread = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else "".join(map(str, sizes))
     missing: dict[str, list[str]] = {}
     for row in rows:
-        if row["verdict"] == stats.NOT_RUN:
+        if row["verdict"] == verdicts.NOT_RUN:
             missing.setdefault(row["row"], []).append(row["column"])
     width = len({row["column"] for row in rows})
     cells = [f"{name} ({'all' if len(cols) == width else ', '.join(cols)})" for name, cols in missing.items()]
-    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in stats.VERDICTS}
-    legend = ", ".join(f"{MARKS[verdict]} {verdict} ({count})" for verdict, count in counts.items())
+    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in verdicts.VERDICTS}
+    legend = ", ".join(f"{verdicts.MARKS[verdict]} {verdict} ({count})" for verdict, count in counts.items())
     lines = [f"Verdicts: {legend}."]
     lines += [f"n ({context.counted}): {spread}."] if sizes else []
     lines += [f"Not run: {'; '.join(cells)}." if cells else "Not run: none."]
@@ -190,7 +183,7 @@ def _markdown_cell(row: Row) -> str:
 def _ours(row: Row) -> str:
     if row["ours"] is None:
         return row["verdict"]
-    return " ".join(part for part in (_number(row, "ours"), _interval(row), MARKS[row["verdict"]]) if part)
+    return " ".join(part for part in (_number(row, "ours"), _interval(row), verdicts.MARKS[row["verdict"]]) if part)
 
 
 def _interval(row: Row) -> str:
@@ -209,7 +202,7 @@ def _latex_lines(label: str, found: Sequence[Row | None]) -> list[list[str]]:
         "95 % interval": [_interval(row) if row else "" for row in found],
         "paper": [_paper(row) if row and row["paper"] else "" for row in found],
         "released": [_number(row, "released") if row else "" for row in found],
-        "verdict": [MARKS[row["verdict"]] if row else "" for row in found],
+        "verdict": [verdicts.MARKS[row["verdict"]] if row else "" for row in found],
     }
     lines = [[name, *texts] for name, texts in cells.items() if any(texts)]
     return [[label if position == 0 else "", *line] for position, line in enumerate(lines)]
@@ -253,8 +246,8 @@ def _check(rows: Sequence[Row]) -> None:
     for row in rows:
         if set(row) != set(COLUMNS):
             raise ValueError(f"a row has the keys {sorted(row)}; allowed and needed are {sorted(COLUMNS)}")
-        if row["verdict"] not in stats.VERDICTS:
-            raise ValueError(f"verdict {row['verdict']!r}; allowed are {', '.join(stats.VERDICTS)}")
+        if row["verdict"] not in verdicts.VERDICTS:
+            raise ValueError(f"verdict {row['verdict']!r}; allowed are {', '.join(verdicts.VERDICTS)}")
         key = (row["row"], row["column"])
         if key in seen:
             raise ValueError(f"two rows of the cell {key}; one per cell is allowed: remove or rename one")

@@ -1,0 +1,51 @@
+"""The words of every judgement on numbers, their order, their marks and their meanings; the level behind them.
+
+Tables, pages, figures and statistics take them from here, so that none of them compares words of its own.
+"""
+
+CONFIDENCE = 0.95
+"""Coverage of every interval."""
+
+LEVEL = 0.05
+"""Largest corrected p-value that separates two methods."""
+
+AGREES = "agrees"
+DIFFERS = "differs"
+INCONCLUSIVE = "inconclusive"
+NOT_COMPARABLE = "not comparable"
+NOT_RUN = "not run"
+
+VERDICTS = (AGREES, DIFFERS, INCONCLUSIVE, NOT_COMPARABLE, NOT_RUN)
+"""What a value of ours says of the printed one, in the order of legends (`intervals.verdict` has the rule)."""
+
+MARKS = {AGREES: "=", DIFFERS: "≠", INCONCLUSIVE: "?", NOT_COMPARABLE: "n/c", NOT_RUN: "–"}
+"""Verdict -> its mark in a cell."""
+
+MEANINGS = {
+    AGREES: "within the margin of the printed value, or the same printed digits",
+    DIFFERS: "away from the printed value by more than chance and rounding, or other digits",
+    INCONCLUSIVE: "too few runs to say either",
+    NOT_COMPARABLE: "another model, protocol, size or machine than the paper's, or nothing printed",
+    NOT_RUN: "no finished run behind the cell",
+}
+"""Verdict -> what it says."""
+
+FIRST_BETTER = "first is better"
+SECOND_BETTER = "second is better"
+NOT_SEPARATED = "not separated"
+
+
+def of_test(difference: float, p: float | None, *, lower_is_better: bool = False) -> str:
+    """Say what a two-sided test of a paired difference tells.
+
+    Args:
+        difference: First minus second.
+        p: Corrected p-value; `None` where no test was possible.
+        lower_is_better: Whether a smaller value is the better one, as of a loss.
+
+    Returns:
+        `FIRST_BETTER`, `SECOND_BETTER` or `NOT_SEPARATED`; it is up to `LEVEL` that two are separated.
+    """
+    if p is None or p > LEVEL:
+        return NOT_SEPARATED
+    return FIRST_BETTER if (difference > 0) != lower_is_better else SECOND_BETTER
