@@ -1,0 +1,88 @@
+"""Every committed record is found again: its name's hash comes from its content, and from the configuration of today.
+
+What does not decide numbers (a label, a mark, a key of the loop around the runs) must stay out of a run's identity.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from finetune.data.glue import Task
+from finetune.runs import chat_inputs, glue
+from finetune.runs.glue import for_task
+from finetune.store import records
+
+LOCAL = Path(__file__).parents[3] / "results" / "local"
+RUNS = sorted(LOCAL.glob("**/*-seed*-*.json"))
+SEARCHES = sorted(LOCAL.glob("search/*/*/*.json"))
+READ = {path: json.loads(path.read_text()) for path in RUNS}
+
+
+def compose_as(compose, record):
+    """Today's configuration of a record's experiment, model and method."""
+    run, decoder = record["run"], record["run"]["kind"] == "llama"
+    nested = "llama/" if decoder else ""
+    names = [f"model={run['model']}", f"method={run['method']}"]
+    names += [f"{group}={nested}{run[group]}" for group in ("protocol", "scale")]
+    return compose(*names, config_name="llama" if decoder else "glue")
+
+
+def with_facts(compose, config, record):
+    """A configuration with what a run adds to it: hyper-parameters, and where its bases come from."""
+    group = "chat" if record["run"]["kind"] == "llama" else "data"
+    basis = "a file" if "task" in record["basis"] else None
+    data = compose(config_name="llama" if group == "chat" else "glue")[group]
+    return config | {"version": record["version"], "basis": basis, group: data} | record["hyperparameters"]
+
+
+def splits_of(record):
+    facts = record["data"]
+    length = record["treatment"].get("packed_tokens")
+
+    class Rows(SimpleNamespace):
+        def __len__(self):
+            return self.rows
+
+    return {
+        role: Rows(sha256=digest, rows=facts["rows"][role], longest=length) for role, digest in facts["sha256"].items()
+    }
+
+
+def digest_of(config, record, kind="train", seed=None, chosen=None):
+    """The hash of a run: everything that data and weights decide is the record's."""
+    sha256, splits, task = record["model"]["sha256"], splits_of(record), record["run"]["task"]
+    seed = record["run"]["seed"] if seed is None else seed
+    if record["run"]["kind"] == "llama":
+        inputs = chat_inputs.ChatInputs(config)
+        inputs.__dict__.update(fingerprint=sha256, splits=splits)
+        return records.config_hash(chat_inputs.identity(inputs, seed))
+    inputs = glue.Inputs(config, _fingerprint=sha256)
+    inputs._tasks[task] = (Task.from_config(config["data"] | {"task": task}), splits)
+    return records.config_hash(
+        glue.identity(inputs, task, seed, record["hyperparameters"] if chosen is None else chosen, kind)
+    )
+
+
+def test_all_committed_records_are_here():
+    assert len(RUNS) >= 102 and len(SEARCHES) >= 25
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_run_is_named_by_its_content_and_by_todays_configuration(path, compose):
+    record = READ[path]
+    assert path.stem.endswith(record["run"]["config_hash"])
+    for config in (compose(config_name="llama") | record["config"], compose_as(compose, record)):
+        assert digest_of(with_facts(compose, config, record), record) == record["run"]["config_hash"]
+
+
+@pytest.mark.parametrize("path", SEARCHES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_search_is_named_by_todays_configuration(path, compose):
+    search = json.loads(path.read_text())
+    run = next(r for r in READ.values() if all(r["run"][k] == search["run"][k] for k in ("model", "method", "task")))
+    config = with_facts(compose, compose_as(compose, run), run)
+    steps = for_task(config["scale"]["search"]["max_steps"], run["run"]["task"])
+    found = digest_of(config, run, "search", search["seed"], {"max_steps": steps})
+    assert found == search["run"]["config_hash"]
+    assert f'"{found}"' in path.with_suffix(".journal").read_text()  # the study's name: its trials are found again
