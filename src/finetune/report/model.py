@@ -14,13 +14,16 @@ from finetune.store import records
 
 SCHEMA = 1
 
+_FORMATS = {"learning_rate": ".2e", "loss": ".4f", "judged": ".3f"}
+_PERCENT = ("share", "trained_share")
+
 
 @dataclass(frozen=True)
 class Reason:
     """Why a cell has no value, or may not be compared with the print.
 
     Attributes:
-        kind: A word that code may ask for, such as `other_model`, `protocol`, `scale`, `not_run`.
+        kind: A word that code may ask for: `other_model`, `protocol`, `scale`, `not_printed`, `no_run`, `no_quality`.
         text: The same for readers.
     """
 
@@ -43,7 +46,9 @@ class Cell:
     Attributes:
         row: Row label.
         column: Column label.
-        quantity: What the value is, such as `score`; it decides how the value is formatted.
+        quantity: What the value is, such as `score`; it decides how the value is formatted (`format_value`).
+        method: Name of the method behind it, or of the variant of tables 3, 7 and 8; empty where none is.
+        task: Name of the task behind it, likewise.
         value: Ours; `None` where nothing ran.
         low: Lower end of its interval.
         high: Upper end.
@@ -53,7 +58,8 @@ class Cell:
         released: The value of the authors' logs.
         verdict: One of `finetune.stats.verdicts`.
         reasons: Why it has no value or may not be compared.
-        flags: Words such as `inferred`, `failed_runs`, `mixed_versions`.
+        flags: Words such as `inferred` (of the printed value), `failed_runs`, `mixed_versions`, `partial_average`,
+            `ablation` (of the row), `over_full` (a ratio to full fine-tuning's).
         sources: `ours`, `paper`, `released` -> what the value was computed from.
         protocol: Name of the protocol behind ours.
         model: Name of the model behind ours.
@@ -63,6 +69,8 @@ class Cell:
     row: str
     column: str
     quantity: str
+    method: str = ""
+    task: str = ""
     value: float | int | None = None
     low: float | None = None
     high: float | None = None
@@ -118,6 +126,17 @@ class Table:
     def cell(self, row: str, column: str) -> Cell | None:
         """The cell of two labels, or `None`."""
         return next((cell for cell in self.cells if (cell.row, cell.column) == (row, column)), None)
+
+
+def format_value(quantity: str, value: float | None) -> str:
+    """Format a value for readers: some by their quantity, counts with separators, the rest to 0.01; `None`: nothing."""
+    if value is None:
+        return ""
+    if quantity in _PERCENT:
+        return f"{value:.2f}%" if value >= 1 else f"{value:.3g}%"
+    if quantity in _FORMATS:
+        return format(value, _FORMATS[quantity])
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
 
 
 def write_table(path: str | Path, table: Table) -> None:
