@@ -1,0 +1,122 @@
+"""README and docs: every number of their tables is one of a committed record, every link leads somewhere."""
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from finetune.store.catalog import read_methods
+
+ROOT = Path(__file__).parents[1]
+LOCAL = ROOT / "results" / "local"
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+LABELS = {facts.label: name for name, facts in read_methods(ROOT / "conf").items()}
+TASKS = {"STS-B": "stsb", "MRPC": "mrpc", "CoLA": "cola"}
+
+
+def table_after(page, marker):
+    """Rows of the Markdown table below ``<!-- marker -->``, as lists of texts, the header first."""
+    lines = page.read_text().partition(f"<!-- {marker} -->\n")[2].splitlines()
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    assert len(rows) > 2, f"{page.name}: no table after {marker}"
+    return [rows[0], *rows[2:]]
+
+
+def with_interval(value, places, sign=""):
+    mean = value["mean"] if "mean" in value else value["value"]
+    return f"{mean:{sign}.{places}f} [{value['low']:{sign}.{places}f}, {value['high']:{sign}.{places}f}]"
+
+
+@pytest.fixture(scope="module")
+def statistics():
+    return json.loads((LOCAL / "statistics.json").read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_exist(page):
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
+    missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
+    assert not missing
+
+
+def test_the_readme_is_for_newcomers():
+    assert len((ROOT / "README.md").read_text().split()) <= 1500
+
+
+def test_the_thirty_points_are_those_of_the_published_list():
+    rows = list(csv.DictReader(io.StringIO((ROOT / "src/finetune/published/discrepancies.csv").read_text())))
+    columns = ("row", "topic", "paper", "code", "tables", "printed", "released", "sound")
+    lines = [line for line in (ROOT / "docs/protocol.md").read_text().splitlines() if re.match(r"\| D\d", line)]
+    assert (
+        lines == ["| " + " | ".join(row[name] or "-" for name in columns) + " |" for row in rows] and len(lines) == 30
+    )
+
+
+def test_scores_are_those_of_the_statistics(statistics):
+    (entry,) = [one for one in statistics["runs"] if one["model"] == "minilm"]
+    head, *rows = table_after(ROOT / "docs/results.md", "glue")
+    tasks = [TASKS[cell.partition(",")[0]] for cell in head[1:]]
+    for label, *cells in rows:
+        summary = entry["comparison"]["methods"][LABELS[label]]["tasks"]
+        assert cells == [with_interval(summary[task], 1) for task in tasks], label
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_losses_are_those_of_the_statistics(page, statistics):
+    decoder = statistics["decoder"]
+    pairs = {
+        (pair["first"], pair["second"]): pair["difference"] for fam in decoder["families"] for pair in fam["pairs"]
+    }
+    _, *rows = table_after(ROOT / page, "decoder")
+    for label, share, loss, difference in rows:
+        name = LABELS[label]
+        summary = decoder["methods"][name]
+        places = 2 if summary["share"] >= 1 else 3
+        assert (share, loss) == (f"{summary['share']:.{places}f} %", with_interval(summary["loss"], 3)), label
+        if name == "sparsegrad":
+            assert not difference
+        elif (name, "sparsegrad") in pairs:
+            assert difference == with_interval(pairs[name, "sparsegrad"], 3, "+"), label
+        else:
+            found = pairs["sparsegrad", name]
+            turned = {"value": -found["value"], "low": -found["high"], "high": -found["low"]}
+            assert difference == with_interval(turned, 3, "+"), label
+
+
+def test_ratios_at_true_size_are_those_of_the_record():
+    record = json.loads((LOCAL / "efficiency/roberta_base/cola.json").read_text())
+    by_name = {variant["name"]: variant for variant in record["variants"]}
+    names = {
+        "LoRA": "lora",
+        "truncated": "truncated",
+        "truncated, all outputs": "truncated_input",
+        "folded": "folded",
+        "the paper's layer": "rotated_regular",
+    }
+    peak = by_name["full"]["memory"]["peak_training"]
+    for label, speed, memory in table_after(ROOT / "docs/hardware.md", "roberta_base")[1:]:
+        found = by_name[names[label]]
+        expected = f"{found['ratio_to_full']['mean']:.2f}", f"{found['memory']['peak_training'] / peak:.2f}"
+        assert (speed, memory) == expected, label
+
+
+def test_energies_are_those_of_the_record():
+    record = json.loads((LOCAL / "energy/minilm/stsb-full.json").read_text())
+    steps = {step["step"]: step["spaces"] for step in record["steps"]}
+
+    def block(step, space, kind):
+        found = zip(record["layers"], steps[step][space], strict=True)
+        return f"{fmean(one['block'] for layer, one in found if layer['kind'] == kind):.2f}"
+
+    for task, kind, *cells in table_after(ROOT / "docs/results.md", "energy")[1:]:
+        assert task == "STS-B"
+        looks = ((0, "initial"), (50, "initial"), (50, "refreshed"))
+        assert cells == [block(step, space, kind) for step, space in looks], kind
