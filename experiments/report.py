@@ -30,7 +30,7 @@ def main(cfg: DictConfig) -> None:
             results,
             experiment=experiment,
             protocols={
-                title: {path.stem: path.read_text() for path in sorted(folder.glob("*.yaml"))}
+                title: {path.stem: yaml.safe_load(path.read_text()) for path in sorted(folder.glob("*.yaml"))}
                 for title, folder in PROTOCOLS.items()
             },
             expected=dict(cfg.figures),

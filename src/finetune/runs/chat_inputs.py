@@ -116,6 +116,10 @@ _SIZES = (
 )  # fmt: skip
 
 
+# Of conf/protocol: what `hyperparameters` replaces, and where the choices come from.
+_NOT_DECIDING = ("batch_size", "learning_rate", "sources")
+
+
 def identity(inputs: ChatInputs, seed: int) -> dict[str, Any]:
     """Everything that decides a run's numbers; its hash names the record. Paths, device and logging are left out."""
     config = inputs.config
@@ -125,7 +129,7 @@ def identity(inputs: ChatInputs, seed: int) -> dict[str, Any]:
         "kind": "llama",
         "model": {k: v for k, v in config["model"].items() if k not in places} | {"sha256": inputs.fingerprint},
         "method": deciding(config["method"]),
-        "protocol": {k: v for k, v in config["protocol"].items() if k not in ("batch_size", "learning_rate")},
+        "protocol": {k: v for k, v in config["protocol"].items() if k not in _NOT_DECIDING},
         "scale": {name: config["scale"][name] for name in _SIZES},
         "basis": ("run" if config["basis"] is None else "task") if needs_bases(config["method"]) else None,
         "data": inputs.data_identity,

@@ -87,22 +87,19 @@ def test_a_drawing_without_a_size_or_of_another_kind_is_refused():
 # ---- protocol ----
 
 
-def test_choices_of_a_protocol_carry_their_comments():
-    text = (
-        "# What.\nname: x\ndensity: 0.01   # D1: one\npreliminary:   # collection\n  steps: 30  # D3\n  update: false\n"
-        "frozen: {}\nsearch: {rate: [1.0e-06, 0.1]}  # D13\nsteps:  # at batch 16\n  {cola: 100}\nlast: null\n"
-    )
-    assert read_choices(text) == [
+def test_choices_of_a_protocol_carry_their_sources():
+    one = {"name": "x", "density": 0.01, "preliminary": {"steps": 30, "update": False}, "search": {"rate": [1e-6, 0.1]}}
+    sources = {"density": "D1: one", "preliminary": {"steps": "D3"}}
+    protocols = {"x": one | {"sources": sources}, "y": one | {"sources": {"like": "x", "search": "here"}}}
+    assert read_choices("x", protocols) == [
         Choice("density", "0.01", "D1: one"),
         Choice("preliminary.steps", "30", "D3"),
-        Choice("preliminary.update", "no", "collection"),
-        Choice("frozen", "none", ""),
-        Choice("search", "rate 1e-06, 0.1", "D13"),
-        Choice("steps", "cola 100", "at batch 16"),
-        Choice("last", "none", ""),
+        Choice("preliminary.update", "no", ""),
+        Choice("search", "rate 1e-06, 0.1", ""),
     ]
-    with pytest.raises(ValueError, match="a YAML mapping with a name"):
-        read_choices("- 1\n")
+    assert [choice.source for choice in read_choices("y", protocols)] == ["D1: one", "D3", "", "here"]
+    with pytest.raises(ValueError, match="protocol 'z'; there are x, y"):
+        read_choices("z", protocols)
 
 
 def test_rows_in_a_text_become_links():

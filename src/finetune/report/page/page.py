@@ -148,7 +148,7 @@ def _protocol(inputs: PageInputs) -> Section:
         f"Protocol {used}: every choice with its source, beside the other protocols’. The scale {scale} may shorten "
         "runs and lower precision; what was really used is under “As run”, from the records."
     )
-    grids = [protocol_html(title, used, texts) for title, texts in inputs.protocols.items()]
+    grids = [protocol_html(title, used, found) for title, found in inputs.protocols.items()]
     run = treatment_html(one.content for one in inputs.found) or tag("p", "As run: no training record.", class_="none")
     return Section("protocol", "Protocol", join([tag("p", words), *grids, run], "\n"))
 

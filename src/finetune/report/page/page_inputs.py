@@ -26,7 +26,7 @@ class PageInputs:
         statistics: Content of `statistics.json`; None where it was not run.
         statistics_page: Text of `statistics.md`; None where it was not run.
         found: The records.
-        protocols: What a protocol is for -> name -> text of its file.
+        protocols: What a protocol is for -> name -> content of its file.
         examples: Whether the page of Appendix E is there.
     """
 
@@ -37,7 +37,7 @@ class PageInputs:
     statistics: Mapping[str, Any] | None
     statistics_page: str | None
     found: tuple[Found, ...]
-    protocols: Mapping[str, Mapping[str, str]]
+    protocols: Mapping[str, Mapping[str, Mapping[str, Any]]]
     examples: bool
 
 
@@ -45,7 +45,7 @@ def read_inputs(
     results: str | Path,
     *,
     experiment: Mapping[str, Any],
-    protocols: Mapping[str, Mapping[str, str]],
+    protocols: Mapping[str, Mapping[str, Mapping[str, Any]]],
     expected: Mapping[str, str],
 ) -> PageInputs:
     """Read what the stages of an experiment left under its folder; what is missing stays out and is named on the page.
@@ -53,7 +53,7 @@ def read_inputs(
     Args:
         results: `results/<name>`.
         experiment: The experiment's file.
-        protocols: What a protocol is for -> name -> text of its file.
+        protocols: What a protocol is for -> name -> content of its file.
         expected: Name of a figure -> what it shows, in the order of the page.
 
     Returns:

@@ -7,13 +7,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from finetune.published import discrepancies
 from finetune.report.page.markup import Child, Html, grid, join, tag
 
 _ROW = re.compile(r"\bD\d+\b")
-_LINE = re.compile(r"^(?P<indent> *)(?P<key>\w+):(?P<rest>.*)$")
 
 
 AS_RUN = {"train": "GLUE", "llama": "decoder"}
@@ -27,7 +24,7 @@ class Choice:
     Attributes:
         key: Its name; `preliminary.steps` where it stands inside another.
         value: As the file has it, in YAML.
-        source: The file's comment: where it comes from.
+        source: Where it comes from; empty where none is given.
     """
 
     key: str
@@ -35,57 +32,53 @@ class Choice:
     source: str
 
 
-def read_choices(text: str) -> list[Choice]:
-    """List a protocol's choices, in the order of its file, each with the comment on its line.
+def read_choices(name: str, protocols: Mapping[str, Mapping[str, Any]]) -> list[Choice]:
+    """A protocol's choices with their sources, in the order of its file.
 
     Args:
-        text: A file of `conf/protocol`.
+        name: The protocol.
+        protocols: Protocol -> content of its file; `sources` holds a text a choice, or `like`, whose sources hold too.
 
     Raises:
-        ValueError: If the text is no YAML mapping with a name.
+        ValueError: If the protocol, or the one that its sources are like, is not among them.
     """
-    content = yaml.safe_load(text)
-    if not isinstance(content, Mapping) or "name" not in content:
-        raise ValueError(f"a protocol is a YAML mapping with a name, got {str(content)[:80]!r}.")
-    comments, outer = {}, ""
-    for line in text.splitlines():
-        found = _LINE.match(line)
-        if found:
-            outer = outer if found["indent"] else found["key"]
-            key = f"{outer}.{found['key']}" if found["indent"] else found["key"]
-            comments[key] = found["rest"].partition(" #")[2].strip()
+    if name not in protocols:
+        raise ValueError(f"protocol {name!r}; there are {', '.join(protocols)}.")
+    own = protocols[name].get("sources", {})
+    sources = protocols[own["like"]]["sources"] | own if "like" in own else own
     choices = []
-    for key, value in content.items():
-        nested = isinstance(value, Mapping) and any(name.startswith(f"{key}.") for name in comments)
-        for name, inner in ((f"{key}.{part}", one) for part, one in value.items()) if nested else [(key, value)]:
-            if name != "name":
-                choices.append(Choice(name, _text(inner), comments.get(name, "") or comments.get(key, "")))
+    for key, value in protocols[name].items():
+        if key in ("name", "sources"):
+            continue
+        source = sources.get(key, "")
+        if isinstance(source, Mapping):
+            choices += [Choice(f"{key}.{part}", _text(one), source.get(part, "")) for part, one in value.items()]
+        else:
+            choices.append(Choice(key, _text(value), source))
     return choices
 
 
-def protocol_html(title: str, name: str, texts: Mapping[str, str]) -> Html:
+def protocol_html(title: str, name: str, protocols: Mapping[str, Mapping[str, Any]]) -> Html:
     """The choices of one protocol beside the others'.
 
     Args:
         title: What it is the protocol of.
         name: The protocol in use.
-        texts: Protocol -> its file's text.
+        protocols: Protocol -> content of its file.
 
     Raises:
-        ValueError: If the protocol is not among the texts.
+        ValueError: As `read_choices`.
     """
-    if name not in texts:
-        raise ValueError(f"protocol {name!r} of {title}; there are {', '.join(texts)}.")
-    others = [other for other in texts if other != name]
-    values = {other: {choice.key: choice.value for choice in read_choices(texts[other])} for other in others}
+    others = [other for other in protocols if other != name]
+    values = {other: {choice.key: choice.value for choice in read_choices(other, protocols)} for other in others}
     rows = [
         [
             choice.key.replace("_", " ").replace(".", ": "),
             tag("b", choice.value),
             *(_other(values[other].get(choice.key), choice.value) for other in others),
-            linked(choice.source) if choice.source else "no comment in the file",
+            linked(choice.source) if choice.source else "none given",
         ]
-        for choice in read_choices(texts[name])
+        for choice in read_choices(name, protocols)
     ]
     return grid(["choice", f"{name} (used)", *others, "source"], rows, f"{title}: protocol {name}")
 
