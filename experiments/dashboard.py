@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 
 @hydra.main(version_base=None, config_path="../conf", config_name="dashboard")
 def main(cfg: DictConfig) -> None:
+    from finetune.efficiency.variants import VARIANTS
     from finetune.runs import cells
     from finetune.store.files import write_atomically
     from finetune.tracking import dashboard
@@ -21,7 +22,9 @@ def main(cfg: DictConfig) -> None:
     with cells.exit_with_message():
         if not cfg.dry_run and cfg.entity is None:
             raise ValueError("entity is missing: give the wandb user or team that owns the project, entity=NAME.")
-        workspace = dashboard.build(cfg.entity or "entity", cfg.project)
+        workspace = dashboard.build(
+            cfg.entity or "entity", cfg.project, dashboard.sections([variant.name for variant in VARIANTS])
+        )
         write_atomically(cfg.output, dashboard.serialise(workspace) + "\n")
         log.info("%s", cfg.output)
         if not cfg.dry_run:

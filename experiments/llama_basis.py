@@ -12,7 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 @hydra.main(version_base=None, config_path="../conf", config_name="llama")
 def main(cfg: DictConfig) -> None:
     from finetune.runs import cells, chat_cells
-    from finetune.tracking import mirror, replay
 
     with cells.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)
@@ -20,8 +19,6 @@ def main(cfg: DictConfig) -> None:
         chat_cells.basis_cell(
             place / "gradients" / file, place / "basis" / file, device=cfg.device, threads=config["threads"]
         )
-        path = place / "basis" / file
-        replay.publish([mirror.of_basis(cfg.name, cfg.model.name, path.with_suffix(".json"), [path])], config["wandb"])
 
 
 if __name__ == "__main__":

@@ -15,17 +15,20 @@ from omegaconf import DictConfig, OmegaConf
 def main(cfg: DictConfig) -> None:
     from finetune.runs import cells
     from finetune.store import records
-    from finetune.tracking import mirror, replay
+    from finetune.tracking.results import send_search
 
     with cells.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)
         lists = cells.read_lists(cfg.cell or "params.yaml")
         folder = Path("results") / cfg.name / "search" / cfg.model.name / cfg.method.name
         with cells.only_writer(folder, cfg.checkpoints):
-            cells.search_cell(config, lists["tasks"], folder)
             paths = [folder / f"{task}.json" for task in lists["tasks"]]
-            found = [mirror.of_search(records.read_json(path), path) for path in paths]
-            replay.publish([*mirror.bases_of(config), *found], config["wandb"])
+            before = {path: records.read_json(path)["trials"] for path in paths if path.is_file()}
+            cells.search_cell(config, lists["tasks"], folder)
+            for path in paths:
+                content = records.read_json(path)
+                if content["trials"] != before.get(path):
+                    send_search(content, config["wandb"])
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def test_graph_resolves_into_the_expected_cells(experiment):
     variants = {f"{model}-{method}" for model in content["ablation_models"] for method in content["ablations"]}
     for kind in ("ablation_search", "ablation"):
         assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{cell}" for cell in variants}
-    for kind in ("gradients", "basis", "zero_rows", "energy"):
+    for kind in ("gradients", "basis", "energy"):
         assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{m}" for m in content["models"]}
     for kind in ("hosvd_cost", "cost_curves"):
         assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}"}

@@ -14,6 +14,7 @@ from finetune import models
 from finetune.efficiency.lengths import Lengths
 from finetune.efficiency.task import EfficiencyOptions, identity, measure_task
 from finetune.store import records
+from finetune.tracking.results import send_efficiency
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def efficiency_cell(config: Mapping[str, Any], tasks: Sequence[str], folder: Pat
             version=config["version"],
         )
         records.write_json(path, record)
+        send_efficiency(record, config["wandb"])
     for path in folder.glob("*.json"):
         if path.stem not in tasks:
             path.unlink()

@@ -1,6 +1,6 @@
 """The wandb workspace as code: which panels stand where, by the names of :mod:`finetune.tracking.tracker`.
 
-:data:`SECTIONS` says it in plain data; :func:`build` makes wandb-workspaces' objects of it, :func:`serialise` the JSON
+:func:`sections` says it in plain data; :func:`build` makes wandb-workspaces' objects of it, :func:`serialise` the JSON
 that wandb is sent, :func:`publish` sends it. Building and serialising need no account and no network.
 """
 
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.efficiency.variants import VARIANTS
 from finetune.tracking.tracker import (
     STEP_SECONDS,
     TRAIN_LOSS,
@@ -54,16 +53,14 @@ class Panel:
     log_y: bool = False
 
 
-def _peaks(name: str) -> list[str]:
-    return [f"{variant.name}.{name}" for variant in VARIANTS]
-
-
 _HOW_TO_READ = """Runs are grouped by task and model; a curve is the mean of a method's runs, the band their range.
-Open one task at a time: the scores of two tasks have no common mean. Job types: `train` and `llama_train` are report
-seeds, `trial` the runs of a search, `search` and `basis` the stages' results, `efficiency` the timings. Records in the
-repository are the source; this page is a mirror of them."""
+Open one task at a time: the scores of two tasks have no common mean. Job types: `train` are report seeds, `trial` the
+runs of a search, `search` its result, `efficiency` the timings. Records in the repository are the source; this page is
+a mirror of them."""
 
-SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
+Sections = tuple[tuple[str, tuple[Panel, ...]], ...]
+
+_OF_RUNS: Sections = (
     ("How to read this", (Panel("text", _HOW_TO_READ),)),
     (
         "Scores",
@@ -108,41 +105,44 @@ SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             Panel("line", "Seconds of a trial", [TRIAL_SECONDS]),
         ),
     ),
-    (
-        "Efficiency: all forms on one machine",
-        tuple(
-            Panel("bar", title, _peaks(name), group=MODEL)
-            for name, title in zip(
-                VARIANT_METRICS,
-                ("Steps a second", "Peak in training, bytes", "Peak in evaluation, bytes"),
-                strict=True,
-            )
-        ),
-    ),
 )
+_OF_VARIANTS = ("Steps a second", "Peak in training, bytes", "Peak in evaluation, bytes")
 
 
-def metrics() -> set[str]:
+def sections(variants: Sequence[str]) -> Sections:
+    """Titles of the sections, and their panels.
+
+    Args:
+        variants: names of what efficiency runs measure (:mod:`finetune.efficiency.variants`).
+    """
+    panels = tuple(
+        Panel("bar", title, [f"{variant}.{name}" for variant in variants], group=MODEL)
+        for name, title in zip(VARIANT_METRICS, _OF_VARIANTS, strict=True)
+    )
+    return (*_OF_RUNS, ("Efficiency: all forms on one machine", panels))
+
+
+def metrics(shown: Sections) -> set[str]:
     """Every metric that a panel names."""
-    panels = [panel for _, section in SECTIONS for panel in section]
+    panels = [panel for _, section in shown for panel in section]
     return {name for panel in panels for name in (*panel.metrics, *([panel.x] if panel.x else []))}
 
 
-def build(entity: str, project: str) -> Any:
-    """The workspace (``wandb_workspaces.workspaces.Workspace``).
+def build(entity: str, project: str, shown: Sections) -> Any:
+    """The workspace (``wandb_workspaces.workspaces.Workspace``) of :func:`sections`.
 
     Raises:
         ValueError: if wandb-workspaces is not installed.
     """
     ws = _workspaces()
-    sections = [
+    made = [
         ws.Section(name=title, is_open=True, panels=[_panel(panel, place) for place, panel in enumerate(section)])
-        for title, section in SECTIONS
+        for title, section in shown
     ]
     runs = ws.RunsetSettings(groupby=[ws.Config(TASK), ws.Config(MODEL), ws.Config(METHOD)])
     settings = ws.WorkspaceSettings(max_runs=100)
     return ws.Workspace(
-        entity=entity, project=project, name=NAME, sections=sections, settings=settings, runset_settings=runs
+        entity=entity, project=project, name=NAME, sections=made, settings=settings, runset_settings=runs
     )
 
 

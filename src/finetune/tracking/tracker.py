@@ -1,7 +1,7 @@
 """Weights & Biases as a mirror of a run; the record is the source. Offline unless asked, and never in the way.
 
-The names of everything that is logged stand here: the training loop, the replay of records and the dashboard take them
-from this module. A metric of a validation is ``validation/<name>``, <name> as
+The names of everything that is logged stand here: the training loop, the searches and the dashboard take them from this
+module. A metric of a validation is ``validation/<name>``, <name> as
 :mod:`finetune.training.evaluation` gives it.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,24 +60,8 @@ VARIANT_METRICS = ("steps_per_second", "peak_training", "peak_evaluation")
 CONFIG_KEYS = ("run.experiment", "run.model", "run.method", "run.task", "run.seed")
 """By what runs are grouped."""
 
-JOB_TYPES = {"search": "trial", "llama": "llama_train"}
+JOB_TYPES = {"search": "trial", "llama": "train"}
 """Kind of a record -> wandb's job type, where they differ; the search itself is the job ``search``."""
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """Files that belong to a run: bases, or a search's best point.
-
-    Attributes:
-        name, type: as in ``wandb.Artifact``.
-        files: paths; those that do not exist are left out.
-        metadata: facts for the reader.
-    """
-
-    name: str
-    type: str
-    files: Sequence[Path]
-    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run_id(run: Mapping[str, Any]) -> str:
@@ -107,7 +90,7 @@ class Tracker:
     """Logs scalars with explicit steps; does nothing when disabled.
 
     Nothing of wandb ends or blocks a run: without the package, a key or a network it is said once in the log, and the
-    run goes on; what is offline can be sent later, and records can be replayed (:mod:`finetune.tracking.replay`).
+    run goes on; what is offline can be sent later (``wandb sync``).
 
     Use as a context manager: the run is closed even when training fails, so that the next one starts clean.
 
@@ -116,7 +99,6 @@ class Tracker:
         folder: where wandb keeps its files.
         run_id: see :func:`run_id`: an offline run can't be resumed, a synced one is found again.
         project, group, job_type, name, config: as in ``wandb.init``.
-        system: whether wandb samples system metrics (CPU, memory, GPU) and describes machine and code.
 
     Attributes:
         mode: what there is in the end: ``disabled`` where wandb is absent, ``offline`` where online was not to be had.
@@ -138,7 +120,6 @@ class Tracker:
         job_type: str,
         name: str,
         config: Mapping[str, Any],
-        system: bool = True,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"wandb.mode={mode!r}; allowed: {', '.join(MODES)}.")
@@ -154,7 +135,6 @@ class Tracker:
             )
             return
         settings = {"silent": True, "console": "off", "finish_timeout": self.FINISH_SECONDS}
-        settings |= {"x_disable_stats": not system, "x_disable_meta": not system}
         arguments = {
             "dir": str(folder),
             "project": project,
@@ -174,25 +154,40 @@ class Tracker:
                 log.warning("wandb can't start a run %s (%s); the run goes on", attempt, _one_line(error))
 
     @classmethod
+    def of_run(
+        cls, run: Mapping[str, Any], settings: Mapping[str, Any], config: Mapping[str, Any], job_type: str
+    ) -> Tracker:
+        """The tracker of what a record's ``run`` names.
+
+        Args:
+            run: experiment, kind, model, method, task and seed, as far as there are such; the configuration's hash.
+            settings: ``mode``, ``folder`` and ``project``.
+            config: for readers.
+            job_type: wandb's.
+        """
+        names = {"run_id": run_id(run), "group": group_of(run), "name": name_of(run)}
+        return cls(
+            settings["mode"],
+            settings["folder"],
+            project=settings["project"],
+            job_type=job_type,
+            config=config,
+            **names,
+        )
+
+    @classmethod
     def of_record(cls, record: Mapping[str, Any], settings: Mapping[str, Any], *, main_process: bool = True) -> Tracker:
         """The tracker of a training record that is about to be filled.
 
         Args:
             record: with ``run``; see :data:`CONFIG`.
-            settings: ``mode``, ``folder`` and ``project``.
+            settings: as in :meth:`of_run`.
             main_process: of several processes the first one tracks.
         """
         run = record["run"]
-        return cls(
-            settings["mode"] if main_process else "disabled",
-            settings["folder"],
-            project=settings["project"],
-            run_id=run_id(run),
-            group=group_of(run),
-            job_type=JOB_TYPES.get(run["kind"], run["kind"]),
-            name=name_of(run),
-            config=chosen(record, CONFIG),
-        )
+        mode = {} if main_process else {"mode": "disabled"}
+        job_type = JOB_TYPES.get(run["kind"], run["kind"])
+        return cls.of_run(run, {**settings, **mode}, chosen(record, CONFIG), job_type)
 
     @property
     def active(self) -> bool:
@@ -218,10 +213,6 @@ class Tracker:
         """Set final values of the run."""
         self._call("summary", lambda run: run.summary.update(dict(values)))
 
-    def artifact(self, artifact: Artifact) -> None:
-        """Attach files to the run."""
-        self._call("artifact", lambda run: _log_artifact(run, artifact))
-
     def _call(self, what: str, call: Any) -> None:
         """Do it if there is a run; where wandb fails, say so and track no more."""
         if self._run is None:
@@ -229,7 +220,7 @@ class Tracker:
         try:
             call(self._run)
         except Exception as error:  # see __init__
-            log.warning("wandb failed (%s: %s); the run goes on untracked, its record can be replayed", what, error)
+            log.warning("wandb failed (%s: %s); the run goes on untracked", what, error)
             self._run = None
 
 
@@ -246,17 +237,6 @@ def _attempts(wandb: Any, mode: str) -> tuple[str, ...]:
         log.warning("wandb.mode=online, but there is no WANDB_API_KEY: the run is kept offline; later: wandb sync")
         return ("offline",)
     return ("online", "offline")
-
-
-def _log_artifact(run: Any, artifact: Artifact) -> None:
-    import wandb
-
-    made = wandb.Artifact(artifact.name, type=artifact.type, metadata=dict(artifact.metadata))
-    files = [path for path in artifact.files if Path(path).is_file()]
-    for path in files:
-        made.add_file(str(path), name=Path(path).name, policy="immutable")  # else wandb keeps a copy of each
-    if files:
-        run.log_artifact(made)
 
 
 def _one_line(error: Exception) -> str:
