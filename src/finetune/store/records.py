@@ -15,6 +15,7 @@ from typing import Any
 from finetune.store.files import write_atomically
 
 SCHEMA = 1
+PROJECT = Path(__file__).resolve().parents[3]  # of a checkout; elsewhere it holds no pyproject.toml
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "optuna", "hydra-core", "datasets", "numpy", "scikit-learn")
 
 
@@ -67,10 +68,14 @@ def iterate(folder: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             yield path, read_json(path)
 
 
-def provenance(root: str | Path = ".") -> dict[str, Any]:
+def provenance(root: str | Path | None = None) -> dict[str, Any]:
     """Commit, packages, Python, machine and time of this process.
 
-    The dirty flag looks at code and configuration alone: ``params.yaml`` is switched between experiments by design.
+    The commit is that of the project's own repository: a copy of the project inside another repository has none. The
+    dirty flag looks at code and configuration alone: ``params.yaml`` is switched between experiments by design.
+
+    Args:
+        root: the project's folder, with ``pyproject.toml``; None: the one that holds this code.
     """
     versions = {}
     for package in PACKAGES:
@@ -78,9 +83,13 @@ def provenance(root: str | Path = ".") -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    root = (PROJECT if root is None else Path(root)).resolve()
+    top = _git(root, "rev-parse", "--show-toplevel") if (root / "pyproject.toml").is_file() else None
+    own = top is not None and Path(top).resolve() == root
+    code = ("src", "experiments/*.py", "conf")
     return {
-        "commit": _git(root, "rev-parse", "HEAD"),
-        "dirty": bool(_git(root, "status", "--porcelain", "--", "src", "experiments/*.py", "conf")),
+        "commit": _git(root, "rev-parse", "HEAD") if own else None,
+        "dirty": own and bool(_git(root, "status", "--porcelain", "--", *code)),
         "packages": versions,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -88,7 +97,7 @@ def provenance(root: str | Path = ".") -> dict[str, Any]:
     }
 
 
-def _git(root: str | Path, *arguments: str) -> str | None:
+def _git(root: Path, *arguments: str) -> str | None:
     """Output of a git command, None outside a repository."""
     try:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -154,9 +155,10 @@ def git(folder, *arguments):
 
 @pytest.fixture
 def repository(tmp_path):
-    """A git repository with code, configuration and params.yaml, outside the project's."""
+    """The project's files in a git repository of their own."""
     git(tmp_path, "init", "-q")
-    for name in ("src/a.py", "conf/base.yaml", "experiments/train.py", "params.yaml", "README.md"):
+    names = ("pyproject.toml", "src/a.py", "conf/base.yaml", "experiments/train.py", "params.yaml", "README.md")
+    for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x\n")
     git(tmp_path, "add", ".")
@@ -164,32 +166,48 @@ def repository(tmp_path):
     return tmp_path
 
 
-def test_provenance_names_commit_packages_and_machine(repository):
+def test_provenance_names_commit_packages_and_machine(repository, monkeypatch):
     found = records.provenance(repository)
     assert found["commit"] == git(repository, "rev-parse", "HEAD") and found["dirty"] is False
     assert set(found["packages"]) == set(records.PACKAGES) and found["packages"]["torch"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", found["python"]) and found["platform"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", found["created"])
     json.dumps(found, allow_nan=False)
+    monkeypatch.setenv("PATH", str(repository))  # without git
+    assert records.provenance(repository)["commit"] is None
 
 
-@pytest.mark.parametrize("name", ["src/a.py", "src/new.py", "conf/base.yaml", "experiments/train.py"])
-def test_changed_code_or_configuration_is_dirty(name, repository):
+@pytest.mark.parametrize(
+    ("name", "dirty"),
+    [
+        *((name, True) for name in ("src/a.py", "src/new.py", "conf/base.yaml", "experiments/train.py")),
+        *((name, False) for name in ("params.yaml", "README.md", "results.json")),
+    ],
+)
+def test_code_and_configuration_decide_what_is_dirty(name, dirty, repository):
     (repository / name).write_text("y\n")
-    assert records.provenance(repository)["dirty"] is True
+    assert records.provenance(repository)["dirty"] is dirty
 
 
-@pytest.mark.parametrize("name", ["params.yaml", "README.md", "results.json"])
-def test_what_does_not_decide_numbers_is_not_dirty(name, repository):
-    (repository / name).write_text("y\n")
-    assert records.provenance(repository)["dirty"] is False
+def test_the_commit_of_an_enclosing_repository_is_not_the_projects(repository):
+    """A copy of the project inside another repository, committed there or not, and a folder that is no project."""
+    inside = repository / "copy"
+    inside.mkdir()
+    for place in (inside, repository / "src"):
+        found = records.provenance(place)
+        assert found["commit"] is None and found["dirty"] is False
+    (inside / "pyproject.toml").write_text("x\n")
+    assert records.provenance(inside)["commit"] is None
+    git(repository, "add", ".")
+    git(repository, "commit", "-q", "-m", "b")
+    assert records.provenance(inside)["commit"] is None
+    (repository / "pyproject.toml").unlink()  # a repository that is not the project's
+    assert records.provenance(repository)["commit"] is None
 
 
-def test_provenance_outside_a_repository(tmp_path):
-    found = records.provenance(tmp_path)
-    assert found["commit"] is None and found["dirty"] is False
-
-
-def test_provenance_without_git(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert records.provenance(tmp_path)["commit"] is None
+def test_the_project_is_the_folder_of_this_code(monkeypatch, tmp_path):
+    root = Path(records.__file__).parents[3]
+    assert root.resolve() == records.PROJECT
+    monkeypatch.chdir(tmp_path)
+    here = records.provenance()["commit"]
+    assert here == records.provenance(root)["commit"]
