@@ -69,6 +69,19 @@ def test_scores_are_those_of_the_statistics(statistics):
         assert cells == [with_interval(summary[task], 1) for task in tasks], label
 
 
+def test_differences_are_those_of_the_statistics(statistics):
+    (entry,) = [one for one in statistics["runs"] if one["model"] == "minilm"]
+    pairs = {
+        (pair["first"], pair["second"]): pair["mean"]["difference"]
+        for family in entry["comparison"]["families"]
+        for pair in family["pairs"]
+    }
+    for labels, points in table_after(ROOT / "docs/results.md", "pairs")[1:]:
+        first, second = (LABELS[label] for label in labels.split(", ", 1))
+        difference = pairs.get((first, second))
+        assert points == with_interval(difference, 2, "+"), labels
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
 def test_losses_are_those_of_the_statistics(page, statistics):
     decoder = statistics["decoder"]
