@@ -76,8 +76,8 @@ def mirror():
 @pytest.fixture
 def project(tmp_path):
     """The script in a project of its own: other models, so that the real ones' pins and sizes don't matter."""
-    for name in ("experiments/fetch.py", "conf/fetch.yaml"):
-        (tmp_path / name).parent.mkdir()
+    for name in ("experiments/fetch.py", "conf/fetch.yaml", "conf/script.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     files = {f"conf/model/{name}.yaml": config for name, config in MODELS.items()}
     files |= {f"experiments/{name}.yaml": config for name, config in EXPERIMENTS.items()}
@@ -103,21 +103,21 @@ def command(project, mirror, *overrides, **environment):
 
 def launch(project, mirror, *overrides, experiment="real", **environment):
     overrides = (f"experiment=experiments/{experiment}.yaml", *overrides)
-    pipes = {"capture_output": True, "text": True, "timeout": 60}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": 60}
     return subprocess.run(**command(project, mirror, *overrides, **environment), **pipes)
 
 
 def test_dry_run_then_fetch_then_verify(project, mirror):
     dry = launch(project, mirror, "dry_run=true")
-    assert dry.returncode == 0, dry.stdout + dry.stderr
+    assert dry.returncode == 0, dry.stdout
     assert f"models/tiny: acme/tiny@{COMMIT}, 2 files, 1.0 MB: 1.0 MB to download" in dry.stdout
     assert "glue/cola: acme/glue@" in dry.stdout and "to download: 1.0 MB, into data" in dry.stdout
     assert mirror.bodies == [] and not (project / "data").exists()
 
     first = launch(project, mirror)
-    assert first.returncode == 0, first.stdout + first.stderr
+    assert first.returncode == 0, first.stdout
     assert "2 of 2 folders are complete under data" in first.stdout
-    assert "/cdn/" not in first.stdout + first.stderr, "addresses that carry a signature stay out of the log"
+    assert "/cdn/" not in first.stdout, "addresses that carry a signature stay out of the log"
     found = sorted(str(p.relative_to(project / "data")) for p in (project / "data").rglob("*") if p.is_file())
     assert found == [
         "glue/cola/SHA256SUMS",
@@ -130,7 +130,7 @@ def test_dry_run_then_fetch_then_verify(project, mirror):
 
     mirror.requests.clear()
     again = launch(project, mirror, HF_HUB_OFFLINE="1")
-    assert again.returncode == 0 and mirror.requests == [], again.stdout + again.stderr
+    assert again.returncode == 0 and mirror.requests == [], again.stdout
     (project / "data/models/tiny/config.json").write_text("[]")
     bad = launch(project, mirror, "verify=true", HF_HUB_OFFLINE="1")
     assert bad.returncode == 1 and "config.json: expected" in bad.stdout and "1 of 2 folders are complete" in bad.stdout
@@ -142,11 +142,11 @@ def test_an_experiment_with_llama_cells(project, mirror):
         (project / name).parent.mkdir(exist_ok=True)
         (project / name).write_text(yaml.safe_dump(config))
     dry = launch(project, mirror, "dry_run=true", experiment="llama")
-    assert dry.returncode == 0, dry.stdout + dry.stderr
+    assert dry.returncode == 0, dry.stdout
     assert "mt_bench: acme/FastChat@v0.2.36, 1 files, 20 B: 20 B to download" in dry.stdout
     assert mirror.bodies == [] and not (project / "data").exists()
     done = launch(project, mirror, experiment="llama")
-    assert done.returncode == 0 and "3 of 3 folders are complete under data" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "3 of 3 folders are complete under data" in done.stdout, done.stdout
     found = sorted(str(p.relative_to(project / "data")) for p in (project / "data").rglob("*") if p.is_file())
     assert found == [
         "models/tiny/SHA256SUMS",
@@ -164,7 +164,7 @@ def test_an_experiment_with_llama_cells(project, mirror):
     assert bad.returncode == 1 and "question.jsonl: expected" in bad.stdout and mirror.requests == []
     mirror.repos["raw", "acme/FastChat"].files.clear()
     gone = launch(project, mirror, experiment="llama")
-    assert gone.returncode == 1 and "there is no " in gone.stdout and "Traceback" not in gone.stdout + gone.stderr
+    assert gone.returncode == 1 and "there is no " in gone.stdout and "Traceback" not in gone.stdout
 
 
 def test_resumes_after_a_kill(project, mirror):
@@ -187,7 +187,7 @@ def test_resumes_after_a_kill(project, mirror):
     assert 0 < kept < len(body) and not (folder / "SHA256SUMS").exists()
 
     second = launch(project, mirror, overrides[1])
-    assert second.returncode == 0, second.stdout + second.stderr
+    assert second.returncode == 0, second.stdout
     assert ("model.safetensors", kept, len(body) - kept) in mirror.bodies
     assert (folder / "model.safetensors").read_bytes() == body
 
@@ -197,7 +197,7 @@ def test_gated_model(project, mirror):
     refused = launch(project, mirror)
     assert refused.returncode == 1
     assert "accept the licence at" in refused.stdout and "HF_TOKEN is not set" in refused.stdout
-    assert "Traceback" not in refused.stdout + refused.stderr
+    assert "Traceback" not in refused.stdout
     assert (project / "data/glue/cola/SHA256SUMS").exists(), "what is free is fetched all the same"
     assert launch(project, mirror, HF_TOKEN="hf_secret").returncode == 0
     assert mirror.leaked_tokens == []
@@ -215,8 +215,8 @@ def test_gated_model(project, mirror):
 )
 def test_errors_are_one_line_and_exit_code_1(project, mirror, overrides, environment, message):
     failed = launch(project, mirror, *overrides, **environment)
-    assert failed.returncode == 1 and message in failed.stdout, failed.stdout + failed.stderr
-    assert "Traceback" not in failed.stdout + failed.stderr
+    assert failed.returncode == 1 and message in failed.stdout, failed.stdout
+    assert "Traceback" not in failed.stdout
     assert mirror.bodies == []
 
 
