@@ -52,7 +52,7 @@ def base_method(method: Mapping[str, Any]) -> str:
 
 def deciding(method: Mapping[str, Any]) -> dict[str, Any]:
     """What of a method's file decides a run's numbers: all but how tables name and group it."""
-    return {name: value for name, value in method.items() if name not in ("label", "control")}
+    return {name: value for name, value in method.items() if name not in ("label", "control", "extends")}
 
 
 def needs_bases(method: Mapping[str, Any]) -> bool:

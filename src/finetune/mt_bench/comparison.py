@@ -1,10 +1,9 @@
 """Whether two methods' judged scores differ by more than the questions' choice and the judge's own noise.
 
-Questions are the sample, answers to one question are paired, seeds are averaged first: with `w` the multinomial weights
-of a resample of the questions (within each category, if asked) and `S(q)`, `N(q)` the sum and number of a question's
-judged items,
+Questions are the sample, answers to one question are paired, seeds are averaged first: over the questions `q` of a
+resample (within each category, if asked), with `S(q)`, `N(q)` the sum and number of a question's judged items,
 
-    score of a seed     Σ w(q) S(q) / Σ w(q) N(q)           averaged over seeds; its 2.5 and 97.5 % quantiles
+    score of a seed     Σ S(q) / Σ N(q)             averaged over seeds; its 2.5 and 97.5 % quantiles
     difference          the same with S(q) the sum of (first - second) over the items that every seed of both has
 """
 
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from finetune.mt_bench.scores import FAILED, Item, Line, item_scores
-from finetune.stats.intervals import Estimate
+from finetune.stats.intervals import Estimate, percentiles
 
 SEPARATED = "separated"
 INSIDE_NOISE = "inside the judge's noise"
@@ -91,7 +90,6 @@ def bootstrap_score(
     seed: int,
     categories: Mapping[int, str] | None = None,
     samples: int = 10_000,
-    confidence: float = 0.95,
 ) -> Estimate:
     """Mean over seeds of the FastChat score, with a percentile interval over questions.
 
@@ -100,7 +98,6 @@ def bootstrap_score(
         seed: Seed of the local generator.
         categories: Question id -> category: resample within each; `None` resamples all questions together.
         samples: Number of resamples.
-        confidence: Coverage of the interval, in (0, 1).
 
     Returns:
         The estimate, `n` the number of judged items of all seeds. No interval with fewer than two questions.
@@ -113,14 +110,7 @@ def bootstrap_score(
     questions = sorted({question for found in seeds for question, _ in found})
     sums, counts = (np.stack(tables) for tables in zip(*(_by_question(f, questions) for f in seeds), strict=True))
     mean = float(np.mean(sums.sum(axis=1) / counts.sum(axis=1)))
-    items = int(counts.sum())
-    if len(questions) < 2:
-        return Estimate(mean, None, None, items)
-    weights = _weights(questions, categories, samples, seed)
-    # A resample may miss all questions that a seed has answers to: that seed is not in its mean then.
-    with np.errstate(invalid="ignore"):
-        draws = np.nanmean((weights @ sums.T) / (weights @ counts.T), axis=1)
-    return Estimate(mean, *_interval(draws, confidence), items)
+    return Estimate(mean, *_interval(sums, counts, _groups(questions, categories), seed, samples), int(counts.sum()))
 
 
 def paired_bootstrap(
@@ -130,14 +120,13 @@ def paired_bootstrap(
     seed: int,
     categories: Mapping[int, str] | None = None,
     samples: int = 10_000,
-    confidence: float = 0.95,
 ) -> Comparison:
     """Difference of two methods over the items that both have, with a percentile interval over questions.
 
     Args:
         first: One mapping item -> score for each seed of the first method; seeds are averaged item by item.
         second: Likewise; the number of seeds may differ.
-        seed, categories, samples, confidence: As in `bootstrap_score`.
+        seed, categories, samples: As in `bootstrap_score`.
 
     Raises:
         ValueError: If there is no seed, no item in common, or a question without a category.
@@ -152,11 +141,8 @@ def paired_bootstrap(
     pairs = {item: _mean_of(first, item) - _mean_of(second, item) for item in sorted(common)}
     questions = sorted({question for question, _ in pairs})
     sums, counts = _by_question(pairs, questions)
-    difference, low, high = float(sums.sum() / counts.sum()), None, None
-    if len(questions) > 1:
-        weights = _weights(questions, categories, samples, seed)
-        low, high = _interval((weights @ sums) / (weights @ counts), confidence)
-    return Comparison(difference, low, high, len(questions), len(common), len(union) - len(common))
+    ends = _interval(sums[None], counts[None], _groups(questions, categories), seed, samples)
+    return Comparison(float(sums.sum() / counts.sum()), *ends, len(questions), len(common), len(union) - len(common))
 
 
 def comparison_verdict(comparison: Comparison, noise: float) -> str:
@@ -195,22 +181,31 @@ def _by_question(items: Mapping[Item, float], questions: Sequence[int]) -> tuple
     return np.bincount(index, [*items.values()], size), np.bincount(index, minlength=size).astype(np.float64)
 
 
-def _weights(questions: Sequence[int], categories: Mapping[int, str] | None, samples: int, seed: int) -> np.ndarray:
-    """How often each question is drawn in each resample, shape (samples, questions)."""
+def _groups(questions: Sequence[int], categories: Mapping[int, str] | None) -> list[np.ndarray]:
+    """Places of the questions that are drawn together: those of a category, or all."""
     if categories is not None and (unknown := [q for q in questions if q not in categories]):
         raise ValueError(f"questions {unknown} have no category; pass the question file that they are from")
-    generator = np.random.default_rng(seed)
-    groups: dict[str, list[int]] = {}
-    for index, question in enumerate(questions):
-        groups.setdefault(categories[question] if categories is not None else "", []).append(index)
-    weights = np.empty((samples, len(questions)))
-    for indices in groups.values():
-        weights[:, indices] = generator.multinomial(len(indices), [1 / len(indices)] * len(indices), samples)
-    return weights
+    names = np.array([categories[question] if categories is not None else "" for question in questions])
+    return [np.flatnonzero(names == name) for name in dict.fromkeys(names)]
 
 
-def _interval(draws: np.ndarray, confidence: float) -> tuple[float, float]:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence}; it must lie between 0 and 1, such as 0.95")
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+def _interval(
+    sums: np.ndarray, counts: np.ndarray, groups: Sequence[np.ndarray], seed: int, samples: int
+) -> tuple[float, float] | tuple[None, None]:
+    """Percentile interval of the mean score over seeds; sums and counts have the shape (seeds, questions)."""
+    drawn = [group for group in groups if len(group) > 1]
+    fixed = np.array([place for group in groups if len(group) == 1 for place in group], dtype=int)
+    if not drawn:
+        return None, None
+
+    def score(*places: np.ndarray, axis: int) -> np.ndarray:
+        index = np.concatenate(places, axis=axis).astype(int)
+        total, number = (
+            table[:, index].sum(axis=-1) + table[:, fixed].sum(axis=1).reshape(-1, *[1] * (index.ndim - 1))
+            for table in (sums, counts)
+        )
+        # A resample may miss all questions that a seed has answers to: that seed is not in its mean then.
+        with np.errstate(invalid="ignore"):
+            return np.nanmean(total / number, axis=0)
+
+    return percentiles(drawn, score, seed=seed, samples=samples)

@@ -3,16 +3,16 @@
 A score is one value per (task, seed), in percent. With `x` our `n` runs of a task and `m`, `s`, `n_p` the paper's mean,
 standard deviation and number of runs:
 
-    mean over seeds             x̄ ± t(n - 1) sd(x) / √n                         (Student; nothing at n = 1)
-    mean over tasks             percentile bootstrap, runs resampled within each task   (rliable)
-    ours - paper, over T tasks  (avg x̄ - m) ± t(ν) √(Σ v),   v = sd² / n / T² for each of the 2 T samples,
-                                ν = (Σ v)² / Σ (v² / (n - 1))                    (Welch; the usual form at T = 1)
+    mean over T tasks           x̄ ± t(ν) √(Σ v),   v = sd(x)² / n / T²,   ν = (Σ v)² / Σ (v² / (n - 1))
+                                (Satterthwaite; Student's at T = 1; nothing where n = 1)
+    the same by resampling      percentile bootstrap, runs drawn anew within each task   (rliable, arXiv 2108.13264)
+    ours - paper                (x̄ - m) ± t(ν) √(Σ v) over the 2 T samples    (Welch; the usual form at T = 1)
 
 The paper prints numpy's population standard deviation, so `s √(n_p / (n_p - 1))` stands for it above.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,13 +40,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """Ours minus the paper's, in points, with its Welch interval.
+    """A difference in points (ours minus the paper's, or of two methods) with its t interval.
 
     Attributes:
         value: The difference.
         low: Lower end of the interval; `None` where a sample has one run or the paper prints no deviation.
         high: Upper end, likewise.
-        df: Welch-Satterthwaite degrees of freedom, `None` without an interval.
+        df: Satterthwaite's degrees of freedom, `None` without an interval.
     """
 
     value: float
@@ -55,12 +55,11 @@ class Difference:
     df: float | None = None
 
 
-def mean_interval(values: Sequence[float], confidence: float = verdicts.CONFIDENCE) -> Estimate:
+def mean_interval(values: Sequence[float]) -> Estimate:
     """Mean of the runs of one cell with Student's t interval.
 
     Args:
         values: One value per seed; finite.
-        confidence: Coverage of the interval, in (0, 1).
 
     Returns:
         The estimate. A single run has no interval: its spread is unknown, which is not the same as none.
@@ -68,56 +67,29 @@ def mean_interval(values: Sequence[float], confidence: float = verdicts.CONFIDEN
     Raises:
         ValueError: If there is no value, or one is not finite.
     """
-    array = _finite(values)
-    mean, n = float(array.mean()), len(array)
-    if n == 1:
-        return Estimate(mean, None, None, n)
-    half = _quantile(confidence, n - 1) * float(array.std(ddof=1)) / math.sqrt(n)
-    return Estimate(mean, mean - half, mean + half, n)
+    found = mean_over_tasks([values])
+    return Estimate(found.value, found.low, found.high, len(values))
 
 
-def stratified_bootstrap(
-    scores, *, seed: int, samples: int = 10_000, confidence: float = verdicts.CONFIDENCE
-) -> Estimate:
-    """Average over tasks with the percentile interval of a stratified bootstrap (rliable, arXiv 2108.13264).
-
-    Runs are drawn with replacement within each task; tasks are fixed, not a sample. With few runs per task the
-    percentile interval is somewhat too narrow (by √((n - 1) / n) and more), so verdicts use `difference_from_paper`.
+def mean_over_tasks(tasks: Sequence[Sequence[float]]) -> Difference:
+    """Mean of the tasks' means with its t interval; tasks weigh the same and are fixed.
 
     Args:
-        scores: Matrix (runs, tasks); NaN where a task lacks a run.
-        seed: Seed of the local generator.
-        samples: Number of resamples.
-        confidence: Coverage of the interval, in (0, 1).
+        tasks: One sequence over seeds for each task: scores, or paired differences of two methods.
 
     Returns:
-        The mean of the tasks' means. No interval if a task has a single run.
+        The mean; no interval where a task has a single value.
 
     Raises:
-        ValueError: If the matrix is not 2-D or empty, holds an infinity, or has a task without a run.
+        ValueError: If there is no task, a task has no value, or a value is not finite.
     """
-    matrix = np.asarray(scores, dtype=np.float64)
-    if matrix.ndim != 2 or matrix.size == 0:
-        raise ValueError(f"scores has shape {matrix.shape}; pass a matrix (runs, tasks) with at least one entry")
-    tasks = [column[~np.isnan(column)] for column in matrix.T]
-    tasks = [_finite(task) for task in tasks]
-    counts = [len(task) for task in tasks]
-    mean = float(np.mean([task.mean() for task in tasks]))
-    if min(counts) == 1:
-        return Estimate(mean, None, None, 1)
-    tail = _tail(confidence)
-    generator = np.random.default_rng(seed)
-    draws = [task[generator.integers(0, len(task), (samples, len(task)))].mean(axis=1) for task in tasks]
-    low, high = np.quantile(np.mean(draws, axis=0), [tail, 1 - tail])
-    return Estimate(mean, float(low), float(high), min(counts))
+    arrays = finite(tasks)
+    value = float(np.mean([array.mean() for array in arrays]))
+    return _with_interval(value, [(_variance(array), len(array)) for array in arrays], len(arrays))
 
 
 def difference_from_paper(
-    runs: Sequence[Sequence[float]],
-    paper_mean: float,
-    paper_stds: Sequence[float | None],
-    paper_n: int,
-    confidence: float = verdicts.CONFIDENCE,
+    runs: Sequence[Sequence[float]], paper_mean: float, paper_stds: Sequence[float | None], paper_n: int
 ) -> Difference:
     """Ours minus a printed mean with Welch's interval; over several tasks, of their averages.
 
@@ -126,7 +98,6 @@ def difference_from_paper(
         paper_mean: The printed value.
         paper_stds: The printed population standard deviation of each task, `None` where none is printed.
         paper_n: The paper's number of runs per task.
-        confidence: Coverage of the interval, in (0, 1).
 
     Returns:
         The difference; without an interval if a sample has one run or a deviation is not printed.
@@ -134,21 +105,15 @@ def difference_from_paper(
     Raises:
         ValueError: If there is no task, the lengths differ, a score is not finite or a deviation is negative.
     """
-    if not runs or len(runs) != len(paper_stds):
+    if len(runs) != len(paper_stds):
         raise ValueError(f"got {len(runs)} tasks and {len(paper_stds)} printed deviations; pass one for each task")
-    tasks = [_finite(task) for task in runs]
-    value = float(np.mean([task.mean() for task in tasks])) - paper_mean
-    if min(len(task) for task in tasks) < 2 or paper_n < 2 or any(std is None for std in paper_stds):
+    arrays = finite(runs)
+    value = float(np.mean([array.mean() for array in arrays])) - paper_mean
+    if paper_n < 2 or any(std is None for std in paper_stds):
         return Difference(value)
-    samples = [(float(task.var(ddof=1)), len(task)) for task in tasks]
+    samples = [(_variance(array), len(array)) for array in arrays]
     samples += [(sample_std(std, paper_n) ** 2, paper_n) for std in paper_stds]
-    parts = [(variance / n / len(tasks) ** 2, n - 1) for variance, n in samples]
-    total = sum(part for part, _ in parts)
-    if total == 0:
-        return Difference(value, value, value, math.inf)
-    df = total**2 / sum(part**2 / freedom for part, freedom in parts)
-    half = _quantile(confidence, df) * math.sqrt(total)
-    return Difference(value, value - half, value + half, df)
+    return _with_interval(value, samples, len(arrays))
 
 
 def sample_std(population_std: float, n: int) -> float:
@@ -156,6 +121,60 @@ def sample_std(population_std: float, n: int) -> float:
     if n < 2 or not population_std >= 0:
         raise ValueError(f"population_std={population_std}, n={n}; a deviation >= 0 of at least 2 runs is needed")
     return population_std * math.sqrt(n / (n - 1))
+
+
+def bootstrap(tasks: Sequence[Sequence[float]], *, seed: int, iqm: bool = False, samples: int = 10_000) -> Estimate:
+    """Mean over tasks, or interquartile mean of all values, with a stratified bootstrap's percentile interval.
+
+    With few runs per task the interval is somewhat too narrow (by √((n - 1) / n) and more), so verdicts use t intervals
+    and tests.
+
+    Args:
+        tasks: As in `mean_over_tasks`.
+        seed: Seed of the local generator.
+        iqm: The mean of the middle half of all values in place of the mean of the tasks' means.
+        samples: Number of resamples.
+
+    Returns:
+        The estimate, `n` the least number of values of a task; no interval where that is one.
+
+    Raises:
+        ValueError: As `mean_over_tasks`.
+    """
+    arrays = finite(tasks)
+    statistic = _middle_half if iqm else _mean
+    least = min(map(len, arrays))
+    ends = (None, None) if least < 2 else percentiles(arrays, statistic, seed=seed, samples=samples)
+    return Estimate(float(statistic(*arrays, axis=-1)), *ends, least)
+
+
+def percentiles(
+    data: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], *, seed: int, samples: int
+) -> tuple[float, float]:
+    """Percentile interval of a statistic by scipy's bootstrap, each of several samples drawn anew within itself.
+
+    Args:
+        data: The samples, each of at least two values.
+        statistic: Called with the resampled samples, of shape (samples, values), and `axis=-1`.
+        seed: Seed of the local generator.
+        samples: Number of resamples.
+    """
+    generator = np.random.default_rng(seed)
+    options = {"n_resamples": samples, "confidence_level": verdicts.CONFIDENCE, "method": "percentile"}
+    found = stats.bootstrap(data, statistic, vectorized=True, rng=generator, **options).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def finite(tasks: Sequence[Sequence[float]]) -> list[np.ndarray]:
+    """Check the values of each task and return them as arrays.
+
+    Raises:
+        ValueError: If there is no task, a task has no value, or a value is not finite.
+    """
+    arrays = [np.asarray(task, dtype=np.float64) for task in tasks]
+    if not arrays or any(array.ndim != 1 or not array.size or not np.isfinite(array).all() for array in arrays):
+        raise ValueError(f"got runs {tasks!r}; at least one task is needed, each with at least one finite value")
+    return arrays
 
 
 def verdict(
@@ -201,18 +220,26 @@ def within_factor(ours: float, paper: float, factor: float = 2.0) -> bool:
     return max(ours, paper) <= factor * min(ours, paper) * (1 + 1e-12)
 
 
-def _finite(values: Sequence[float]) -> np.ndarray:
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
-        raise ValueError(f"got runs {values!r}; at least one finite value in one dimension is needed")
-    return array
+def _with_interval(value: float, samples: Sequence[tuple[float, int]], tasks: int) -> Difference:
+    """The t interval of a mean over tasks from (variance, runs) of every sample behind it."""
+    if min(n for _, n in samples) < 2:
+        return Difference(value)
+    parts = [(variance / n / tasks**2, n - 1) for variance, n in samples]
+    total = sum(part for part, _ in parts)
+    if total == 0:
+        return Difference(value, value, value, math.inf)
+    df = total**2 / sum(part**2 / freedom for part, freedom in parts)
+    half = float(stats.t.ppf((1 + verdicts.CONFIDENCE) / 2, df)) * math.sqrt(total)
+    return Difference(value, value - half, value + half, df)
 
 
-def _tail(confidence: float) -> float:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence}; it must lie between 0 and 1, such as 0.95")
-    return (1 - confidence) / 2
+def _variance(array: np.ndarray) -> float:
+    return float(array.var(ddof=1)) if len(array) > 1 else math.nan
 
 
-def _quantile(confidence: float, df: float) -> float:
-    return float(stats.t.ppf(1 - _tail(confidence), df))
+def _mean(*tasks: np.ndarray, axis: int) -> np.ndarray:
+    return np.mean([task.mean(axis=axis) for task in tasks], axis=0)
+
+
+def _middle_half(*tasks: np.ndarray, axis: int) -> np.ndarray:
+    return stats.trim_mean(np.concatenate(tasks, axis=axis), 0.25, axis=axis)

@@ -25,12 +25,14 @@ class MethodFacts:
         label: for readers.
         base: the method that implements it; its own name where it is no variant.
         control: whether it trains nothing of the target matrices.
+        extends: another variant that it departs from in one choice; empty where there is none.
     """
 
     name: str
     label: str
     base: str
     control: bool = False
+    extends: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,21 @@ def read_methods(conf: Path = CONF) -> dict[str, MethodFacts]:
     """Every method of ``conf/method`` by name, methods before their variants.
 
     Raises:
-        ValueError: if a file is no mapping with a name.
+        ValueError: if a file is no mapping with a name, or extends a method that has no file.
     """
     found = {}
     for path, content in _files(conf / "method"):
         name = _name(path, content)
         found[name] = MethodFacts(
-            name, content.get("label", name), content.get("base", name), bool(content.get("control", False))
+            name=name,
+            label=content.get("label", name),
+            base=content.get("base", name),
+            control=bool(content.get("control", False)),
+            extends=content.get("extends", ""),
         )
+    unknown = {name: one.extends for name, one in found.items() if one.extends and one.extends not in found}
+    if unknown:
+        raise ValueError(f"{conf / 'method'}: extends names no method there: {unknown}.")
     return dict(sorted(found.items(), key=lambda item: (item[1].name != item[1].base, item[0])))
 
 

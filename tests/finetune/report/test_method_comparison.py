@@ -6,7 +6,7 @@ import pytest
 from finetune.published import TASKS
 from finetune.report.evidence.evidence import Evidence, Run
 from finetune.report.statistics.method_comparison import compare_methods, families_of, scores_of_logs, scores_of_runs
-from finetune.stats import paired
+from finetune.stats import intervals
 
 
 def pair_of(comparison, first, second, family="methods"):
@@ -103,7 +103,7 @@ def test_only_seeds_and_tasks_of_both_are_paired():
     assert set(pair.tasks) == {"cola", "rte"} and pair.mean.pairs == 4
     assert pair.unpaired == 12 + 8 - 2 * 4
     differences = [[found["sparsegrad"][task][s] - found["lora"][task][s] for s in (2, 3)] for task in ("cola", "rte")]
-    assert pair.mean.difference == paired.paired_difference(differences)
+    assert pair.mean.difference == intervals.mean_over_tasks(differences)
     assert pair.iqm is None and comparison.methods["lora"].iqm is not None  # four pairs, eight runs
     apart = compare_methods({"sparsegrad": scores(1, ("cola",)), "lora": scores(0, ("rte",))}, samples=500)
     assert apart.families[0].pairs == () and apart.families[0].left_out == (("sparsegrad", "lora"),)

@@ -72,7 +72,7 @@ def draw_figure_efficiency(evidence: EfficiencyEvidence, folder: Path, *, seed: 
         for place, name in enumerate(names):
             speed = {task: found[name].ratios for task, found in tasks.items() if name in found}
             memory = {task: _memory(found, name) for task, found in tasks.items() if name in found}
-            mean = stats.stratified_bootstrap(_rectangle(speed), seed=seed)
+            mean = stats.bootstrap([*speed.values()], seed=seed)
             _dots(left, place, name, [float(np.mean(rounds)) for rounds in speed.values()], mean)
             _dots(right, place, name, list(memory.values()), stats.Estimate(np.mean([*memory.values()]), None, None, 1))
             if name in printed and name != "full":
@@ -149,12 +149,6 @@ def _dots(axis: Any, place: int, name: str, values: list[float], mean: stats.Est
 
 def _memory(found: Mapping[str, Measured], name: str) -> float:
     return found[name].peak_training / found["full"].peak_training
-
-
-def _rectangle(values: Mapping[str, tuple[float, ...]]) -> np.ndarray:
-    """Rounds x tasks, with gaps where a task has fewer rounds."""
-    rounds = max(len(found) for found in values.values())
-    return np.array([[*found, *[np.nan] * (rounds - len(found))] for found in values.values()]).T
 
 
 def _printed_speed() -> dict[str, float]:

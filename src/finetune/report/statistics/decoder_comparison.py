@@ -13,7 +13,7 @@ from scipy import stats as distributions
 from finetune.report.evidence.llama_evidence import LlamaEvidence
 from finetune.report.statistics.method_comparison import families_of
 from finetune.stats import paired, verdicts
-from finetune.stats.intervals import Difference, Estimate, mean_interval
+from finetune.stats.intervals import Difference, Estimate, mean_interval, mean_over_tasks
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _pairs(pairs: Sequence[tuple[str, str]], losses: Mapping[str, Mapping[int, f
     holm = dict(zip(tested, paired.holm(list(tested.values())), strict=True))
     found = []
     for pair, differences in values.items():
-        difference, p = paired.paired_difference([differences]), holm.get(pair)
+        difference, p = mean_over_tasks([differences]), holm.get(pair)
         verdict = verdicts.of_test(difference.value, p, lower_is_better=True)
         found.append(LossPair(*pair, difference, tuple(shared[pair]), tested.get(pair), p, verdict))
     return tuple(found)

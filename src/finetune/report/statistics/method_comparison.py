@@ -15,7 +15,7 @@ from finetune.published import TASKS, released_scores
 from finetune.report.evidence.evidence import Evidence
 from finetune.report.paper.layouts import METHODS
 from finetune.stats import paired, verdicts
-from finetune.stats.intervals import Difference, Estimate, mean_interval
+from finetune.stats.intervals import Difference, Estimate, bootstrap, mean_interval, mean_over_tasks
 
 Scores = Mapping[str, Mapping[str, Mapping[int, float]]]
 """Method -> task -> seed -> score in percent."""
@@ -191,8 +191,8 @@ def _summary(tasks: Mapping[str, Mapping[int, float]], seed: int, samples: int) 
     enough = sum(map(len, runs)) >= paired.LEAST_FOR_IQM
     return Summary(
         {task: mean_interval(list(found.values())) for task, found in tasks.items()},
-        paired.bootstrap(runs, seed=seed, samples=samples),
-        paired.bootstrap(runs, seed=seed, samples=samples, iqm=True) if enough else None,
+        bootstrap(runs, seed=seed, samples=samples),
+        bootstrap(runs, seed=seed, samples=samples, iqm=True) if enough else None,
     )
 
 
@@ -224,8 +224,8 @@ def _family(name: str, pairs: Sequence[tuple[str, str]], scores: Scores, seed: i
                     for task, own in zip(tasks, differences, strict=True)
                 },
                 _test(differences, whole[pair], whole_holm[pair]),
-                paired.bootstrap(differences, **options),
-                paired.bootstrap(differences, iqm=True, **options) if n >= paired.LEAST_FOR_IQM else None,
+                bootstrap(differences, **options),
+                bootstrap(differences, iqm=True, **options) if n >= paired.LEAST_FOR_IQM else None,
                 paired.probability_of_improvement(*runs, **options),
                 total - 2 * n,
             )
@@ -247,6 +247,6 @@ def _differences(pair: tuple[str, str], scores: Scores, tasks: Mapping[str, Sequ
 
 
 def _test(differences: Sequence[Sequence[float]], flips: paired.SignFlips, p_holm: float) -> Test:
-    difference = paired.paired_difference(differences)
+    difference = mean_over_tasks(differences)
     verdict = verdicts.of_test(difference.value, p_holm)
     return Test(difference, sum(map(len, differences)), flips.p, p_holm, flips.least, verdict)

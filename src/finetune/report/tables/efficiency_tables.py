@@ -13,8 +13,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from finetune.published import TASKS, paper_table
 from finetune.report.evidence.efficiency_evidence import METHODS, PAPER_MODEL, EfficiencyEvidence, Measured
 from finetune.report.tables import efficiency_notes
@@ -216,9 +214,7 @@ def _of(cell: Cell, own: Measured, full: Measured | None) -> tuple[float, ...]:
 def _estimate(cell: Cell, values: Mapping[str, tuple[float, ...]], seed: int) -> stats.Estimate:
     if cell.task:
         return stats.mean_interval(values[cell.task])
-    rounds = max(len(found) for found in values.values())
-    columns = [[*found, *[np.nan] * (rounds - len(found))] for found in values.values()]
-    return stats.stratified_bootstrap(np.array(columns).T, seed=seed)
+    return stats.bootstrap([*values.values()], seed=seed)
 
 
 def _how(cell: Cell, values: Mapping[str, tuple[float, ...]], ours: stats.Estimate) -> str:

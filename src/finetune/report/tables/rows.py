@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from finetune.published import TASKS, released_hyperparameters, released_scores
 from finetune.report.evidence.evidence import Evidence, Run
 from finetune.report.paper.architectures import ParameterCounts
@@ -109,7 +107,7 @@ def _average_row(cell: Cell, frame: Frame) -> dict[str, Any]:
     if not by_task:
         return _row(cell, frame, verdict=verdicts.NOT_RUN, source=why_not_run(cell, frame.evidence), **released)
     runs = [run for task in by_task for run in by_task[task]]
-    ours = stats.stratified_bootstrap(_matrix(by_task.values()), seed=frame.seed)
+    ours = stats.bootstrap([[run.score for run in found] for found in by_task.values()], seed=frame.seed)
     reasons = [*reasons_against(cell, frame.evidence, runs), *missing_tasks(cell, by_task)]
     scores = [[run.score for run in by_task[task]] for task in by_task]
     verdict = score_verdict(cell, scores, list(by_task), comparable=not reasons, margin=frame.margin)
@@ -230,13 +228,6 @@ def _logged(cell: Cell, task: str) -> list[float]:
 
 def _runs(cell: Cell, evidence: Evidence) -> list[Run]:
     return [run for key in keys_of(cell, evidence) for run in evidence.runs.get(key, ())]
-
-
-def _matrix(tasks: Iterable[Sequence[Run]]) -> np.ndarray:
-    """Scores as a matrix (runs, tasks); NaN where a task lacks a seed that another has."""
-    columns = [{run.seed: run.score for run in runs} for runs in tasks]
-    seeds = sorted({seed for column in columns for seed in column})
-    return np.array([[column.get(seed, np.nan) for column in columns] for seed in seeds])
 
 
 def _mean_of_means(tasks: Iterable[Sequence[float]]) -> float:
