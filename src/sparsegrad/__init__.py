@@ -10,6 +10,7 @@ merge(model)                                                                    
 
 from sparsegrad.basis import Basis, GradientMoments, hosvd, hosvd_of_unfoldings, hosvd_tensorly
 from sparsegrad.convert import Target, find_targets, merge, sparsegrad_layers, sparsify
+from sparsegrad.core import core_shape
 from sparsegrad.folded import FoldedLinear
 from sparsegrad.io import load_adapter, load_bases, load_tensors, save_adapter, save_bases, save_tensors
 from sparsegrad.linear import SparseGradLinear
@@ -18,7 +19,7 @@ from sparsegrad.quantized import QuantizedTruncatedLinear
 from sparsegrad.refresh import refresh
 from sparsegrad.rotated import RotatedLinear
 from sparsegrad.select import NonFiniteGradient, entries_for_density, top_k
-from sparsegrad.truncated import TruncatedLinear, core_shape
+from sparsegrad.truncated import TruncatedLinear
 
 __all__ = [
     "Basis",

@@ -7,22 +7,25 @@ matches lists, would take BERT's ``attention.output.dense`` for ``output.dense``
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
 from sparsegrad.folded import FoldedLinear
 from sparsegrad.linear import SparseGradLinear
 from sparsegrad.quantized import QuantizedTruncatedLinear, is_quantized
 from sparsegrad.rotated import RotatedLinear
-from sparsegrad.truncated import TruncatedLinear, checked_ranks
+from sparsegrad.select import Rule, top_k
+from sparsegrad.truncated import TruncatedLinear
 
 FORMS = {"folded": FoldedLinear, "rotated": RotatedLinear, "truncated": TruncatedLinear}
+QUANTIZED = {"truncated": QuantizedTruncatedLinear}  # forms that need no weight of floats
 
 
 @dataclass(frozen=True)
@@ -85,24 +88,22 @@ def sparsify(
     layers_to_transform: Sequence[int] | None = None,
     *,
     form: str = "folded",
-    matmul: str = "regular",
-    select_in: str = "step",
-    ranks: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
-    keep: int | Mapping[str, int] | None = None,
-    update: str | None = None,
+    select: Rule = top_k,
+    **options: Any,
 ) -> nn.Module:
     """Replace the target layers in place; the function of the model does not change.
 
     Args:
         model: a plain model.
         bases: one for each layer kind, shared by all blocks; None for no rotation (MeProp's space).
-        k: entries kept in each matrix, one number or one a kind; for the truncated form, entries of the core.
+        k: entries kept in each matrix; for the truncated form, entries of the core.
         target_modules, layers_to_transform: see :func:`find_targets`.
         form: ``folded`` (default), ``rotated`` or ``truncated``.
-        matmul: ``regular`` or ``sparse_by_dense``; for the rotated form.
-        select_in: ``step`` or ``backward``; see :mod:`sparsegrad.linear`. Not for the truncated form.
-        ranks, keep, update: for the truncated form, see :class:`sparsegrad.TruncatedLinear`; ranks ``(r, c)`` and keep
-            for all kinds, or one a kind.
+        select: which k entries are kept, a function of a gradient ``(out_features, in_features)`` in rotated
+            coordinates and k to flat indices: int64, ascending, no duplicates. It is called once a matrix and step.
+        options: of the form, as its layers take them: ``select_in`` (folded, rotated; see :mod:`sparsegrad.linear`),
+            ``matmul`` (rotated), ``ranks``, ``keep`` and ``update`` (truncated). An option that a form does not take
+            may be given with its default. These and k may be given by layer kind.
 
     Returns:
         The same model.
@@ -112,39 +113,23 @@ def sparsify(
     """
     if form not in FORMS:
         raise ValueError(f"form={form!r}; allowed: {', '.join(FORMS)}.")
-    if form != "rotated" and matmul != "regular":
-        raise ValueError(f"matmul={matmul!r} belongs to form='rotated'; form={form!r} has no rotated product.")
-    own = {"ranks": ranks, "keep": keep, "update": update}
-    if form != "truncated" and any(value is not None for value in own.values()):
-        given = ", ".join(f"{name}={value!r}" for name, value in own.items() if value is not None)
-        raise ValueError(f"{given} belong to form='truncated'; form={form!r} selects among all entries.")
-    if form == "truncated" and select_in != "step":
-        raise ValueError(f"select_in={select_in!r}; form='truncated' has no dense gradient to avoid: leave it 'step'.")
+    options = _own_options(form, options)
     targets = find_targets(model, target_modules, layers_to_transform)
     if any(isinstance(t.module, SparseGradLinear) for t in targets):
         raise ValueError("the model holds SparseGrad layers already: merge(model) first.")
-    leading = form == "truncated"
-    shared = _shared_bases(targets, bases, (k, ranks) if leading else None)
-    options = {"select_in": select_in} | ({"matmul": matmul} if form == "rotated" else {})
+    shared: dict[str, Basis] = {}
     built = []
     for target in targets:  # build all before replacing any: an error leaves the model as it was
-        linear, kind = target.module, target.kind
-        basis = shared.get(kind)
-        if leading:
-            rows = None if basis is None else basis.ranks
-            options = {"ranks": rows, "keep": _of_kind(keep, kind, "keep"), "update": update}
-        quantized = is_quantized(linear)
-        if quantized and not leading:
-            raise ValueError(f"{target.name} is quantised ({type(linear).__name__}): use form='truncated'.")
-        source = (linear,) if quantized else (linear.weight, linear.bias)
-        layer_class = QuantizedTruncatedLinear if quantized else FORMS[form]
         try:
-            layer = layer_class(*source, basis, _of_kind(k, kind, "k"), **options)
+            own = {name: _of_kind(value, target.kind, name) for name, value in ({"k": k} | options).items()}
+            if bases is not None:
+                basis = _of_kind(bases, target.kind, "basis")
+                own |= FORMS[form].options_by(basis, **own)
+                if target.kind not in shared:
+                    shared[target.kind] = _own_basis(basis, target.module.weight, own.get("ranks", basis.ranks))
+            built.append((target.name, _layer(form, target, shared.get(target.kind), select, own)))
         except ValueError as error:
             raise ValueError(f"{target.name}: {error}") from None
-        layer.kind = kind
-        layer.trained.requires_grad_(quantized or linear.weight.requires_grad)
-        built.append((target.name, layer.train(linear.training)))
     for name, layer in built:
         model.set_submodule(name, layer)
     return model
@@ -192,32 +177,37 @@ def _of_kind(value: Any, kind: str, name: str) -> Any:
     return value[kind]
 
 
-def _shared_bases(
-    targets: Sequence[Target], bases: Mapping[str, Basis] | None, core: tuple[Any, Any] | None
-) -> dict[str, Basis]:
-    """One basis object a kind, copied, in the precision of the weights but at least float32.
+def _own_options(form: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that the form's layers take; the others must be as if they had not been given."""
+    taken = {name: _defaults(layer_class) for name, layer_class in FORMS.items()}
+    every = {name: default for defaults in taken.values() for name, default in defaults.items()}
+    for name, value in options.items():
+        if name not in taken[form] and (name not in every or value != every[name]):
+            takes = ", ".join(taken[form])
+            raise ValueError(f"{name}={value!r} is no option of form={form!r}, which takes {takes}.")
+    return {name: value for name, value in options.items() if name in taken[form]}
 
-    Args:
-        core: k and ranks of the truncated form, which is given the leading rows alone; None gives all rows.
-    """
-    if bases is None:
-        return {}
-    shared = {}
-    for target in targets:
-        kind = target.kind
-        if kind in shared:
-            continue
-        if kind not in bases:
-            raise ValueError(f"no basis for layer kind {kind!r}; given: {', '.join(bases) or 'none'}.")
-        weight, basis = target.module.weight, bases[kind]
-        r, c = basis.ranks
-        if core is not None:
-            k, ranks = _of_kind(core[0], kind, "k"), _of_kind(core[1], kind, "ranks")
-            try:
-                r, c = checked_ranks(k, ranks, basis)
-            except ValueError as error:
-                raise ValueError(f"{target.name}: {error}") from None
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        factors = (factor.to(device=weight.device, dtype=dtype, copy=True) for factor in (basis.U[:c], basis.V[:r]))
-        shared[kind] = Basis(*factors)
-    return shared
+
+def _defaults(layer_class: type[SparseGradLinear]) -> dict[str, Any]:
+    """A form declares its options as the keyword arguments of its layers."""
+    parameters = inspect.signature(layer_class).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "select"}
+
+
+def _own_basis(basis: Basis, weight: Tensor, ranks: tuple[int, int]) -> Basis:
+    """A copy of the leading rows, in the precision of the weight but at least float32."""
+    (r, c), dtype = ranks, torch.promote_types(weight.dtype, torch.float32)
+    factors = (factor.to(device=weight.device, dtype=dtype, copy=True) for factor in (basis.U[:c], basis.V[:r]))
+    return Basis(*factors)
+
+
+def _layer(form: str, target: Target, basis: Basis | None, select: Rule, options: dict[str, Any]) -> SparseGradLinear:
+    """What stands in the target's place."""
+    linear, quantized = target.module, is_quantized(target.module)
+    if quantized and form not in QUANTIZED:
+        raise ValueError(f"the weight is quantised ({type(linear).__name__}): use form={' or '.join(QUANTIZED)!r}.")
+    layer_class, source = (QUANTIZED[form], (linear,)) if quantized else (FORMS[form], (linear.weight, linear.bias))
+    layer = layer_class(*source, basis, select=select, **options)
+    layer.kind = target.kind
+    layer.trained.requires_grad_(quantized or linear.weight.requires_grad)
+    return layer.train(linear.training)

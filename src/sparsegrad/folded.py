@@ -13,21 +13,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsegrad.basis import Basis
-from sparsegrad.linear import SparseGradLinear, autocast
-from sparsegrad.select import check_k
+from sparsegrad.linear import autocast
+from sparsegrad.select import Rule, check_k, top_k
+from sparsegrad.selecting import SelectingLinear
 
 # An operation of a sparse product takes about as long as so many of a dense one (measured, one CPU core).
 SPARSE_COST = 25
 
 
-class FoldedLinear(SparseGradLinear):
+class FoldedLinear(SelectingLinear):
     """A plain linear whose gradient is rotated and whose update is folded back; W stays in place."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, basis: Basis | None, k: int, *, select_in: str = "step"
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        basis: Basis | None,
+        k: int,
+        *,
+        select: Rule = top_k,
+        select_in: str = "step",
     ) -> None:
-        super().__init__(weight, bias, basis, k, select_in=select_in)
-        self._gradient: tuple[Tensor, Tensor] | None = None
+        super().__init__(weight, bias, basis, k, select=select, select_in=select_in)
         if basis is not None:
             if not basis.rotates_output:
                 raise ValueError("form 'folded' rotates both sides; a basis of the input side is for form 'truncated'.")
@@ -39,10 +46,6 @@ class FoldedLinear(SparseGradLinear):
             return F.linear(x, self.weight, self.bias)
         return _FoldedProduct.apply(autocast(x), self.weight, self.bias, self)
 
-    def zero_gradient(self) -> None:
-        super().zero_gradient()
-        self._gradient = None
-
     def _from_original(self, weight: Tensor) -> Tensor:
         return weight
 
@@ -52,19 +55,13 @@ class FoldedLinear(SparseGradLinear):
     def _gradient_to_rotated(self, dense: Tensor) -> Tensor:
         return dense if self.basis is None else self.basis.rotate(dense)
 
-    def _pending(self) -> tuple[Tensor, Tensor] | None:
-        return self._gradient
-
-    def _set_pending(self, indices: Tensor, values: Tensor) -> None:
-        self._gradient = (indices, values)
-
     def _add(self, target: Tensor, indices: Tensor, delta: Tensor) -> None:
         if self.basis is None:
             target.view(-1).index_add_(0, indices, delta)
             return
         add_rotated_back_(target, self.basis, indices, delta)
 
-    def _rotated_gradient(self, g: Tensor, x: Tensor) -> Tensor:
+    def rotated_gradient(self, g: Tensor, x: Tensor) -> Tensor:
         """G_rot from the output gradient ``(N, out)`` and the input ``(N, in)``, in the weight's precision."""
         if self.basis is None:
             return (g.T @ x).to(self.weight.dtype)
@@ -155,9 +152,9 @@ class _FoldedProduct(torch.autograd.Function):
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         layer: FoldedLinear = ctx.layer
-        layer._refuse_second_backward(layer._gradient is not None)
+        layer.refuse_second_backward(layer._gradient is not None)
         g2 = g.reshape(-1, g.shape[-1])
-        layer._set_pending(*layer._top_k(layer._rotated_gradient(g2, x.reshape(-1, x.shape[-1]))))
+        layer.keep_selected(layer.rotated_gradient(g2, x.reshape(-1, x.shape[-1])))
         grad_x = g @ weight.to(g.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = g2.sum(dim=0).to(layer.bias.dtype) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias, None

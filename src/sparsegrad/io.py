@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
 from sparsegrad.convert import find_targets, sparsegrad_layers, sparsify
+from sparsegrad.core import CoreLinear
 from sparsegrad.linear import SparseGradLinear
 from sparsegrad.optim import SparseGradAdamW
 from sparsegrad.quantized import QuantizedTruncatedLinear
@@ -112,7 +113,8 @@ def save_adapter(
         path: a ``.safetensors`` file.
         model: a sparsified model.
         optimizer: the one that trained it; it knows which entries were touched.
-        sparsify_config: the keyword arguments given to :func:`sparsegrad.sparsify` (JSON values, without the bases).
+        sparsify_config: the keyword arguments given to :func:`sparsegrad.sparsify` (JSON values: without the
+            bases, and without the rule of selection, which no loaded adapter needs).
     """
     layers = sparsegrad_layers(model)
     kinds: dict[int, str] = {}
@@ -120,9 +122,9 @@ def save_adapter(
     bases: dict[str, str] = {}
     for name, layer in layers.items():
         rotated = layer.rotated_weight().flatten()
-        if isinstance(layer, TruncatedLinear):
+        if isinstance(layer, CoreLinear):
             tensors[f"values.{name}"] = rotated
-            if layer.refreshes:
+            if isinstance(layer, TruncatedLinear) and layer.refreshes:
                 tensors[f"weight.{name}"] = layer.weight
         else:
             indices = optimizer.touched(layer)
@@ -170,12 +172,12 @@ def load_adapter(path: str | Path, model: nn.Module) -> nn.Module:
         )
     kinds = {t.kind: metadata["bases"][t.name] for t in targets if t.name in metadata["bases"]}
     bases = {kind: Basis(tensors[f"{label}.U"], tensors[f"{label}.V"]) for kind, label in kinds.items()} or None
-    if config.get("form") == "truncated":  # the file holds the leading rows alone
+    if bases and config.get("form") == "truncated":  # the file holds the leading rows alone
         config = config | {"ranks": {kind: list(basis.ranks) for kind, basis in bases.items()}}
     sparsify(model, bases, **config)
     for name, layer in sparsegrad_layers(model).items():
         values = tensors[f"values.{name}"]
-        if f"weight.{name}" in tensors:
+        if isinstance(layer, TruncatedLinear) and f"weight.{name}" in tensors:
             layer.rebase(layer.basis)
             layer.weight.copy_(tensors[f"weight.{name}"])
         current = layer.rotated_weight().flatten()

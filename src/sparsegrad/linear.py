@@ -1,79 +1,112 @@
 """Linear layers whose weight moves in a few entries of a rotated basis (paper, section 3.2 and Table 2).
 
-Two forms of one layer; in exact arithmetic they take the same steps:
+Two families. Selecting layers (:mod:`sparsegrad.selecting`) replace their gradient by k entries of it in the rotated
+basis; in exact arithmetic both forms take the same steps:
 
 - :class:`~sparsegrad.rotated.RotatedLinear`, the paper's: the parameter is W_rot.
 - :class:`~sparsegrad.folded.FoldedLinear`: the parameter is W and stays in place.
 
-A third, :class:`~sparsegrad.truncated.TruncatedLinear`, trains the leading block of W_rot alone and never forms the
-rest of its gradient; it takes the same steps wherever the selected entries lie in that block.
+Truncated layers (:mod:`sparsegrad.truncated`) train the leading block of W_rot alone and never form the rest of its
+gradient; they take the same steps wherever the selected entries lie in that block.
 
-Selecting a gradient means to replace it by its top k entries in the rotated basis. It happens once a step, after all
-micro-batches and ranks are summed, so the result does not depend on how a batch is cut (``select_in="step"``). Where
-a batch is one backward pass, ``select_in="backward"`` selects layer by layer and never keeps the dense gradient.
+Which entries are kept is a rule by itself, :func:`sparsegrad.top_k` by default.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
-from sparsegrad.select import check_k, top_k
-
-SELECT_IN = ("step", "backward")
+from sparsegrad.select import Rule, selected
 
 
 class SparseGradWeight(nn.Parameter):
     """Marks the weight of a SparseGrad layer, so that an optimizer can refuse it without its layer."""
 
 
-class SparseGradLinear(nn.Module):
-    """What all forms share: shapes, the shared basis, the pending gradient, float32 masters.
+class SparseGradLinear(nn.Module, ABC):
+    """What every layer has: one trained parameter, a gradient that may be selected, a way back to ``nn.Linear``.
 
     Args:
-        weight: ``(out_features, in_features)``, in original coordinates.
-        bias: ``(out_features,)`` or None; always in original coordinates (D7).
+        shape: of the weight, ``(out_features, in_features)``.
         basis: for layers of this kind; None stands for the identity (no rotation).
         k: entries of the gradient kept at every step.
-        select_in: ``step`` (safe everywhere) or ``backward`` (one backward pass a step, no dense gradient kept).
+        select: the rule that says which (:data:`sparsegrad.select.Rule`).
+        device: of the weight; the basis is moved there.
 
     Raises:
-        ValueError: if the basis has other shapes than the weight, k is out of range, or an option is unknown.
+        ValueError: if the basis has other shapes than the weight.
     """
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, basis: Basis | None, k: int, *, select_in: str = "step"
-    ) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(self, shape: tuple[int, int], basis: Basis | None, k: int, select: Rule, device: torch.device) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.k = check_k(k, tuple(weight.shape))
-        if select_in not in SELECT_IN:
-            raise ValueError(f"select_in={select_in!r}; allowed: {', '.join(SELECT_IN)}.")
-        self.select_in = select_in
+        self.out_features, self.in_features = shape
+        self.k, self.rule = k, select
         self.kind: str | None = None  # set by sparsify: whose basis the layer takes
-        self.basis = None if basis is None else fitting_basis(basis, tuple(weight.shape), weight.device)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-        self.register_buffer("master", None)
-        self.weight = self._held_weight(weight)
-        self._keep_master(weight.detach())
+        self.basis = None if basis is None else fitting_basis(basis, shape, device)
+        self._gradient: tuple[Tensor, Tensor] | None = None  # selected: indices and values
+
+    @classmethod
+    def options_by(cls, basis: Basis, k: int, **options: Any) -> dict[str, Any]:
+        """Options that follow from a basis and the others; ``ranks`` where a layer takes its leading rows alone."""
+        return {}
 
     @property
+    @abstractmethod
     def trained(self) -> nn.Parameter:
         """The parameter whose gradient is selected; the only one that an optimizer is given besides the bias."""
-        return self.weight
 
     @property
     def selects(self) -> bool:
-        """Whether a gradient is replaced by its top k entries before a step."""
+        """Whether a gradient is replaced by k of its entries before a step."""
         return True
 
     @property
+    @abstractmethod
     def moves_weight(self) -> bool:
         """Whether ``weight`` is no longer, or will not stay, what it was: a checkpoint must hold it."""
-        return self.weight.requires_grad
+
+    @property
+    @abstractmethod
+    def plain_dtype(self) -> torch.dtype:
+        """Of the weight of :meth:`to_linear`."""
+
+    @abstractmethod
+    def add_(self, indices: Tensor, delta: Tensor) -> None:
+        """``W_rot.flatten()[indices] += delta``, in the coordinates that the form keeps.
+
+        Args:
+            indices: flat, int64 ``(n,)``, no duplicates.
+            delta: ``(n,)``.
+        """
+
+    @abstractmethod
+    def original_weight(self) -> Tensor:
+        """The weight in original coordinates, ``(out_features, in_features)``, in float32 at least."""
+
+    def absorb(self) -> None:
+        """Called after a step of the whole of :attr:`trained`; a form that keeps steps elsewhere moves them there."""
+
+    def rotated_weight(self) -> Tensor:
+        """The weight in rotated coordinates, ``(out_features, in_features)`` or the basis' ranks."""
+        weight = self.original_weight()
+        return weight if self.basis is None else self.basis.rotate(weight)
+
+    def to_linear(self) -> nn.Linear:
+        """A plain ``nn.Linear`` with the same function, on the same device."""
+        with torch.device("meta"):
+            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        weight = self.original_weight().to(self.plain_dtype).clone()
+        linear.weight = nn.Parameter(weight, requires_grad=self.trained.requires_grad)
+        if self.bias is not None:
+            linear.bias = copied(self.bias)
+        return linear
 
     def take_gradient(self) -> tuple[Tensor, Tensor] | None:
         """Select, hand the gradient over, and forget it.
@@ -95,16 +128,16 @@ class SparseGradLinear(nn.Module):
         return None if dense else self._pending()
 
     def select(self) -> None:
-        """Replace a dense gradient by its top k entries in the rotated basis; no effect when that is done.
+        """Replace a dense gradient by k of its entries in the rotated basis; no effect when that is done.
 
         Raises:
             RuntimeError: if a gradient was selected before and neither taken nor forgotten.
         """
         dense = self.trained.grad
-        if dense is not None and not dense.is_sparse:
+        if self.selects and dense is not None and not dense.is_sparse:
             self.trained.grad = None
-            self._refuse_second_backward(self._pending() is not None)
-            self._set_pending(*self._top_k(self._gradient_to_rotated(dense)))
+            self.refuse_second_backward(self._pending() is not None)
+            self.keep_selected(self._gradient_to_rotated(dense))
 
     def scale_gradient(self, factor: Tensor | float) -> None:
         """Multiply the selected gradient, for clipping."""
@@ -113,82 +146,27 @@ class SparseGradLinear(nn.Module):
         if gradient is not None:
             self._set_pending(gradient[0], gradient[1] * factor)
 
-    @torch.no_grad()
-    def add_(self, indices: Tensor, delta: Tensor) -> None:
-        """``W_rot.flatten()[indices] += delta``, in the coordinates that the form keeps.
-
-        Args:
-            indices: flat, int64 ``(n,)``, no duplicates.
-            delta: ``(n,)``.
-        """
-        self._keep_master(None)
-        target = self.weight if self.master is None else self.master
-        self._add(target, indices, delta.to(target.dtype))
-        if self.master is not None:
-            self.weight.copy_(self.master)
-
-    def original_weight(self) -> Tensor:
-        """The weight in original coordinates, ``(out_features, in_features)``, in master precision."""
-        weight = self.weight if self.master is None else self.master
-        return self._to_original(weight.detach())
-
-    def rotated_weight(self) -> Tensor:
-        """The weight in rotated coordinates, ``(out_features, in_features)``."""
-        weight = self.original_weight()
-        return weight if self.basis is None else self.basis.rotate(weight)
-
-    def to_linear(self) -> nn.Linear:
-        """A plain ``nn.Linear`` with the same function, on the same device and in the same dtype."""
-        with torch.device("meta"):
-            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        weight = self.original_weight().to(self.weight.dtype).clone()
-        linear.weight = nn.Parameter(weight, requires_grad=self.trained.requires_grad)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
-        return linear
-
     def zero_gradient(self) -> None:
         """Forget the gradient, selected or not."""
-        self.trained.grad = None
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, k={self.k}, select_in={self.select_in}"
-        )
-
-    def _held_weight(self, weight: Tensor) -> nn.Parameter:
-        return SparseGradWeight(self._from_original(weight.detach()).to(weight.dtype).clone())
-
-    # A form says how these are done.
-    def _from_original(self, weight: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _to_original(self, weight: Tensor) -> Tensor:
-        raise NotImplementedError
+        self.trained.grad = self._gradient = None
 
     def _gradient_to_rotated(self, dense: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The gradient of :attr:`trained` in rotated coordinates."""
+        return dense
 
     def _pending(self) -> tuple[Tensor, Tensor] | None:
-        raise NotImplementedError
+        """Indices and values of the selected gradient, wherever the form keeps them."""
+        return self._gradient
 
     def _set_pending(self, indices: Tensor, values: Tensor) -> None:
-        raise NotImplementedError
+        self._gradient = (indices, values)
 
-    def _add(self, target: Tensor, indices: Tensor, delta: Tensor) -> None:
-        raise NotImplementedError
+    def keep_selected(self, G_rot: Tensor) -> None:
+        """Select from a gradient in rotated coordinates and hold what is kept."""
+        self._set_pending(*selected(G_rot, self.k, self.rule))
 
-    def _top_k(self, G_rot: Tensor) -> tuple[Tensor, Tensor]:
-        indices = top_k(G_rot, self.k)
-        return indices, G_rot.flatten()[indices]
-
-    def _keep_master(self, original: Tensor | None) -> None:
-        """Below float32 an update smaller than about 1e-3 of the weight would vanish: keep a float32 copy."""
-        if self.master is None and torch.finfo(self.weight.dtype).bits < 32:
-            exact = self.weight.detach().float() if original is None else self._from_original(original.float())
-            self.master = exact.to(torch.float32).clone()
-
-    def _refuse_second_backward(self, pending: bool) -> None:
+    def refuse_second_backward(self, pending: bool) -> None:
+        """Raise RuntimeError if a gradient is pending: a second one can't be added to what was selected."""
         if pending:
             raise RuntimeError(
                 "a second backward pass met a gradient that no optimizer step has taken. With select_in='backward' "
@@ -196,16 +174,10 @@ class SparseGradLinear(nn.Module):
                 "micro-batch, and give the optimizer sparsegrad.param_groups(model)."
             )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseGradLinear:
-        master, self.master = self.master, None
-        super()._apply(fn, recurse)
-        if torch.finfo(self.weight.dtype).bits < 32:
-            self.master = None if master is None else master.to(fn(master).device)
-            self._keep_master(None)  # the model was cast down
-        elif master is not None:
-            with torch.no_grad():
-                self.weight.copy_(master)  # the model was cast back up
-        return self
+
+def copied(bias: Tensor) -> nn.Parameter:
+    """A parameter of its own, trained where the bias is."""
+    return nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
 
 
 def fitting_basis(basis: Basis, shape: tuple[int, int], device: torch.device) -> Basis:

@@ -240,7 +240,7 @@ class SparseGradAdamW(Optimizer):
 
     def touched(self, layer: SparseGradLinear) -> Tensor:
         """Flat indices, int64 and ascending, of the entries that steps have moved and that still have a state."""
-        state, device = self.state.get(layer.trained, {}), layer.weight.device
+        state, device = self.state.get(layer.trained, {}), layer.trained.device
         if state and not layer.selects:
             return torch.arange(layer.trained.numel(), device=device)
         return state.get("indices", torch.empty(0, dtype=torch.int64, device=device))
@@ -300,4 +300,4 @@ def _select(layers: Iterable[SparseGradLinear]) -> None:
         elif layer.trained.grad is not None:
             whole.append(layer.trained.grad)
     if whole and not torch.isfinite(torch.nn.utils.get_total_norm(whole, norm_type=float("inf"))):
-        raise NonFiniteGradient("gradient holds non-finite values: lower the learning rate or check the loss.")
+        raise NonFiniteGradient

@@ -20,8 +20,8 @@ from torch import nn
 
 from sparsegrad.basis import Basis
 from sparsegrad.convert import sparsegrad_layers
+from sparsegrad.core import CoreLinear
 from sparsegrad.optim import SparseGradAdamW
-from sparsegrad.quantized import QuantizedTruncatedLinear
 from sparsegrad.truncated import TruncatedLinear
 
 STATES = ("reset", "carry")
@@ -50,19 +50,17 @@ def refresh(
     """
     if state not in STATES:
         raise ValueError(f"state={state!r}; allowed: {', '.join(STATES)}.")
-    layers = {name: m for name, m in sparsegrad_layers(model).items() if isinstance(m, TruncatedLinear)}
-    kinds = {layer.kind for layer in layers.values()}
+    cores = {name: m for name, m in sparsegrad_layers(model).items() if isinstance(m, CoreLinear)}
+    kinds = {layer.kind for layer in cores.values()}
     unknown = [kind for kind in bases if kind not in kinds]
-    if unknown or not layers:
+    if unknown or not cores:
         found = ", ".join(sorted(map(str, kinds))) or "none"
         raise ValueError(f"bases for layer kinds {list(bases)}; kinds of this model's truncated layers: {found}.")
-    layers = {name: layer for name, layer in layers.items() if layer.kind in bases}
-    for name, layer in layers.items():
-        _check(name, layer, bases[layer.kind])
-    if state == "carry" and any(layer.selects for layer in layers.values()):
+    layers = [_refreshable(name, m, bases[m.kind]) for name, m in cores.items() if m.kind in bases]
+    if state == "carry" and any(layer.selects for layer in layers):
         raise ValueError("state='carry' turns a dense core; with keep the moments are lazy: use state='reset'.")
     turned: dict[int, tuple[Basis, Basis]] = {}
-    for layer in layers.values():
+    for layer in layers:
         old, (_, c) = layer.basis, layer.ranks
         if id(old) not in turned:
             basis = bases[layer.kind]
@@ -77,9 +75,10 @@ def refresh(
     return model
 
 
-def _check(name: str, layer: TruncatedLinear, basis: Basis) -> None:
+def _refreshable(name: str, layer: CoreLinear, basis: Basis) -> TruncatedLinear:
+    """The layer, if it can be given this basis."""
     old, (r, c) = layer.basis, (len(layer.basis.V), layer.ranks[1])
-    if isinstance(layer, QuantizedTruncatedLinear):
+    if not isinstance(layer, TruncatedLinear):
         raise ValueError(f"{name} is quantised: its weight can't take the core in, so its basis can't be changed.")
     if (basis.out_features, basis.in_features) != (old.out_features, old.in_features):
         raise ValueError(
@@ -90,6 +89,7 @@ def _check(name: str, layer: TruncatedLinear, basis: Basis) -> None:
         raise ValueError(f"{name}: the new basis has {basis.V.shape[0]} and {basis.U.shape[0]} rows, not {r} and {c}.")
     if layer.core.grad is not None or layer.selected_gradient() is not None:
         raise ValueError(f"{name} holds a gradient in the old basis: refresh after optimizer.step() and zero_grad().")
+    return layer
 
 
 def _renew(optimizer: SparseGradAdamW, layer: TruncatedLinear, basis: Basis, state: str) -> None:

@@ -7,16 +7,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsegrad.basis import Basis
-from sparsegrad.linear import SparseGradLinear, autocast
+from sparsegrad.linear import autocast
+from sparsegrad.select import Rule, selected, top_k
+from sparsegrad.selecting import SelectingLinear
 
 MATMULS = ("regular", "sparse_by_dense")
 
 
-class RotatedLinear(SparseGradLinear):
+class RotatedLinear(SelectingLinear):
     """The paper's layer: y = x U^T W_rot^T V + b, with a COO gradient of W_rot.
 
     Args:
-        weight, bias, basis, k, select_in: as in :class:`SparseGradLinear`; the basis must be full.
+        weight, bias, basis, k, select, select_in: as in :class:`~sparsegrad.selecting.SelectingLinear`; a full basis.
         matmul: ``regular``, or ``sparse_by_dense`` (paper, equations 1-2: rows of the output gradient that are zero, as
             padding leaves them, are skipped; the result is the same).
     """
@@ -28,6 +30,7 @@ class RotatedLinear(SparseGradLinear):
         basis: Basis | None,
         k: int,
         *,
+        select: Rule = top_k,
         select_in: str = "step",
         matmul: str = "regular",
     ) -> None:
@@ -37,7 +40,7 @@ class RotatedLinear(SparseGradLinear):
             raise ValueError(
                 "form 'rotated' keeps W_rot = V W U^T whole, so it needs a full basis; this one is truncated."
             )
-        super().__init__(weight, bias, basis, k, select_in=select_in)
+        super().__init__(weight, bias, basis, k, select=select, select_in=select_in)
         self.matmul = matmul
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,14 +59,11 @@ class RotatedLinear(SparseGradLinear):
     def _to_original(self, weight: Tensor) -> Tensor:
         return weight if self.basis is None else self.basis.rotate_back(weight)
 
-    def _gradient_to_rotated(self, dense: Tensor) -> Tensor:
-        return dense
-
     def _pending(self) -> tuple[Tensor, Tensor] | None:
         if self.weight.grad is None:
             return None
         coo = self.weight.grad.coalesce()
-        self._refuse_second_backward(coo._nnz() > self.k)  # one pass that used the layer twice
+        self.refuse_second_backward(coo._nnz() > self.k)  # one pass that used the layer twice
         row, column = coo.indices()
         return row * self.in_features + column, coo.values()
 
@@ -106,8 +106,8 @@ class _RotatedProduct(torch.autograd.Function):
             grad_x = g @ weight
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None
-        layer._refuse_second_backward(layer.weight.grad is not None and layer.weight.grad.is_sparse)
+        layer.refuse_second_backward(layer.weight.grad is not None and layer.weight.grad.is_sparse)
         G = G.to(layer.weight.dtype)
         if layer.select_in == "backward":
-            G = layer._coo(*layer._top_k(G))
+            G = layer._coo(*selected(G, layer.k, layer.rule))
         return grad_x, G, None

@@ -1,17 +1,27 @@
-"""Which entries of a gradient are kept: exactly k, by absolute value, ties to the lowest flat index (D6)."""
+"""Which entries of a gradient are kept: exactly k, by absolute value, ties to the lowest flat index (D6).
+
+Another rule is one function of the gradient and k, given to :func:`sparsegrad.sparsify` as ``select``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import gcd
 
 import torch
 from torch import Tensor
+
+Rule = Callable[[Tensor, int], Tensor]
+"""A gradient ``(rows, columns)`` in rotated coordinates and k, to k flat indices: int64, ascending, no duplicates."""
 
 _STRIDE, _MARGIN, _SPARE = 61, 1.25, 32  # of the sample that guesses a bound for the kept entries
 
 
 class NonFiniteGradient(ValueError):
     """A gradient holds NaN or infinity: training has diverged."""
+
+    def __init__(self) -> None:
+        super().__init__("gradient holds non-finite values: lower the learning rate or check the loss.")
 
 
 def check_k(k: int, shape: tuple[int, int]) -> int:
@@ -54,7 +64,7 @@ def top_k(G: Tensor, k: int) -> Tensor:
     check_k(k, tuple(G.shape))
     magnitude = G.detach().abs().flatten()
     if not torch.isfinite(magnitude.max()):  # NaN is the maximum of whatever holds one
-        raise NonFiniteGradient("gradient holds non-finite values: lower the learning rate or check the loss.")
+        raise NonFiniteGradient
     candidates = _candidates(magnitude, k, G.shape[1])
     values = magnitude if candidates is None else magnitude[candidates]
     threshold = torch.topk(values, k, sorted=False).values.min()
@@ -64,6 +74,34 @@ def top_k(G: Tensor, k: int) -> Tensor:
     above[ties] = True
     kept = above.nonzero().flatten()
     return kept if candidates is None else candidates[kept]
+
+
+def selected(G: Tensor, k: int, rule: Rule = top_k) -> tuple[Tensor, Tensor]:
+    """The entries that a rule keeps: flat indices int64 ``(k,)``, ascending, and their values.
+
+    Raises:
+        ValueError: if the rule gives anything else.
+        NonFiniteGradient: if G is not finite.
+    """
+    if rule is top_k:  # it has its own checks, and its indices need none
+        indices = top_k(G, k)
+    else:
+        if not torch.isfinite(G).all():
+            raise NonFiniteGradient
+        indices = rule(G, k)
+        _check_kept(indices, k, G.numel(), rule)
+    return indices, G.flatten()[indices]
+
+
+def _check_kept(indices: object, k: int, entries: int, rule: Rule) -> None:
+    expected = f"a rule gives {k} flat indices, int64 and ascending, each once, from 0 to {entries - 1}"
+    name = getattr(rule, "__name__", type(rule).__name__)
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.shape != (k,):
+        what = f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, Tensor) else type(indices).__name__
+        raise ValueError(f"select={name} gave {what}; {expected}.")
+    if indices[0] < 0 or indices[-1] >= entries or (indices.diff() <= 0).any():
+        low, high = int(indices.min()), int(indices.max())
+        raise ValueError(f"select={name} gave indices from {low} to {high}, or in another order; {expected}.")
 
 
 def _candidates(magnitude: Tensor, k: int, width: int) -> Tensor | None:

@@ -22,7 +22,7 @@ Two ways to apply a step (``update``):
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import isqrt
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -30,56 +30,31 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sparsegrad.basis import Basis
-from sparsegrad.linear import SparseGradLinear, SparseGradWeight, autocast
-from sparsegrad.select import check_k
+from sparsegrad.core import CoreLinear
+from sparsegrad.linear import autocast, copied
+from sparsegrad.select import Rule, top_k
 
 UPDATES = ("in_place", "side")
 
 
-def core_shape(k: int, limits: tuple[int, int], ratio: float = 1.0) -> tuple[int, int]:
-    """r and c of a core of at most k entries.
-
-    Args:
-        k: budget of entries.
-        limits: the largest r and c: the shape of the weight, or the rows of V and U of a truncated basis.
-        ratio: r / c wanted. 1 gives the square core, r = c = floor(sqrt(k)). Where one side meets its limit, the other
-            takes the rest of the budget.
-
-    Raises:
-        ValueError: if k is out of range or the ratio is not positive.
-    """
-    check_k(k, limits)
-    if not 0 < ratio < float("inf"):
-        raise ValueError(f"ratio={ratio!r}; r / c must be a positive number, 1 for a square core.")
-    c = max(1, min(k, isqrt(int(k / ratio))))
-    r = c if ratio == 1 else max(1, min(round(c * ratio), k // c))
-    if r >= limits[0]:
-        r, c = limits[0], min(k // limits[0], limits[1])
-    if c >= limits[1]:
-        r, c = min(k // limits[1], limits[0]), limits[1]
-    return r, c
-
-
-class TruncatedLinear(SparseGradLinear):
+class TruncatedLinear(CoreLinear):
     """A linear trained in the leading block of its rotated weight.
 
     Args:
         weight: ``(out_features, in_features)``; shared, not copied, where ``update`` is ``side``.
         bias: ``(out_features,)`` or None.
-        basis: for layers of this kind. Only the leading rows are kept: an object of r and c rows is shared as it is.
-        k: budget of entries; :func:`core_shape` makes it a square core, unless ``ranks`` says otherwise.
-        ranks: ``(r, c)``; r * c may not exceed k. With a basis of the input side alone r is out_features.
-        keep: entries of the core's gradient kept at a step, by absolute value, selected after all sums; None keeps all.
+        basis, k, ranks, keep, select: as in :class:`~sparsegrad.core.CoreLinear`.
         update: ``in_place`` or ``side``; None takes ``in_place`` for float32 and wider, ``side`` below.
 
     Attributes:
-        core: S, ``(r, c)``, in float32 at least.
         refreshes: how often the basis was changed (:func:`sparsegrad.refresh`), int64 scalar.
 
     Raises:
-        ValueError: if the basis is missing or of other shapes, k, ranks or keep are out of range, or the update is
-            unknown or would lose its steps.
+        ValueError: as :class:`~sparsegrad.core.CoreLinear`, and if the update is unknown or would lose its steps.
     """
+
+    weight: nn.Parameter
+    refreshes: Tensor
 
     def __init__(
         self,
@@ -90,39 +65,31 @@ class TruncatedLinear(SparseGradLinear):
         *,
         ranks: Sequence[int] | None = None,
         keep: int | None = None,
+        select: Rule = top_k,
         update: str | None = None,
     ) -> None:
-        if basis is None:
-            raise ValueError("form 'truncated' trains the leading block of a rotated weight, so it needs a basis.")
         low = torch.finfo(weight.dtype).bits < 32
         update = update or ("side" if low else "in_place")
         if update not in UPDATES:
             raise ValueError(f"update={update!r}; allowed: {', '.join(UPDATES)}.")
         if low and update == "in_place":
             raise ValueError(f"update='in_place' would lose small steps in {weight.dtype}: use update='side'.")
-        self.update = update  # before the rest: it decides how the weight is held
-        r, c = checked_ranks(k, ranks, basis)
-        super().__init__(weight, bias, basis.leading(r, c), r * c if keep is None else check_k(keep, (r, c)))
-        self._add_core((r, c), keep, torch.promote_types(weight.dtype, torch.float32), weight.device)
-        self.register_load_state_dict_post_hook(_absorb_loaded)
-
-    def _add_core(self, ranks: tuple[int, int], keep: int | None, dtype: torch.dtype, device: torch.device) -> None:
-        self.ranks, self.keep = ranks, keep
-        self.core = SparseGradWeight(torch.zeros(*ranks, dtype=dtype, device=device))
+        shape, device = (weight.shape[0], weight.shape[1]), weight.device
+        super().__init__(shape, basis, k, ranks=ranks, keep=keep, select=select, update=update, device=device)
+        own = weight.detach()
+        self.bias = None if bias is None else copied(bias)
+        self.weight = nn.Parameter(own.clone() if update == "in_place" else own, requires_grad=False)
+        self.core = self._zero_core(torch.promote_types(weight.dtype, torch.float32))
         self.register_buffer("refreshes", torch.zeros((), dtype=torch.int64, device=device))
-        self._gradient: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def trained(self) -> nn.Parameter:
-        return self.core
-
-    @property
-    def selects(self) -> bool:
-        return self.keep is not None
+        self.register_load_state_dict_post_hook(_absorb_loaded)
 
     @property
     def moves_weight(self) -> bool:
         return (self.update == "in_place" and self.core.requires_grad) or bool(self.refreshes)
+
+    @property
+    def plain_dtype(self) -> torch.dtype:
+        return self.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features) -> (..., out_features)``."""
@@ -146,12 +113,6 @@ class TruncatedLinear(SparseGradLinear):
         if self.update == "in_place":
             add_product_(self.weight, self.basis.V, self.core, self.basis.U)
             self.core.zero_()
-
-    @torch.no_grad()
-    def add_(self, indices: Tensor, delta: Tensor) -> None:
-        """``W_rot[:r, :c].flatten()[indices] += delta``; arguments as in the other forms, indices of the block."""
-        self.core.view(-1).index_add_(0, indices, delta.to(self.core.dtype))
-        self.absorb()
 
     @torch.no_grad()
     def original_weight(self) -> Tensor:
@@ -178,46 +139,10 @@ class TruncatedLinear(SparseGradLinear):
         lost = torch.finfo(self.weight.dtype).bits < 32
         self.core.copy_(basis.rotate(exact - self.weight) if lost else torch.zeros_like(self.core))
 
-    def select(self) -> None:
-        if self.selects:
-            super().select()
-
-    def zero_gradient(self) -> None:
-        super().zero_gradient()
-        self._gradient = None
-
-    def extra_repr(self) -> str:
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, ranks={self.ranks}, keep={self.keep}, update={self.update}"
-
-    def _held_weight(self, weight: Tensor) -> nn.Parameter:
-        own = weight.detach()
-        return nn.Parameter(own.clone() if self.update == "in_place" else own, requires_grad=False)
-
-    def _keep_master(self, original: Tensor | None) -> None:
-        """No copy of W's size: below float32 the core is the master."""
-
-    def _gradient_to_rotated(self, dense: Tensor) -> Tensor:
-        return dense
-
-    def _pending(self) -> tuple[Tensor, Tensor] | None:
-        if self.selects or self.core.grad is None:
-            return self._gradient
-        return torch.arange(self.core.numel(), device=self.core.device), self.core.grad.flatten()
-
-    def _set_pending(self, indices: Tensor, values: Tensor) -> None:
-        if self.selects:
-            self._gradient = (indices, values)
-        else:
-            self.core.grad = values.view_as(self.core)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TruncatedLinear:
-        core = self.core.detach()
-        nn.Module._apply(self, fn, recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
         if torch.finfo(self.weight.dtype).bits < 32:
             self.update = "side"  # the model was cast down
-            if torch.finfo(self.core.dtype).bits < 32:
-                self.core.data = core.to(device=self.core.device, dtype=torch.promote_types(core.dtype, torch.float32))
         return self
 
 
@@ -276,28 +201,6 @@ def _absorb_loaded(layer: TruncatedLinear, _: object) -> None:
     """A state that was saved with a side path may be loaded into a layer that has none."""
     if layer.update == "in_place" and not layer.core.is_meta and layer.core.any():
         layer.absorb()
-
-
-def checked_ranks(k: int, ranks: Sequence[int] | None, basis: Basis) -> tuple[int, int]:
-    """r and c of a budget, or those given.
-
-    Raises:
-        ValueError: if they exceed the budget or the rows of the basis.
-    """
-    limits = basis.ranks
-    check_k(k, (basis.out_features, basis.in_features))
-    if not basis.rotates_output and k < limits[0]:
-        raise ValueError(f"k={k}; a core of all outputs needs at least {limits[0]} entries, one a row.")
-    if ranks is None:
-        return core_shape(k, limits) if basis.rotates_output else (limits[0], min(k // limits[0], limits[1]))
-    if len(ranks) != 2 or not all(isinstance(n, int) and 1 <= n <= m for n, m in zip(ranks, limits, strict=True)):
-        raise ValueError(f"ranks={ranks!r}; this basis allows (r, c) from (1, 1) to {limits}.")
-    r, c = ranks
-    if not basis.rotates_output and r != limits[0]:
-        raise ValueError(f"ranks={(r, c)}; a basis of the input side leaves all {limits[0]} outputs in the core.")
-    if r * c > k:
-        raise ValueError(f"ranks={(r, c)} are {r * c} entries, more than k={k}: lower one of them or raise k.")
-    return r, c
 
 
 def add_product_(weight: Tensor, V: Tensor, S: Tensor, U: Tensor) -> Tensor:

@@ -172,6 +172,12 @@ def test_training_a_transformer_lowers_the_loss_and_moves_the_other_parameters_t
     assert not [name for name in still if "LayerNorm" in name or name.endswith("dense.weight")]
 
 
+def test_an_option_of_another_form_may_stand_at_its_default(blocks, block_bases, block_patterns):
+    every = {"select_in": "step", "matmul": "regular", "ranks": None, "keep": None, "update": None}
+    for form in FORMS:
+        sparsify(blocks(), block_bases(), 5, block_patterns, form=form, **every)
+
+
 def test_options_reach_the_layers(blocks, block_bases, block_patterns):
     options = {"form": "rotated", "matmul": "sparse_by_dense", "select_in": "backward"}
     model = sparsify(blocks(), block_bases(), {"up": 3, "down": 4}, block_patterns, [1], **options)
@@ -215,10 +221,12 @@ def test_sparsify_keeps_modes_and_what_is_frozen(form, blocks, block_bases, bloc
 
 REFUSALS = [
     ({"form": "diagonal"}, r"form='diagonal'; allowed: folded, rotated, truncated"),
-    ({"matmul": "sparse_by_dense"}, r"matmul='sparse_by_dense' belongs to form='rotated'; form='folded' has no"),
-    ({"matmul": "sparse_by_dense", "form": "truncated"}, r"form='truncated' has no rotated product"),
-    ({"keep": 3, "ranks": (2, 2)}, r"ranks=\(2, 2\), keep=3 belong to form='truncated'; form='folded' selects among"),
-    ({"form": "truncated", "select_in": "backward"}, r"form='truncated' has no dense gradient to avoid: leave it"),
+    ({"matmul": "sparse_by_dense"}, r"matmul='sparse_by_dense' is no option of form='folded', which takes select_in"),
+    ({"matmul": "sparse_by_dense", "form": "truncated"}, r"no option of form='truncated', which takes ranks, keep, up"),
+    ({"keep": 3}, r"keep=3 is no option of form='folded'"),
+    ({"form": "truncated", "select_in": "backward"}, r"select_in='backward' is no option of form='truncated'"),
+    ({"density": 0.1, "form": "rotated"}, r"density=0.1 is no option of form='rotated', which takes select_in, matmul"),
+    ({"form": "truncated", "select": lambda G, k: None}, r"layers.0.up: keep=None trains the whole core: give keep"),
     ({"form": "truncated", "bases": None}, r"layers.0.up: form 'truncated' .* so it needs a basis"),
     ({"form": "truncated", "k": 97}, r"layers.0.up: k=97; a matrix of shape \(12, 8\)"),
     ({"form": "truncated", "k": {"up": 5}}, r"no k for layer kind 'down'; given: up"),
@@ -236,7 +244,7 @@ REFUSALS = [
     ({"k": 0}, r"layers.0.up: k=0; .* from 1 to 96"),
     ({"k": 0.01}, r"layers.0.up: k=0.01; .* whole numbers from 1 to 96"),
     ({"k": {"up": 5, "down": 97}}, r"layers.0.down: k=97; a matrix of shape \(8, 12\)"),
-    ({"k": {"up": 5}}, r"no k for layer kind 'down'; given: up"),
+    ({"k": {"up": 5}}, r"layers.0.down: no k for layer kind 'down'; given: up"),
     ({"layers_to_transform": [0, 7]}, r"names blocks \[7\]; the model has \[0, 1\]"),
     ({"target_modules": {"up": r"layers\.\d+\.norm"}}, r"these are not: layers.0.norm \(LayerNorm\)"),
     ({"target_modules": {"up": "nothing"}}, r"target_modules.up='nothing' matches no module in full"),

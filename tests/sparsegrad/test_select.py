@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from sparsegrad import entries_for_density, select, top_k
+from sparsegrad import (
+    NonFiniteGradient,
+    SparseGradAdamW,
+    entries_for_density,
+    param_groups,
+    select,
+    sparsegrad_layers,
+    sparsify,
+    top_k,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -149,3 +158,72 @@ def test_the_sample_leaves_few_candidates_and_a_bad_guess_is_not_used():
     bad[::61] = 1.0  # what the sample sees is no sample of the rest
     assert select._candidates(bad, 1200, 200) is None
     assert torch.equal(top_k(bad.view(300, 200), 1200), literal(bad.view(300, 200), 1200))
+
+
+# ---- another rule ----
+
+
+class RandomEntries:
+    """k entries drawn by a generator, as a second rule; it keeps what it gave."""
+
+    def __init__(self, seed=0):
+        self.generator, self.kept = torch.Generator().manual_seed(seed), []
+
+    def __call__(self, G, k):
+        self.kept.append(torch.randperm(G.numel(), generator=self.generator)[:k].sort().values)
+        return self.kept[-1]
+
+
+ROUTES = [
+    ({"form": "folded"}, 5),
+    ({"form": "folded", "select_in": "backward"}, 5),
+    ({"form": "rotated"}, 5),
+    ({"form": "rotated", "select_in": "backward"}, 5),
+    ({"form": "truncated", "keep": 3}, 3),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "k"), ROUTES, ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else ""
+)
+def test_the_entries_that_move_are_those_of_the_rule(options, k, blocks, block_bases, block_patterns):
+    rule, bases = RandomEntries(), block_bases()
+    model = sparsify(blocks(), bases, 5, block_patterns, select=rule, **options)
+    layers = list(sparsegrad_layers(model).values())
+    before = [layer.rotated_weight().clone() for layer in layers]
+    optimizer = SparseGradAdamW(param_groups(model), lr=0.1)
+    model(torch.randn(4, 8, dtype=torch.float64)).square().sum().backward()
+    optimizer.step()
+    assert len(rule.kept) == len(layers)
+    asked = reversed(rule.kept) if options.get("select_in") == "backward" else rule.kept  # the last layer is the first
+    for layer, start, kept in zip(layers, before, asked, strict=True):
+        moved = ((layer.rotated_weight() - start).abs() > 1e-6).flatten().nonzero().flatten()
+        assert len(kept) == k and torch.equal(moved, kept) and torch.equal(optimizer.touched(layer), kept)
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ([0, 1], r"torch.int64 \(2,\)"),
+        ([0.0, 1.0, 2.0], r"torch.float32 \(3,\)"),
+        ([[0, 1, 2]], r"torch.int64 \(1, 3\)"),
+        (None, "NoneType"),
+        ([-1, 0, 1], "indices from -1 to 1"),
+        ([0, 1, 12], "indices from 0 to 12"),
+        ([0, 2, 1], "indices from 0 to 2, or in another order"),
+        ([0, 1, 1], "indices from 0 to 1, or in another order"),
+    ],
+)
+def test_a_rule_that_gives_something_else_is_refused(given, what):
+    def rule(G, k):
+        return None if given is None else torch.tensor(given)
+
+    with pytest.raises(ValueError, match=rf"select=rule gave {what}.*a rule gives 3 flat indices, int64 .* 0 to 11\."):
+        select.selected(torch.randn(3, 4), 3, rule)
+
+
+def test_no_rule_is_asked_about_a_gradient_that_is_not_finite():
+    rule = RandomEntries()
+    with pytest.raises(NonFiniteGradient, match="gradient holds non-finite values"):
+        select.selected(torch.full((3, 4), torch.inf), 3, rule)
+    assert not rule.kept

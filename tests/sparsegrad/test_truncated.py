@@ -635,7 +635,7 @@ def test_a_quantised_model_trains_like_its_dequantised_copy(keep, blocks, block_
             linear.out_features, linear.in_features = linear.weight.shape
             setattr(block, kind, linear)
     bases, config = block_bases(), {"k": 9, "target_modules": block_patterns, "form": "truncated", "keep": keep}
-    with pytest.raises(ValueError, match=r"layers.0.up is quantised \(PackedLinear\): use form='truncated'"):
+    with pytest.raises(ValueError, match=r"0.up: the weight is quantised \(PackedLinear\): use form='truncated'"):
         sparsify(model, bases, 9, block_patterns)
     with pytest.raises(ValueError, match="layers.0.up: update='in_place'; a quantised weight takes no steps"):
         sparsify(model, bases, update="in_place", **config)
