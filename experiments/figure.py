@@ -1,7 +1,7 @@
-"""Draw one figure from an experiment's records: SVG, PNG, and a JSON of its title, caption and notes.
+"""Draw figures from an experiment's records: for each an SVG, a PNG, and a JSON of its title, caption and notes.
 
 python experiments/figure.py figure=figure_02 name=local
-python experiments/figure.py figure=figure_energy name=local
+python experiments/figure.py figure=all name=local     # those that the experiment lists, in one process
 """
 
 import logging
@@ -11,32 +11,62 @@ import hydra
 import yaml
 from omegaconf import DictConfig
 
+from finetune.report.evidence.efficiency_evidence import collect_efficiency_evidence
 from finetune.report.figures.energy_evidence import PAPER_MODEL, read_looks
 from finetune.report.figures.energy_figure import draw_figure_energy
+from finetune.report.figures.figures_efficiency import draw_figure_cost_curves, draw_figure_efficiency
 from finetune.report.figures.gradient_figures import draw_figure_02, draw_figure_03
+from finetune.report.labels import Labels, read_labels
+from finetune.store import records
 
 log = logging.getLogger(__name__)
 
-FIGURES = {"figure_02": draw_figure_02, "figure_03": draw_figure_03, "figure_energy": draw_figure_energy}
+GRADIENTS = {"figure_02": draw_figure_02, "figure_03": draw_figure_03, "figure_energy": draw_figure_energy}
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="figure")
 def main(cfg: DictConfig) -> None:
     experiment = yaml.safe_load(Path(cfg.experiment).read_text())
     results = Path("results") / cfg.name
+    drawers = dict.fromkeys(GRADIENTS, _gradients) | {"figure_efficiency": _efficiency, "figure_cost_curves": _costs}
     try:
         if experiment["name"] != cfg.name:
             raise ValueError(f"{cfg.experiment} is experiment {experiment['name']!r}, not {cfg.name!r}.")
-        if cfg.figure not in FIGURES:
-            raise ValueError(f"figure={cfg.figure!r}; allowed: {', '.join(FIGURES)}.")
-        model = experiment["stands_for"][PAPER_MODEL]
-        if model is None:
-            raise ValueError(f"{cfg.experiment}: stands_for.{PAPER_MODEL} names no model to draw gradients of.")
-        looks = read_looks(results / "energy" / model, experiment["tasks"])
-        for path in FIGURES[cfg.figure](looks, model, results / "figures"):
-            log.info("%s", path)
+        listed = [name for name, used in experiment.get("figures", {}).items() if used]
+        wanted = listed if cfg.figure == "all" else [cfg.figure]
+        if unknown := [name for name in wanted if name not in drawers]:
+            raise ValueError(f"figure={unknown[0]!r}; allowed: all, {', '.join(drawers)}.")
+        labels = read_labels(experiment.get("data"))
+        for name in wanted:
+            for path in drawers[name](name, experiment, results, labels):
+                log.info("%s", path)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
+
+
+def _gradients(name: str, experiment: dict, results: Path, labels: Labels) -> list[Path]:
+    model = experiment["stands_for"][PAPER_MODEL]
+    if model is None:
+        raise ValueError(f"stands_for.{PAPER_MODEL} of {experiment['name']} names no model to draw gradients of.")
+    looks = read_looks(results / "energy" / model, experiment["tasks"])
+    return GRADIENTS[name](looks, model, results / "figures")
+
+
+def _efficiency(name: str, experiment: dict, results: Path, labels: Labels) -> list[Path]:
+    models = experiment["efficiency_models"]
+    files = sorted((results / "efficiency" / models[0]).glob("*.json")) if models else []
+    evidence = collect_efficiency_evidence(
+        experiment=experiment["name"],
+        protocol=experiment["protocol"],
+        models=models,
+        records=[(path.as_posix(), records.read_json(path)) for path in files],
+    )
+    return draw_figure_efficiency(evidence, results / "figures", labels)
+
+
+def _costs(name: str, experiment: dict, results: Path, labels: Labels) -> list[Path]:
+    path = results / "cost_curves.json"
+    return draw_figure_cost_curves(records.read_json(path), path.as_posix(), results / "figures", labels)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def test_the_curves_are_measured_once_and_drawn(script, lists):
     assert found["run"] == found["run"] | {"experiment": "test", "kind": "cost_curves", "scale": "smoke"}
     before = path.read_bytes()
     assert "is finished, reused" in script("cost_curves", *arguments).err and path.read_bytes() == before
-    done = script("figure_efficiency", "figure=figure_cost_curves", "name=test")
+    done = script("figure", "figure=figure_cost_curves", "name=test")
     assert done.code == 0 and done.out == "", done.err
     words = json.loads((done.folder / "results" / "test" / "figures" / "figure_cost_curves.json").read_text())
     assert words["source"] == ["results/test/cost_curves.json"]
@@ -53,10 +53,10 @@ def test_the_cost_of_hosvd_by_hand(script):
     [
         ("hosvd_cost", ["rank=17", "scale.cases.tiny.shape=[24,16]", "device=cpu"], "rank=17 of gradients of shape"),
         ("cost_curves", ["scale.rounds=0", "device=cpu"], "rounds=0; it must be a whole number"),
-        ("figure_efficiency", ["figure=nope", "name=test"], "figure='nope'; allowed: figure_efficiency"),
-        ("figure_efficiency", ["figure=figure_efficiency", "name=test"], "no finished record of full fine-tuning"),
-        ("figure_efficiency", ["figure=figure_cost_curves", "name=test"], "cost_curves.json does not exist"),
-        ("figure_efficiency", ["figure=figure_cost_curves", "name=other"], "is experiment 'test', not 'other'"),
+        ("figure", ["figure=nope", "name=test"], "figure='nope'; allowed: all, figure_02"),
+        ("figure", ["figure=figure_efficiency", "name=test"], "no finished record of full fine-tuning"),
+        ("figure", ["figure=figure_cost_curves", "name=test"], "cost_curves.json does not exist"),
+        ("figure", ["figure=figure_cost_curves", "name=other"], "is experiment 'test', not 'other'"),
     ],
 )
 def test_wrong_input(name, arguments, text, script, lists):

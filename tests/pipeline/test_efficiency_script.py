@@ -52,7 +52,7 @@ def test_a_cell_is_measured_once_and_makes_three_tables_and_a_figure(script, arg
         cells = {(row["row"], row["column"]): row for row in csv.DictReader(file)}
     assert float(cells["LoRA", "CoLA"]["ours"]) > 0 and cells["LoRA", "CoLA"]["n"] == "2"
     assert cells["SparseGrad, Regular", "CoLA"]["verdict"] == "not run"
-    done = script("figure_efficiency", "figure=figure_efficiency", "name=test")
+    done = script("figure", "figure=figure_efficiency", "name=test")
     assert done.code == 0 and done.out == "", done.err
     words = json.loads((done.folder / "results" / "test" / "figures" / "figure_efficiency.json").read_text())
     assert words["source"] == [f"results/test/efficiency/tiny_bert/{task}.json" for task in ("cola", "mrpc")]

@@ -71,7 +71,7 @@ def test_bases_energy_and_three_figures_that_a_rerun_repeats(script, arguments, 
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (["figure=nope", "name=test"], "figure='nope'; allowed: figure_02"),
+        (["figure=nope", "name=test"], "figure='nope'; allowed: all, figure_02"),
         (["figure=figure_02", "name=other"], "is experiment 'test', not 'other'"),
         (["figure=figure_02", "name=test"], "holds no record of cola, mrpc: run the energy stage"),
     ],

@@ -6,12 +6,14 @@ from scipy import stats
 from finetune.report.evidence.evidence import collect_evidence
 from finetune.report.evidence.llama_evidence import collect_llama_evidence
 from finetune.report.figures.scores_figure import draw_scores
+from finetune.report.labels import Labels
 from finetune.report.page.page_findings import findings
 from finetune.report.page.page_inputs import PageInputs
 from finetune.report.statistics.decoder_comparison import compare_losses
 from finetune.report.statistics.statistics_page import to_markdown
 from finetune.report.statistics.statistics_record import build_statistics, plain
 
+LABELS = Labels()
 WHAT = {"experiment": "test", "protocol": "sound", "stands_for": {"llama2_7b": "tiny"}}
 
 
@@ -76,10 +78,10 @@ def test_the_page_the_figure_and_the_findings_say_it(evidence, tmp_path):
     card = next(one for one in findings(inputs) if one.title.startswith("Decoder"))
     assert card.title == "Decoder, variants of sparsegrad: 1 of 1 pairs separated"
     assert card.lines[0].startswith("truncated − SparseGrad: +0.103") and "SparseGrad is better" in card.lines[0]
-    svg, _, words = draw_scores(content, tmp_path, ["statistics.json"])
-    for text in ("Tiny, our runs", "difference of losses (nats)", "... minus SparseGrad"):
+    svg, _, words = draw_scores(content, tmp_path, ["statistics.json"], LABELS)
+    for text in ("Tiny, our runs", "difference of losses (nats)", "... minus sparsegrad"):
         assert text in svg.read_text(), text
     assert "left of 0 the first method is lower" in words.read_text()
     without = build_statistics(collect_evidence(**WHAT), samples=50)
     assert "dialogues" not in to_markdown(without)
-    assert "Validation losses" not in draw_scores(without, tmp_path, ["statistics.json"])[2].read_text()
+    assert "Validation losses" not in draw_scores(without, tmp_path, ["statistics.json"], LABELS)[2].read_text()

@@ -6,7 +6,14 @@ import pytest
 
 from finetune.report.evidence.efficiency_evidence import EfficiencyEvidence, Measured, TaskRecord
 from finetune.report.figures import figures_efficiency as module
-from finetune.report.figures.figures_efficiency import LABELS, draw_figure_cost_curves, draw_figure_efficiency
+from finetune.report.figures.figures_efficiency import draw_figure_cost_curves, draw_figure_efficiency, looks_of
+from finetune.report.labels import Labels
+from finetune.store.catalog import MethodFacts
+
+LABELS = Labels({"dora": MethodFacts("dora", "DoRA", "peft")})
+NAMES = {
+    name: look.label for name, look in looks_of(["full", "lora", "folded", "truncated_input", "floor"], LABELS).items()
+}
 
 FACTS = {
     "device": {"name": "a CPU", "type": "cpu", "threads": 1},
@@ -52,10 +59,10 @@ def marks(axis, place):
 
 
 def test_the_marks_are_means_over_tasks_with_the_tasks_beside(drawn, tmp_path):
-    paths = draw_figure_efficiency(evidence(**BOTH), tmp_path)
+    paths = draw_figure_efficiency(evidence(**BOTH), tmp_path, LABELS)
     assert [path.name for path in paths] == [f"figure_efficiency.{suffix}" for suffix in ("svg", "png", "json")]
     [((left, right), _words)] = drawn
-    assert [text.get_text() for text in left.get_yticklabels()] == [LABELS[n] for n in ("full", "lora", "folded")]
+    assert [text.get_text() for text in left.get_yticklabels()] == [NAMES[n] for n in ("full", "lora", "folded")]
     tasks, mean = marks(left, 1)[:2], marks(left, 1)[-1]
     assert tasks == pytest.approx([1.3, 1.1]) and mean == pytest.approx(1.2)
     assert marks(right, 1) == pytest.approx([300 / 400, 700 / 800, 0.8125])
@@ -65,13 +72,13 @@ def test_the_marks_are_means_over_tasks_with_the_tasks_beside(drawn, tmp_path):
 
 
 def test_the_papers_ratios_stand_beside_ours_and_nothing_stands_for_what_it_does_not_print(drawn, tmp_path):
-    draw_figure_efficiency(evidence(**BOTH), tmp_path)
+    draw_figure_efficiency(evidence(**BOTH), tmp_path, LABELS)
     [((left, _), _)] = drawn
     assert marks(left, 1.3) == pytest.approx([4.7 / 4.11]) and marks(left, 2.3) == [] == marks(left, 0.3)
 
 
 def test_the_words_name_device_sizes_sources_and_what_is_missing(tmp_path):
-    words = json.loads(draw_figure_efficiency(evidence(**BOTH), tmp_path)[2].read_text())
+    words = json.loads(draw_figure_efficiency(evidence(**BOTH), tmp_path, LABELS)[2].read_text())
     assert words["source"] == ["results/cola.json", "results/mrpc.json"]
     for text in ("a CPU (cpu, 1 threads)", "batch 32", "CoLA 1 steps/s, 400 MB", "CoLA, MRPC"):
         assert text in words["caption"]
@@ -81,7 +88,7 @@ def test_the_words_name_device_sizes_sources_and_what_is_missing(tmp_path):
 
 def test_without_full_fine_tuning_there_is_nothing_to_draw(tmp_path):
     with pytest.raises(ValueError, match="no finished record of full fine-tuning in test: run the efficiency stage"):
-        draw_figure_efficiency(evidence(cola={"lora": ((1.0,), 1.0)}), tmp_path)
+        draw_figure_efficiency(evidence(cola={"lora": ((1.0,), 1.0)}), tmp_path, LABELS)
 
 
 # ---- cost curves ----
@@ -112,19 +119,19 @@ RECORD = {
 def test_a_variant_is_drawn_where_it_was_measured(drawn, tmp_path):
     points = [point(), point(k=100, factor=2), *RECORD["points"][2:]]
     points[1]["variants"]["truncated_input"] = points[1]["variants"]["folded"]
-    draw_figure_cost_curves(RECORD | {"points": points, "base": 1}, "a.json", tmp_path)
+    draw_figure_cost_curves(RECORD | {"points": points, "base": 1}, "a.json", tmp_path, LABELS)
     [(axes, _)] = drawn
-    [line] = [line for line in axes[0].lines if line.get_label() == LABELS["truncated_input"]]
+    [line] = [line for line in axes[0].lines if line.get_label() == NAMES["truncated_input"]]
     assert list(line.get_xdata()) == [100] and list(line.get_ydata()) == [10]
 
 
 def test_every_curve_is_the_medians_of_its_points_in_milliseconds(drawn, tmp_path):
-    draw_figure_cost_curves(RECORD, "results/test/cost_curves.json", tmp_path)
+    draw_figure_cost_curves(RECORD, "results/test/cost_curves.json", tmp_path, LABELS)
     [(axes, words)] = drawn
     found = [{line.get_label(): line for line in axis.lines} for axis in axes]
-    assert [list(lines[LABELS["lora"]].get_xdata()) for lines in found] == [[10, 100], [8, 16], [4, 8]]
-    assert [list(lines[LABELS["lora"]].get_ydata()) for lines in found] == [[3, 6], [3, 9], [3, 12]]
-    assert all(lines[LABELS["floor"]].get_linestyle() == "--" and len(lines) == 6 for lines in found)
+    assert [list(lines[NAMES["lora"]].get_xdata()) for lines in found] == [[10, 100], [8, 16], [4, 8]]
+    assert [list(lines[NAMES["lora"]].get_ydata()) for lines in found] == [[3, 6], [3, 9], [3, 12]]
+    assert all(lines[NAMES["floor"]].get_linestyle() == "--" and len(lines) == 6 for lines in found)
     assert all(axis.get_xscale() == axis.get_yscale() == "log" for axis in axes)
     assert "folded over the paper's layer 0.62 (operations 0.50)" in words.caption
     assert "time that the process ran" in words.caption
@@ -137,4 +144,4 @@ def test_every_curve_is_the_medians_of_its_points_in_milliseconds(drawn, tmp_pat
 def test_another_record_is_refused(changes, text, tmp_path):
     record = {key: value for key, value in (RECORD | changes).items() if value is not None}
     with pytest.raises(ValueError, match=text):
-        draw_figure_cost_curves(record, "a.json", tmp_path)
+        draw_figure_cost_curves(record, "a.json", tmp_path, LABELS)

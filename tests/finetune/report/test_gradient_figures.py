@@ -7,7 +7,8 @@ import torch
 
 from finetune.energy.spaces import SPACES
 from finetune.report.figures import energy_figure, gradient_figures
-from finetune.report.figures.energy_evidence import LABELS, LOOKS, fully_tuned, of_model, read_looks, spread
+from finetune.report.figures.energy_evidence import SPACES as DRAWN
+from finetune.report.figures.energy_evidence import fully_tuned, of_model, read_looks, spread
 from finetune.store import records
 from sparsegrad import save_tensors
 
@@ -116,18 +117,18 @@ def test_the_energy_figure_draws_means_over_blocks(drawn):
     axes, words = drawn(energy_figure, energy_figure.draw_figure_energy)
     assert len(axes) == 3 * 4
     lines = {line.get_label(): line for line in axes[1].get_lines()}  # the first task's first trajectory, down
-    assert set(lines) == set(LABELS.values())
+    assert set(lines) == {space.label for space in DRAWN.values()}
     for space in SPACES:
         expected = [sum(energy(step, space, p) for p in (1, 3, 5)) / 3 for step in (0, 10)]
-        assert lines[LABELS[space]].get_ydata() == pytest.approx(expected)
-        assert list(lines[LABELS[space]].get_xdata()) == [0, 10]
+        assert lines[DRAWN[space].label].get_ydata() == pytest.approx(expected)
+        assert list(lines[DRAWN[space].label].get_xdata()) == [0, 10]
     block = axes[2].get_lines()[0].get_ydata()
     assert block == pytest.approx([sum(energy(step, "original", p) / 4 for p in (0, 2, 4)) / 3 for step in (0, 10)])
     assert "30 batches" in words.caption and "2x2" in words.caption and "standard deviation" in words.caption
     assert words.notes[0] == "Little stands in BERT's place: it is no BERT, and its numbers are not the paper's."
     ends = [spread([energy(step, "initial", p) for p in (1, 5, 3)]) for step in (0, 10)]
     [note] = [n for n in words.notes if n.startswith("COLA, SparseGrad, down, largest 1 % of the entries")]
-    assert f"{LABELS['initial']} {ends[0]} to {ends[1]}" in note
+    assert f"{DRAWN['initial'].label} {ends[0]} to {ends[1]}" in note
     assert "accuracy 0.500 (step 0), 0.600 (step 10)" in words.notes[-1]
     assert [Path(path).name for path in words.source] == ["cola-full.json", "cola-sparsegrad.json", "mrpc-full.json"]
 
@@ -137,7 +138,7 @@ def test_figure_2_draws_the_block_of_the_maps(drawn):
     [curves] = [axis for axis in axes[:4] if axis.get_xlabel().startswith("share of the entries")]
     lines = {line.get_label(): line.get_ydata() for line in curves.get_lines()}
     place = 4  # up, block 1
-    assert lines[LABELS["stored"]][1] == energy(0, "stored", place) and LABELS["refreshed"] not in lines
+    assert lines[DRAWN["stored"].label][1] == energy(0, "stored", place) and DRAWN["refreshed"].label not in lines
     assert f"up: {energy(0, 'original', 4):.2f} original, {energy(0, 'initial', 4):.2f} HOSVD core" in words.caption
     assert "block 1 (counted from 0)" in words.caption and "COLA, step 0" in words.caption
     assert [axis.get_title() for axis in axes[:3]] == list(gradient_figures._TITLES.values())
@@ -164,7 +165,7 @@ def test_figure_3_tells_padding_from_the_last_block(drawn):
 def test_a_model_of_the_paper_is_called_so(folder):
     look = read_looks(folder, ["cola"])[0]
     assert of_model(look, "bert_base") == "Model: Little."
-    assert set(LOOKS) == set(LABELS) == set(SPACES)
+    assert set(DRAWN) == set(SPACES)
 
 
 @pytest.mark.parametrize("draw", [gradient_figures.draw_figure_02, gradient_figures.draw_figure_03])

@@ -7,6 +7,7 @@ import pytest
 
 from finetune.report.evidence import evidence as evidences
 from finetune.report.figures.scores_figure import draw_scores
+from finetune.report.labels import Labels
 from finetune.report.statistics.statistics_page import to_markdown
 from finetune.report.statistics.statistics_record import build_statistics
 from finetune.store import records
@@ -108,17 +109,17 @@ def test_nothing_run(tmp_path):
     content = content_of([])
     text = to_markdown(content)
     assert "## Our runs\n\nNothing ran." in text and "## The authors' released logs: BERT" in text
-    draw_scores(content, tmp_path, ["statistics.json"])
+    draw_scores(content, tmp_path, ["statistics.json"], Labels())
     assert "nothing ran" in json.loads((tmp_path / "methods_scores.json").read_text())["caption"]
 
 
 def test_figure(content, tmp_path):
-    paths = draw_scores(content, tmp_path / "a", ["results/test/statistics.json"])
-    again = draw_scores(content, tmp_path / "b", ["results/test/statistics.json"])
+    paths = draw_scores(content, tmp_path / "a", ["results/test/statistics.json"], Labels())
+    again = draw_scores(content, tmp_path / "b", ["results/test/statistics.json"], Labels())
     assert [path.name for path in paths] == [f"methods_scores.{suffix}" for suffix in ("svg", "png", "json")]
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", paths[0].read_text())
-    for text in ("MiniLM-L6, our runs", "BERT, authors' logs", "LoRA, AVG", "RTE", "truncated", "difference (points)"):
+    for text in ("MiniLM-L6, our runs", "BERT, authors' logs", "lora, AVG", "RTE", "truncated", "difference (points)"):
         assert any(text in found.replace("&#39;", "'") for found in texts), text
     words = records.read_json(paths[2])
     assert "3 seeds a task" in words["caption"] and words["source"] == ["results/test/statistics.json"]

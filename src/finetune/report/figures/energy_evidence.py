@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
 
 from finetune.report.figures.figure_style import COLOURS, GREY
 from finetune.store import records
 
-LABELS = {
-    "original": "original space",
-    "random": "random bases",
-    "released": "released orientation, V G U",
-    "stored": "HOSVD core, basis of another head",
-    "initial": "HOSVD core, own basis of the first step",
-    "refreshed": "HOSVD core, own basis, refreshed",
-}
-"""Space -> its name in legends; see :data:`finetune.energy.spaces.SPACES`."""
+if TYPE_CHECKING:
+    import numpy as np
 
-LOOKS = {
-    "original": (COLOURS["meprop"], "o"),  # where MeProp selects
-    "random": (GREY, "x"),
-    "released": (COLOURS["rotated"], "v"),
-    "stored": (COLOURS["lora"], "s"),
-    "initial": (COLOURS["sparsegrad"], "D"),
-    "refreshed": (COLOURS["truncated"], "^"),
+
+@dataclass(frozen=True)
+class Space:
+    """How a space of :mod:`finetune.energy.spaces` is drawn: told apart without colour too."""
+
+    label: str
+    colour: str
+    marker: str
+
+
+SPACES = {
+    "original": Space("original space", COLOURS["meprop"], "o"),  # where MeProp selects
+    "random": Space("random bases", GREY, "x"),
+    "released": Space("released orientation, V G U", COLOURS["rotated"], "v"),
+    "stored": Space("HOSVD core, basis of another head", COLOURS["lora"], "s"),
+    "initial": Space("HOSVD core, own basis of the first step", COLOURS["sparsegrad"], "D"),
+    "refreshed": Space("HOSVD core, own basis, refreshed", COLOURS["truncated"], "^"),
 }
-"""Space -> colour and marker: told apart without colour too."""
 
 ANOTHER_HEAD = (
     "Basis of another head: that of the basis stage, which all runs of a task share; it was made from the same weights "
@@ -94,19 +99,24 @@ class Look:
             raise ValueError(f"{self.path}: no energy of the largest {share:.2%} of the entries; measured: {shares}.")
         return shares.index(share)
 
-    def maps(self) -> dict[str, Any]:
-        """The heat maps beside the record, as arrays by name.
+    def maps(self) -> dict[str, np.ndarray]:
+        """The heat maps beside the record, float32, by name; read without torch.
 
         Raises:
-            ValueError: if their file is missing or of another configuration.
+            ValueError: if their file is missing, damaged or of another configuration.
         """
-        from sparsegrad import load_tensors
-
         path = self.path.with_suffix(".safetensors")
-        tensors, facts = load_tensors(path)
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist: run the energy stage.")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                facts = json.loads((file.metadata() or {}).get("sparsegrad", "{}"))
+                found = {name: file.get_tensor(name).astype("float32") for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it and run the energy stage again.") from None
         if facts.get("config_hash") != self.record["run"]["config_hash"]:
             raise ValueError(f"{path} is of another configuration than {self.path}: run the energy stage again.")
-        return {name: tensor.float().numpy() for name, tensor in tensors.items()}
+        return found
 
 
 def read_looks(folder: Path, tasks: Sequence[str]) -> list[Look]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from finetune.report.figures.energy_evidence import ANOTHER_HEAD, LABELS, LOOKS, Look, of_model, setting, spread
+from finetune.report.figures.energy_evidence import ANOTHER_HEAD, SPACES, Look, of_model, setting, spread
 from finetune.report.figures.figure_style import Words, new_figure, relative_paths, save_figure
 
 KEPT = 0.01  # the paper's share of entries (D1)
@@ -41,14 +41,14 @@ def draw_figure_energy(looks: Sequence[Look], model: str, folder: Path) -> list[
 
 def _panel(axis: Any, look: Look, name: str, kind: str) -> None:
     for space in look.record["spaces"]:
-        colour, marker = LOOKS[space]
+        drawn = SPACES[space]
         values = [_values(look, number, space, kind, name) for number in range(len(look.steps))]
         middle = [mean(one) for one in values]
         spreads = [stdev(one) if len(one) > 1 else 0.0 for one in values]
-        axis.plot(look.steps, middle, color=colour, marker=marker, label=LABELS[space])
+        axis.plot(look.steps, middle, color=drawn.colour, marker=drawn.marker, label=drawn.label)
         low = [max(0.0, m - s) for m, s in zip(middle, spreads, strict=True)]
         high = [min(1.0, m + s) for m, s in zip(middle, spreads, strict=True)]
-        axis.fill_between(look.steps, low, high, color=colour, alpha=0.1, linewidth=0)
+        axis.fill_between(look.steps, low, high, color=drawn.colour, alpha=0.1, linewidth=0)
     axis.set_ylim(0, 1.02)
 
 
@@ -64,7 +64,7 @@ def _words(looks: Sequence[Look], model: str) -> Words:
         for name, words in (("energy", "largest 1 % of the entries"), ("block", "leading block")):
             for kind in look.kinds:
                 ends = ", ".join(
-                    f"{LABELS[space]} {spread(_values(look, 0, space, kind, name))} to "
+                    f"{SPACES[space].label} {spread(_values(look, 0, space, kind, name))} to "
                     f"{spread(_values(look, -1, space, kind, name))}"
                     for space in NAMED
                 )

@@ -8,7 +8,8 @@ background is transparent: a page may be light or dark. Colours are those of Oka
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ from finetune.store import records
 from finetune.store.files import write_atomically
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.figure import Figure
 
 GREY = "#6b7280"
@@ -34,6 +34,11 @@ COLOURS = {
 }
 """Method or form -> its colour in every figure; the folded form is SparseGrad's default and has its colour."""
 
+_MORE = ("#8a63d2", "#8c6d31", "#a3a500", "#b5396b", "#3f7f93")
+"""Colours of what has none of its own, in turn."""
+
+_MARKERS = "os^DvPX*<>hpd"
+
 SEQUENTIAL = "cividis"
 """Colour map of magnitudes: the same to readers with and without red-green vision."""
 
@@ -48,15 +53,10 @@ _STYLE = {
     "ytick.labelsize": 8,
     "legend.fontsize": 8,
     "legend.frameon": False,
-    "text.color": GREY,
-    "axes.labelcolor": GREY,
-    "axes.titlecolor": GREY,
-    "axes.edgecolor": GREY,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "savefig.facecolor": "none",
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.titlecolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY
+    ),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -88,6 +88,21 @@ class Words:
     source: tuple[str, ...] = ()
 
 
+def styles(names: Iterable[str], kin: Mapping[str, str] | None = None) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each name of a figure.
+
+    Args:
+        names: Methods or variants, in the order of the figure; as many as there are.
+        kin: Name -> the method or form whose colour it has where it has none of its own.
+
+    Returns:
+        Name -> (colour, marker). A name without colour or kin takes the next of a cycle; markers are given in turn.
+    """
+    names, kin = list(dict.fromkeys(names)), kin or {}
+    more, markers = itertools.cycle(_MORE), itertools.cycle(_MARKERS)
+    return {name: (COLOURS.get(name) or COLOURS.get(kin.get(name, "")) or next(more), next(markers)) for name in names}
+
+
 @contextmanager
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[Any]:
     """A figure in the common style; draw and save it inside the ``with``.
@@ -105,8 +120,13 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
 
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
-        axes: np.ndarray = figure.subplots(rows, columns, squeeze=False, **options)
-        yield figure, axes
+        yield figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def draw_svg(figure: Figure) -> bytes:
+    """The figure of :func:`new_figure`, still inside its ``with``, as an SVG of fixed bytes."""
+    _settle(figure)
+    return _drawn(figure, "svg", Date=None, Creator=None)
 
 
 def save_figure(figure: Figure, folder: str | Path, name: str, words: Words) -> list[Path]:
@@ -126,17 +146,17 @@ def save_figure(figure: Figure, folder: str | Path, name: str, words: Words) -> 
     """
     if not words.title or not words.caption or not words.source:
         raise ValueError(f"{name}: title, caption and at least one source are needed, got {words}.")
-    import matplotlib
+    svg, png, json = (Path(folder) / f"{name}.{suffix}" for suffix in ("svg", "png", "json"))
+    write_atomically(svg, draw_svg(figure))
+    write_atomically(png, _drawn(figure, "png", Software=None))
+    records.write_json(json, asdict(words))
+    return [svg, png, json]
 
-    paths = [Path(folder) / f"{name}.{suffix}" for suffix in ("svg", "png", "json")]
-    with matplotlib.rc_context(_STYLE):
-        _settle(figure)
-        for path, metadata in zip(paths, ({"Date": None, "Creator": None}, {"Software": None}), strict=False):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=path.suffix[1:], dpi=DPI, metadata=metadata, transparent=True)
-            write_atomically(path, buffer.getvalue())
-    records.write_json(paths[2], asdict(words))
-    return paths
+
+def _drawn(figure: Figure, kind: str, **metadata: None) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata, transparent=True)
+    return buffer.getvalue()
 
 
 def _settle(figure: Figure) -> None:
@@ -149,9 +169,7 @@ def _settle(figure: Figure) -> None:
 
 def number(value: float) -> str:
     """A value for a label: three significant digits, thousands separated, no exponent."""
-    if value == 0 or abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
+    return f"{value:,.0f}" if value == 0 or abs(value) >= 100 else f"{value:.3g}"
 
 
 def relative_paths(paths: Sequence[str | Path]) -> tuple[str, ...]:

@@ -12,8 +12,7 @@ from typing import Any
 
 from finetune.report.figures.energy_evidence import (
     ANOTHER_HEAD,
-    LABELS,
-    LOOKS,
+    SPACES,
     Look,
     fully_tuned,
     of_model,
@@ -72,9 +71,9 @@ def _curves(axis: Any, look: Look, place: int) -> None:
     shares = look.record["measure"]["shares"]
     for space in look.record["spaces"]:
         if space != "refreshed":  # at the first step it is the initial one
-            colour, marker = LOOKS[space]
+            drawn = SPACES[space]
             values = look.record["steps"][0]["spaces"][space][place]["energy"]
-            axis.plot(shares, values, color=colour, marker=marker, label=LABELS[space])
+            axis.plot(shares, values, color=drawn.colour, marker=drawn.marker, label=drawn.label)
     axis.axvline(KEPT, color=GREY, linestyle=":", linewidth=1)
     axis.annotate("1 %", (KEPT, 0.0), (3, 3), textcoords="offset points", fontsize=7, color=GREY)
     axis.set(xscale="log", ylim=(0, 1.02), xlabel="share of the entries, largest first", ylabel="share of the energy")
@@ -168,8 +167,8 @@ def _over_training(axis: Any, look: Look, kind: str) -> None:
     lines = (
         ("∂L/∂Y, not zero", GREY, "x", lambda s, p: s["output_gradients"][p]["nonzero"]),
         (f"∂L/∂Ỹ, at least {percent(level)} of the largest", COLOURS["rotated"], "s", _output("large_initial")),
-        (f"∂L/∂W, at least {percent(level)} of the largest", LOOKS["original"][0], "o", _large("original")),
-        (f"∂L/∂W̃, at least {percent(level)} of the largest", LOOKS["initial"][0], "D", _large("initial")),
+        (f"∂L/∂W, at least {percent(level)} of the largest", SPACES["original"].colour, "o", _large("original")),
+        (f"∂L/∂W̃, at least {percent(level)} of the largest", SPACES["initial"].colour, "D", _large("initial")),
     )
     for name, colour, marker, take in lines:
         values = [[100 * take(step, place) for place in places] for step in steps]
