@@ -1,14 +1,15 @@
 """SparseGrad: fine-tune MLP layers in the few entries that carry their gradient in an HOSVD basis (arXiv 2410.07383).
 
-moments = {"up": GradientMoments(3072, 768), "down": GradientMoments(768, 3072)}   # update() with gradients
-bases = {kind: hosvd(m) for kind, m in moments.items()}
-sparsify(model, bases, k=28_000, target_modules={"up": r".*\\.layer\\.(?P<layer>\\d+)\\.intermediate\\.dense", ...})
-optimizer = SparseGradAdamW(param_groups(model), lr=1e-4)                          # in place of torch.optim.AdamW
-...                                                                                # train as before
-merge(model)                                                                       # a plain model again
+targets = {"up": r".*\\.layer\\.(?P<layer>\\d+)\\.intermediate\\.dense", "down": ...}
+bases = {kind: hosvd(moments) for kind, moments in collect_moments(model, batches, targets).items()}
+sparsify(model, bases, k=28_000, target_modules=targets)
+optimizer = SparseGradAdamW(param_groups(model), lr=1e-4)  # in place of torch.optim.AdamW
+...                                                        # train as before
+merge(model)                                               # a plain model again
 """
 
 from sparsegrad.basis import Basis, GradientMoments, hosvd, hosvd_of_unfoldings, hosvd_tensorly
+from sparsegrad.collect import collect_moments
 from sparsegrad.convert import Target, find_targets, merge, sparsegrad_layers, sparsify
 from sparsegrad.core import core_shape
 from sparsegrad.folded import FoldedLinear
@@ -33,6 +34,7 @@ __all__ = [
     "Target",
     "TruncatedLinear",
     "clip_grad_norm_",
+    "collect_moments",
     "core_shape",
     "entries_for_density",
     "find_targets",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +14,7 @@ from tqdm import tqdm
 from finetune.data.examples import Examples
 from finetune.methods.base import Targets
 from finetune.training.evaluation import summed_loss
-from sparsegrad import Basis, GradientMoments, Target, hosvd, hosvd_tensorly
+from sparsegrad import Basis, GradientMoments, collect_moments, hosvd, hosvd_tensorly
 
 BACKENDS = ("moments", "tensorly")
 
@@ -108,70 +106,43 @@ def collect(
     """
     model = copy.deepcopy(model) if options.update and not keep_weights else model
     model = model.to(device)
-    found, collected, losses = targets.find(model), Collected({}, {}, {}), []
-    torch.manual_seed(seed)
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-    with _keeping_gradients(model, found, collected, options):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.0, fused=True)
+    stacks: dict[str, list[Tensor]] = {}
+    losses: list[Tensor] = []
+
+    def batches() -> Iterator[dict[str, Any]]:
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
         for step in tqdm(range(options.steps), desc="gradients", disable=not progress_bar, leave=False):
-            start = step * options.batch_size % len(split)
-            rows = order.roll(-start)[: options.batch_size].tolist()
+            rows = order.roll(-(step * options.batch_size % len(split)))[: options.batch_size].tolist()
             batch = {name: tensor.to(device) for name, tensor in split.batch(rows).items()}
-            labels = batch.pop("labels")
-            loss = summed_loss(model(**batch).logits, labels) / max(1, split.targets(rows))
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise ValueError(f"loss is {value} at preliminary step {step + 1}: check the checkpoint and data.")
-            losses.append(value)
-            loss.backward()  # every target's hook adds its gradient to the moments
-            if options.update:
-                optimizer.step()
-            optimizer.zero_grad()
-    collected.facts = {
-        "gradients": {kind: moments.count for kind, moments in collected.moments.items()},
-        "loss_first": losses[0],
-        "loss_last": losses[-1],
+            yield batch | {"targets": split.targets(rows)}
+
+    def loss_fn(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "targets")}
+        loss = summed_loss(model(**inputs).logits, batch["labels"]) / max(1, batch["targets"])
+        losses.append(loss.detach())
+        return loss
+
+    def keep(kind: str, gradient: Tensor) -> None:
+        stacks.setdefault(kind, []).append(gradient.detach().cpu().clone())
+
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.0, fused=True)
+    moments = collect_moments(
+        model,
+        batches(),
+        targets.target_modules,
+        targets.layers_to_transform,
+        loss_fn=loss_fn,
+        optimizer=optimizer if options.update else None,
+        on_gradient=keep if options.backend == "tensorly" else None,
+    )
+    facts = {
+        "gradients": {kind: found.count for kind, found in moments.items()},
+        "loss_first": float(losses[0]),
+        "loss_last": float(losses[-1]),
         "seed": seed,
     }
-    return collected
-
-
-@contextmanager
-def _keeping_gradients(
-    model: nn.Module, found: Sequence[Target], collected: Collected, options: PreliminaryOptions
-) -> Iterator[None]:
-    """Differentiate the targets (and the rest where an optimizer steps), and take each gradient as it comes.
-
-    A gradient that no optimizer needs is freed at once, so that one is held at a time: LLaMa-2's are 180 MB each.
-    """
-
-    def hook(kind: str) -> Callable[[Tensor], None]:
-        def keep(weight: Tensor) -> None:
-            if kind not in collected.moments:
-                collected.moments[kind] = GradientMoments(*weight.shape, device=weight.device)
-            collected.moments[kind].update(weight.grad)
-            if options.backend == "tensorly":
-                collected.stacks.setdefault(kind, []).append(weight.grad.detach().cpu().clone())
-            if not options.update:
-                weight.grad = None
-
-        return keep
-
-    training, flags = model.training, {p: p.requires_grad for p in model.parameters()}
-    for parameter in flags:
-        parameter.requires_grad_(options.update)
-    for target in found:
-        target.module.weight.requires_grad_(True)
-    hooks = [t.module.weight.register_post_accumulate_grad_hook(hook(t.kind)) for t in found]
-    try:
-        model.train()
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-        model.train(training)
+    return Collected(moments, stacks, facts)
 
 
 def pack(collected: Collected) -> dict[str, Tensor]:

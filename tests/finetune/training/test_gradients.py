@@ -193,7 +193,7 @@ def test_loss_that_is_not_finite(classifier, gather):
     model = classifier()
     with torch.no_grad():
         model.classifier.bias.fill_(float("inf"))
-    with pytest.raises(ValueError, match=r"loss is nan at preliminary step 1: check the checkpoint and data\."):
+    with pytest.raises(ValueError, match=r"loss is nan at batch 1: check the checkpoint and data\."):
         gather(model)
 
 

@@ -1,0 +1,31 @@
+"""The lines of the README's section "The method alone" run as they stand."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def block():
+    """The first block of Python in that section."""
+    section = (ROOT / "README.md").read_text().split("\n## The method alone\n")[1].split("\n## ")[0]
+    return section.split("```python\n")[1].split("```")[0]
+
+
+def test_the_method_alone_runs_as_pasted(block, tmp_path):
+    """In a fresh interpreter without network; the comparison takes no part, and what is left is a plain BERT."""
+    check = 'import sys\nassert "finetune" not in sys.modules\n'
+    env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", block + check], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    assert weights["bert.encoder.layer.0.intermediate.dense.weight"].shape == (256, 64)
+    assert not [name for name in weights if "basis" in name]
