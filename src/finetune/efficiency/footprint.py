@@ -22,9 +22,6 @@ from finetune.training import memory
 from sparsegrad import Basis, RotatedLinear, SparseGradLinear
 
 TRAINING, EVALUATION = "finetune.training.loop", "finetune.training.evaluation"
-RESIDENT = ("parameters", "optimizer_state", "bases", "buffers")
-"""Components that are there all the time; gradients and saved activations come and go within a step."""
-
 
 def measure_memory(
     make: Callable[[], Trainee], batch: Mapping[str, Tensor], *, precision: str, device: torch.device, warmup_steps: int

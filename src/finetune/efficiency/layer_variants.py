@@ -123,7 +123,7 @@ def make_layer(
     if name == FLOOR:
         return LayerTrainee(plain.requires_grad_(False), None)
     base = "sparsegrad" if name in FORMS else name
-    settings = {"name": base, "form": FORMS.get(name, ""), "matmul": "regular", "dropout": 0.0}
+    settings = {"name": base, "form": FORMS.get(name, ""), "matmul": "regular"}
     settings["core"] = "input" if name == "truncated_input" else "square"
     modules = {"name": "mlp", "target_modules": {"up": "up", "down": "down"}, "layers_to_transform": None}
     modules |= {"lora_rank": point.lora_rank, "k": point.k}

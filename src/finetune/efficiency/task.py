@@ -12,9 +12,8 @@ import torch
 
 from finetune import models
 from finetune.efficiency import machine
-from finetune.efficiency.footprint import RESIDENT, measure_memory, take_workspaces
+from finetune.efficiency.footprint import measure_memory, take_workspaces
 from finetune.efficiency.lengths import PADDINGS, Lengths, make_batches
-from finetune.efficiency.prediction import predict, with_ratios
 from finetune.efficiency.timing import Batch, ratio, release, summarise, time_variants
 from finetune.efficiency.variants import (
     PRECISIONS,
@@ -28,6 +27,7 @@ from finetune.efficiency.variants import (
 )
 from finetune.methods import build_targets
 from finetune.methods.base import kept_entries
+from finetune.methods.costs import RESIDENT, predicted_peaks
 from finetune.store import records
 
 log = logging.getLogger(__name__)
@@ -244,31 +244,27 @@ def _with_memory(
     missing = why_missing(variant, shapes, kept)
     if missing:
         return _refused(entry, "skipped", missing)
-    counted: dict[str, Any] = {}
+    made: dict[str, Any] = {}
 
-    def make_and_count() -> Trainee:
+    def make_and_note() -> Trainee:
         trainee = make()
-        counted.update(trainee.parameters)
+        made.update(parameters=trainee.parameters, method=trainee.method)
         return trainee
 
     log.info("memory of %s", variant.name)
     how = {"precision": options.precision, "device": device}
     try:
         take_workspaces(make, batches[0], **how)
-        found = measure_memory(make_and_count, batches[0], **how, warmup_steps=options.warmup_steps)
+        found = measure_memory(make_and_note, batches[0], **how, warmup_steps=options.warmup_steps)
     except torch.OutOfMemoryError as error:
         release(device)
         return _refused(entry, "failed", f"out of memory: {str(error).splitlines()[0]}")
-    predicted = predict(
-        variant,
-        found["components"],
-        shapes,
-        positions=batches[0]["input_ids"].numel(),
-        kept=kept,
-        precision=options.precision,
-    )
-    entry["parameters"] = counted
-    entry["memory"] = with_ratios(found, predicted) | {"batch": list(batches[0]["input_ids"].shape)}
+    positions, width = batches[0]["input_ids"].numel(), 2 if options.precision == "bf16" else 4
+    predicted = predicted_peaks(made["method"], found["components"], shapes, positions=positions, width=width)
+    ratios = {name: value / found[name] for name, value in predicted.items()}
+    shape = list(batches[0]["input_ids"].shape)
+    entry["parameters"] = made["parameters"]
+    entry["memory"] = found | {"predicted": predicted, "predicted_over_measured": ratios, "batch": shape}
     return entry
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from finetune.methods import build_method, build_targets
-from finetune.runs.execution import count_parameters
+from finetune.methods import Method, build_method, build_targets
+from finetune.methods.base import count_parameters
 from finetune.training.evaluation import summed_loss
 from sparsegrad import Basis
 from sparsegrad.convert import FORMS
@@ -25,7 +25,7 @@ class Variant:
 
     Attributes:
         name: in records and tables.
-        method: of :data:`finetune.methods.METHODS`.
+        method: a module of :mod:`finetune.methods`.
         form, matmul, core: of SparseGrad.
     """
 
@@ -85,10 +85,10 @@ class Trainee:
     Attributes:
         model: prepared by its method, on its device, in training mode.
         optimizer: the method's.
-        parameters: :func:`finetune.runs.execution.count_parameters`.
+        parameters: :func:`finetune.methods.base.count_parameters`.
     """
 
-    variant: Variant
+    method: Method
     model: nn.Module
     optimizer: Optimizer
     parameters: dict[str, int | float]
@@ -118,11 +118,11 @@ def make_trainee(
     torch.manual_seed(seed)
     plain = make_model(model["architecture"], num_labels, device)
     settings = {name: getattr(variant, name) for name in ("form", "matmul", "core")}
-    settings |= {"name": variant.method, "dropout": 0.0}
+    settings |= {"name": variant.method}
     method = build_method(settings, model, protocol, bases=bases, one_backward_a_step=True)
     parameters = count_parameters(plain, method)
     prepared = method.prepare(plain).train()
-    return Trainee(variant, prepared, method.optimizer(prepared, learning_rate, 0.0), parameters)
+    return Trainee(method, prepared, method.optimizer(prepared, learning_rate, 0.0), parameters)
 
 
 def make_model(architecture: Mapping[str, Any], num_labels: int, device: torch.device | str) -> nn.Module:

@@ -1,53 +1,56 @@
-"""The four methods of the paper behind one interface; the training loop never asks which one it runs.
+"""The methods of the comparison behind one interface; the training loop never asks which one it runs.
 
 Every method is given the same targets and the same scope, so that they differ in one thing: how the weights of the MLP
-matrices move.
+matrices move. A method is a file in ``conf/method`` and a module with one class (:class:`finetune.methods.base.Method`):
+``base`` names the module, one of this package or of another by its dotted path; without it the file's ``name`` does.
 
-A variant is a method's file in ``conf/method`` with a ``name`` of its own, ``base``, the method that implements it, and
-under ``protocol`` the choices in which it departs from the protocol that all others follow.
+A variant is a file with a ``name`` of its own, the ``base`` of another, and under ``protocol`` the choices in which it
+departs from the protocol that all others follow.
 """
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
-from finetune.methods.base import Method, Targets
-from finetune.methods.full import FullFineTuning
-from finetune.methods.lora import LoRA
-from finetune.methods.meprop import MeProp
-from finetune.methods.sparsegrad import SparseGrad
+from finetune.methods.base import Configuration, Method, Targets
 from sparsegrad import Basis
-
-__all__ = [
-    "METHODS",
-    "FullFineTuning",
-    "LoRA",
-    "MeProp",
-    "Method",
-    "SparseGrad",
-    "Targets",
-    "base_method",
-    "build_method",
-    "build_targets",
-    "deciding",
-    "needs_bases",
-    "with_own_choices",
-]
-
-METHODS = ("full", "lora", "meprop", "sparsegrad")
 
 
 def base_method(method: Mapping[str, Any]) -> str:
-    """Which of :data:`METHODS` a method's file means: its ``base`` where it is a variant, else its ``name``.
+    """Which module implements a method's file: its ``base`` where it names one, else its ``name``.
 
     Raises:
-        ValueError: if it is none of them.
+        ValueError: if there is no such module, or it holds no method.
     """
     base = method.get("base", method["name"])
-    if base not in METHODS:
-        raise ValueError(f"method={base!r}; allowed: {', '.join(METHODS)}.")
+    _method_class(base)
     return base
+
+
+def _method_class(base: str) -> type[Method]:
+    own = "." not in base
+    path = f"{__name__}.{base}" if own else base
+    found: list[type[Method]] = []
+    if not own or base in _modules():
+        try:
+            module = import_module(path)
+        except ModuleNotFoundError as error:
+            if not (error.name and path.startswith(error.name)):
+                raise  # a package that the method needs
+        else:
+            classes = [value for value in vars(module).values() if isinstance(value, type)]
+            found = [c for c in classes if issubclass(c, Method) and c.__module__ == path]
+    if len(found) != 1:
+        allowed = f"allowed: {', '.join(_modules())}, or the dotted path of a module with one class of Method"
+        raise ValueError(f"method={base!r}; {allowed}.")
+    return found[0]
+
+
+def _modules() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in ("base", "costs"))
 
 
 def deciding(method: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,7 +60,7 @@ def deciding(method: Mapping[str, Any]) -> dict[str, Any]:
 
 def needs_bases(method: Mapping[str, Any]) -> bool:
     """Whether a method's file means one that rotates gradients."""
-    return base_method(method) == "sparsegrad"
+    return _method_class(method.get("base", method["name"])).needs_bases
 
 
 def with_own_choices(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,37 +99,15 @@ def build_method(
 
     Args:
         method, model, protocol: the configuration groups.
-        bases: by layer kind; SparseGrad needs them.
-        one_backward_a_step: no accumulation and one process, so that a gradient may be selected in the backward pass.
+        bases: by layer kind; a method that rotates gradients needs them.
+        one_backward_a_step: see :class:`finetune.methods.base.Configuration`.
 
     Raises:
-        ValueError: on an unknown method, or SparseGrad without bases.
+        ValueError: on an unknown method, or one that refuses the configuration.
     """
-    name = base_method(method)
-    targets = build_targets(name, model, protocol)
-    k, density = model["k"], protocol["density"]
-    if name == "full":
-        return FullFineTuning(targets, train_targets=method.get("train_targets", True))
-    if name == "lora":
-        rank, alpha = model["lora_rank"], lora_alpha(protocol["lora_scale"], model["lora_rank"])
-        return LoRA(targets, rank=rank, alpha=alpha, dropout=protocol.get("lora_dropout", method["dropout"]))
-    if name == "meprop":
-        return MeProp(targets, k=k, density=density, optimizer_rule=protocol["meprop_optimizer"])
-    if bases is None:
-        raise ValueError(f"method={method['name']} needs bases: run the gradients and basis stages, or set basis=PATH.")
-    return SparseGrad(
-        targets,
-        bases=bases,
-        k=k,
-        density=density,
-        orientation=protocol["orientation"],
-        basis_seed=method.get("basis_seed"),
-        drop_after=method.get("drop_after"),
-        form=method["form"],
-        matmul=method["matmul"],
-        core=method.get("core", "square"),
-        select_in="backward" if one_backward_a_step else "step",
-    )
+    base = base_method(method)
+    targets = build_targets(base, model, protocol)
+    return _method_class(base).from_config(Configuration(method, model, protocol, targets, bases, one_backward_a_step))
 
 
 def build_targets(method: str, model: Mapping[str, Any], protocol: Mapping[str, Any]) -> Targets:
@@ -154,16 +135,3 @@ def build_targets(method: str, model: Mapping[str, Any], protocol: Mapping[str, 
         frozen=tuple(protocol["frozen"].get(method, ())),
         also_train=also,
     )
-
-
-def lora_alpha(scale: str | float, rank: int) -> float:
-    """PEFT's alpha for ``protocol.lora_scale``, which is alpha / rank (D12).
-
-    Raises:
-        ValueError: if the scale is neither ``inverse_rank`` nor a positive number.
-    """
-    if scale == "inverse_rank":
-        return 1.0
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
-        raise ValueError(f"protocol.lora_scale={scale!r}; allowed: inverse_rank, or a positive number (alpha / rank).")
-    return scale * rank

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 from torch import nn
-from torch.optim import AdamW, Optimizer
 
-from finetune.methods.base import Targets
+from finetune.methods.base import Configuration, Method
+from finetune.methods.costs import Operations, Shape
 
 
 @dataclass(frozen=True)
-class FullFineTuning:
+class FullFineTuning(Method):
     """See :class:`finetune.methods.base.Method`.
 
     Attributes:
@@ -19,8 +20,11 @@ class FullFineTuning:
             training them by any method adds to training all the rest.
     """
 
-    targets: Targets
     train_targets: bool = True
+
+    @classmethod
+    def from_config(cls, config: Configuration) -> Self:
+        return cls(config.targets, train_targets=config.method.get("train_targets", True))
 
     def prepare(self, model: nn.Module) -> nn.Module:
         for target in self.targets.set_trainable(model):
@@ -28,11 +32,8 @@ class FullFineTuning:
                 target.module.weight.requires_grad_(False)
         return model
 
-    def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
-        return AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay, fused=True)
+    def entries(self, shape: Shape) -> int:
+        return super().entries(shape) if self.train_targets else 0
 
-    def merge(self, model: nn.Module) -> nn.Module:
-        return model
-
-    def entries(self, shape: tuple[int, int]) -> int:
-        return shape[0] * shape[1] if self.train_targets else 0
+    def operations(self, shape: Shape) -> Operations:
+        return super().operations(shape) if self.train_targets else Operations(0.0)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
-from finetune.methods.base import Targets, kept_entries
+from finetune.methods.base import Configuration, Method, kept_entries
+from finetune.methods.costs import MatrixMemory, Shape
 from sparsegrad import SparseGradAdamW, merge, param_groups, sparsify, top_k
 
 RULES = ("adamw", "lazy_adam")
 
 
 @dataclass(frozen=True)
-class MeProp:
+class MeProp(Method):
     """See :class:`finetune.methods.base.Method`.
 
     Attributes:
@@ -26,10 +28,14 @@ class MeProp:
             the basis alone.
     """
 
-    targets: Targets
     k: int | None
     density: float | None = None
     optimizer_rule: str = "adamw"
+
+    @classmethod
+    def from_config(cls, config: Configuration) -> Self:
+        protocol = config.protocol
+        return cls(config.targets, config.model["k"], protocol["density"], protocol["meprop_optimizer"])
 
     def prepare(self, model: nn.Module) -> nn.Module:
         if self.optimizer_rule not in RULES:
@@ -44,9 +50,7 @@ class MeProp:
         if self.optimizer_rule == "lazy_adam":
             return SparseGradAdamW(param_groups(model, weight_decay), lr=lr, fused=True)
         weights = [target.module.weight for target in self.targets.find(model)]
-        optimizer = AdamW(
-            [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay, fused=True
-        )
+        optimizer = super().optimizer(model, lr, weight_decay)
         # Masked right before the step: after all micro-batches and ranks are summed.
         optimizer.register_step_pre_hook(lambda *_: self._mask(weights))
         return optimizer
@@ -54,8 +58,15 @@ class MeProp:
     def merge(self, model: nn.Module) -> nn.Module:
         return merge(model)
 
-    def entries(self, shape: tuple[int, int]) -> int:
+    def entries(self, shape: Shape) -> int:
         return kept_entries(self.k, self.density, shape)
+
+    def memory(self, shape: Shape, touched: float = 0.0) -> MatrixMemory:
+        """Dense gradients; selecting, absolute values and two masks. Lazy Adam: 16 bytes for each touched entry."""
+        k, whole = self.entries(shape), shape[0] * shape[1]
+        lazy = self.optimizer_rule == "lazy_adam"
+        state = 16 * max(k, round(touched * whole)) if lazy else 8 * whole
+        return MatrixMemory(4 * whole, state, selection=6 * whole)
 
     @torch.no_grad()
     def _mask(self, weights: list[nn.Parameter]) -> None:

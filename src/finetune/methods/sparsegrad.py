@@ -1,23 +1,40 @@
-"""SparseGrad behind the comparison's interface; the method itself is the package ``sparsegrad``."""
+"""SparseGrad behind the comparison's interface; the method itself is the package ``sparsegrad``.
+
+Costs of a matrix ``(o, i)`` with k kept entries or a core of r x c; operations beyond forward and input gradient:
+
+    folded      2 o i; for V G U^T each side where it is cheaper, 2 i^2 a token or 2 o i^2 a step, and 2 o^2 a token or
+                2 i o^2 a step; once a step at most 2 o i (o + i) to fold the update back
+    rotated     2 o i + 4 (o^2 + i^2): x U^T, V, and their backward products
+    truncated   2 (c i + r o + r c), and once a step the product V_r^T S U_c; with all outputs in the core 2 c (i + o),
+                and once a step S U_c
+
+Bytes: a dense gradient 4 o i until the step, or with selection in the backward pass k indices (int64) and values, 12 k;
+lazy Adam 16 for each entry touched (int64 index, two float32 moments), k of them after the first step; selection G_rot
+and V G, then absolute values and two masks beside G_rot, 10 o i; folding back the rows of U and V that hold one of the k
+entries (a and b at most), the entries as a block, its product with one of the bases, 4 (a b + a o + b i + the smaller
+product). The truncated form has ordinary gradients and AdamW's moments of its core.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from finetune.methods.base import Targets, kept_entries
+from finetune.methods.base import Configuration, Method, kept_entries
+from finetune.methods.costs import MatrixMemory, Operations, Shape
 from sparsegrad import Basis, SparseGradAdamW, core_shape, merge, param_groups, sparsify
 
 CORES = ("square", "input")
 
 
 @dataclass(frozen=True)
-class SparseGrad:
+class SparseGrad(Method):
     """See :class:`finetune.methods.base.Method`.
 
     Attributes:
@@ -33,7 +50,8 @@ class SparseGrad:
         drop_after: see :class:`sparsegrad.SparseGradAdamW`.
     """
 
-    targets: Targets
+    needs_bases: ClassVar[bool] = True
+
     bases: Mapping[str, Basis]
     k: int | None
     density: float | None = None
@@ -44,6 +62,31 @@ class SparseGrad:
     core: str = "square"
     select_in: str = "step"
     drop_after: int | None = None
+
+    @classmethod
+    def from_config(cls, config: Configuration) -> Self:
+        method, protocol = config.method, config.protocol
+        if config.bases is None:
+            raise ValueError(
+                f"method={method['name']} needs bases: run the gradients and basis stages, or set basis=PATH."
+            )
+        return cls(
+            config.targets,
+            bases=config.bases,
+            k=config.model["k"],
+            density=protocol["density"],
+            orientation=protocol["orientation"],
+            basis_seed=method.get("basis_seed"),
+            drop_after=method.get("drop_after"),
+            form=method["form"],
+            matmul=method["matmul"],
+            core=method.get("core", "square"),
+            select_in="backward" if config.one_backward_a_step else "step",
+        )
+
+    @property
+    def selects_in_backward(self) -> bool:
+        return self.form != "truncated" and self.select_in == "backward"
 
     def prepare(self, model: nn.Module) -> nn.Module:
         targets = self.targets.set_trainable(model)
@@ -79,11 +122,52 @@ class SparseGrad:
     def merge(self, model: nn.Module) -> nn.Module:
         return merge(model)
 
-    def entries(self, shape: tuple[int, int]) -> int:
+    def entries(self, shape: Shape) -> int:
+        return prod(self._core(shape)) if self.form == "truncated" else kept_entries(self.k, self.density, shape)
+
+    def operations(self, shape: Shape) -> Operations:
+        (o, i), whole = shape, 2.0 * shape[0] * shape[1]
+        if self.form == "rotated":
+            return Operations(whole + 4.0 * (o * o + i * i))
+        if self.form == "folded":
+            return Operations(whole, whole * (o + i), ((2.0 * i * i, whole * i), (2.0 * o * o, whole * o)))
+        r, c = self._core(shape)
+        if self.core == "input":
+            return Operations(2.0 * c * (i + o), whole * c)
+        return Operations(2.0 * (c * i + r * o + r * c), 2.0 * min(o * c * (r + i), r * i * (c + o)))
+
+    def memory(self, shape: Shape, touched: float = 0.0) -> MatrixMemory:
+        if self.form == "truncated":
+            return super().memory(shape, touched)
+        (o, i), k, whole = shape, self.entries(shape), shape[0] * shape[1]
+        rows, columns = min(k, o), min(k, i)
+        folding = 4 * (rows * columns + rows * o + columns * i + min(rows * i, columns * o))
+        return MatrixMemory(
+            gradient=12 * k if self.selects_in_backward else 4 * whole,
+            state=16 * max(k, round(touched * whole)),
+            selection=10 * whole,
+            folding=folding if self.form == "folded" else 0,
+        )
+
+    def backward_bytes(self, shape: Shape, positions: int, width: int) -> int:
+        """Selection beside the gradients of activations; the folded form's comes before them, and its rotated factors."""
+        plain, whole = super().backward_bytes(shape, positions, width), shape[0] * shape[1]
+        selection = self.memory(shape).selection
+        if self.form == "rotated":
+            return plain + selection
+        return max(selection, plain + 4 * whole) if self.form == "folded" else plain
+
+    def evaluation_bytes(self, shape: Shape, positions: int, width: int) -> int:
+        """The rotated form's two inner products, and under autocast a copy of the larger basis."""
+        plain = super().evaluation_bytes(shape, positions, width)
+        if self.form != "rotated":
+            return plain
+        return plain + 2 * positions * width * min(shape) + (2 * max(shape) ** 2 if width < 4 else 0)
+
+    def _core(self, shape: Shape) -> Shape:
+        """Rows and columns of the truncated form's core; ``input`` has no column where k is below the outputs."""
         k = kept_entries(self.k, self.density, shape)
-        if self.form != "truncated":
-            return k
-        return prod(core_shape(k, shape)) if self.core == "square" else shape[0] * (k // shape[0])
+        return (shape[0], min(k // shape[0], shape[1])) if self.core == "input" else core_shape(k, shape)
 
 
 def random_basis(like: Basis, generator: torch.Generator) -> Basis:

@@ -59,39 +59,39 @@ class Activations:
         return self.inputs + max(self.copies + max(self.blocks), self.outside + self.logits)
 
 
-def measure(model: nn.Module, rows: int, tokens: int, *, precision: str, frozen_dtype: torch.dtype) -> Activations:
-    """Activations of a causal language model in training, prepared by a method.
+def measure(model: nn.Module, rows: int, tokens: int, *, precision: str) -> Activations:
+    """Activations of a causal language model or a sequence classifier in training, prepared by a method.
 
     Args:
         model: on the meta device; its ``requires_grad`` flags count. It is turned into fake tensors.
         rows, tokens: of a micro-batch without padding.
         precision: ``fp32``, or ``bf16`` autocast.
-        frozen_dtype: storage of what is not trained; trained parameters are float32.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    found = Activations()
+    found, causal = Activations(), model.get_output_embeddings() is not None
+    options = {"use_cache": False} if causal else {}
     with FakeTensorMode():
-        own = _give_fake_tensors(model.train(), frozen_dtype)
-        with _blocks(model, found) as current, _saved(model, found, own, current):
+        own = _give_fake_tensors(model.train())
+        with _blocks(model, found, causal) as current, _saved(model, found, own, current):
             ids = torch.zeros(rows, tokens, dtype=torch.long)
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                logits = model(input_ids=ids, use_cache=False).logits
-            summed_loss(logits.float(), ids)
+                logits = model(input_ids=ids, **options).logits
+            labels = ids if causal else torch.zeros(rows, dtype=torch.long)
+            summed_loss(logits.float(), labels)
         found.logits = 2 * 4 * logits.numel()
     return found
 
 
-def _give_fake_tensors(model: nn.Module, frozen_dtype: torch.dtype) -> set[int]:
+def _give_fake_tensors(model: nn.Module) -> set[int]:
     """Replace meta tensors by fake ones on the CPU, shared ones once; returns their storages' addresses."""
     made: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
-            trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
-            dtype = frozen_dtype if isinstance(tensor, nn.Parameter) and not trained else tensor.dtype
-            new: Tensor = torch.empty(tensor.shape, dtype=dtype)
-            made[id(tensor)] = type(tensor)(new, requires_grad=trained) if isinstance(tensor, nn.Parameter) else new
+            new: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
+            parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = type(tensor)(new, requires_grad=tensor.requires_grad) if parameter else new
         return made[id(tensor)]
 
     for module in model.modules():
@@ -103,7 +103,7 @@ def _give_fake_tensors(model: nn.Module, frozen_dtype: torch.dtype) -> set[int]:
 
 
 @contextmanager
-def _blocks(model: nn.Module, found: Activations) -> Iterator[list[int]]:
+def _blocks(model: nn.Module, found: Activations, causal: bool) -> Iterator[list[int]]:
     """Follow which block runs: the yielded list holds its number, or nothing outside of all.
 
     Raises:
@@ -118,7 +118,7 @@ def _blocks(model: nn.Module, found: Activations) -> Iterator[list[int]]:
         found.blocks.append(0)
         found.inputs += args[0].untyped_storage().nbytes()
         # transformers leaves the mask out where nothing is padded, but can't look into a fake tensor to see that.
-        return args, kwargs | {"attention_mask": None}
+        return args, kwargs | ({"attention_mask": None} if causal else {})
 
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
@@ -154,31 +154,3 @@ def _saved(model: nn.Module, found: Activations, own: set[int], current: list[in
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield
-
-
-def measure_classifier(model: nn.Module, rows: int, tokens: int, *, precision: str) -> int:
-    """Bytes that autograd saves in one forward pass of a sequence classifier in training.
-
-    Args:
-        model: on the meta device, float32; its ``requires_grad`` flags count. It is turned into fake tensors.
-        rows, tokens: of a batch; the attention mask is full.
-        precision: ``fp32``, or ``bf16`` autocast; copies of weights count too.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    seen: dict[int, Tensor] = {}  # kept: the address of a freed storage may be given out again
-    with FakeTensorMode():
-        own = _give_fake_tensors(model.train(), torch.float32)
-
-        def pack(tensor: Tensor) -> Tensor:
-            if tensor.untyped_storage()._cdata not in own:
-                seen.setdefault(tensor.untyped_storage()._cdata, tensor)
-            return tensor
-
-        ids = torch.zeros(rows, tokens, dtype=torch.long)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                logits = model(input_ids=ids).logits
-            labels = torch.zeros(rows, dtype=torch.float32 if logits.shape[-1] == 1 else torch.long)
-            summed_loss(logits, labels)
-        return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.methods import build_targets
+from finetune.methods import build_targets, needs_bases, with_own_choices
+from finetune.models import cast_frozen
 from finetune.plan import activations
-from finetune.plan.training_memory import DTYPES, Setup, TrainingMemory, meta_model, training_memory
+from finetune.plan.memory import DTYPES, Setup, TrainingMemory, meta_model, training_memory
 from sparsegrad import Target
 
 CHECKPOINTS = 3
@@ -73,7 +74,7 @@ def plan_model(
         methods: name to configuration group.
         seeds: number of report seeds.
         questions, turns: of the judged question set.
-        touched: see :class:`finetune.plan.training_memory.Setup`.
+        touched: see :class:`finetune.plan.memory.Setup`.
         card: what the cells must fit.
         compared: methods that no cell runs, whose memory stands beside.
 
@@ -81,21 +82,26 @@ def plan_model(
         ValueError: on a configuration that a run would refuse.
     """
     setup = setup_of(protocol, scale, touched)
-    total = sum(parameter.numel() for parameter in meta_model(model["architecture"]).parameters())
-    training = {name: training_memory(method, model, protocol, setup) for name, method in methods.items()}
+    plain = meta_model(model["architecture"], causal=True)
+    total = sum(parameter.numel() for parameter in plain.parameters())
+
+    def memory_of(method: Mapping[str, Any]) -> TrainingMemory:
+        own = with_own_choices({"method": method, "protocol": protocol})["protocol"]
+        return training_memory(method, model, own, setup, meta_model(model["architecture"], causal=True))
+
+    training = {name: memory_of(method) for name, method in methods.items()}
     found: dict[str, Any] = {"parameters": total, "setup": asdict(setup), "training": {}}
     beside, found["not_compared"] = {}, {}
     for name, method in (compared or {}).items():
         try:
-            beside[name] = training_memory(method, model, protocol, setup)
+            beside[name] = memory_of(method)
         except ValueError as error:  # a core of all outputs, on matrices that keep fewer entries
             found["not_compared"][name] = str(error)
     for name, memory in (training | beside).items():
         fits = {"peak": memory.peak, "fits": card.fits(memory.peak), "share": memory.trained / total}
         found["training"][name] = asdict(memory) | fits
     shapes: dict[str, tuple[int, int]] = {}
-    if "sparsegrad" in methods:
-        plain = meta_model(model["architecture"])
+    if any(needs_bases(method) for method in methods.values()):
         targets = build_targets("sparsegrad", model, protocol).find(plain)
         shapes = {target.kind: tuple(target.module.weight.shape) for target in targets}
         preliminary = _preliminary(plain, targets, protocol["preliminary"], setup)
@@ -138,7 +144,8 @@ def _preliminary(
         target.module.weight.requires_grad_(True)
     rows = preliminary["batch_size"]
     stored = torch.float32 if preliminary["update"] else DTYPES[setup.frozen_dtype]
-    saved = activations.measure(plain, rows, setup.tokens, precision=setup.precision, frozen_dtype=stored)
+    cast_frozen(plain, stored)
+    saved = activations.measure(plain, rows, setup.tokens, precision=setup.precision)
     stepped = 12 * total if preliminary["update"] else 0  # gradients and AdamW's moments of the whole model
     differentiated = sum(target.module.weight.numel() for target in targets)
     found = {

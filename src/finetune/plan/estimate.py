@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from finetune.plan.actual import Taken, taken
 from finetune.plan.decoder import Card, plan_model
-from finetune.plan.encoder import classifier_memory
 from finetune.plan.experiment import Experiment
+from finetune.plan.memory import Setup
 from finetune.plan.throughput import Processor, Throughput, published_facts, recorded_facts
 from finetune.plan.work import Work
 
@@ -135,11 +136,9 @@ def _memory(experiment: Experiment, touched: float) -> list[dict[str, Any]]:
                    else [*points, *protocol["search"]["batch_sizes"]])  # fmt: skip
         tokens = min(protocol["max_length"], group["architecture"].get("max_position_embeddings", 10**9))
         precision = scale["precision"] or protocol["precision"]
-        needed = classifier_memory(
-            experiment.method(method), group, protocol, rows=rows, tokens=tokens, precision=precision, touched=touched
-        )
-        found.append({"model": model, "method": method, "rows": rows, "tokens": tokens, "components": needed}
-                     | {"peak": needed["peak_training"]})  # fmt: skip
+        needed = experiment.memory(model, method, Setup(rows, tokens, precision=precision, touched=touched))
+        found.append({"model": model, "method": method, "rows": rows, "tokens": tokens, "components": asdict(needed)}
+                     | {"peak": needed.step_peak})  # fmt: skip
     return found
 
 
@@ -175,7 +174,7 @@ def _disk(experiment: Experiment, memory: Sequence[Mapping[str, Any]], decoders:
     moments = 0
     for model in experiment.lists.get("models") or ():
         moments += tasks * sum(8 * (o * o + i * i) for o, i in experiment.shapes(model).values())
-    run = [CHECKPOINTS * (2 * row["components"]["parameters"] + row["components"]["optimizer_state"]) for row in memory]
+    run = [CHECKPOINTS * (2 * row["components"]["snapshot"] + row["components"]["optimizer_state"]) for row in memory]
     found = {
         "moments of encoders": moments,
         "bases of encoders": moments // 2,

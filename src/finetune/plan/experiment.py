@@ -9,11 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from finetune.efficiency.variants import VARIANTS, make_model
-from finetune.methods import base_method, build_targets, with_own_choices
+from torch import nn
+
+from finetune.efficiency.variants import VARIANTS
+from finetune.methods import base_method, build_method, build_targets, needs_bases, with_own_choices
 from finetune.plan.flops import Cost, cost_of, hosvd_operations
 from finetune.plan.inputs import chat_blocks, padded_tokens, stopping_epochs, task_rows
-from finetune.plan.training_memory import DTYPES, meta_model
+from finetune.plan.memory import DTYPES, Setup, TrainingMemory, meta_model, training_memory
 from finetune.plan.work import Decoding, Decomposition, Training, Work
 from finetune.runs.glue import for_task
 from finetune.store import records
@@ -103,24 +105,37 @@ class Experiment:
             self.sources[f"tokens of a row, {model} {task}"] = source
         return found
 
+    def is_decoder(self, model: str) -> bool:
+        """Whether a model writes answers, by its configuration group."""
+        return model in self._list("llama_models") or "optional_modules" in self.model(model)
+
+    def groups(self, model: str, method: str) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
+        """Method, model and protocol, a variant's own choices put into the protocol."""
+        protocol = self.chat_protocol if self.is_decoder(model) else self.protocol
+        found = with_own_choices({"method": self.method(method), "protocol": protocol})
+        return found["method"], self.model(model), found["protocol"]
+
+    def plain(self, model: str) -> nn.Module:
+        """A model without weights."""
+        return meta_model(self.model(model)["architecture"], causal=self.is_decoder(model))
+
     def cost(self, model: str, method: str) -> Cost:
         """Operations of a method on a model, calculated once."""
         key = (model, method)
         if key not in self._costs:
-            group = self.model(model)
-            decoder = model in self._list("llama_models") or "optional_modules" in group
-            plain = meta_model(group["architecture"]) if decoder else make_model(group["architecture"], 2, "meta")
-            protocol = self.chat_protocol if decoder else self.protocol
-            checkpointing = decoder and self.chat_scale["gradient_checkpointing"]
-            self._costs[key] = cost_of(plain, group, self.method(method), protocol, checkpointing=checkpointing)
+            chosen = build_method(*self.groups(model, method), bases={}, one_backward_a_step=True)
+            checkpointing = self.is_decoder(model) and self.chat_scale["gradient_checkpointing"]
+            self._costs[key] = cost_of(self.plain(model), chosen, checkpointing=checkpointing)
         return self._costs[key]
+
+    def memory(self, model: str, method: str, setup: Setup) -> TrainingMemory:
+        """Memory of a method's training."""
+        return training_memory(*self.groups(model, method), setup, self.plain(model))
 
     def shapes(self, model: str) -> dict[str, tuple[int, int]]:
         """Layer kind -> shape of SparseGrad's target matrices."""
-        group, decoder = self.model(model), model in self._list("llama_models")
-        plain = meta_model(group["architecture"]) if decoder else make_model(group["architecture"], 2, "meta")
-        protocol = self.chat_protocol if decoder else self.protocol
-        targets = build_targets("sparsegrad", group, protocol).find(plain)
+        protocol = self.chat_protocol if self.is_decoder(model) else self.protocol
+        targets = build_targets("sparsegrad", self.model(model), protocol).find(self.plain(model))
         return {target.kind: tuple(target.module.weight.shape) for target in targets}
 
     def work(self) -> Iterator[Work]:
@@ -198,7 +213,7 @@ class Experiment:
     def _inside(self, piece: Training) -> Iterator[Work]:
         """The preliminary phase of every run, where the protocol collects bases anew in each."""
         options = self.protocol["preliminary"]
-        if base_method(self.method(piece.method)) != "sparsegrad" or options["scope"] != "run":
+        if not needs_bases(self.method(piece.method)) or options["scope"] != "run":
             return
         sizes = {"steps": options["steps"], "batch": options["batch_size"], "stopped": None, "interval": None}
         yield replace(piece, **sizes, cost=self.cost(piece.model, "full"), inside=True)

@@ -1,16 +1,8 @@
 """Floating point operations of a training step, by formula from the architecture.
 
 For a linear layer ``(o, i)`` and each token: forward 2 o i, gradient of the input 2 o i, gradient of the weight 2 o i
-where it trains (as in Kaplan et al., https://arxiv.org/abs/2001.08361, section 2.1). The last term is another one for a
-target matrix, with k kept entries, a core of r x c, and a LoRA rank q:
-
-    full, meprop     2 o i
-    lora             6 q (o + i), and no gradient of the frozen weight
-    folded           2 o i; for V G U^T each side where it is cheaper, 2 i^2 a token or 2 o i^2 a step, and 2 o^2 a
-                     token or 2 i o^2 a step; once a step at most 2 o i (o + i) to fold the update back
-    rotated          2 o i + 4 (o^2 + i^2): x U^T, V, and their backward products
-    truncated        2 (c i + r o + r c), and once a step the product V_r^T S U_c; with all outputs in the core,
-                     2 c (i + o), and once a step S U_c
+where it trains (as in Kaplan et al., https://arxiv.org/abs/2001.08361, section 2.1). In place of the last term a target
+matrix has what its method says (:meth:`finetune.methods.base.Method.operations`).
 
 Attention adds 4 t h a token and block for t tokens a row, three times with its backward pass; gradient checkpointing
 one more forward pass. Embeddings, norms, heads on one token, and the selection of entries are not counted.
@@ -21,13 +13,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
-from finetune.methods import base_method, build_targets, with_own_choices
-from finetune.methods.base import kept_entries
-from sparsegrad import core_shape
+from finetune.methods import Method
 
 
 @dataclass(frozen=True)
@@ -64,41 +53,31 @@ class Cost:
         return rows * tokens * (self.forward + self.attention * tokens)
 
 
-def cost_of(
-    plain: nn.Module,
-    model: Mapping[str, Any],
-    method: Mapping[str, Any],
-    protocol: Mapping[str, Any],
-    *,
-    checkpointing: bool = False,
-) -> Cost:
+def cost_of(plain: nn.Module, method: Method, *, checkpointing: bool = False) -> Cost:
     """Operations of one method on one model.
 
     Args:
         plain: the model on the meta device; its ``requires_grad`` flags are set.
-        model, method, protocol: configuration groups.
         checkpointing: gradient checkpointing of every block.
 
     Raises:
-        ValueError: if the method refuses the configuration.
+        ValueError: if the method refuses the model.
     """
-    protocol = with_own_choices({"method": method, "protocol": protocol})["protocol"]
-    targets = build_targets(base_method(method), model, protocol).set_trainable(plain)
-    names = {target.name for target in targets}
+    names = {target.name for target in method.targets.set_trainable(plain)}
     blocks = _blocks(plain)
-    inside = tuple(f"{name}." for name in blocks)
+    inside, head = tuple(f"{name}." for name in blocks), plain.get_output_embeddings()
     forward = train = step = 0.0
     choices: Counter[tuple[float, float]] = Counter()
     for name, layer in plain.named_modules():
-        if not isinstance(layer, nn.Linear) or not (name.startswith(inside) or name == "lm_head"):
+        if not isinstance(layer, nn.Linear) or not (name.startswith(inside) or layer is head):
             continue
         o, i = layer.weight.shape
         forward += 2 * o * i
         train += 4 * o * i
         if name in names:
-            token, once = _of_target(method, model, protocol, (o, i))
-            train, step = train + token, step + once
-            choices.update(_rotations(method, (o, i)))
+            own = method.operations((o, i))
+            train, step = train + own.token, step + own.step
+            choices.update(own.choices)
         elif layer.weight.requires_grad:
             train += 2 * o * i
     return Cost(
@@ -116,36 +95,6 @@ def cost_of(
 def hosvd_operations(shapes: Mapping[str, tuple[int, int]]) -> float:
     """Operations of the eigendecompositions of all kinds' moments: about 9 n^3 each (Golub and Van Loan, 8.3)."""
     return sum(9.0 * (o**3 + i**3) for o, i in shapes.values())
-
-
-def _of_target(
-    method: Mapping[str, Any], model: Mapping[str, Any], protocol: Mapping[str, Any], shape: tuple[int, int]
-) -> tuple[float, float]:
-    """Operations of a target matrix beyond forward and input gradient: of a token, and of a step."""
-    o, i = shape
-    base, form = base_method(method), method.get("form", "")
-    if base == "lora":
-        return 6.0 * model["lora_rank"] * (o + i), 0.0
-    if base == "sparsegrad" and form == "truncated":
-        k = kept_entries(model["k"], protocol["density"], shape)
-        if method.get("core", "square") == "input":  # the core is all outputs times c directions of the input
-            c = max(1, k // o)
-            return 2.0 * c * (i + o), 2.0 * o * c * i
-        r, c = core_shape(k, shape)
-        return 2.0 * (c * i + r * o + r * c), 2.0 * min(o * c * (r + i), r * i * (c + o))
-    if base == "sparsegrad" and form == "rotated":
-        return 2.0 * o * i + 4.0 * (o * o + i * i), 0.0
-    if base == "sparsegrad":
-        return 2.0 * o * i, 2.0 * o * i * (o + i)
-    return 2.0 * o * i, 0.0
-
-
-def _rotations(method: Mapping[str, Any], shape: tuple[int, int]) -> list[tuple[float, float]]:
-    """Of the folded form, each side of V G U^T: operations of a token (the factor), or of a step (the product)."""
-    if base_method(method) != "sparsegrad" or method.get("form") != "folded":
-        return []
-    o, i = shape
-    return [(2.0 * i * i, 2.0 * o * i * i), (2.0 * o * o, 2.0 * i * o * o)]
 
 
 def _blocks(model: nn.Module) -> list[str]:

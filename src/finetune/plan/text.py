@@ -78,8 +78,7 @@ def _memory(plan: Mapping[str, Any]) -> list[str]:
     return [
         "Peak memory while training, at the largest batch of the search and the longest rows:",
         *aligned(rows, left=2),
-        f"Beside a reserve each; memory of the cards, GB: {sizes}. Truncated forms and frozen_mlp need less than "
-        "is calculated here.",
+        f"Beside a reserve each; memory of the cards, GB: {sizes}.",
     ]
 
 
