@@ -23,6 +23,7 @@ from sparsegrad import Basis, RotatedLinear, SparseGradLinear
 
 TRAINING, EVALUATION = "finetune.training.loop", "finetune.training.evaluation"
 
+
 def measure_memory(
     make: Callable[[], Trainee], batch: Mapping[str, Tensor], *, precision: str, device: torch.device, warmup_steps: int
 ) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The methods of the comparison behind one interface; the training loop never asks which one it runs.
 
 Every method is given the same targets and the same scope, so that they differ in one thing: how the weights of the MLP
-matrices move. A method is a file in ``conf/method`` and a module with one class (:class:`finetune.methods.base.Method`):
-``base`` names the module, one of this package or of another by its dotted path; without it the file's ``name`` does.
+matrices move. A method is a file in ``conf/method`` and a module with one subclass of
+:class:`finetune.methods.base.Method`: ``base`` names the module, one of this package or another by its dotted path;
+without it the file's ``name`` does.
 
 A variant is a file with a ``name`` of its own, the ``base`` of another, and under ``protocol`` the choices in which it
 departs from the protocol that all others follow.

@@ -1,7 +1,7 @@
 """What a method is, and what all methods share: the matrices they target and the parameters around them.
 
-A new method is one module with one subclass of :class:`Method`, and one file in ``conf/method`` whose ``base`` names the
-module. The subclass writes what differs from full fine-tuning: at least :meth:`Method.from_config` and
+A new method is one module with one subclass of :class:`Method`, and one file in ``conf/method`` whose ``base`` names
+the module. The subclass writes what differs from full fine-tuning: at least :meth:`Method.from_config` and
 :meth:`Method.prepare`.
 """
 

@@ -13,8 +13,8 @@ from finetune.methods.peft import PEFT
 class LoRA(PEFT):
     """See :class:`finetune.methods.base.Method`.
 
-    ``arguments`` holds the rank r, ``lora_alpha`` (the update is scaled by alpha / r; alpha 1 is the released code's 1 / r,
-    D12) and ``lora_dropout`` on the adapter's input, 0 in the released code.
+    ``arguments`` holds the rank r, ``lora_alpha`` (the update is scaled by alpha / r; alpha 1 is the released code's
+    1 / r, D12) and ``lora_dropout`` on the adapter's input, 0 in the released code.
     """
 
     config: str = "LoraConfig"

@@ -96,8 +96,10 @@ def wrap(model: nn.Module, config: str, arguments: Mapping[str, Any], names: Seq
         text = " ".join(str(error).split())
         raise ValueError(f"peft's {config} with {dict(arguments)} refuses these matrices: {text}") from None
     found = {name for name, m in wrapped.get_base_model().named_modules() if isinstance(m, BaseTunerLayer)}
-    if found != set(names) or not hasattr(wrapped.base_model, "merge_and_unload"):
-        raise ValueError(f"peft's {config} wraps {len(found)} of {len(names)} matrices, or can't be merged: use another.")
+    if found != set(names):
+        raise ValueError(f"peft's {config} wraps {len(found)} of {len(names)} matrices: it is for other layers.")
+    if not hasattr(wrapped.base_model, "merge_and_unload"):
+        raise ValueError(f"peft's {config} can't be merged into the weights, so it gives no plain model.")
     return wrapped
 
 
@@ -115,7 +117,7 @@ def lora_alpha(scale: str | float, rank: int) -> float:
 
 
 def _lora_arguments(config: Configuration) -> dict[str, Any]:
-    """The model's rank (7 for base models, 10 for large ones, 32 for LLaMa-2: paper, section 4) and the protocol's scale."""
+    """Rank by the model (7 for base models, 10 for large ones, 32 for LLaMa-2: section 4), scale by the protocol."""
     rank = config.method.get("arguments", {}).get("r", config.model["lora_rank"])
     dropout = config.protocol.get("lora_dropout", config.method.get("dropout", 0.0))
     return {"r": rank, "lora_alpha": lora_alpha(config.protocol["lora_scale"], rank), "lora_dropout": dropout}
@@ -135,7 +137,9 @@ def _config_class(name: str) -> type[peft.PeftConfig]:
         and "target_modules" in {field.name for field in fields(found)}
     }
     if name not in wraps:
-        raise ValueError(f"method.config={name!r}; peft {peft.__version__} wraps layers by: {', '.join(sorted(wraps))}.")
+        raise ValueError(
+            f"method.config={name!r}; peft {peft.__version__} wraps layers by: {', '.join(sorted(wraps))}."
+        )
     return wraps[name]
 
 

@@ -8,11 +8,12 @@ Costs of a matrix ``(o, i)`` with k kept entries or a core of r x c; operations 
     truncated   2 (c i + r o + r c), and once a step the product V_r^T S U_c; with all outputs in the core 2 c (i + o),
                 and once a step S U_c
 
-Bytes: a dense gradient 4 o i until the step, or with selection in the backward pass k indices (int64) and values, 12 k;
-lazy Adam 16 for each entry touched (int64 index, two float32 moments), k of them after the first step; selection G_rot
-and V G, then absolute values and two masks beside G_rot, 10 o i; folding back the rows of U and V that hold one of the k
-entries (a and b at most), the entries as a block, its product with one of the bases, 4 (a b + a o + b i + the smaller
-product). The truncated form has ordinary gradients and AdamW's moments of its core.
+Bytes: a dense gradient 4 o i until the step, or with selection in the backward pass k indices (int64) and values,
+12 k (rotated: 20 k, indices of rows and of columns); lazy Adam 16 for each entry touched (int64 index, two float32
+moments), k of them after the first step; selection G_rot and V G, then absolute values and two masks beside G_rot,
+10 o i; folding back the rows of V and U that hold one of the k entries (a and b at most), the entries as a block, its
+product with one of the bases, 4 (a b + a o + b i + the smaller product). The truncated form has ordinary gradients and
+AdamW's moments of its core.
 """
 
 from __future__ import annotations
@@ -141,16 +142,17 @@ class SparseGrad(Method):
             return super().memory(shape, touched)
         (o, i), k, whole = shape, self.entries(shape), shape[0] * shape[1]
         rows, columns = min(k, o), min(k, i)
+        kept = {"folded": 12, "rotated": 20}[self.form] * k  # a flat index, or one of the row and one of the column
         folding = 4 * (rows * columns + rows * o + columns * i + min(rows * i, columns * o))
         return MatrixMemory(
-            gradient=12 * k if self.selects_in_backward else 4 * whole,
+            gradient=kept if self.selects_in_backward else 4 * whole,
             state=16 * max(k, round(touched * whole)),
             selection=10 * whole,
             folding=folding if self.form == "folded" else 0,
         )
 
     def backward_bytes(self, shape: Shape, positions: int, width: int) -> int:
-        """Selection beside the gradients of activations; the folded form's comes before them, and its rotated factors."""
+        """Rotated: selection beside gradients of activations; folded: before them, but rotated factors beside them."""
         plain, whole = super().backward_bytes(shape, positions, width), shape[0] * shape[1]
         selection = self.memory(shape).selection
         if self.form == "rotated":

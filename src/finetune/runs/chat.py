@@ -18,9 +18,10 @@ from torch import nn
 
 from finetune import models
 from finetune.methods import Method, build_method, build_targets, needs_bases
+from finetune.methods.base import count_parameters
 from finetune.runs import record_content
 from finetune.runs.chat_inputs import DTYPES, TASK, ChatInputs, hyperparameters, identity, training_options
-from finetune.runs.execution import count_parameters, execute
+from finetune.runs.execution import execute
 from finetune.runs.glue import preliminary_options
 from finetune.store import records
 from finetune.training import memory

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from finetune import models
 from finetune.data.examples import Examples
-from finetune.methods import Method
 from finetune.runs import record_content
 from finetune.tracking.tracker import SUMMARY, Tracker, chosen
 from finetune.training import checkpoint
@@ -87,27 +86,6 @@ def execute(
     accelerator.wait_for_everyone()
     _forget(accelerator, folder)
     return record
-
-
-def count_parameters(model: nn.Module, method: Method) -> dict[str, int | float]:
-    """Counts for the tables; a target matrix counts with the numbers that its method trains.
-
-    Args:
-        model: plain; its ``requires_grad`` flags are set as the method will have them.
-
-    Returns:
-        ``total`` (the plain model), ``trainable``, ``trainable_per_layer`` (mean over target matrices),
-        ``wrapped_layers``.
-    """
-    targets = method.targets.set_trainable(model)
-    entries = [method.entries(tuple(target.module.weight.shape)) for target in targets]
-    whole = sum(target.module.weight.numel() for target in targets)
-    return {
-        "total": sum(p.numel() for p in model.parameters()),
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad) - whole + sum(entries),
-        "trainable_per_layer": sum(entries) / len(entries),
-        "wrapped_layers": len(targets),
-    }
 
 
 def read_bases(path: Path, expected: Mapping[str, Any], model: str) -> tuple[dict[str, Basis], dict[str, Any]]:

@@ -13,8 +13,9 @@ from torch import nn
 from finetune import models
 from finetune.data.glue import Split, Task, load_task
 from finetune.methods import Method, Targets, build_method, deciding, needs_bases, with_own_choices
+from finetune.methods.base import count_parameters
 from finetune.runs import record_content
-from finetune.runs.execution import check_length, count_parameters, execute, read_bases
+from finetune.runs.execution import check_length, execute, read_bases
 from finetune.store import records
 from finetune.training import memory
 from finetune.training.evaluation import evaluate

@@ -15,10 +15,14 @@ from finetune.efficiency import footprint, machine, task, timing, variants
 from finetune.efficiency.__main__ import main
 from finetune.efficiency.lengths import Lengths, make_batches, read_lengths
 from finetune.efficiency.task import EfficiencyOptions, measure_task
-from finetune.efficiency.variants import VARIANTS, make_trainee, random_bases, select_variants, train_step
+from finetune.efficiency.variants import VARIANTS, make_model, make_trainee, random_bases, select_variants, train_step
+from finetune.methods import build_method
+from finetune.methods.costs import RESIDENT, predicted_peaks
+from finetune.store.records import read_json
 
 CPU = torch.device("cpu")
-SRC = Path(__file__).parents[3] / "src"
+ROOT = Path(__file__).parents[3]
+SRC = ROOT / "src"
 NAMES = [variant.name for variant in VARIANTS]
 LENGTHS = Lengths("cola", "made up", (3, 5, 9, 12, 12, 7))
 
@@ -224,33 +228,46 @@ def test_components_of_sparsegrad_are_the_kept_entries(maker, batches):
     assert found["components"]["bases"] == 2 * 4 * (64**2 + 256**2)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_measured_peak_holds_the_resident_parts_and_is_predicted(name, maker, batches):
-    there(name)
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [(name, "fp32") for name in NAMES] + [(n, "bf16") for n in ("full", "lora", "rotated_regular", "folded")],
+)
+def test_measured_peak_holds_the_resident_parts_and_is_predicted(name, precision, maker, batches):
     architecture = {"vocab_size": 1000, "hidden_size": 192, "num_hidden_layers": 3, "intermediate_size": 768}
-    make = maker(name, **architecture)
+    make = maker(there(name), **architecture)
     (batch,) = batches(8, 1, lengths=Lengths("x", "s", tuple(range(20, 60))))
-    found = footprint.measure_memory(make, batch, precision="fp32", device=CPU, warmup_steps=1)
-    resident = sum(found["components"][part] for part in footprint.RESIDENT)
+    found = footprint.measure_memory(make, batch, precision=precision, device=CPU, warmup_steps=1)
+    components = found["components"]
+    resident = sum(components[part] for part in RESIDENT)
     assert found["peak_training"] > found["peak_evaluation"] > resident
-    assert found["peak_training"] >= resident + found["components"]["gradients"]
-    (variant,) = select_variants([name])
-    predicted = task.predict(
-        variant, found["components"], [(768, 192)], positions=batch["input_ids"].numel(), kept=1475, precision="fp32"
-    )
-    for peak, value in predicted.items():
+    assert found["peak_training"] >= resident + components["gradients"]
+    how = {"positions": batch["input_ids"].numel(), "width": 2 if precision == "bf16" else 4}
+    for peak, value in predicted_peaks(make().method, components, [(768, 192)], **how).items():
         assert value == pytest.approx(found[peak], rel=0.1), peak
 
 
-@pytest.mark.parametrize("name", ["full", "lora", "rotated_regular", "folded"])
-def test_prediction_holds_under_autocast(name, maker, batches):
-    make = maker(there(name), vocab_size=1000, hidden_size=192, num_hidden_layers=3, intermediate_size=768)
-    (batch,) = batches(8, 1, lengths=Lengths("x", "s", tuple(range(20, 60))))
-    found = footprint.measure_memory(make, batch, precision="bf16", device=CPU, warmup_steps=1)
-    how = {"positions": batch["input_ids"].numel(), "kept": 1475, "precision": "bf16"}
-    predicted = task.predict(select_variants([name])[0], found["components"], [(768, 192)], **how)
-    for peak, value in predicted.items():
-        assert value == pytest.approx(found[peak], rel=0.1), peak
+RECORDS = sorted((ROOT / "results/local/efficiency").glob("*/*.json"))
+
+
+@pytest.mark.skipif(not RECORDS, reason="results/local/efficiency is not there: make repro EXPERIMENT=local")
+def test_predictions_are_those_of_the_committed_records():
+    compared = 0
+    for record in map(read_json, RECORDS):
+        model, protocol = (
+            yaml.safe_load((ROOT / f"conf/{path}.yaml").read_text())
+            for path in (f"model/{record['run']['model']}", f"protocol/{record['run']['protocol']}")
+        )
+        width = 2 if record["treatment"]["precision"] == "bf16" else 4
+        for entry in record["variants"]:
+            group = {"name": entry["method"]} | {key: entry[key] for key in ("form", "matmul", "core")}
+            method = build_method(group, model, protocol, bases={}, one_backward_a_step=True)
+            plain = make_model(record["model"]["architecture"], 2, "meta")
+            shapes = [tuple(target.module.weight.shape) for target in method.targets.find(plain)]
+            memory = entry["memory"]
+            how = {"positions": memory["batch"][0] * memory["batch"][1], "width": width}
+            assert predicted_peaks(method, memory["components"], shapes, **how) == memory["predicted"], entry["name"]
+            compared += 1
+    assert compared >= 8
 
 
 def test_peaks_in_a_trace_written_by_hand():

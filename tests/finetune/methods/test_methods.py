@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from finetune.methods import base_method, needs_bases, with_own_choices
-from finetune.runs.execution import count_parameters
+from finetune.methods.base import count_parameters
 from finetune.training.evaluation import summed_loss
 from sparsegrad import SparseGradLinear, sparsegrad_layers, top_k
 
@@ -346,7 +346,7 @@ def test_unknown_method_names_the_allowed(config):
     from finetune.methods import build_method
 
     found = config()
-    with pytest.raises(ValueError, match=r"method='adapters'; allowed: full, lora, meprop, sparsegrad\."):
+    with pytest.raises(ValueError, match=r"method='adapters'; allowed: full, lora, meprop, peft, sparsegrad, or the"):
         build_method({"name": "adapters"}, found["model"], found["protocol"])
 
 
@@ -451,7 +451,7 @@ def test_a_variant_replaces_the_parts_that_it_names(config):
 
 
 def test_a_variant_of_nothing_or_with_an_unknown_choice_is_refused(config):
-    with pytest.raises(ValueError, match="method='adapters'; allowed: full, lora, meprop, sparsegrad"):
+    with pytest.raises(ValueError, match="method='adapters'; allowed: full, lora, meprop, peft, sparsegrad, or the"):
         base_method({"name": "mine", "base": "adapters"})
     with pytest.raises(ValueError, match=r"method mine sets protocol\.densty; allowed: .*'density'"):
         with_own_choices(config() | {"method": {"name": "mine", "base": "sparsegrad", "protocol": {"densty": 0.1}}})

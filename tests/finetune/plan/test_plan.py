@@ -1,341 +1,417 @@
-"""The plan's calculated bytes against bytes counted on models that are really built and stepped."""
+"""The plan of a whole experiment: operations, rates, memory and sizes against what is counted or done by hand."""
 
 import json
-from functools import partial
+import math
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from finetune import models
-from finetune.methods import METHODS, build_method
-from finetune.plan import Card, activations, lines, plan_model, setup_of, training_memory
-from finetune.plan.training_memory import Setup
-from finetune.training import memory
-from finetune.training.evaluation import summed_loss
-from sparsegrad import Basis
+from finetune.efficiency.variants import VARIANTS, make_trainee, random_bases, train_step
+from finetune.methods import build_method, with_own_choices
+from finetune.plan.actual import taken
+from finetune.plan.estimate import plan_experiment
+from finetune.plan.experiment import Experiment
+from finetune.plan.flops import Cost, cost_of, hosvd_operations
+from finetune.plan.inputs import chat_blocks, padded_tokens, stopping_epochs, task_rows
+from finetune.plan.memory import meta_model
+from finetune.plan.text import plan_lines
+from finetune.plan.throughput import Fact, Processor, Throughput, published_facts, recorded_facts
+from finetune.plan.work import Decoding, Decomposition, Training
+from finetune.store import records
+from sparsegrad import core_shape
 
 ROOT = Path(__file__).resolve().parents[3]
-ROWS, TOKENS, K = 2, 24, 50
-ARCHITECTURE = {
-    "model_type": "llama",
-    "vocab_size": 96,
+TINY = {
+    "model_type": "bert",
+    "vocab_size": 100,
     "hidden_size": 32,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 80,
+    "intermediate_size": 128,
     "max_position_embeddings": 64,
-}
-MODEL = {
-    "name": "tiny",
-    "architecture": ARCHITECTURE,
-    "target_modules": {
-        "up": r".*\.layers\.(?P<layer>\d+)\.mlp\.up_proj",
-        "down": r".*\.layers\.(?P<layer>\d+)\.mlp\.down_proj",
-    },
-    "optional_modules": {"gate": r".*\.layers\.(?P<layer>\d+)\.mlp\.gate_proj"},
-    "layers_to_transform": [0, 3],
-    "lora_rank": 5,
-    "k": K,
-}
-PROTOCOL = {
-    "density": None,
-    "orientation": "hosvd",
-    "train": "targets",
-    "frozen": {},
-    "lora_scale": 2.0,
-    "lora_dropout": 0.0,
-    "meprop_optimizer": "lazy_adam",
-    "preliminary": {"steps": 3, "batch_size": 3, "update": False},
-    "batch_size": 8,
-    "max_length": TOKENS,
-    "precision": "fp32",
-}
-SCALE = {
-    "batch_size": None,
-    "micro_batch_size": ROWS,
-    "max_length": None,
-    "precision": None,
-    "frozen_dtype": "fp32",
-    "gradient_checkpointing": False,
-    "judging": {"repeats": 3},
-}
-FILES = {name: yaml.safe_load((ROOT / f"conf/method/{name}.yaml").read_text()) for name in METHODS}
-BASES = {"up": Basis(torch.eye(32), torch.eye(80)), "down": Basis(torch.eye(80), torch.eye(32))}
-BASES["gate"] = BASES["up"]
-MATRIX = 32 * 80
-CHANGES = {
-    "sound": {},
-    "everything": {"train": "all"},
-    "adamw": {"meprop_optimizer": "adamw", "also_train": ["full", "sparsegrad"]},
-    "gate": {"gate": ["full", "sparsegrad", "meprop", "lora"], "lora_dropout": 0.05},
-    "every block": {"every_block": ["lora"], "density": 0.02},
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "attn_implementation": "eager",  # the counter does not see the fused one on a CPU
 }
 
 
-def really(method: str, protocol, setup: Setup) -> dict[str, int]:
-    """Bytes of a model that is built, prepared and stepped once, counted by the package that runs use."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**ARCHITECTURE)).train()
-    once = setup.accumulation_steps == 1
-    chosen = build_method(FILES[method], MODEL, protocol, bases=BASES, one_backward_a_step=once)
-    model = chosen.prepare(model)
-    models.cast_frozen(model, training_memory.DTYPES[setup.frozen_dtype])
-    if setup.checkpointing:
-        for module in model.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = True
-                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-    optimizer = chosen.optimizer(model, 1e-3, 0.0)
-    found: dict[str, int] = {}
-    for micro in range(setup.accumulation_steps):
-        ids = torch.randint(0, 96, (ROWS, TOKENS))
-        with memory.saved_activations(model, found, micro == 0):
-            with torch.autocast("cpu", torch.bfloat16, enabled=setup.precision == "bf16"):
-                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-            loss = summed_loss(logits.float(), ids)
-        loss.backward()
-    found["gradients"] = memory.gradient_bytes(model)
-    optimizer.step()
-    return found | memory.components(model, optimizer)
+def read(group, name):
+    path = ROOT / "conf" / group / f"{name}.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    return yaml.safe_load(path.read_text())
 
 
-def calculated(method: str, protocol, setup: Setup) -> training_memory.TrainingMemory:
-    return training_memory.training_memory(FILES[method], MODEL, protocol, setup)
+MODEL = read("model", "tiny_bert") | {"architecture": TINY, "k": 41, "lora_rank": 2}
+PROTOCOL = read("protocol", "sound")
+SETTINGS = {name: value for name, value in read("", "plan").items() if name not in ("hydra", "data_root")}
+CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys())
-@pytest.mark.parametrize("name", METHODS)
-def test_components_are_those_of_a_real_step(name, changes):
-    protocol = PROTOCOL | changes
-    setup = Setup(ROWS, TOKENS, accumulation_steps=2)
-    real, plan = really(name, protocol, setup), calculated(name, protocol, setup)
-    for key in ("parameters", "gradients", "bases"):
-        assert getattr(plan, key) == real[key], key
-    assert plan.optimizer_state_first == real["optimizer_state"]
-    assert plan.saved_activations == pytest.approx(real["saved_activations"], rel=0.001)
-
-
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("steps", [1, 3])
-def test_bfloat16_with_frozen_weights_in_bfloat16(name, steps):
-    setup = Setup(ROWS, TOKENS, steps, precision="bf16", frozen_dtype="bf16")
-    real, plan = really(name, PROTOCOL, setup), calculated(name, PROTOCOL, setup)
-    for key in ("parameters", "gradients", "bases"):
-        assert getattr(plan, key) == real[key], key
-    assert plan.optimizer_state_first == real["optimizer_state"]
-    assert plan.saved_activations == pytest.approx(real["saved_activations"], rel=0.001)
+def cost(name, protocol=PROTOCOL, **options):
+    group = name if isinstance(name, dict) else read("method", name)
+    protocol = with_own_choices({"method": group, "protocol": protocol})["protocol"]
+    method = build_method(group, MODEL, protocol, bases={}, one_backward_a_step=True)
+    return cost_of(meta_model(TINY, causal=False), method, **options)
 
 
 @pytest.mark.parametrize(
-    "setup",
-    [
-        Setup(ROWS, TOKENS, 2),
-        Setup(ROWS, TOKENS, 3, precision="bf16", frozen_dtype="bf16"),
-    ],
-    ids=["float32, in place", "bfloat16, side path"],
+    "name", ["full", "lora", "meprop", "folded", "rotated_regular", "truncated", "truncated_input"]
 )
-@pytest.mark.parametrize("name", ["truncated", "truncated_input"])
-def test_truncated_forms(name, setup, monkeypatch):
-    monkeypatch.setitem(FILES, name, yaml.safe_load((ROOT / f"conf/method/{name}.yaml").read_text()))
-    protocol = PROTOCOL | {"density": 0.1}
-    real, plan = really(name, protocol, setup), calculated(name, protocol, setup)
-    for key in ("parameters", "gradients", "bases"):
-        assert getattr(plan, key) == real[key], key
-    assert plan.optimizer_state_first == plan.optimizer_state == real["optimizer_state"]
-    assert plan.saved_activations == pytest.approx(real["saved_activations"], rel=0.001)
-    entries = {"truncated": 2 * (16 * 16 + 16 * 16), "truncated_input": 2 * (80 * 3 + 32 * 8)}[name]
-    assert plan.trained == entries and plan.gradients == 4 * entries
+def test_operations_are_those_that_torch_counts(name):
+    """A real step under torch's counter; it also counts pooler and head, which see one token."""
+    protocol = PROTOCOL | {"density": 0.1}  # 409 entries: a core of all 128 outputs needs as many at least
+    variant = next(v for v in VARIANTS if v.name == name)
+    bases = random_bases(MODEL, protocol, seed=0, device=CPU)
+    how = {"num_labels": 2, "learning_rate": 1e-3, "seed": 0, "device": CPU}
+    trainee = make_trainee(variant, MODEL, protocol, bases, **how)
+    rows, tokens = 4, 32
+    ids = torch.randint(1, 100, (rows, tokens))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros(rows, dtype=torch.long)}
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}  # the counter leaves it out
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        train_step(trainee, batch, "fp32")
+    method = {"name": name, "base": variant.method, "form": variant.form, "matmul": "regular", "core": variant.core}
+    found = cost(method, protocol)
+    ratio = counter.get_total_flops() / found.training(rows, tokens)
+    if name == "folded":  # folding back is counted at most, of which a batch this small makes a large part
+        assert 0.8 < ratio < 1.0
+    else:
+        assert ratio == pytest.approx(1.0, abs=0.005)
 
 
-def test_frozen_weights_in_bfloat16_make_truncated_layers_take_the_side_path():
-    """In place their steps would vanish: the loss would stay where it is at this rate."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from sparsegrad import sparsegrad_layers
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**ARCHITECTURE))
-    group = yaml.safe_load((ROOT / "conf/method/truncated.yaml").read_text())
-    method = build_method(group, MODEL, PROTOCOL, bases=BASES)
-    model = method.prepare(model)
-    assert {layer.update for layer in sparsegrad_layers(model).values()} == {"in_place"}
-    models.cast_frozen(model, torch.bfloat16)
-    layers = sparsegrad_layers(model).values()
-    assert {(layer.update, layer.weight.dtype, layer.core.dtype) for layer in layers} == {
-        ("side", torch.bfloat16, torch.float32)
-    }
-    optimizer = method.optimizer(model, 1e-6, 0.0)
-    model(input_ids=torch.randint(0, 96, (2, 8)), use_cache=False).logits.float().square().sum().backward()
-    optimizer.step()
-    assert all(0 < layer.core.abs().max() < 1e-5 for layer in layers)
-
-
-def test_bytes_by_hand():
-    """Four matrices of 2560 numbers, two blocks of up and down, 50 entries each."""
-    setup = Setup(ROWS, TOKENS, 4, touched=0.5)
-    plan = {name: calculated(name, PROTOCOL, setup) for name in METHODS}
-    assert {name: p.gradients for name, p in plan.items()} == {
-        "full": 4 * 4 * MATRIX,
-        "lora": 4 * 4 * 5 * (32 + 80),
-        "meprop": 4 * 4 * MATRIX,
-        "sparsegrad": 4 * 4 * MATRIX,
-    }
-    assert plan["full"].optimizer_state == plan["full"].optimizer_state_first == 8 * 4 * MATRIX
-    assert plan["sparsegrad"].optimizer_state_first == 16 * 4 * K
-    assert plan["sparsegrad"].optimizer_state == 16 * 4 * MATRIX // 2
-    assert plan["sparsegrad"].bases == 2 * 4 * (32**2 + 80**2) and plan["meprop"].bases == 0
-    assert [plan[name].trained for name in METHODS] == [4 * MATRIX, 4 * 5 * 112, 4 * K, 4 * K]
-    assert plan["sparsegrad"].snapshot == 4 * 4 * MATRIX + plan["sparsegrad"].bases
-    for p in plan.values():
-        steady = p.parameters + p.optimizer_state + p.bases
-        assert p.peak == steady + max(p.gradients + p.activations, p.gradients + p.selection, p.folding, p.snapshot)
-    touched_least = calculated("sparsegrad", PROTOCOL, Setup(ROWS, TOKENS, 4, touched=0.001))
-    assert touched_least.optimizer_state == touched_least.optimizer_state_first
+def test_operations_by_hand():
+    """One block of BERT: four matrices h x h and two h x 4h; 2 o i forward, and as much for each of two gradients."""
+    h, blocks = 32, 2
+    linear = blocks * (4 * h * h + 2 * 4 * h * h)
+    full, lora, folded, truncated = (cost(name) for name in ("full", "lora", "sparsegrad", "truncated"))
+    assert full.forward == 2 * linear and full.train == 6 * linear and full.step == 0
+    assert full.attention == 4 * h * blocks and full.blocks == blocks
+    matrix, matrices = 4 * h * h, 2 * blocks
+    assert lora.train == full.train - 2 * matrices * matrix + matrices * 6 * 2 * (h + 4 * h)
+    assert folded.train == full.train and folded.step == matrices * 2 * matrix * (5 * h)
+    narrow, wide = min(30 * h * h, matrix * h), min(30 * 16 * h * h, matrix * 4 * h)
+    assert folded.training(3, 10) == full.training(3, 10) + folded.step + matrices * 2 * (narrow + wide)
+    shapes = [(4 * h, h), (h, 4 * h)] * blocks
+    cores = [(*core_shape(41, shape), *shape) for shape in shapes]
+    expected = sum(2 * (c * i + r * o + r * c) for r, c, o, i in cores)
+    assert truncated.train == full.train - 2 * matrices * matrix + expected
+    assert full.training(3, 10) == 30 * (full.train + 3 * full.attention * 10)
+    assert full.evaluation(3, 10) == 30 * (full.forward + full.attention * 10)
+    checkpointed = cost("full", checkpointing=True)
+    assert checkpointed.train == full.train + full.forward and checkpointed.attention_passes == 4
+    only_mlp = cost("full", PROTOCOL | {"train": "mlp"})
+    assert only_mlp.train == full.train - 2 * blocks * 4 * h * h
+    assert hosvd_operations({"up": (2, 3)}) == 9 * (8 + 27)
 
 
-def test_with_one_backward_pass_a_step_sparsegrad_keeps_no_dense_gradient():
-    once, several = (calculated("sparsegrad", PROTOCOL, Setup(ROWS, TOKENS, steps)) for steps in (1, 2))
-    assert once.gradients == 12 * 4 * K and several.gradients == 4 * 4 * MATRIX
-    assert once.selects_in_backward and not several.selects_in_backward
+# Rates
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["full", "lora"])
-def test_checkpointing_keeps_inputs_of_blocks_and_what_is_outside(name, precision):
-    """With it, hooks see both and nothing else: what is saved inside a block is computed again."""
-    setup = Setup(ROWS, TOKENS, 2, precision, "bf16" if precision == "bf16" else "fp32", checkpointing=True)
-    real, plan = really(name, PROTOCOL, setup), calculated(name, PROTOCOL, setup)
-    chosen = build_method(FILES[name], MODEL, PROTOCOL)
-    prepared = chosen.prepare(training_memory.meta_model(ARCHITECTURE))
-    dtype = training_memory.DTYPES[setup.frozen_dtype]
-    found = activations.measure(prepared, ROWS, TOKENS, precision=precision, frozen_dtype=dtype)
-    assert found.outside + found.inputs == pytest.approx(real["saved_activations"], rel=0.001)
-    assert len(found.blocks) == 4 and found.inputs == 4 * ROWS * TOKENS * 32 * dtype.itemsize
-    assert found.logits == 2 * 4 * ROWS * TOKENS * 96
-    assert plan.activations == found.inputs + max(found.copies + max(found.blocks), found.outside + found.logits)
-    assert plan.activations < plan.saved_activations == sum(found.blocks) + found.copies + found.outside
-    assert (found.copies > 0) == (precision == "bf16")
+CARD = Processor("card", peak={"fp32": 1e12}, match="Card 1", block_seconds=0.5)
+UNIT = Cost(forward=1.0, train=3.0, step=0.0, attention=0.0, attention_passes=3, blocks=2, parameters=1)
 
 
-def test_longer_micro_batches_need_more():
-    small, large = (calculated("full", PROTOCOL, Setup(rows, TOKENS)) for rows in (1, 4))
-    assert large.saved_activations == pytest.approx(4 * small.saved_activations, rel=0.05)
-    assert large.parameters == small.parameters
+def fact(**changes):
+    values = {"card": "card", "model": "m", "method": "full", "task": "cola", "batch": 10, "tokens": 10.0}
+    return Fact(**values | {"precision": "fp32", "steps_per_second": 2.0, "source": "a record"} | changes)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"micro_batch": 0}, "micro_batch=0; it must be a whole number"),
-        ({"tokens": 3.5}, "tokens=3.5"),
-        ({"precision": "fp16"}, "precision='fp16'; allowed: fp32, bf16"),
-        ({"touched": 0}, "touched=0; it is a share"),
-    ],
-)
-def test_setups_that_make_no_sense(changes, message):
-    with pytest.raises(ValueError, match=message):
-        Setup(**{"micro_batch": 1, "tokens": 8} | changes)
+def speed(*facts):
+    return Throughput(facts, lambda model, method: UNIT, lambda model, task: 10.0, {"fp32": 0.5, "bandwidth": 0.5})
 
 
-def test_a_model_without_an_architecture_is_refused():
-    with pytest.raises(ValueError, match="memory is calculated from an architecture: give one"):
-        training_memory.training_memory(FILES["full"], MODEL | {"architecture": None}, PROTOCOL, Setup(1, 8))
+def test_the_best_rate_is_taken_and_named():
+    own, other_task = fact(), fact(task="mrpc", steps_per_second=4.0)
+    other_model = fact(model="n", steps_per_second=8.0, source="another")
+    everything = speed(own, other_task, other_model)
+    rates = [everything.rate(CARD, "m", "full", task, "fp32") for task in ("cola", "mrpc", "rte")]
+    assert [(r.value, r.kind) for r in rates] == [(600, "measured"), (1200, "measured"), (900, "measured")]
+    lora = everything.rate(CARD, "m", "lora", "cola", "fp32")
+    assert (lora.value, lora.kind, lora.source) == (900, "scaled", "a record")
+    assert everything.rate(CARD, "x", "lora", "cola", "fp32").kind == "scaled"
+    assert speed(other_model).rate(CARD, "m", "full", "cola", "fp32").source == "another"
+    nothing = speed(fact(card="another card")).rate(CARD, "m", "full", "cola", "fp32")
+    assert (nothing.value, nothing.kind) == (5e11, "calculated") and "fp32 peak 1 TFLOP/s x 0.5" in nothing.source
+    assert speed().rate(CARD, "m", "full", "cola", "bf16").kind == "unknown"
+    # A GPU's bf16 says nothing of its fp32; a CPU's says more than nothing.
+    assert speed(fact(precision="bf16")).rate(CARD, "m", "full", "cola", "fp32").kind == "calculated"
+    cpu = Processor("card", match="cpu")
+    assert speed(fact(precision="bf16")).rate(cpu, "m", "full", "cola", "fp32").kind == "scaled"
 
 
-def test_the_rotated_form_is_refused():
-    with pytest.raises(ValueError, match="memory is calculated for form=folded only"):
-        training_memory.training_memory(FILES["sparsegrad"] | {"form": "rotated"}, MODEL, PROTOCOL, Setup(1, 8))
+def test_time_of_runs_with_their_evaluations():
+    work = Training("train", "m", "full", "cola", 3, 20, 5.0, 10, 10.0, 8, 100, "fp32", UNIT)
+    whole, kind, _ = work.seconds(CARD, speed(fact()))
+    assert kind == "measured" and whole == pytest.approx(3 * (20 * 300 + 3 * 1000) / 600)
+    stopped, _, _ = work.seconds(CARD, speed(fact()), stopped=True)
+    assert stopped == pytest.approx(3 * (5 * 300 + 1 * 1000) / 600)
+    # Nothing measured: 9,000 operations are nothing to a card of a TFLOP/s, but 20 steps of 2 blocks take 20 s.
+    assert work.seconds(CARD, speed())[:2] == (3 * 20 * 2 * 0.5, "calculated")
+    never = replace(work, stopped=None)
+    assert never.seconds(CARD, speed(fact()), stopped=True) == never.seconds(CARD, speed(fact()))
+    assert work.seconds(Processor("nothing known"), speed())[:2] == (None, "unknown")
 
 
-# The whole plan
+def test_time_of_decompositions_and_answers():
+    hosvd = Decomposition("basis", "m", "", "all", 4, 1e9)
+    assert hosvd.seconds(replace(CARD, eigh=1e8), speed())[:2] == (40.0, "calculated")
+    assert hosvd.seconds(CARD, speed())[0] is None
+    answers = Decoding("answers", "m", "full", "mt_bench", 2, 100, weights=1e9, blocks=2)
+    fast = replace(CARD, bandwidth=1e9, block_seconds=0.0)
+    assert answers.seconds(fast, speed())[0] == pytest.approx(2 * 100 * 2.0)
+    assert answers.seconds(replace(fast, block_seconds=300.0), speed())[0] == pytest.approx(2 * 100 * 200.0)
 
 
-CARD = Card("a card", memory=1e9, reserve=1e8)
+def test_published_facts_leave_out_what_is_inflated():
+    facts = published_facts()
+    authors = [f for f in facts if f.card == "authors"]
+    assert {(f.method, f.steps_per_second) for f in authors} == {("full", 4.24), ("lora", 4.49), ("sparsegrad", 1.74)}
+    assert all(f.source for f in facts)
 
 
-def planned(card=CARD, model=MODEL, methods=FILES, protocol=PROTOCOL, scale=SCALE):
-    sizes = {"seeds": 5, "questions": 80, "turns": 2, "touched": 0.2}
-    return plan_model(model, methods, protocol, scale, card=card, **sizes)
+def run_record(**changes):
+    run = {"experiment": "e", "kind": "train", "model": "m", "method": "lora", "task": "cola", "seed": 1}
+    return {
+        "status": "finished",
+        "run": run,
+        "hyperparameters": {"batch_size": 8},
+        "treatment": {"precision": "fp32"},
+        "device": {"type": "cuda", "name": "Big Card 1 (80 GB)"},
+        "training": {"seconds": 50.0, "steps": 100, "step_seconds_median": 0.25},
+        "memory": {"peak_training": 123},
+    } | changes
 
 
-def test_disk_and_judge_calls():
-    plan = planned()
-    total = plan["parameters"]
-    assert plan["disk"]["merged"] == 4 * total * len(METHODS) * 5 and plan["host"]["loading"] == 4 * total
-    assert plan["disk"]["moments"] == 2 * 8 * (32**2 + 80**2) == 2 * plan["disk"]["bases"]
-    assert plan["judging"] == {"per_method": 80 * 2 * 5 * 3, "calls": 80 * 2 * 5 * 3 * 4, "repeats": 3}
-    assert plan["disk"]["total"] == sum(v for k, v in plan["disk"].items() if k != "total")
+@pytest.fixture
+def results(tmp_path):
+    """Runs of two experiments, ``e`` and ``other``; a search of ``e``."""
+    root = tmp_path / "results"
+    for name in ("e", "other"):
+        folder = root / name / "runs/m/lora"
+        records.write_json(folder / "a.json", run_record())
+        records.write_json(folder / "b.json", run_record(status="failed"))
+        records.write_json(folder / "cell.json", {"records": ["a.json", "b.json"]})
+    trials = [{"seconds": 10.0, "intermediate": {"5": 0.1, "10": 0.2}}, {"seconds": None, "intermediate": {}}]
+    content = {"run": {"model": "m", "method": "lora"}, "best": {"batch_size": 32}, "trials": trials}
+    records.write_json(root / "e/search/m/lora/cola.json", content)
+    return root
+
+
+def test_an_experiments_own_runs_do_not_estimate_it(results):
+    for planned, there in (("e", ["other"]), ("other", ["e"]), ("new", ["e", "other"])):
+        facts = list(recorded_facts(results, [CARD], planned))
+        assert [Path(f.source).relative_to(results).parts[0] for f in facts] == there
+    assert facts[0].steps_per_second == 4 and (facts[0].card, facts[0].batch) == ("card", 8)
+    assert list(recorded_facts(results, [Processor("cpu", match="cpu")], "new")) == []
+
+
+def test_what_was_taken_is_read_from_records(results):
+    found = taken(results, "e", [CARD])
+    train, search = found["train", "m", "lora"], found["search", "m", "lora"]
+    assert (train.runs, train.seconds, train.steps, train.peak, train.devices) == (1, 50.0, 100, 123, {"card"})
+    assert (search.runs, search.seconds, search.steps, search.devices) == (2, 10.0, 10, set())
+    assert taken(results, "none", [CARD]) == {}
+
+
+# Sizes
+
+
+def test_rows_come_from_files_then_from_the_table(tmp_path, glue_root):
+    data = read("data", "glue")
+    sizes = SETTINGS["rows"]
+    train, held, source = task_rows(data | {"root": str(glue_root)}, sizes, "cola")
+    assert source.startswith("files in") and (train, held) != (8551, 1043) and train > 0
+    assert task_rows(data | {"root": str(tmp_path)}, sizes, "cola") == (8551, 1043, "dataset card of nyu-mll/glue")
+    with pytest.raises(ValueError, match="rows of cola are not known: add rows.cola to conf/plan.yaml"):
+        task_rows(data | {"root": str(tmp_path)}, {}, "cola")
+    assert set(read("", "plan")["rows"]) - {"source"} == set(data["tasks"])
+
+
+def test_stopping_epochs_are_means_of_the_logs():
+    epochs = stopping_epochs()
+    assert epochs["bert_base", "full", "stsb"] == pytest.approx((4.72 + 3.89 + 8.61 + 5.00 + 2.78) / 5)
+    three = [epochs["bert_base", method, "stsb"] for method in ("full", "lora", "sparsegrad")]
+    assert epochs["bert_base", "meprop", "stsb"] == pytest.approx(sum(three) / 3)
+    assert ("llama2_7b", "full", "stsb") not in epochs
+
+
+def test_tokens_of_a_row(tmp_path):
+    model = {"name": "m", "architecture": {"max_position_embeddings": 64}}
+    assert padded_tokens(tmp_path, model, PROTOCOL | {"padding": "max_length"}, "cola")[0] == 64
+    longest, source = padded_tokens(tmp_path, model, PROTOCOL, "cola")
+    assert longest == 64 and "an upper bound" in source
+    record = {"treatment": {"padding": "longest", "batch_size": 32}, "lengths": {"mean_slots": 320}}
+    records.write_json(tmp_path / "any/efficiency/m/cola.json", record)
+    assert padded_tokens(tmp_path, model, PROTOCOL, "cola")[0] == 10
+
+
+def test_blocks_come_from_a_record_then_from_the_assumption(tmp_path):
+    assumed = {"oasst1": {"train": 7, "validation": 3, "source": "assumption"}}
+    assert chat_blocks(tmp_path, "oasst1", "m", assumed) == (7, 3, "assumption")
+    with pytest.raises(ValueError, match="add blocks.mine to conf/plan.yaml"):
+        chat_blocks(tmp_path, "mine", "m", assumed)
+    folder = tmp_path / "e/llama/runs/m/full"
+    records.write_json(folder / "a.json", {"data": {"rows": {"train": 90, "validation": 9}}})
+    records.write_json(folder / "cell.json", {"records": ["a.json"]})
+    assert chat_blocks(tmp_path, "oasst1", "m", assumed)[:2] == (90, 9)
+
+
+# The whole
+
+
+LISTS = {
+    "name": "e",
+    "protocol": "printed",
+    "scale": "paper",
+    "data": "glue",
+    "tasks": ["rte", "mnli"],
+    "seeds": [1, 2, 3],
+    "methods": ["full", "sparsegrad"],
+    "models": ["bert_base"],
+    "ablations": ["sparsegrad_22k"],
+    "ablation_models": ["bert_base"],
+    "efficiency_models": ["bert_base"],
+}
+
+
+def planned(tmp_path, lists=LISTS, cards=None, **changes):
+    settings = SETTINGS | changes
+    experiment = Experiment(lists, read, settings, tmp_path / "results", str(tmp_path / "data"))
+    cards = cards or [Processor(name=name, **values) for name, values in settings["cards"].items()]
+    return plan_experiment(experiment, cards, settings)
+
+
+def row_of(plan, stage, method=""):
+    (found,) = [row for row in plan["stages"] if (row["stage"], row["method"]) == (stage, method)]
+    return found
+
+
+def test_every_cell_is_counted(tmp_path):
+    plan = planned(tmp_path)
+    assert [(row["stage"], row["method"]) for row in plan["stages"]] == [
+        ("gradients", ""),
+        ("basis", ""),
+        *((stage, method) for method in ("full", "sparsegrad") for stage in ("search", "train")),
+        ("ablation_search", "sparsegrad_22k"),
+        ("ablation", "sparsegrad_22k"),
+        ("efficiency", ""),
+    ]
+    train, search = row_of(plan, "train", "full"), row_of(plan, "search", "full")
+    steps = 20 * (math.ceil(2490 / 16) + math.ceil(392702 / 16))
+    assert (train["runs"], train["steps"]) == (2 * 3, 3 * steps) and train["longest"] == 20 * math.ceil(392702 / 16)
+    assert (search["runs"], search["steps"]) == (2 * 40, 40 * steps)
+    epochs = stopping_epochs()
+    stopped = sum(epochs["bert_base", "full", task] * n / 16 for task, n in (("rte", 2490), ("mnli", 392702)))
+    assert train["may_stop"] and train["steps_if_stopped"] == pytest.approx(3 * stopped)
+    a40 = train["cards"]["A40"]
+    assert a40["kinds"] == ["calculated"] and a40["if_stopped"] < a40["seconds"]
+    assert a40["sources"] == ["fp32 peak 37.4 TFLOP/s x 0.4"]
+    assert row_of(plan, "efficiency")["runs"] == 2 * len(VARIANTS)
     json.dumps(plan)
 
 
-def test_the_preliminary_phase_is_counted_as_it_runs():
-    """Against the collection itself: moments and the largest saved activations of its batches."""
-    plan = planned()["preliminary"]
-    assert plan["parameters"] == 4 * planned()["parameters"]
-    assert plan["moments"] == sum(8 * (a * a + b * b) for a, b in ((80, 32), (32, 80)))
-    model = training_memory.meta_model(ARCHITECTURE)
-    model = model.to_empty(device="cpu").requires_grad_(False).train()
-    for block in (0, 3):
-        model.model.layers[block].mlp.up_proj.weight.requires_grad_(True)
-        model.model.layers[block].mlp.down_proj.weight.requires_grad_(True)
-    notes: dict = {}
-    ids = torch.zeros(3, TOKENS, dtype=torch.long)
-    with memory.saved_activations(model, notes, True):
-        summed_loss(model(input_ids=ids, use_cache=False).logits, ids)
-    assert plan["activations"] == pytest.approx(notes["saved_activations"] + 2 * 4 * 3 * TOKENS * 96, rel=0.001)
-    stepped = planned(protocol=PROTOCOL | {"preliminary": {"steps": 3, "batch_size": 3, "update": True}})["preliminary"]
-    assert stepped["gradients"] - plan["gradients"] == 12 * planned()["parameters"]
-    no_bases = planned(methods={"full": FILES["full"]})
-    assert "preliminary" not in no_bases and "hosvd" not in no_bases and no_bases["disk"]["moments"] == 0
+def test_money_only_where_prices_are_set(tmp_path):
+    plan = planned(tmp_path)
+    assert all(total["money"] is None for total in plan["totals"].values())
+    assert "No money: prices are not set" in "\n".join(plan_lines(plan, []))
+    cards = [Processor("A40", memory=48e9, peak={"fp32": 1e12, "bf16": 1e12}, eigh=1e9, price=0.5)]
+    lists = LISTS | {"llama_models": ["stories260k"], "llama_seeds": [1, 2], "chat": "oasst1"}
+    judge = {"prompt_tokens": 1000, "completion_tokens": 500, "prompt_price": 2.0, "completion_price": 4.0}
+    plan = planned(tmp_path, lists, cards, currency="EUR", judge=judge)
+    total = plan["totals"]["A40"]
+    assert total["hours"] is None  # no bandwidth: the time of answers is not known, and not left out
+    plan = planned(tmp_path, lists, [replace(cards[0], bandwidth=1e12)], currency="EUR", judge=judge)
+    total = plan["totals"]["A40"]
+    assert total["money"] == pytest.approx(0.5 * total["hours"]) and total["hours_if_stopped"] < total["hours"]
+    calls = 80 * 2 * 2 * 3 * 2  # questions, turns, seeds, repeats, methods
+    assert plan["judging"]["calls"] == calls
+    assert plan["judging"]["money"] == pytest.approx(calls * (1000 * 2.0 + 500 * 4.0) / 1e6)
+    assert "EUR, at most" in "\n".join(plan_lines(plan, []))
 
 
-def test_hosvd_is_counted_for_one_projection():
-    plan = planned()["hosvd"]
-    assert plan["moments"] == 8 * (32**2 + 80**2)
-    # Of up U (32) comes first and V (80) beside it; of down V is the smaller one, and U is alone at its peak.
-    assert plan["peak"] == plan["moments"] + 8 * 32**2 + 5 * 8 * 80**2
+def test_a_card_that_is_too_small_is_said(tmp_path):
+    small = Processor("small", memory=4e9, reserve=1e9, peak={"fp32": 1e12}, eigh=1e9)
+    plan = planned(tmp_path, cards=[small])
+    assert {row["fits"]["small"] for row in plan["memory"]} == {False}
+    text = "\n".join(plan_lines(plan, ["pretrain"]))
+    assert "NO" in text and "AT MOST: no run stops early" in text and "dataset card of nyu-mll/glue" in text
+    assert "Not estimated (minutes; judgments as long as the judge takes): pretrain." in text
 
 
-def test_fits_means_beside_the_reserve():
-    peak = planned()["training"]["full"]["peak"]
-    for memory_of_card, fits in ((peak + 100, True), (peak + 99, False)):
-        card = Card("c", memory=memory_of_card, reserve=100)
-        assert planned(card)["training"]["full"]["fits"] is fits
-    text = "\n".join(lines("tiny", planned(Card("tiny card", 1e3, 0)), Card("tiny card", 1e3, 0)))
-    assert "fits tiny card" in text and "NO" in text and "does NOT fit" in text and "Judge calls: 9,600" in text
+def test_bases_of_every_run_cost_time_and_are_no_runs(tmp_path):
+    printed, released = (planned(tmp_path, LISTS | {"protocol": name}) for name in ("printed", "released"))
+    for plan in (printed, released):
+        assert row_of(plan, "train", "sparsegrad")["runs"] == 6
+    seconds = [row_of(plan, "train", "sparsegrad")["cards"]["A40"]["seconds"] for plan in (printed, released)]
+    assert seconds[1] > seconds[0]
+    full = [row_of(plan, "train", "full")["cards"]["A40"]["seconds"] for plan in (printed, released)]
+    assert full[0] == full[1]
 
 
-def test_sizes_come_from_scale_then_protocol():
-    setup = setup_of(PROTOCOL, SCALE, 0.2)
-    assert (setup.micro_batch, setup.accumulation_steps, setup.tokens, setup.precision) == (2, 4, TOKENS, "fp32")
-    over = {"batch_size": 5, "max_length": 16, "precision": "bf16", "frozen_dtype": "bf16", "micro_batch_size": 8}
-    setup = setup_of(PROTOCOL, SCALE | over, 0.2)
-    assert (setup.micro_batch, setup.accumulation_steps, setup.tokens, setup.precision) == (5, 1, 16, "bf16")
-
-
-# LLaMa-2-7B
-
-
-def test_llama_2_7b_in_the_papers_set_up():
-    """The share of the trained matrices is the paper's 14.72 % and 0.158 %; bytes by hand."""
-    model = yaml.safe_load((ROOT / "conf/model/llama2_7b.yaml").read_text())
-    setup = Setup(2, 512, 32, "bf16", "bf16", checkpointing=True, touched=0.2)
-    full, lora, sparse = (
-        training_memory.training_memory(FILES[name], model, PROTOCOL, setup) for name in ("full", "lora", "sparsegrad")
+def test_what_was_taken_stands_beside_the_estimate(tmp_path):
+    folder = tmp_path / "results/e/runs/bert_base/full"
+    record = run_record(
+        run={"model": "bert_base", "method": "full", "task": "rte"}, device={"type": "cpu", "name": "1"}
     )
-    matrix, total = 11008 * 4096, 6_738_415_616
-    assert full.trained == 22 * matrix and round(100 * full.trained / total, 2) == 14.72
-    assert sparse.trained == 22 * 100_000
-    assert full.parameters == sparse.parameters == 2 * total + 2 * 22 * matrix
-    assert full.gradients == 4 * 22 * matrix and full.optimizer_state == 8 * 22 * matrix
-    assert sparse.bases == 2 * 4 * (11008**2 + 4096**2)
-    assert lora.peak < sparse.peak < full.peak < 48e9
-    # Inputs of 32 blocks, autocast's copies of 21 of 22 matrices (block 0 needs no gradient of its input), one block.
-    assert full.activations > 32 * 2 * 512 * 4096 * 2 + 21 * matrix * 2
-    assert full.activations < full.saved_activations
+    for name in ("a.json", "b.json"):
+        records.write_json(folder / name, record)
+    records.write_json(folder / "cell.json", {"records": ["a.json", "b.json"]})
+    cpu = Processor("CPU", match="cpu", peak={"fp32": 1e12}, eigh=1e9)
+    plan = planned(tmp_path, LISTS | {"efficiency_models": []}, [cpu, replace(cpu, name="card", match="Card")])
+    (row,) = plan["actual"]
+    estimate = row_of(plan, "train", "full")["cards"]["CPU"]["seconds"] * 2 / 6
+    assert (row["card"], row["runs"], row["of"], row["actual_seconds"]) == ("CPU", 2, 6, 100.0)
+    assert row["estimated_seconds"] == pytest.approx(estimate) and row["ratio"] == pytest.approx(100 / estimate)
+    assert "actual / estimated" in "\n".join(plan_lines(plan, []))
+    assert planned(tmp_path, LISTS | {"name": "not run"})["actual"] == []
+
+
+# The script
+
+
+OFFLINE = """
+import runpy, socket, sys
+def refuse(*_, **__):
+    raise OSError("no network")
+socket.socket.connect = socket.create_connection = refuse
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def script(*arguments):
+    command = [sys.executable, "-W", "ignore", "-c", OFFLINE, str(ROOT / "experiments/plan.py"), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+
+
+def test_it_runs_without_a_gpu_and_a_network_and_names_its_sources(tmp_path):
+    lists = yaml.safe_load((ROOT / "experiments/paper.yaml").read_text())
+    lists |= {"models": ["bert_base"], "ablations": [], "methods": ["full", "sparsegrad"]}
+    (tmp_path / "paper.yaml").write_text(yaml.safe_dump(lists))
+    places = [f"results={tmp_path}", f"data_root={tmp_path}", f"json={tmp_path}/plan.json"]
+    done = script(f"experiment={tmp_path}/paper.yaml", *places)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert {row["stage"] for row in plan["stages"]} >= {"search", "train", "efficiency", "llama_train", "answers"}
+    assert plan["models"]["llama2_7b"]["training"]["full"]["fits"] and plan["judging"]["calls"] == 80 * 2 * 3 * 3 * 2
+    for source in ("released logs", "dataset card of nyu-mll/glue", "fp32 peak 37.4 TFLOP/s", "assumption in conf"):
+        assert source in done.stdout
+    assert "table_09" in done.stdout  # among the stages that are not estimated
+
+
+def test_the_scripts_errors_are_one_line(tmp_path):
+    (tmp_path / "empty.yaml").write_text("name: empty\n")
+    done = script(f"experiment={tmp_path}/empty.yaml")
+    assert done.returncode == 1 and "names no models and no llama_models; give some" in done.stderr
+    lists = LISTS | {"models": ["nothing"], "ablation_models": [], "efficiency_models": []}
+    (tmp_path / "unknown.yaml").write_text(yaml.safe_dump(lists))
+    done = script(f"experiment={tmp_path}/unknown.yaml")
+    assert done.returncode == 1 and "there is no conf/model/nothing.yaml; its folder has bert_base" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from finetune.methods import build_method, build_targets
+from finetune.methods.base import count_parameters
 from finetune.models import cast_frozen, load_causal
 from finetune.runs import chat as chat_run
 from finetune.runs import chat_cells
 from finetune.runs.chat_inputs import ChatInputs, hyperparameters, identity, training_options
-from finetune.runs.execution import count_parameters
 from finetune.store import records
 from finetune.training.evaluation import evaluate_causal, summed_loss
 from finetune.training.gradients import Collected

@@ -58,7 +58,11 @@ def trainable_shares(model: Mapping[str, Any]) -> Shares:
     Raises:
         ValueError: If the architecture is no LLaMa, or a selected block is not there.
     """
-    from finetune.methods import FullFineTuning, LoRA, MeProp, SparseGrad, Targets
+    from finetune.methods import Targets
+    from finetune.methods.full import FullFineTuning
+    from finetune.methods.lora import LoRA
+    from finetune.methods.meprop import MeProp
+    from finetune.methods.sparsegrad import SparseGrad
 
     total = count_parameters(model["architecture"]).total
     matrices = mlp_matrices(model["architecture"])
@@ -69,7 +73,7 @@ def trainable_shares(model: Mapping[str, Any]) -> Shares:
     targets, k, rank = Targets(target_modules={}), model["k"], model["lora_rank"]
     methods = {
         "full": FullFineTuning(targets),
-        "lora": LoRA(targets, rank=rank),
+        "lora": LoRA(targets, arguments={"r": rank}),
         "sparsegrad": SparseGrad(targets, bases={}, k=k),
         "meprop": MeProp(targets, k=k),
     }
