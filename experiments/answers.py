@@ -1,10 +1,10 @@
-"""Answer MT-Bench questions with fine-tuned decoders: one checkpoint, or all seeds of a cell.
+"""Answer MT-Bench questions with fine-tuned decoders: one checkpoint, or all methods and seeds of a model.
 
     python experiments/answers.py model=stories260k method=sparsegrad seed=1
     python experiments/answers.py model=llama2_7b method=full scale=llama/paper checkpoint=path/to/merged/model
 
-As DVC runs it: ``cell=params.yaml name=smoke model=tiny_llama method=lora``; see conf/mt_bench.yaml. A killed run goes
-on where it was.
+As DVC runs it: ``cell=params.yaml name=smoke model=tiny_llama``; see conf/mt_bench.yaml. A killed run goes on where it
+was.
 """
 
 from pathlib import Path
@@ -15,23 +15,23 @@ from omegaconf import DictConfig, OmegaConf
 
 @hydra.main(version_base=None, config_path="../conf", config_name="mt_bench")
 def main(cfg: DictConfig) -> None:
-    from finetune.mt_bench import answer_cells
+    from finetune.mt_bench.answer_cells import answer_cells, answer_one
     from finetune.runs import cells
 
     with cells.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)
-        place = Path(cfg.model.name) / cfg.method.name
         if cfg.cell is None:
+            place = Path(cfg.model.name) / cfg.method.name
             checkpoint = Path(cfg.checkpoint or Path(cfg.output) / place / f"seed{cfg.seed}")
             folder = Path(cfg.output) / "mt_bench" / "answers" / place
             with cells.only_writer(folder, cfg.checkpoints):
-                answer_cells.answer_one(config, cfg.seed, checkpoint, folder)
+                answer_one(config, cfg.seed, checkpoint, folder)
             return
-        seeds = cells.read_lists(cfg.cell, ["llama_seeds"])["llama_seeds"]
+        lists = cells.read_lists(cfg.cell, ["llama_seeds", *([] if cfg.methods else ["methods"])])
         results = Path("results") / cfg.name
-        folder = results / "mt_bench" / "answers" / place
-        with cells.only_writer(folder, cfg.checkpoints):
-            answer_cells.answer_cell(config, seeds, results / "llama" / "models" / place, folder)
+        trained, folder = results / "llama" / "models", results / "mt_bench" / "answers"
+        methods = config["methods"] or lists["methods"]
+        answer_cells(config, methods, lists["llama_seeds"], trained / cfg.model.name, folder / cfg.model.name)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ def work(script, tmp_path, chat_root):
     folder = tmp_path / "work"
     shutil.copytree(chat_root, folder / "results" / "test" / "chat")
     content = {"name": "test", "protocol": "sound", "llama_seeds": [1, 2], "stands_for": {"llama2_7b": "tiny"}}
+    content["methods"] = ["full", "sparsegrad"]
     (folder / "params.yaml").write_text(yaml.safe_dump(content))
     return folder
 
@@ -43,8 +44,8 @@ def test_from_gradients_to_table_6(script, work):
     done("llama_basis", *TRAIN)
     for method in ("full", "sparsegrad"):
         done("llama_train", *TRAIN, f"method={method}", f"basis={basis}", "cell=params.yaml")
-        done("answers", *BENCH, f"method={method}", "cell=params.yaml")
-        done("judgments", *BENCH, f"method={method}", "judge=local", "cell=params.yaml")
+    done("answers", *BENCH, "cell=params.yaml")
+    done("judgments", *BENCH, "judge=local", "cell=params.yaml")
     done("table", "number=6", "name=test", "questions=generated")
     done("examples", "name=test", "questions=generated")
 
@@ -64,8 +65,8 @@ def test_from_gradients_to_table_6(script, work):
     before = contents(results)
     for method in ("full", "sparsegrad"):
         done("llama_train", *TRAIN, f"method={method}", f"basis={basis}", "cell=params.yaml")
-        done("answers", *BENCH, f"method={method}", "cell=params.yaml")
-        done("judgments", *BENCH, f"method={method}", "judge=local", "cell=params.yaml")
+    done("answers", *BENCH, "cell=params.yaml")
+    done("judgments", *BENCH, "judge=local", "cell=params.yaml")
     assert contents(results) == before  # what is finished is not done again
 
 
@@ -116,7 +117,7 @@ def test_two_processes_train_as_one_and_the_first_writes(work, ranks):
         ("llama_train", "basis=nowhere.safetensors", "nowhere.safetensors does not exist"),
         ("llama_train", "cell=nowhere.yaml", "nowhere.yaml does not exist"),
         ("llama_basis", "name=other", "run the stage that writes it"),
-        ("answers", "seed=9", "llama_train"),
+        ("answers", "seed=9", "train seed 9 first"),
         ("judgments", "seed=9", "seed9.jsonl does not exist: run the stage"),
     ],
 )

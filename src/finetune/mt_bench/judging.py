@@ -45,10 +45,36 @@ class Item:
     match: Any
 
 
+@dataclass(frozen=True)
+class Bench:
+    """What all judgments share, from :mod:`finetune.mt_bench.questions`.
+
+    Attributes:
+        questions: FastChat's.
+        references: answers by question id.
+        prompts: of the judge, by name.
+    """
+
+    questions: Sequence[Mapping[str, Any]]
+    references: Mapping[int, Mapping[str, Any]]
+    prompts: Mapping[str, Mapping[str, Any]]
+
+    def digest(self, options: JudgeOptions, version: int | None = None) -> str:
+        """Identity of all that decides a judgment but the answer; not the endpoint, which says where the judge is."""
+        texts = {name: self.prompts[name] for name in PROMPT_FIELDS}
+        identity = {
+            "version": version,
+            "kind": "judgments",
+            "judge": {"model": options.model} | options.sampling(),
+            "prompts": {name: [text["system_prompt"], text["prompt_template"]] for name, text in texts.items()},
+            "questions": [[asked["question_id"], asked["category"], asked["turns"]] for asked in self.questions],
+            "references": {str(number): answer["choices"][0]["turns"] for number, answer in self.references.items()},
+        }
+        return records.config_hash(identity)
+
+
 def judge_answers(
-    questions: Sequence[Mapping[str, Any]],
-    references: Mapping[int, Mapping[str, Any]],
-    prompts: Mapping[str, Mapping[str, Any]],
+    bench: Bench,
     answers: Mapping[int, Mapping[str, Any]],
     model_id: str,
     folder: str | Path,
@@ -63,13 +89,13 @@ def judge_answers(
     of the call, so one call at a time in a process.
 
     Args:
-        questions, references, prompts: from :mod:`finetune.mt_bench.questions`.
+        bench: questions, references, prompts.
         answers: FastChat's answer lines by question id.
         model_id: whose answers.
         folder: for ``<model_id>.jsonl`` (judgments that have a rating), ``<model_id>.failures.jsonl`` (what this run
             failed at) and ``earlier/`` (judgments of other answers or another configuration, reused when those return).
         options: the judge.
-        digest: identity of judge, prompts, questions and references; None computes it with :func:`judging_hash`.
+        digest: identity of bench and judge; None computes it.
         progress_bar: whether a bar over the judgments is shown.
 
     Returns:
@@ -79,11 +105,11 @@ def judge_answers(
         JudgeUnusable: if the judge can't be used at all; what was judged is kept.
         ValueError: if an answer is missing, or files can't be read or written; what was judged is kept.
     """
-    missing = [question["question_id"] for question in questions if question["question_id"] not in answers]
+    missing = [question["question_id"] for question in bench.questions if question["question_id"] not in answers]
     if missing:
         raise ValueError(f"{model_id} has no answer to questions {missing}: run the answers stage for it.")
-    digest = digest or judging_hash(questions, references, prompts, options)
-    items = list(make_items(questions, references, prompts, answers, model_id, options))
+    digest = digest or bench.digest(options)
+    items = list(make_items(bench, answers, model_id, options))
     path = Path(folder) / f"{model_id}.jsonl"
     journal, earlier = Journal(path, _key), Journal(path.parent / "earlier" / path.name, _full_key)
     valid = _valid(items, digest, journal, earlier)
@@ -108,32 +134,8 @@ def failures_path(folder: str | Path, model_id: str) -> Path:
     return Path(folder) / f"{model_id}.failures.jsonl"
 
 
-def judging_hash(
-    questions: Sequence[Mapping[str, Any]],
-    references: Mapping[int, Mapping[str, Any]],
-    prompts: Mapping[str, Mapping[str, Any]],
-    options: JudgeOptions,
-    version: int | None = None,
-) -> str:
-    """Identity of all that decides a judgment but the answer; not the endpoint, which only says where the judge is."""
-    identity = {
-        "version": version,
-        "kind": "judgments",
-        "judge": {"model": options.model} | options.sampling(),
-        "prompts": {name: [prompts[name]["system_prompt"], prompts[name]["prompt_template"]] for name in PROMPT_FIELDS},
-        "questions": [[question["question_id"], question["category"], question["turns"]] for question in questions],
-        "references": {str(number): answer["choices"][0]["turns"] for number, answer in references.items()},
-    }
-    return records.config_hash(identity)
-
-
 def make_items(
-    questions: Sequence[Mapping[str, Any]],
-    references: Mapping[int, Mapping[str, Any]],
-    prompts: Mapping[str, Mapping[str, Any]],
-    answers: Mapping[int, Mapping[str, Any]],
-    model_id: str,
-    options: JudgeOptions,
+    bench: Bench, answers: Mapping[int, Mapping[str, Any]], model_id: str, options: JudgeOptions
 ) -> Iterator[Item]:
     """The judgments of a model's answers, ordered by question, turn and repeat.
 
@@ -143,11 +145,11 @@ def make_items(
     from fastchat.llm_judge.common import NEED_REF_CATS
     from fastchat.llm_judge.gen_judgment import make_judge_single, make_match_single
 
-    judges = make_judge_single(options.model, prompts)
-    with_reference = [question for question in questions if question["category"] in NEED_REF_CATS]
-    others = [question for question in questions if question["category"] not in NEED_REF_CATS]
+    judges = make_judge_single(options.model, bench.prompts)
+    with_reference = [question for question in bench.questions if question["category"] in NEED_REF_CATS]
+    others = [question for question in bench.questions if question["category"] not in NEED_REF_CATS]
     matches = []
-    for group, kind, held in ((others, "default", None), (with_reference, "math", {options.model: references})):
+    for group, kind, held in ((others, "default", None), (with_reference, "math", {options.model: bench.references})):
         for name, multi_turn in ((kind, False), (f"{kind}-mt", True)):
             matches += make_match_single(
                 group, [model_id], {model_id: answers}, judges[name], ref_answers=held, multi_turn=multi_turn

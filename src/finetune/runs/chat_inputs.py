@@ -55,7 +55,7 @@ class ChatInputs:
     @cached_property
     def template(self) -> ChatTemplate:
         """The model's chat template, which answering uses too."""
-        return chat_template(self.config["model"].get("template"))
+        return chat_template(self.config["model"].get("template"), self.tokenizer)
 
     @cached_property
     def splits(self) -> dict[str, PackedSplit]:

@@ -1,10 +1,13 @@
 """The template of training and answering: FastChat's text, whose tokens are whose, and no forged turns."""
 
 import os
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 from fastchat.conversation import conv_templates, get_conv_template
+from tokenizers import Tokenizer, models, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from finetune.data.chat import chat_template, escape, special_tokens
 
@@ -32,11 +35,9 @@ def template():
 @pytest.fixture(scope="module")
 def stories():
     """The tokenizer of stories260K."""
-    from transformers import AutoTokenizer
-
     folder = ROOT / "models" / "stories260K"
     if not folder.is_dir():
-        pytest.skip(f"{folder} does not exist")
+        pytest.skip(f"{folder} is not there; conf/model/stories260k.yaml says where its files come from")
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -150,7 +151,7 @@ def test_fastchats_cut_at_a_stop_string():
 
 @pytest.mark.parametrize("name", [None, "my-llama", "", "LLAMA-2"])
 def test_an_unknown_template_is_never_fastchats_default(name):
-    with pytest.raises(ValueError, match=rf"no chat template named {name!r}; set model.template .+ llama-2, mistral"):
+    with pytest.raises(ValueError, match=rf"no chat template named {name!r}; .+ tokenizer .+ llama-2, mistral"):
         chat_template(name)
 
 
@@ -180,9 +181,6 @@ def test_a_template_without_ends_of_answers_cannot_be_trained(tokenizer):
 
 def test_a_token_across_the_end_of_a_prompt_is_refused(template):
     """A vocabulary with a token for the end of the mark and the beginning of the answer."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
     letters = sorted(set("[INST] a[/INST] b </s><s>"))
     vocabulary = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", *letters, "] "])}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[("]", " ")], unk_token="<unk>"))
@@ -193,10 +191,6 @@ def test_a_token_across_the_end_of_a_prompt_is_refused(template):
 
 
 def test_a_tokenizer_that_adds_an_end_is_refused(template, llama_tokenizer):
-    from copy import deepcopy
-
-    from tokenizers import processors
-
     adding = deepcopy(llama_tokenizer)
     adding.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
@@ -211,3 +205,121 @@ def test_a_slow_tokenizer_is_refused(template):
 
     with pytest.raises(ValueError, match="needs a fast tokenizer"):
         template.encode(Slow(), ["a"])
+
+
+# ---- the tokenizer's own template ----
+
+CHATML = """{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}{% if message.role == 'assistant' %}
+{%- generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message.content + '<|im_end|>' }}
+{%- endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+GEMMA = """{{ bos_token }}{% for message in messages %}
+{%- if message.role not in ('user', 'assistant') %}{{ raise_exception(message.role + ' is not supported') }}{% endif %}
+{%- set role = 'model' if message.role == 'assistant' else message.role %}
+{{- '<start_of_turn>' + role + '\n' + message.content | trim + '<end_of_turn>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
+OWN = {"chatml": (CHATML, "<|im_start|>", "<|im_end|>"), "gemma": (GEMMA, "<start_of_turn>", "<end_of_turn>")}
+
+
+@pytest.fixture
+def carrying(llama_tokenizer):
+    """``carrying("chatml")``, ``carrying(text, marks)``: a tokenizer that carries that template."""
+
+    def make(template, marks=()):
+        text, *marks = OWN.get(template, (template, *marks))
+        found = deepcopy(llama_tokenizer)
+        found.add_special_tokens({"additional_special_tokens": marks})
+        found.chat_template = text
+        return found
+
+    return make
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_tokenizers_own_template_asks_answers_and_stops(name, carrying):
+    """The text and ids of ``apply_chat_template``; its answers with their ends are learned, and stop a generation."""
+    tokenizer, dialogue = carrying(name), [turn.strip() for turn in DIALOGUE]
+    template = chat_template("tokenizer", tokenizer)
+    end = OWN[name][2]
+    assert template.stop_token_ids == (tokenizer.convert_tokens_to_ids(end),)
+    messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(dialogue)]
+    whole = template.encode(tokenizer, dialogue)
+    for number in (1, 3):
+        prompt = template.encode(tokenizer, dialogue[:number])
+        expected = tokenizer.apply_chat_template(messages[:number], add_generation_prompt=True, return_dict=False)
+        assert prompt.input_ids == expected == whole.input_ids[: len(expected)]
+        assert not prompt.trained[-1] and whole.trained[len(expected)]
+    assert trained_texts(tokenizer, whole) == [f"{dialogue[1]}{end}", f"{dialogue[3]}{end}"]
+    assert whole.input_ids[-1] == template.stop_token_ids[0]
+    full = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=name == "chatml")
+    assert whole.input_ids == full["input_ids"][: len(whole.input_ids)]
+    if name == "chatml":  # its generation tags say the same
+        assert [int(flag) for flag in whole.trained] == full["assistant_masks"][: len(whole.trained)]
+
+
+def test_the_name_of_an_own_template_is_its_text(carrying, llama_tokenizer):
+    names = [chat_template("tokenizer", carrying(text, OWN["gemma"][1:])).name for text in (GEMMA, GEMMA, GEMMA + " ")]
+    assert names[0] == names[1] != names[2] and names[0].startswith("tokenizer:")
+    assert chat_template("llama-2", llama_tokenizer).name == "llama-2"  # as in records
+
+
+@pytest.mark.parametrize("text", ["<end_of_turn>", "<start_of_turn>user\nx", "<|im_end|>", "</s>", "<unk>"])
+@pytest.mark.parametrize("name", OWN)
+def test_a_message_cannot_forge_a_turn_of_an_own_template(name, text, carrying):
+    tokenizer = carrying(name)
+    template = chat_template("tokenizer", tokenizer)
+    plain = template.encode(tokenizer, ["How?", "So.", "Why?", "Thus."])
+    forged = template.encode(tokenizer, [f"a {text} b", f"a {text} b", "Why?", "Thus."])
+    for token in tokenizer.all_special_ids:
+        assert forged.input_ids.count(token) == plain.input_ids.count(token)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "carries no chat template .* FastChat's, such as: llama-2"),
+        ("{% for m in messages %}{{ m.content }} {% endfor %}", "holds no special token"),
+        ("{{ raise_exception('tools only') }}", r"refuses turns of user and assistant \(tools only\)"),
+        ("{% if messages | length > 2 %}{{ nothing.there }}{% endif %}", "refuses turns of user and assistant"),
+    ],
+)
+def test_an_own_template_that_cannot_be_used_is_one_error(text, message, carrying):
+    with pytest.raises(ValueError, match=message):
+        chat_template("tokenizer", carrying(text, ["<|im_end|>"]))
+
+
+def test_an_own_template_that_writes_turns_anew_cannot_be_trained(carrying):
+    """As templates that take thoughts out of earlier answers."""
+    text = CHATML.replace("{{ message.content + '<|im_end|>' }}{% endgeneration %}",
+                          "{{ '!' if loop.last }}{{ message.content + '<|im_end|>' }}{% endgeneration %}")  # fmt: skip
+    tokenizer = carrying(text, OWN["chatml"][1:])
+    with pytest.raises(ValueError, match="writes earlier turns anew"):
+        chat_template("tokenizer", tokenizer).encode(tokenizer, DIALOGUE)
+
+
+def test_a_tokenizer_without_llamas_marks_gets_its_own_in_a_template_of_fastchat(llama_tokenizer):
+    """As a base checkpoint of another family, Gemma 3 270M say: ``<eos>`` in the place of ``</s>``."""
+    core = Tokenizer.from_str(
+        llama_tokenizer.backend_tokenizer.to_str().replace("</s>", "<eos>").replace("<s>", "<bos>")
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+    with pytest.raises(ValueError, match="does not end an answer with '<eos>'"):
+        chat_template("llama-2").encode(tokenizer, DIALOGUE)
+    template = chat_template("llama-2", tokenizer)
+    assert template.name == "llama-2 with <eos>"
+    assert template.prompt(["a", "b", "c"]) == "[INST] a [/INST] b <eos><bos>[INST] c [/INST]"
+    encoded = template.encode(tokenizer, DIALOGUE)
+    ours = chat_template("llama-2", llama_tokenizer).encode(llama_tokenizer, DIALOGUE)
+    assert (encoded.input_ids, encoded.trained) == (ours.input_ids, ours.trained)
+
+
+def test_gemma_is_trained_and_stops_at_its_own_end():
+    folder = ROOT / "models" / "gemma-3-270m"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there: the base checkpoint of Gemma 3 270M with its tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    encoded = chat_template("llama-2", tokenizer).encode(tokenizer, [*DIALOGUE[:3], "a <eos> b"])
+    assert encoded.input_ids[0] == tokenizer.bos_token_id
+    assert [text.count("<eos>") for text in trained_texts(tokenizer, encoded)] == [1, 1]
+    assert encoded.input_ids.count(tokenizer.eos_token_id) == 2
+    with pytest.raises(ValueError, match="carries no chat template"):
+        chat_template("tokenizer", tokenizer)

@@ -296,6 +296,7 @@ def config_for(checkpoint, tmp_path, **answering):
         "progress": False,
         "model": {"name": "tiny_llama", "title": "Tiny", "template": "llama-2"},
         "method": {"name": "lora"},
+        "checkpoints": str(tmp_path / "locks"),
         "protocol": {"name": "sound"},
         "scale": {"name": "smoke", "answers": values | answering},
         "questions": {
@@ -312,7 +313,7 @@ import json, os, signal, sys
 from pathlib import Path
 from finetune.mt_bench import answer_cells, journal
 
-config, models_folder, folder, whole = json.loads(sys.argv[1])
+config, checkpoint, folder, whole = json.loads(sys.argv[1])
 append, written = journal.Journal.append, []
 
 def append_or_die(self, item):
@@ -324,14 +325,14 @@ def append_or_die(self, item):
     append(self, item)
 
 journal.Journal.append = append_or_die
-answer_cells.answer_cell(config, [1], Path(models_folder), Path(folder))
+answer_cells.answer_one(config, 1, Path(checkpoint), Path(folder))
 """
 
 
 def test_a_killed_run_goes_on_where_it_was(checkpoint, tmp_path, monkeypatch):
     config = config_for(checkpoint, tmp_path)
     folder, unbroken = tmp_path / "killed", tmp_path / "unbroken"
-    arguments = json.dumps([config, str(checkpoint.parent), str(folder), 5])
+    arguments = json.dumps([config, str(checkpoint), str(folder), 5])
     done = subprocess.run([sys.executable, "-c", KILLED, arguments], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     name = "tiny_llama-lora-seed1"
@@ -340,11 +341,11 @@ def test_a_killed_run_goes_on_where_it_was(checkpoint, tmp_path, monkeypatch):
     before = [json.loads(line) for line in raw.splitlines()[:5]]
     asked = []
     monkeypatch.setattr(answers, "_answer_batch", spy_on(answers._answer_batch, asked))
-    answer_cells.answer_cell(config, [1], checkpoint.parent, folder)
+    answer_cells.answer_one(config, 1, checkpoint, folder)
     lines = read(folder / f"{name}.jsonl")
     assert sorted(asked) == sorted({q["question_id"] for q in QUESTIONS} - {line["question_id"] for line in before})
     assert all(lines[line["question_id"]] == line for line in before)
-    answer_cells.answer_cell(config, [1], checkpoint.parent, unbroken)
+    answer_cells.answer_one(config, 1, checkpoint, unbroken)
     assert turns(lines) == turns(read(unbroken / f"{name}.jsonl"))
     assert list(lines) == [question["question_id"] for question in QUESTIONS]
     record = read_json(folder / f"{name}.json")
@@ -403,16 +404,14 @@ def test_answers_of_another_configuration_are_moved_aside(answer, tmp_path):
 
 @pytest.fixture
 def cell(checkpoint, tmp_path):
-    """``cell(seeds=[1, 2], **answers)``: answers of copies of the checkpoint; returns the folder."""
+    """``cell(seeds=[1, 2], methods=["lora"], **answers)``: answers of copies of the checkpoint; the folder of lora."""
     for seed in (1, 2):
-        shutil.copytree(checkpoint, tmp_path / "models" / f"seed{seed}")
+        shutil.copytree(checkpoint, tmp_path / "models" / "lora" / f"seed{seed}")
 
-    def run(seeds=(1, 2), **answering):
-        folder = tmp_path / "answers"
-        answer_cells.answer_cell(
-            config_for(checkpoint, tmp_path, **answering), list(seeds), tmp_path / "models", folder
-        )
-        return folder
+    def run(seeds=(1, 2), methods=("lora",), **answering):
+        config = config_for(checkpoint, tmp_path, **answering)
+        answer_cells.answer_cells(config, methods, seeds, tmp_path / "models", tmp_path / "answers")
+        return tmp_path / "answers" / "lora"
 
     return run
 
@@ -448,7 +447,7 @@ def test_a_cell_leaves_answers_and_records_of_every_seed(cell, monkeypatch):
     assert (record["precision"], record["sampling"]["top_k"], record["template"]) == ("float32", 50, "llama-2")
     monkeypatch.setattr(answer_cells, "load_checkpoint", refuse)  # finished: nothing is loaded
     cell(batch_size=2)
-    with pytest.raises(ValueError, match="2 of 2 seeds failed; seed 1: nothing may be loaded"):
+    with pytest.raises(ValueError, match="2 of 2 failed; tiny_llama-lora-seed1: nothing may be loaded"):
         cell(max_new_tokens=17)
 
 
@@ -456,7 +455,7 @@ def test_a_cell_leaves_answers_and_records_of_every_seed(cell, monkeypatch):
 def test_what_decides_answers_is_in_their_identity(change, cell, checkpoint, tmp_path):
     folder = cell([1])
     path = folder / "tiny_llama-lora-seed1.json"
-    before, models = read_json(path)["run"]["config_hash"], tmp_path / "models" / "seed1"
+    before, models = read_json(path)["run"]["config_hash"], tmp_path / "models" / "lora" / "seed1"
     if change == "weights":
         tensors = load_file(models / "model.safetensors")
         tensors["model.norm.weight"] *= 2
@@ -474,21 +473,24 @@ def test_what_decides_answers_is_in_their_identity(change, cell, checkpoint, tmp
     assert f"earlier/tiny_llama-lora-seed1-{before}-1.jsonl" in files(folder)
 
 
-def test_other_seeds_are_moved_aside_and_a_failed_seed_stops_no_other(cell, tmp_path):
-    folder = cell([2])
+def test_a_failed_seed_or_method_stops_no_other_and_is_not_listed(cell, tmp_path):
+    shutil.copytree(tmp_path / "models/lora/seed2", tmp_path / "models/full/seed2")
+    message = "4 of 6 failed; tiny_llama-full-seed3: .*seed3 holds no model: train seed 3"
+    with pytest.raises(ValueError, match=message):
+        cell([3, 2], methods=["full", "meprop", "lora"])
+    listed = {path.parent.name: read_json(path)["records"] for path in (tmp_path / "answers").glob("*/cell.json")}
+    assert listed == {"full": ["tiny_llama-full-seed2.json"], "meprop": [], "lora": ["tiny_llama-lora-seed2.json"]}
+    assert read_json(tmp_path / "answers/full/tiny_llama-full-seed2.json")["run"]["method"] == "full"
     cell([1])
-    assert "earlier/tiny_llama-lora-seed2.jsonl" in files(folder) and "tiny_llama-lora-seed2.jsonl" not in files(folder)
-    with pytest.raises(ValueError, match="1 of 2 seeds failed; seed 3: .*seed3 holds no model: run llama_train"):
-        cell([3, 2])
-    assert "tiny_llama-lora-seed2.json" in files(folder)
+    assert read_json(tmp_path / "answers/lora/cell.json") == {"records": ["tiny_llama-lora-seed1.json"]}
 
 
 def test_a_checkpoint_given_by_hand_is_answered_for_one_seed(checkpoint, tmp_path):
     config = config_for(checkpoint, tmp_path) | {"checkpoint": str(checkpoint)}
-    answer_cells.answer_cell(config, [7], tmp_path / "none", tmp_path / "answers")
-    assert (tmp_path / "answers" / "tiny_llama-lora-seed7.jsonl").exists()
-    with pytest.raises(ValueError, match=r"is one model, the seeds are \[1, 2\]"):
-        answer_cells.answer_cell(config, [1, 2], tmp_path / "none", tmp_path / "answers")
+    answer_cells.answer_cells(config, ["lora"], [7], tmp_path / "none", tmp_path / "answers")
+    assert (tmp_path / "answers" / "lora" / "tiny_llama-lora-seed7.jsonl").exists()
+    with pytest.raises(ValueError, match=r"is one model, received \['lora'\] with seeds \[1, 2\]"):
+        answer_cells.answer_cells(config, ["lora"], [1, 2], tmp_path / "none", tmp_path / "answers")
 
 
 # ---- the script ----
@@ -499,7 +501,7 @@ def script(checkpoint, tmp_path):
     """``script("seed=3", ...)``: experiments/answers.py in a folder with two trained models and params.yaml."""
     shutil.copytree(checkpoint, tmp_path / "results" / "mine" / "llama" / "models" / "llama2_7b" / "lora" / "seed4")
     shutil.copytree(checkpoint, tmp_path / "outputs" / "mine" / "llama2_7b" / "lora" / "seed3")
-    (tmp_path / "params.yaml").write_text("llama_seeds: [4]\n")
+    (tmp_path / "params.yaml").write_text("{llama_seeds: [4], methods: [lora]}\n")
     own = config_for(checkpoint, tmp_path)
     place = [f"questions.{name}={own['questions'][name]}" for name in ("root", "folder", "questions")]
     sizes = [f"scale.answers.{name}={value}" for name, value in own["scale"]["answers"].items()]
@@ -586,14 +588,14 @@ def test_a_tokenizer_of_another_model_is_refused(answer, load, monkeypatch):
             lambda folder: leave_out(folder / "model.safetensors", "lm_head.weight"),
             "lacks 1 weights, the first lm_head",
         ),
-        (lambda folder: shutil.rmtree(folder), "holds no model: run llama_train for seed 1"),
+        (lambda folder: shutil.rmtree(folder), "holds no model: train seed 1 first"),
     ],
 )
 def test_a_broken_checkpoint_is_refused(damage, message, cell, tmp_path):
-    damage(tmp_path / "models" / "seed1")
+    damage(tmp_path / "models" / "lora" / "seed1")
     with pytest.raises(ValueError, match=message):
         cell([1])
-    assert not list(tmp_path.glob("answers/*"))
+    assert not list(tmp_path.glob("answers/lora/*seed*"))
 
 
 def leave_out(path, name):
@@ -601,7 +603,7 @@ def leave_out(path, name):
 
 
 def test_a_template_that_is_not_the_trainings_is_refused(cell, tmp_path):
-    (tmp_path / "models" / "seed1" / "training.json").write_text('{"template": "zephyr"}')
+    (tmp_path / "models" / "lora" / "seed1" / "training.json").write_text('{"template": "zephyr"}')
     with pytest.raises(ValueError, match="was trained with template 'zephyr', model.template is 'llama-2'"):
         cell([1])
 

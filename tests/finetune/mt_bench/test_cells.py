@@ -3,15 +3,17 @@
 import hashlib
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import openai
 import pytest
 
-from finetune.mt_bench.cells import judge_cell
+from finetune.mt_bench import judgment_cells
 from finetune.mt_bench.client import JudgeUnusable
 from finetune.mt_bench.judged import read_judgments
+from finetune.mt_bench.judgment_cells import judge_cells
 from finetune.store import records
 
 ROOT = Path(__file__).parents[3]
@@ -35,7 +37,7 @@ def server():
 
 @pytest.fixture
 def judge(compose, tmp_path):
-    """``judge("local", seeds=[1, 2], base_url=...)``: a cell over the small bench; returns its folder."""
+    """``judge("local", seeds=[1, 2], methods=["lora"], base_url=...)``: the small bench; returns the folder of lora."""
     bench.write_lines(tmp_path / "bench/question.jsonl", bench.questions())
     bench.write_lines(tmp_path / "bench/judge_prompts.jsonl", bench.prompts().values())
     for name in NAMES:
@@ -43,9 +45,9 @@ def judge(compose, tmp_path):
             found | {"cut": [False, found["question_id"] < 3], "refused": [False, False]}
             for found in bench.answers(model=name).values()
         ]
-        bench.write_lines(tmp_path / f"answers/{name}.jsonl", lines)
+        bench.write_lines(tmp_path / f"answers/lora/{name}.jsonl", lines)
 
-    def run(group="local", seeds=(1, 2), version=1, **changes):
+    def run(group="local", seeds=(1, 2), methods=("lora",), version=1, **changes):
         folder = tmp_path / "judgments"
         judge = compose(f"judge={group}", "model=llama2_7b", "scale=llama/smoke", config_name="mt_bench")["judge"]
         questions = {"name": "small", "root": str(tmp_path), "folder": "bench", "questions": "question.jsonl"}
@@ -53,7 +55,7 @@ def judge(compose, tmp_path):
             "name": "test",
             "version": version,
             "model": {"name": "tiny"},
-            "method": {"name": "lora"},
+            "checkpoints": str(tmp_path / "locks"),
             "protocol": {"name": "sound"},
             "scale": {"name": "smoke"},
             "questions": questions
@@ -61,8 +63,8 @@ def judge(compose, tmp_path):
             "judge": judge | {"max_retries": 0} | changes,
             "progress": False,
         }
-        judge_cell(config, list(seeds), tmp_path / "answers", folder)
-        return folder
+        judge_cells(config, methods, seeds, tmp_path / "answers", folder)
+        return folder / "lora"
 
     return run
 
@@ -70,7 +72,7 @@ def judge(compose, tmp_path):
 def test_a_cell_starts_its_judge_and_writes_records_that_the_table_reads(judge, tmp_path):
     folder = judge()
     record = records.read_json(folder / f"{NAMES[0]}.json")
-    answers = (tmp_path / f"answers/{NAMES[0]}.jsonl").read_bytes()
+    answers = (tmp_path / f"answers/lora/{NAMES[0]}.jsonl").read_bytes()
     questions = (tmp_path / "bench/question.jsonl").read_bytes()
     digest = record["run"].pop("config_hash")
     assert record["run"] == {
@@ -133,8 +135,8 @@ def test_failures_end_the_cell_after_everything_is_done_and_a_rerun_retries_them
     server.answer = faulty
     settings = {"group": "open_weight", "base_url": server.base_url, "repeats": 1}
     message = (
-        r"tiny-lora-seed1: 3 of 16 judgments failed, 2 of them with: no rating .*; a rerun retries them; "
-        r"tiny-lora-seed2: 3 of 16"
+        r"2 of 2 failed; tiny-lora-seed1: 3 of 16 judgments failed, 2 of them with: no rating .*; a rerun retries "
+        r"them; tiny-lora-seed2: 3 of 16"
     )
     with pytest.raises(ValueError, match=message):
         judge(**settings)
@@ -162,17 +164,27 @@ def test_an_unusable_judge_stops_the_cell_at_once_with_its_state_in_the_record(j
     server.answer = lambda item, times: bench.fails(401, KEY) if len(server.requests) > 4 else bench.says("[[5]]")
     with pytest.raises(JudgeUnusable, match="environment variable OPENAI_API_KEY"):
         judge("openai", base_url=server.base_url, parallel=1)
-    record = records.read_json(tmp_path / f"judgments/{NAMES[0]}.json")
+    record = records.read_json(tmp_path / f"judgments/lora/{NAMES[0]}.json")
     assert record["status"] == "failed" and "refuses access" in record["error"]
     assert record["counts"] == {"items": 32, "judged": 4, "failed": 0}
-    assert not (tmp_path / f"judgments/{NAMES[1]}.json").exists() and len(server.requests) == 5
+    assert not (tmp_path / f"judgments/lora/{NAMES[1]}.json").exists() and len(server.requests) == 5
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or KEY not in path.read_text()
 
 
-def test_no_answers_of_one_seed_leave_the_others_judged(judge):
-    with pytest.raises(ValueError, match="tiny-lora-seed3.jsonl does not exist: run the stage"):
-        judge(seeds=(1, 3, 2))
+def test_no_answers_of_one_seed_or_method_leave_the_others_judged(judge, tmp_path, monkeypatch):
+    started = []
+    enter = judgment_cells.LocalJudge.__enter__
+    monkeypatch.setattr(judgment_cells.LocalJudge, "__enter__", lambda self: started.append(self) or enter(self))
+    (tmp_path / "answers/full").mkdir()
+    shutil.copy(tmp_path / f"answers/lora/{NAMES[0]}.jsonl", tmp_path / "answers/full/tiny-full-seed1.jsonl")
+    with pytest.raises(ValueError, match="4 of 6 failed; tiny-full-seed3: .* does not exist") as error:
+        judge(seeds=(1, 3), methods=("full", "meprop", "lora"))
+    assert "tiny-meprop-seed1.jsonl does not exist: run the stage" in str(error.value) and len(started) == 1
+    folder = tmp_path / "judgments"
+    listed = {path.parent.name: records.read_json(path)["records"] for path in folder.glob("*/cell.json")}
+    assert listed == {"full": ["tiny-full-seed1.json"], "meprop": [], "lora": ["tiny-lora-seed1.json"]}
+    assert records.read_json(folder / "full/tiny-full-seed1.json")["run"]["method"] == "full"
 
 
 def test_a_missing_key_and_wrong_settings_are_named(judge, monkeypatch):

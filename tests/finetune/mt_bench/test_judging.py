@@ -19,7 +19,7 @@ import pytest
 
 from finetune.mt_bench.client import JudgeOptions, JudgeUnusable
 from finetune.mt_bench.journal import Journal
-from finetune.mt_bench.judging import fastchat_asks, judge_answers
+from finetune.mt_bench.judging import Bench, fastchat_asks, judge_answers
 from finetune.mt_bench.local_judge import LocalJudge, find_answer
 from finetune.mt_bench.questions import load_judge_prompts, load_questions, load_references
 
@@ -54,9 +54,7 @@ def judge(server, tmp_path):
         questions = questions or bench.questions()
         settings = {"model": "judge", "base_url": server.base_url, "timeout": 5, "max_retries": 1, "parallel": 4}
         return judge_answers(
-            questions,
-            load_references(questions, None, "questions"),
-            prompts or bench.prompts(),
+            Bench(questions, load_references(questions, None, "questions"), prompts or bench.prompts()),
             answers or bench.answers(),
             "model",
             tmp_path / "judged",
@@ -140,7 +138,7 @@ def assert_same_messages(server, questions, references, prompts, folder):
     answers = strange(questions)
     expected = fastchats_messages(questions, references, prompts, answers, folder / "fastchat")
     options = JudgeOptions("my-judge", server.base_url, parallel=4)
-    counts = judge_answers(questions, references, prompts, answers, "model", folder / "ours", options)
+    counts = judge_answers(Bench(questions, references, prompts), answers, "model", folder / "ours", options)
     assert counts == {"items": 2 * len(questions), "judged": 2 * len(questions), "failed": 0, "reused": 0}
     assert canonical(body["messages"] for body in server.requests) == canonical(messages for messages, _, _ in expected)
     assert {(body["temperature"], body["max_tokens"]) for body in server.requests} == {(0.0, 2048)}
@@ -198,7 +196,7 @@ def test_real_prompts_and_ratings_of_gpt_4_come_out_again(server, tmp_path):
         said = {row["user_prompt"]: bench.says(row["judgment"]) for row in rows.values()}
         server.reply = lambda body, _, said=said: said[body["messages"][-1]["content"]]
         options = JudgeOptions("gpt-4", server.base_url, max_retries=0)
-        counts = judge_answers(questions, references, prompts, answers, model, tmp_path, options)
+        counts = judge_answers(Bench(questions, references, prompts), answers, model, tmp_path, options)
         assert counts["judged"] == 160
         for line in Journal(
             tmp_path / f"{model}.jsonl", lambda line: (line["question_id"], line["turn"])
@@ -476,10 +474,11 @@ bench = importlib.util.module_from_spec(spec)
 sys.modules["judge_endpoint"] = bench
 spec.loader.exec_module(bench)
 from finetune.mt_bench.client import JudgeOptions
-from finetune.mt_bench.judging import judge_answers
+from finetune.mt_bench.judging import Bench, judge_answers
 from finetune.mt_bench.questions import load_references
 questions = bench.questions()
-judge_answers(questions, load_references(questions, None, "questions"), bench.prompts(), bench.answers(), "model",
+small = Bench(questions, load_references(questions, None, "questions"), bench.prompts())
+judge_answers(small, bench.answers(), "model",
               sys.argv[3], JudgeOptions("judge", sys.argv[2], timeout=5, max_retries=1, parallel=2))
 """
 

@@ -1,0 +1,145 @@
+"""Cells of judgments: the answers of all methods and seeds of one model, judged, each with a record."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from finetune.mt_bench.cells import each, header, model_id, sha256
+from finetune.mt_bench.client import JudgeOptions, JudgeUnusable
+from finetune.mt_bench.journal import read_items
+from finetune.mt_bench.judging import Bench, failures_path, judge_answers
+from finetune.mt_bench.local_judge import LocalJudge
+from finetune.mt_bench.questions import load_answers, load_judge_prompts, load_questions, load_references
+from finetune.store import records
+
+log = logging.getLogger(__name__)
+
+SETTINGS = ("name", "serve", "allowed_failures")  # of the group judge, beside the fields of JudgeOptions
+SERVED = "started by the stage"  # the port changes with every run
+
+
+def judge_cells(
+    config: Mapping[str, Any], methods: Sequence[str], seeds: Sequence[int], answers_folder: Path, folder: Path
+) -> None:
+    """All judgments of a model; judgments, failures and record of each seed, and ``cell.json``, below ``<method>/``.
+
+    Args:
+        config: composed configuration; ``judge`` holds the fields of JudgeOptions, ``name``, ``serve`` (start
+            LocalJudge for the time of the call) and ``allowed_failures``.
+        methods, seeds: of the models that answered.
+        answers_folder: holds ``<method>/<model_id>.jsonl`` of each, as the answers stage writes them.
+        folder: for the files of this model.
+
+    Raises:
+        JudgeUnusable: at once, if the judge can't be used at all; what is judged is kept.
+        ValueError: if the configuration is wrong; or after everything is done, if answers are missing or more than
+            ``allowed_failures`` judgments of a seed failed.
+    """
+    group = config["questions"]
+    root = Path(group["root"]) / group["folder"]
+    file, held = root / group["questions"], None if group["references"] is None else root / group["references"]
+    questions = load_questions(file)
+    references = load_references(questions, held, group["reference_source"])
+    bench = Bench(questions, references, load_judge_prompts(root / group["judge_prompts"]))
+    with _judge(config["judge"]) as options:
+
+        def work(own: Mapping[str, Any], seed: int) -> None:
+            method = own["method"]["name"]
+            answers = answers_folder / method / f"{model_id(own, seed)}.jsonl"
+            _judge_one(own, seed, file, bench, options, answers, folder / method)
+
+        each(config, methods, seeds, folder, work)
+
+
+@contextmanager
+def _judge(group: Mapping[str, Any]) -> Iterator[JudgeOptions]:
+    """Options of the judge, which is there while the block runs if the group says ``serve``."""
+    fields = {name: value for name, value in group.items() if name not in SETTINGS}
+    if not group["serve"]:
+        yield _options(fields)
+        return
+    if fields.get("measures_quality", True):
+        raise ValueError(
+            "judge.serve=true starts the local judge, whose ratings are no measure of quality: set "
+            "judge.measures_quality=false."
+        )
+    with LocalJudge() as server:
+        yield _options(fields | {"base_url": server.base_url, "api_key_env": None})
+
+
+def _options(fields: Mapping[str, Any]) -> JudgeOptions:
+    try:
+        return JudgeOptions(**fields)
+    except TypeError:
+        allowed = (*JudgeOptions.__dataclass_fields__, *SETTINGS)
+        raise ValueError(f"judge holds {', '.join(sorted(fields))}; allowed: {', '.join(sorted(allowed))}.") from None
+
+
+def _judge_one(
+    config: Mapping[str, Any],
+    seed: int,
+    file: Path,
+    bench: Bench,
+    options: JudgeOptions,
+    answers_file: Path,
+    folder: Path,
+) -> None:
+    """Judge the answers of one seed and write its record.
+
+    Raises:
+        ValueError: if more judgments failed than are allowed; the record says so too.
+    """
+    name, allowed = model_id(config, seed), config["judge"]["allowed_failures"]
+    answers = load_answers(answers_file)
+    digest = bench.digest(options, config["version"])
+    record = header(config, "judgments", seed, digest, file, bench.questions)
+    record |= {
+        "judge": {
+            "name": config["judge"]["name"],
+            "model": options.model,
+            "endpoint": SERVED if config["judge"]["serve"] else options.base_url,
+            "measures_quality": options.measures_quality,
+            "temperature": options.temperature,
+            "max_tokens": options.max_tokens,
+            "repeats": options.repeats,
+        },
+        "answers": {
+            name: sum(sum(map(bool, answer.get(name, []))) for answer in answers.values())
+            for name in ("cut", "refused")
+        }
+        | {"sha256": sha256(answers_file)},
+    }
+    path = folder / f"{name}.json"
+    try:
+        counts = judge_answers(bench, answers, name, folder, options, digest=digest, progress_bar=config["progress"])
+    except JudgeUnusable as error:
+        items, judged = 2 * len(bench.questions) * options.repeats, len(read_items(folder / f"{name}.jsonl"))
+        counts = {"items": items, "judged": judged, "failed": len(read_items(failures_path(folder, name)))}
+        _write(path, record | {"status": "failed", "error": str(error), "counts": counts})
+        raise
+    log.info("%s: %d of %d judged, %d of them before", name, counts["judged"], counts["items"], counts.pop("reused"))
+    if counts["failed"] <= allowed:
+        _write(path, record | {"status": "finished", "error": None, "counts": counts})
+        return
+    errors = Counter(line["error"] for line in read_items(failures_path(folder, name)))
+    commonest, times = errors.most_common(1)[0]
+    problem = (
+        f"{counts['failed']} of {counts['items']} judgments failed, {times} of them with: {commonest}; a rerun retries "
+        "them"
+    )
+    _write(path, record | {"status": "failed", "error": f"{name}: {problem}", "counts": counts})
+    raise ValueError(problem)
+
+
+def _write(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record, unless it says what the file says already: its time is that of the judgments."""
+    if path.exists():
+        held = records.read_json(path)
+        if {key: held[key] for key in held if key != "provenance"} == record:
+            return
+    records.write_json(path, {**record, "provenance": records.provenance()})
