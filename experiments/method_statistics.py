@@ -16,6 +16,7 @@ from finetune.report.evidence.evidence import collect_evidence
 from finetune.report.evidence.llama_evidence import collect_llama_evidence
 from finetune.report.figures.scores_figure import draw_scores
 from finetune.report.labels import read_labels
+from finetune.report.statistics.families import Design
 from finetune.report.statistics.statistics_page import to_markdown
 from finetune.report.statistics.statistics_record import build_statistics
 from finetune.store import records
@@ -38,7 +39,9 @@ def main(cfg: DictConfig) -> None:
         )
         evidence = collect_evidence(**what, records=runs)
         decoder = collect_llama_evidence(**what, records=dialogues)
-        content = build_statistics(evidence, decoder, seed=cfg.seed, samples=cfg.samples)
+        labels = read_labels(experiment["data"])
+        design = Design(labels, tuple(experiment["methods"]), cfg.focus, cfg.baseline, cfg.seed, cfg.samples)
+        content = build_statistics(evidence, decoder, design)
         json, page = results / "statistics.json", results / "statistics.md"
         records.write_json(json, content)
         write_atomically(page, to_markdown(content))

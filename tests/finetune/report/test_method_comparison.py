@@ -1,12 +1,32 @@
-"""Methods against each other: which pairs, which seeds, which corrections; our runs and the logs by the same code."""
+"""Methods against each other: which pairs, which seeds, which corrections; scores of our runs, of the logs, losses."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from finetune.published import TASKS
-from finetune.report.evidence.evidence import Evidence, Run
-from finetune.report.statistics.method_comparison import compare_methods, families_of, scores_of_logs, scores_of_runs
+from finetune.report.labels import Labels
+from finetune.report.statistics.decoder_comparison import compare_losses
+from finetune.report.statistics.families import Design, families_of
+from finetune.report.statistics.method_comparison import compare_methods, scores_of_logs
 from finetune.stats import intervals
+from finetune.store.catalog import MethodFacts
+
+FACTS = [
+    MethodFacts("dora", "DoRA", "peft"),
+    MethodFacts("frozen_mlp", "Frozen MLP", "full", control=True),
+    MethodFacts("full", "Regular FT", "full"),
+    MethodFacts("lora", "LoRA", "lora"),
+    MethodFacts("sparsegrad", "SparseGrad", "sparsegrad"),
+    MethodFacts("dora_wide", "DoRA, wide", "peft", extends="dora"),
+    MethodFacts("sparsegrad_18k", "SparseGrad, 18k", "sparsegrad"),
+    MethodFacts("truncated", "Truncated", "sparsegrad"),
+    MethodFacts("truncated_refreshed", "Truncated, refreshed", "sparsegrad", extends="truncated"),
+]
+LABELS = Labels({facts.name: facts for facts in FACTS}, TASKS | {"news": "News"})
+DESIGN = Design(LABELS, ("full", "lora", "sparsegrad"), samples=500)
 
 
 def pair_of(comparison, first, second, family="methods"):
@@ -14,8 +34,44 @@ def pair_of(comparison, first, second, family="methods"):
     return next(pair for pair in found.pairs if (pair.first, pair.second) == (first, second))
 
 
+def scores(shift, tasks=("cola", "rte"), seeds=range(5), noise=0.1, seed=0):
+    generator = np.random.default_rng(seed)
+    return {task: {s: 60.0 + shift + noise * generator.normal() for s in seeds} for task in tasks}
+
+
+def test_families_come_from_the_catalogue():
+    found = families_of([facts.name for facts in FACTS], Design(LABELS, ("full", "lora", "dora", "sparsegrad")))
+    assert {family.name: list(family.pairs) for family in found} == {
+        "methods": [
+            ("sparsegrad", "lora"),
+            ("sparsegrad", "dora"),
+            ("sparsegrad", "full"),
+            ("lora", "dora"),
+            ("lora", "full"),
+            ("dora", "full"),
+        ],
+        "methods over frozen_mlp": [(n, "frozen_mlp") for n in ("sparsegrad", "lora", "dora", "full")],
+        "variants of sparsegrad": [(n, "sparsegrad") for n in ("sparsegrad_18k", "truncated", "truncated_refreshed")],
+        "variants of dora": [("dora_wide", "dora")],
+        "variants of truncated": [("truncated_refreshed", "truncated")],
+    }
+    assert [(family.kind, family.of) for family in found[1:3]] == [
+        ("methods over", "frozen_mlp"),
+        ("variants of", "sparsegrad"),
+    ]
+
+
+def test_families_are_of_what_ran():
+    assert families_of(["truncated", "lora"], DESIGN) == []  # what it varies did not run
+    (family,) = families_of(["truncated", "truncated_refreshed"], DESIGN)
+    assert family.pairs == (("truncated_refreshed", "truncated"),)
+    with pytest.raises(ValueError, match=r"unknown methods \['other'\]"):
+        families_of(["full", "other"], DESIGN)
+
+
 def test_released_logs_of_bert():
-    comparison = compare_methods(scores_of_logs("bert_base"), samples=2000)
+    logs = scores_of_logs("bert_base")
+    comparison = compare_methods(logs, Design(LABELS, tuple(logs), samples=2000))
     means = {method: round(found.mean.mean, 2) for method, found in comparison.methods.items()}
     assert means == {"full": 82.0, "lora": 82.33, "sparsegrad": 81.66}
     assert {found.mean.n for found in comparison.methods.values()} == {5}  # the search's seed is not among them
@@ -24,64 +80,13 @@ def test_released_logs_of_bert():
     assert pair.mean.pairs == 40 and pair.unpaired == 0 and set(pair.tasks) == set(TASKS)
     assert pair.mean.difference.low < pair.bootstrap.low < pair.bootstrap.mean == pair.mean.difference.value
     assert pair.mean.p == pytest.approx(0.069, abs=0.01) and pair.mean.verdict == "not separated"
-
-
-def test_runs_go_through_the_same_code():
-    logs = scores_of_logs("bert_base")
-    runs = {
-        ("bert_base", method, task): tuple(
-            Run(f"{seed}", "bert_base", "BERT", task, seed, score, "accuracy", "paper", 1, False, 1, 1.0)
-            for seed, score in scores.items()
-        )
-        for method, tasks in logs.items()
-        for task, scores in tasks.items()
-    }
-    evidence = Evidence("paper", "printed", {}, runs=runs | {("other", "full", "cola"): ()})
-    assert compare_methods(scores_of_runs(evidence, "bert_base"), samples=500) == compare_methods(logs, samples=500)
     assert scores_of_logs("roberta_large")["full"].keys() == {"stsb", "cola", "mrpc", "qnli", "rte", "sst2"}
     assert scores_of_logs("llama2_7b") == {}
 
 
-def scores(shift, tasks=("cola", "rte"), seeds=range(5), noise=0.1, seed=0):
-    generator = np.random.default_rng(seed)
-    return {task: {s: 60.0 + shift + noise * generator.normal() for s in seeds} for task in tasks}
-
-
-def test_families():
-    bases = {
-        "truncated": "sparsegrad",
-        "sparsegrad_18k": "sparsegrad",
-        "lora_mlp": "lora",
-        "sparsegrad_mlp": "sparsegrad",
-    }
-    found = families_of(["full", "lora", "sparsegrad", *bases], bases)
-    assert found == {
-        "methods": [("sparsegrad", "lora"), ("sparsegrad", "full"), ("lora", "full")],
-        "methods, mlp": [("sparsegrad_mlp", "lora_mlp")],
-        "variants of sparsegrad": [("sparsegrad_18k", "sparsegrad"), ("truncated", "sparsegrad")],
-    }
-    assert families_of(["sparsegrad_mlp", "sparsegrad"], bases) == {
-        "variants of sparsegrad": [("sparsegrad_mlp", "sparsegrad")]
-    }
-    longer = families_of(["truncated", "truncated_refreshed", "truncate"], dict.fromkeys(
-        ["truncated", "truncated_refreshed", "truncate"], "sparsegrad"))  # fmt: skip
-    assert longer == {"variants of truncated": [("truncated_refreshed", "truncated")]}
-    control = families_of(["full", "sparsegrad", "frozen_mlp"], {"frozen_mlp": "full"}, ["frozen_mlp"])
-    assert control["methods over frozen_mlp"] == [("sparsegrad", "frozen_mlp"), ("full", "frozen_mlp")]
-    assert set(control) == {"methods", "methods over frozen_mlp"}
-    assert families_of(["truncated"], bases) == {}  # what it varies did not run
-    with pytest.raises(ValueError, match=r"unknown methods \['other'\]"):
-        families_of(["other"], bases)
-
-
 def test_differences_are_corrected_within_their_family():
-    found = {
-        "sparsegrad": scores(5),
-        "lora": scores(0, seed=1),
-        "full": scores(0, seed=2),
-        "truncated": scores(0, seed=3),
-    }
-    comparison = compare_methods(found, {"truncated": "sparsegrad"}, samples=500)
+    found = {"sparsegrad": scores(5), "lora": scores(0, seed=1), "full": scores(0, seed=2)}
+    comparison = compare_methods(found | {"truncated": scores(0, seed=3)}, DESIGN)
     best, close = pair_of(comparison, "sparsegrad", "lora"), pair_of(comparison, "lora", "full")
     assert best.mean.least == best.mean.p == 2 / 2**10
     assert best.mean.p_holm == pytest.approx(3 * best.mean.p) and best.mean.verdict == "first is better"
@@ -95,22 +100,58 @@ def test_differences_are_corrected_within_their_family():
 
 def test_only_seeds_and_tasks_of_both_are_paired():
     found = {
-        "sparsegrad": scores(1, ("cola", "rte", "mrpc"), range(4)),
-        "lora": scores(0, ("cola", "rte"), range(2, 6)),
+        "sparsegrad": scores(1, ("news", "rte", "cola"), range(4)),
+        "lora": scores(0, ("news", "rte"), range(2, 6)),
     }
-    comparison = compare_methods(found, samples=500)
+    comparison = compare_methods(found, DESIGN)
     pair = pair_of(comparison, "sparsegrad", "lora")
-    assert set(pair.tasks) == {"cola", "rte"} and pair.mean.pairs == 4
-    assert pair.unpaired == 12 + 8 - 2 * 4
-    differences = [[found["sparsegrad"][task][s] - found["lora"][task][s] for s in (2, 3)] for task in ("cola", "rte")]
+    assert list(pair.tasks) == ["rte", "news"]  # a task that the paper lacks, after the paper's
+    assert pair.mean.pairs == 4 and pair.unpaired == 12 + 8 - 2 * 4
+    differences = [[found["sparsegrad"][task][s] - found["lora"][task][s] for s in (2, 3)] for task in ("rte", "news")]
     assert pair.mean.difference == intervals.mean_over_tasks(differences)
     assert pair.iqm is None and comparison.methods["lora"].iqm is not None  # four pairs, eight runs
-    apart = compare_methods({"sparsegrad": scores(1, ("cola",)), "lora": scores(0, ("rte",))}, samples=500)
+    apart = compare_methods({"sparsegrad": scores(1, ("cola",)), "lora": scores(0, ("rte",))}, DESIGN)
     assert apart.families[0].pairs == () and apart.families[0].left_out == (("sparsegrad", "lora"),)
 
 
 def test_one_seed_has_differences_and_no_interval():
-    comparison = compare_methods({"sparsegrad": scores(1, seeds=[1]), "lora": scores(0, seeds=[1])}, samples=500)
+    comparison = compare_methods({"sparsegrad": scores(1, seeds=[1]), "lora": scores(0, seeds=[1])}, DESIGN)
     pair = pair_of(comparison, "sparsegrad", "lora")
     assert pair.mean.difference.low is None and pair.bootstrap.low is None and pair.mean.least == 0.5
     assert pair.mean.verdict == "not separated"
+
+
+def losses(**methods):
+    runs = {
+        name: tuple(SimpleNamespace(model="tiny", title="Tiny", seed=s, loss=x, share=2.0, path=f"{name}-{s}")
+                    for s, x in found.items())
+        for name, found in methods.items()
+    }  # fmt: skip
+    return compare_losses(SimpleNamespace(runs=runs), DESIGN)
+
+
+def test_losses_are_compared_at_equal_seeds():
+    found = losses(
+        sparsegrad={s: 3.0 + 0.01 * s for s in (1, 2, 3)},
+        lora={s: 3.2 + 0.02 * s for s in (1, 2, 3)},
+        truncated={s: 3.1 + 0.011 * s for s in (2, 3, 4)},
+    )
+    assert list(found.methods) == ["sparsegrad", "truncated", "lora"]
+    assert found.methods["lora"].loss.mean == pytest.approx(3.24) and found.methods["lora"].share == 2.0
+    pair = pair_of(found, "sparsegrad", "lora")
+    expected = stats.ttest_1samp([-0.21, -0.22, -0.23], 0)
+    low, high = expected.confidence_interval()
+    assert (pair.difference.value, pair.difference.low, pair.difference.high) == pytest.approx((-0.22, low, high))
+    assert pair.p == pair.p_holm == pytest.approx(expected.pvalue)
+    assert pair.verdict == "first is better"  # a lower loss
+    pair = pair_of(found, "truncated", "sparsegrad", "variants of sparsegrad")
+    assert pair.seeds == (2, 3) and pair.difference.value == pytest.approx(0.1025)
+    assert pair.verdict == "second is better"
+
+
+def test_losses_of_one_seed_have_no_test_and_noise_separates_nothing():
+    pair = pair_of(losses(full={1: 3.0}, lora={1: 4.0}), "lora", "full")
+    assert (pair.p, pair.p_holm, pair.verdict, pair.difference.low) == (None, None, "not separated", None)
+    noise = losses(full={0: 3.0, 1: 3.1, 2: 3.3}, lora={0: 3.1, 1: 3.3, 2: 3.0})
+    assert pair_of(noise, "lora", "full").p > 0.05 and pair_of(noise, "lora", "full").verdict == "not separated"
+    assert losses() is None

@@ -1,135 +1,141 @@
-"""The record of the statistics, its page and its figure."""
+"""The record of the statistics, its page and its figure: every method and task that ran is in all of them."""
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-from finetune.report.evidence import evidence as evidences
+from finetune.report.evidence.evidence import collect_evidence
+from finetune.report.evidence.llama_evidence import collect_llama_evidence
 from finetune.report.figures.scores_figure import draw_scores
-from finetune.report.labels import Labels
+from finetune.report.labels import read_labels
+from finetune.report.page.page_findings import findings
+from finetune.report.page.page_inputs import PageInputs
+from finetune.report.statistics.families import Design
 from finetune.report.statistics.statistics_page import to_markdown
-from finetune.report.statistics.statistics_record import build_statistics
+from finetune.report.statistics.statistics_record import build_statistics, plain
+from finetune.stats.intervals import Difference
 from finetune.store import records
 
+LABELS = read_labels("glue", Path(__file__).parents[3] / "conf")
+PEERS = ("full", "lora", "meprop", "sparsegrad")
+WHAT = {"experiment": "test", "protocol": "sound", "stands_for": {"bert_base": "minilm", "llama2_7b": "tiny"}}
 
-def run(method, task, seed, score, base=None):
+
+def run(method, task, seed, score, **changes):
+    facts = LABELS.methods[method]
+    names = {"kind": "train", "model": "minilm", "method": method, "task": task, "seed": seed} | changes
     record = {
         "schema": 1,
         "version": 1,
         "status": "finished",
         "score": score,
         "metric": "accuracy",
-        "run": {"experiment": "test", "kind": "train", "protocol": "sound", "scale": "local", "config_hash": "0"}
-        | {"model": "minilm", "method": method, "task": task, "seed": seed},
-        "parameters": {"trainable": 5, "trainable_per_layer": 1.0},
-        "model": {"title": "MiniLM-L6", "random_weights": False},
-        "config": {"method": {"name": method} | ({"base": base} if base else {})},
+        "run": {"experiment": "test", "protocol": "sound", "scale": "local", "config_hash": "0"} | names,
+        "parameters": {"trainable": 20, "trainable_per_layer": 1.0, "total": 1000},
+        "model": {"title": {"minilm": "MiniLM-L6", "tiny": "Tiny"}[names["model"]], "random_weights": False},
+        "config": {"method": {"name": method} | ({"base": facts.base} if facts.base != method else {})},
     }
-    return f"runs/{method}-{task}-{seed}.json", record
+    return f"{names['model']}/{method}-{task}-{seed}.json", record
 
 
-def content_of(found):
-    evidence = evidences.collect_evidence(
-        experiment="test", protocol="sound", stands_for={"bert_base": "minilm"}, records=found
-    )
-    return build_statistics(evidence, samples=500)
+def content_of(found, dialogues=()):
+    decoder = collect_llama_evidence(**WHAT, records=dialogues)
+    return build_statistics(collect_evidence(**WHAT, records=found), decoder, Design(LABELS, PEERS, samples=200))
 
 
 @pytest.fixture(scope="module")
 def content():
-    methods = {"full": 0.60, "lora": 0.61, "sparsegrad": 0.62, "truncated": 0.63}
+    scores = {"full": 0.60, "lora": 0.61, "sparsegrad": 0.62, "truncated": 0.63, "frozen_mlp": 0.55}
     found = [
-        run(method, task, seed, score + seed * step, "sparsegrad" if method == "truncated" else None)
-        for place, (method, score) in enumerate(methods.items())
+        run(method, task, seed, score + seed * step)
+        for place, (method, score) in enumerate(scores.items())
         for task, step in (("cola", 0.01), ("rte", 0.002 * place))
         for seed in (1, 2, 3)
     ]
-    return content_of(found)
+    losses = {"sparsegrad": (3.0, 0.01), "lora": (3.2, 0.02), "truncated": (3.1, 0.011)}
+    chat = {"kind": "llama", "model": "tiny"}
+    return content_of(
+        found, [run(m, "oasst1", s, x + s * d, **chat) for m, (x, d) in losses.items() for s in (1, 2, 3)]
+    )
 
 
 def test_record_is_json_and_says_where_it_comes_from(content):
     assert json.loads(json.dumps(content, allow_nan=False)) == content
     (own,) = content["runs"]
-    assert own["stands_for"] == ["bert_base"] and own["bases"] == {"truncated": "sparsegrad"}
-    assert len(own["records"]) == 24 and [entry["model"] for entry in content["logs"]] == [
-        "roberta_large",
-        "bert_base",
-        "roberta_base",
-    ]
+    assert own["stands_for"] == ["bert_base"] and len(own["records"]) == 30
+    families = ["methods", "methods over frozen_mlp", "variants of sparsegrad"]
+    assert [family["name"] for family in own["comparison"]["families"]] == families
+    assert content["methods"]["truncated"] == "Truncated" and content["tasks"]["rte"] == "RTE"
+    assert [entry["model"] for entry in content["logs"]] == ["roberta_large", "bert_base", "roberta_base"]
     printed = content["logs"][1]["printed"]
     assert {m: (row["printed"], round(row["logs"]["mean"], 2)) for m, row in printed.items()} == {
         "full": (82.5, 82.0),
         "lora": (81.6, 82.33),
         "sparsegrad": (82.6, 81.66),
     }
-
-
-def test_page(content):
-    text = to_markdown(content)
-    assert to_markdown(json.loads(json.dumps(content))) == text
-    lines = text.splitlines()
-    for line in (
-        "## Our runs: MiniLM-L6 (minilm)",
-        "In the place of BERT; not the paper's model. Scale local, not the paper's.",
-        "Differences, family: variants of sparsegrad",
-        "Does not follow: 7 of 30.",
-        "- Table 4, LoRA: printed 83.7; the printed cells' mean is 84.8625, between 84.8125 and 84.9125 before "
-        "rounding.",
-    ):
-        assert line in lines, line
-    assert "| LoRA | 81.6 | 81.60 | 82.33 [" in text and "| SparseGrad | 82.6 | 82.58 | 81.66 [" in text
-    assert "| truncated - SparseGrad |" in text and "6 (without MNLI, QQP)" in text
-    assert "- BERT MRPC: looks exchanged (distance 5.15 as printed, 0.45 exchanged" in text
-    assert "- BERT RTE: fits better exchanged, but not beyond chance" in text
-    assert "LoRA 81.60 -> 82.54 (logs 82.33); SparseGrad 82.58 -> 81.64 (logs 81.66)" in text
-    assert "all 13 of 66" in text and not re.search(r"\bnan\b|None|inf\b", text)
-    tables = [line for line in lines if line.startswith("| ")]
-    assert all(line.endswith(" |") for line in tables)
-
-
-def test_too_few_pairs_are_said_to_be():
-    found = [run(method, "rte", seed, 0.5 + seed / 10) for method in ("full", "lora") for seed in (1, 2)]
-    assert "not separated (too few pairs)" in to_markdown(content_of(found))
-
-
-def test_a_control_is_what_trains_nothing_of_the_matrices_of_its_model():
-    found = [run(m, "rte", seed, 0.5 + seed / 10) for m in ("full", "lora") for seed in (1, 2)]
-    control = [run("frozen", "rte", seed, 0.6, "full") for seed in (1, 2)]
-    other = [run("frozen", "rte", seed, 0.6, "full") for seed in (1, 2)]  # of another model it is a variant
-    for _, record in control:
-        record["parameters"]["trainable_per_layer"] = 0.0
-    other = [(f"other/{path}", {**record, "run": {**record["run"], "model": "other"}}) for path, record in other]
-    first, second = content_of(found + control + other)["runs"]
-    assert [family["name"] for family in first["comparison"]["families"]] == ["methods", "methods over frozen"]
-    assert "methods over frozen" not in [family["name"] for family in second["comparison"]["families"]]
-
-
-def test_nothing_run(tmp_path):
-    content = content_of([])
-    text = to_markdown(content)
-    assert "## Our runs\n\nNothing ran." in text and "## The authors' released logs: BERT" in text
-    draw_scores(content, tmp_path, ["statistics.json"], Labels())
-    assert "nothing ran" in json.loads((tmp_path / "methods_scores.json").read_text())["caption"]
-
-
-def test_figure(content, tmp_path):
-    paths = draw_scores(content, tmp_path / "a", ["results/test/statistics.json"], Labels())
-    again = draw_scores(content, tmp_path / "b", ["results/test/statistics.json"], Labels())
-    assert [path.name for path in paths] == [f"methods_scores.{suffix}" for suffix in ("svg", "png", "json")]
-    assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
-    texts = re.findall(r"<text[^>]*>([^<]*)</text>", paths[0].read_text())
-    for text in ("MiniLM-L6, our runs", "BERT, authors' logs", "lora, AVG", "RTE", "truncated", "difference (points)"):
-        assert any(text in found.replace("&#39;", "'") for found in texts), text
-    words = records.read_json(paths[2])
-    assert "3 seeds a task" in words["caption"] and words["source"] == ["results/test/statistics.json"]
-    assert any("Arrows" in note for note in words["notes"])
+    assert content["average_counts"]["does not follow"] == 6 and sum(content["average_counts"].values()) == 28
+    assert content["cell_counts"] == {"rounded": 45, "cut_off": 0, "other": 21, "rounded_alone": 20}
 
 
 def test_values_that_json_has_not():
-    from finetune.report.statistics.statistics_record import plain
-    from finetune.stats.intervals import Difference
-
     assert plain({"a": (Difference(1.0, 1.0, 1.0, float("inf")), 2)}) == {
         "a": [{"value": 1.0, "low": 1.0, "high": 1.0, "df": None}, 2]
     }
+
+
+def rows_of(text, head):
+    """Rows of the first table below a line, as lists of cells."""
+    lines = text.partition(f"\n{head}\n")[2].splitlines()
+    start = next(place for place, line in enumerate(lines) if line.startswith("|"))
+    end = next(place for place, line in enumerate([*lines[start:], ""], start) if not line.startswith("|"))
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[start:end]]
+
+
+def test_page_holds_the_record(content):
+    text = to_markdown(content)
+    assert to_markdown(json.loads(json.dumps(content))) == text
+    assert not re.search(r"\bnan\b|None|inf\b|\n\n\n|[ \t]\n", text)
+    head, rule, *rows = rows_of(text, "## Our runs: MiniLM-L6 (minilm)")
+    assert head == ["", "AVG", "IQM", "seeds", "CoLA", "RTE"] and set(rule) == {"---"}
+    assert {row[0]: row[3] for row in rows}.keys() == {"Regular FT", "LoRA", "SparseGrad", "Truncated", "Frozen MLP"}
+    (_, _, row) = rows_of(text, "Differences, family: variants of SparseGrad")
+    assert row[0] == "Truncated - SparseGrad" and len(row) == 10
+    (_, _, row) = rows_of(text, "Differences of losses, family: methods")
+    assert row[:3] == ["SparseGrad - LoRA", "-0.220 [-0.245, -0.195]", "3"] and row[5] == "SparseGrad is better"
+    assert rows_of(text, "## The authors' released logs: BERT")[3][:3] == ["LoRA", "81.6", "81.60"]
+    assert len(rows_of(text, "## Printed cells against the logs")) == 2 + 9
+    answers = text.partition("\nAnswer\n")[2]
+    assert re.findall(r"- (\S+ \S+): ([^(]*) \(", answers) == [
+        ("BERT MRPC", "looks exchanged"),
+        ("BERT RTE", "fits better exchanged, but not beyond chance"),
+        ("RoBERTa-base STSB", "fits better exchanged, but not beyond chance"),
+    ]
+
+
+def test_too_few_pairs_and_nothing_run_are_said():
+    found = [run(method, "rte", seed, 0.5 + seed / 10) for method in ("full", "lora") for seed in (1, 2)]
+    text = to_markdown(content_of(found))
+    assert rows_of(text, "Differences, family: methods")[2][-1] == "not separated (too few pairs)"
+    assert "dialogues" not in text and "\nNothing ran.\n" not in text
+    assert "\nNothing ran.\n" in to_markdown(content_of([]))
+
+
+def test_figure(content, tmp_path):
+    paths = draw_scores(content, tmp_path / "a", ["results/test/statistics.json"], LABELS)
+    again = draw_scores(content, tmp_path / "b", ["results/test/statistics.json"], LABELS)
+    assert [path.name for path in paths] == [f"methods_scores.{suffix}" for suffix in ("svg", "png", "json")]
+    assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", paths[0].read_text())
+    for text in ("MiniLM-L6, our runs", "BERT, authors' logs", "LoRA, AVG", "RTE", "Truncated", "Tiny, our runs"):
+        assert any(text in found.replace("&#39;", "'") for found in texts), text
+    assert records.read_json(paths[2])["source"] == ["results/test/statistics.json"]
+    draw_scores(content_of([]), tmp_path, ["statistics.json"], LABELS)
+
+
+def test_the_findings_say_the_losses(content):
+    inputs = PageInputs({"name": "test"}, {}, (), {}, content, to_markdown(content), (), {}, False)
+    card = next(one for one in findings(inputs) if one.title.startswith("Decoder"))
+    assert card.title == "Decoder, variants of sparsegrad: 1 of 1 pairs separated"
+    assert "+0.102" in card.lines[0] and "SparseGrad is better" in card.lines[0]

@@ -29,18 +29,17 @@ def k_notes(cells: Sequence[Cell]) -> list[str]:
             if label.round(share).number != label.number:
                 how = "the share cut off" if label.truncate(share).number == label.number else "another share"
                 notes.append(f"Row {cell.row}: {int(cell.paper):,} is {share:.3f} %; the label is {how}.")
-    here = f"table {number}, "
-    repeated = {row.removeprefix(here): other for row, other in printed_averages.twins() if row.startswith(here)}
-    for row, other in repeated.items():
-        notes.append(
-            f"Row {row}: every printed score and deviation is that of {other}, whose k is the main one; it is no run "
-            f"with {row} % of the entries. Ours in this row is SparseGrad with the protocol's k, or density."
-        )
+    checks = [check for check in printed_averages.check_averages() if check.table == number]
+    for check in checks:
+        if check.repeats:
+            notes.append(
+                f"Row {check.row}: every printed score and deviation is that of {check.twin}, whose k is the main one; "
+                f"it is no run with {check.row} % of the entries. Ours in this row is SparseGrad with the protocol's "
+                "k, or density."
+            )
     notes += _no_evidence(number)
-    for check in printed_averages.check_averages():
-        if check.table == number and check.implied is not None:
-            notes.append(f"Row {check.row}, AVG as printed ({check.printed}): {explain(check)}.")
-    return notes
+    implied = [check for check in checks if check.implied is not None]
+    return [*notes, *(f"Row {check.row}, AVG as printed ({check.printed}): {explain(check)}." for check in implied)]
 
 
 def explain(check: printed_averages.AverageCheck) -> str:

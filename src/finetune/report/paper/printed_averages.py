@@ -16,7 +16,7 @@ for that model and task elsewhere. Arithmetic is exact (decimal fractions).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from finetune.published import TASKS, paper_table, table_numbers
@@ -29,6 +29,7 @@ CUT_OFF = "follows only if cut off"
 CONTRADICTED = "does not follow"
 IMPLAUSIBLE = "follows only with an odd cell"
 UNDECIDED = "cannot be told"
+VERDICTS = (CONTRADICTED, IMPLAUSIBLE, CUT_OFF, UNDECIDED, FOLLOWS)
 
 _READINGS = {(True, False): "cells rounded, average cut off", (False, True): "cells cut off, average rounded"}
 _READINGS[False, False] = "cells and average cut off"
@@ -66,14 +67,15 @@ class AverageCheck:
         missing: Labels of the tasks without a printed cell.
         implied: Where the one missing cell would have to lie.
         elsewhere: Least and largest printed value of that model and task in other rows.
-        twin: Another table's row with the same cells that prints the missing one, such as `table 9, SparseGrad`.
-        twin_value: What it prints there.
+        twin: Another table's row of the model with the same cells and deviations, such as `table 9, SparseGrad`.
+        twin_value: What it prints for the missing task.
+        repeats: Whether the twin stands in an earlier table: this row is that one, printed again.
     """
 
     table: int
     row: str
     printed: str
-    verdict: str
+    verdict: str = UNDECIDED
     mean: float | None = None
     low: float | None = None
     high: float | None = None
@@ -83,6 +85,7 @@ class AverageCheck:
     elsewhere: tuple[float, float] | None = None
     twin: str | None = None
     twin_value: str | None = None
+    repeats: bool = False
 
 
 def check_averages(tables: Mapping[int, Iterable[Mapping[str, str]]] | None = None) -> list[AverageCheck]:
@@ -99,22 +102,13 @@ def check_averages(tables: Mapping[int, Iterable[Mapping[str, str]]] | None = No
     """
     given = {number: paper_table(number) for number in table_numbers()} if tables is None else tables
     rows = {(number, label): row for number, cells in given.items() for label, row in _rows(cells).items()}
-    return [_check(place, row, rows) for place, row in rows.items()]
+    return [_check(place, rows) for place in rows]
 
 
-def twins(tables: Mapping[int, Iterable[Mapping[str, str]]] | None = None) -> list[tuple[str, str]]:
-    """Find the rows that repeat a row of another table of the same model, every printed cell and deviation alike.
-
-    Args:
-        tables: As in `check_averages`.
-
-    Returns:
-        Pairs such as `("table 11, 100", "table 9, SparseGrad")`, the later table first.
-    """
-    given = {number: paper_table(number) for number in table_numbers()} if tables is None else tables
-    rows = {(number, label): row for number, cells in given.items() for label, row in _rows(cells).items()}
-    pairs = [(place, _twin(place, row, rows)) for place, row in rows.items()]
-    return [(_name(place), _name(found)) for place, found in pairs if found is not None and found[0] < place[0]]
+def counts(checks: Iterable[AverageCheck]) -> dict[str, int]:
+    """Count verdicts over distinct rows: verdict -> number, without the rows that repeat another table's."""
+    found = [check.verdict for check in checks if not check.repeats]
+    return {verdict: found.count(verdict) for verdict in VERDICTS}
 
 
 Row = Mapping[str, Mapping[str, str]]
@@ -133,71 +127,65 @@ def _rows(cells: Iterable[Mapping[str, str]]) -> dict[str, Row]:
     return {label: row for label, row in rows.items() if AVERAGE in row and len(row) > 2}
 
 
-def _check(place: Place, row: Row, rows: Mapping[Place, Row]) -> AverageCheck:
-    average = row[AVERAGE]["value"]
-    known = {column: cell["value"] for column, cell in row.items() if column != AVERAGE}
+def _check(place: Place, rows: Mapping[Place, Row]) -> AverageCheck:
+    average = rows[place][AVERAGE]["value"]
+    known = {column: cell["value"] for column, cell in rows[place].items() if column != AVERAGE}
     missing = tuple(label for label in TASKS.values() if label not in known)
+    twin = _twin(place, rows)
+    found = AverageCheck(*place, average, missing=missing)
+    if twin is not None:
+        found = replace(found, twin=f"table {twin[0]}, {twin[1]}", repeats=twin[0] < place[0])
     if missing:
-        return _with_missing(place, average, known, missing, rows)
+        return found if len(missing) > 1 else _with_missing(found, [*known.values()], rows[twin] if twin else {}, rows)
     spans = {rounded: _mean([_span(value, rounded) for value in known.values()]) for rounded in (True, False)}
-    readings = [name for (c, a), name in _READINGS.items() if spans[c].meets(_span(average, a))]
+    readings = tuple(name for (c, a), name in _READINGS.items() if spans[c].meets(_span(average, a)))
     follows = spans[True].meets(_span(average, True))
-    cells = [_exact(value) for value in known.values()]
-    return AverageCheck(
-        *place,
-        average,
-        FOLLOWS if follows else CUT_OFF if readings else CONTRADICTED,
-        mean=float(sum(cells) / len(cells)),
+    return replace(
+        found,
+        verdict=FOLLOWS if follows else CUT_OFF if readings else CONTRADICTED,
+        mean=float(sum(map(_exact, known.values())) / len(known)),
         low=float(spans[True].low),
         high=float(spans[True].high),
-        readings=() if follows else tuple(readings),
+        readings=() if follows else readings,
     )
 
 
-def _with_missing(
-    place: Place, average: str, known: Mapping[str, str], missing: tuple[str, ...], rows: Mapping[Place, Row]
-) -> AverageCheck:
+def _with_missing(found: AverageCheck, known: Sequence[str], twin: Row, rows: Mapping[Place, Row]) -> AverageCheck:
     """Where the one missing cell would have to lie, and what speaks against it."""
-    if len(missing) > 1:
-        return AverageCheck(*place, average, UNDECIDED, missing=missing)
-    total, spans = _span(average, True), [_span(value, True) for value in known.values()]
+    total, spans = _span(found.printed, True), [_span(value, True) for value in known]
     low = total.low * len(TASKS) - sum(span.high for span in spans)
     implied = Span(low, total.high * len(TASKS) - sum(span.low for span in spans))
-    label = missing[0]
-    twin = _twin(place, rows[place], rows)
-    twin_value = rows[twin][label]["value"] if twin is not None and label in rows[twin] else None
-    model = _MODELS.get(place[0])
+    label, model = found.missing[0], _MODELS.get(found.table)
     others = [row[label]["value"] for (table, _), row in rows.items() if _MODELS.get(table) == model and label in row]
-    verdict = UNDECIDED
+    others = others if model else []
+    verdict, twin_value = UNDECIDED, twin[label]["value"] if label in twin else None
     if twin_value is not None:
         verdict = FOLLOWS if implied.meets(_span(twin_value, True)) else CONTRADICTED
-    elif others and model and not any(implied.meets(span) for span in [_hull(others)]):
+    elif others and not implied.meets(_hull(others)):
         verdict = IMPLAUSIBLE
-    elsewhere = (float(min(map(_exact, others))), float(max(map(_exact, others)))) if others and model else None
-    found = {"twin": _name(twin) if twin is not None else None, "twin_value": twin_value, "elsewhere": elsewhere}
-    return AverageCheck(
-        *place, average, verdict, missing=missing, implied=(float(implied.low), float(implied.high)), **found
+    return replace(
+        found,
+        verdict=verdict,
+        implied=(float(implied.low), float(implied.high)),
+        elsewhere=(float(min(map(_exact, others))), float(max(map(_exact, others)))) if others else None,
+        twin_value=twin_value,
     )
 
 
-def _twin(place: Place, row: Row, rows: Mapping[Place, Row]) -> Place | None:
+def _twin(place: Place, rows: Mapping[Place, Row]) -> Place | None:
     """The first row of another table of the same model whose cells and deviations are all as in this one."""
-    model = _MODELS.get(place[0])
+    model, row = _MODELS.get(place[0]), rows[place]
     for other, cells in rows.items():
-        same_model = model is not None and _MODELS.get(other[0]) == model and other[0] != place[0]
+        if model is None or _MODELS.get(other[0]) != model or other[0] == place[0]:
+            continue
         both = [column for column in row if column in cells]
-        shared = len(both) >= min(len(row), len(cells))
-        if same_model and shared and all(_print(row[column]) == _print(cells[column]) for column in both):
+        if len(both) >= min(len(row), len(cells)) and all(_print(row[name]) == _print(cells[name]) for name in both):
             return other
     return None
 
 
 def _print(cell: Mapping[str, str]) -> tuple[str, str]:
     return cell["value"], cell["std"]
-
-
-def _name(place: Place) -> str:
-    return f"table {place[0]}, {place[1]}"
 
 
 def _exact(value: str) -> Fraction:

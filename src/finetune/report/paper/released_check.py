@@ -14,8 +14,9 @@ drawn with the same numbers of runs, and corrected (Holm) over all tasks and mod
 """
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats as distributions
@@ -25,8 +26,13 @@ from finetune.report.paper import printed
 from finetune.report.paper.layouts import GLUE_TABLES, METHODS, PAPER_RUNS
 from finetune.stats import paired
 from finetune.stats.intervals import sample_std
+from finetune.stats.verdicts import LEVEL
 
 ROUNDED, CUT, OTHER = "rounded", "cut off", "other"
+EXCHANGED = "looks exchanged"
+BY_CHANCE = "fits better exchanged, but not beyond chance"
+NOT_EXCHANGED = "does not look exchanged"
+
 SEEDS = {"roberta_large": (42, 3705, 2023)}
 """Seeds behind the print where the logs hold more: the large model's printed means are those of the three seeds that
 the released run script has, as the text says (D15); the base models' are those of all five."""
@@ -89,6 +95,8 @@ class Exchange:
         evidence: Log-likelihood of exchanged minus as printed, nats.
         p_chance: How often evidence as large arises without an exchange, at most.
         p_holm: The same, corrected over all tasks and models of the pair.
+        verdict: `EXCHANGED`, `BY_CHANCE` or `NOT_EXCHANGED`, by `evidence` and `p_holm`.
+        stds_as_printed: Whether the printed deviations fit the logs' better as printed; `None` where one is missing.
         copies: How many of the two printed cells are their own method's logged mean, rounded.
         copies_exchanged: How many are the other method's.
     """
@@ -105,27 +113,10 @@ class Exchange:
     evidence: float
     p_chance: float
     p_holm: float
+    verdict: str
+    stds_as_printed: bool | None
     copies: int
     copies_exchanged: int
-
-
-@dataclass(frozen=True)
-class ExchangeCount:
-    """How many tasks of a model fit better exchanged, and how likely so many are by chance.
-
-    Attributes:
-        model: The paper's model.
-        methods: The two methods.
-        better: Number of tasks that fit better exchanged.
-        tasks: Number of tasks with print and logs.
-        p: Chance of at least so many if each has probability 1/2.
-    """
-
-    model: str
-    methods: tuple[str, str]
-    better: int
-    tasks: int
-    p: float
 
 
 def printed_cells(model: str) -> list[PrintedCell]:
@@ -153,6 +144,13 @@ def printed_cells(model: str) -> list[PrintedCell]:
     return found
 
 
+def counts(cells: Iterable[PrintedCell]) -> dict[str, int]:
+    """Count matches: `rounded`, `cut_off` (only so), `other`, and `rounded_alone`, which cutting off contradicts."""
+    found = [(cell.match, cell.cut_off) for cell in cells]
+    by_match = {name.replace(" ", "_"): sum(match == name for match, _ in found) for name in (ROUNDED, CUT, OTHER)}
+    return by_match | {"rounded_alone": found.count((ROUNDED, False))}
+
+
 def exchanges(
     models: Iterable[str] = tuple(GLUE_TABLES), pair: tuple[str, str] = ("lora", "sparsegrad"), *, seed: int = 0
 ) -> list[Exchange]:
@@ -175,13 +173,19 @@ def exchanges(
     ]
 
 
-def exchange_counts() -> list[ExchangeCount]:
-    """Count, for every two methods and every model, the tasks that fit better exchanged."""
+def exchange_counts() -> list[dict[str, Any]]:
+    """Count, for every two methods and every model, the tasks that fit better exchanged.
+
+    Returns:
+        `model`, `methods`, the numbers `better` and `tasks`, and `p`, the chance of at least so many if each task had
+        probability 1/2.
+    """
     found = []
     for pair, model in itertools.product(itertools.combinations(LOGGED, 2), GLUE_TABLES):
         own = [_evidence(first, second) for first, second in _couples(printed_cells(model), pair)]
         better = sum(value > 1e-9 for value in own)  # equal prints give 0, up to rounding
-        found.append(ExchangeCount(model, pair, better, len(own), _at_least(better, len(own))))
+        p = float(distributions.binomtest(better, len(own), alternative="greater").pvalue)
+        found.append({"model": model, "methods": pair, "better": better, "tasks": len(own), "p": p})
     return found
 
 
@@ -209,12 +213,9 @@ def averages_with(exchanged: Iterable[str], model: str, pair: tuple[str, str]) -
 
 
 def _couples(cells: Iterable[PrintedCell], pair: tuple[str, str]) -> list[tuple[PrintedCell, PrintedCell]]:
-    by_method: Mapping[str, dict[str, PrintedCell]] = {method: {} for method in pair}
-    for cell in cells:
-        if cell.method in by_method:
-            by_method[cell.method][cell.task] = cell
-    first, second = (by_method[method] for method in pair)
-    return [(first[task], second[task]) for task in first if task in second]
+    found = {(cell.method, cell.task): cell for cell in cells}
+    tasks = [task for method, task in found if method == pair[0] and (pair[1], task) in found]
+    return [(found[pair[0], task], found[pair[1], task]) for task in tasks]
 
 
 def _evidence(first: PrintedCell, second: PrintedCell) -> float:
@@ -253,8 +254,8 @@ def _chance(evidence: float, runs: tuple[int, int, int], seed: int, samples: int
 
 
 def _exchange(first: PrintedCell, second: PrintedCell, evidence: float, chance: float, corrected: float) -> Exchange:
-    cells = (first, second)
-    means = (first.mean, second.mean)
+    cells, means, stds = (first, second), (first.mean, second.mean), (first.std, second.std)
+    printed_stds = (first.printed_std, second.printed_std)
     digits = [round(-np.log10(cell.unit)) for cell in cells]
     crossed = [round(mean, place) for mean, place in zip(reversed(means), digits, strict=True)]
     return Exchange(
@@ -263,17 +264,24 @@ def _exchange(first: PrintedCell, second: PrintedCell, evidence: float, chance: 
         (first.method, second.method),
         (first.printed, second.printed),
         means,
-        (first.printed_std, second.printed_std),
-        (first.std, second.std),
-        sum(abs(cell.printed - mean) for cell, mean in zip(cells, means, strict=True)),
-        sum(abs(cell.printed - mean) for cell, mean in zip(cells, reversed(means), strict=True)),
-        evidence,
-        chance,
-        corrected,
-        sum(cell.match == ROUNDED for cell in cells),
-        sum(abs(cell.printed - mean) < cell.unit / 4 for cell, mean in zip(cells, crossed, strict=True)),
+        printed_stds,
+        stds,
+        distance=sum(abs(cell.printed - mean) for cell, mean in zip(cells, means, strict=True)),
+        distance_exchanged=sum(abs(cell.printed - mean) for cell, mean in zip(cells, reversed(means), strict=True)),
+        evidence=evidence,
+        p_chance=chance,
+        p_holm=corrected,
+        verdict=NOT_EXCHANGED if evidence <= 0 else EXCHANGED if corrected <= LEVEL else BY_CHANCE,
+        stds_as_printed=_ratio_of(printed_stds, stds) <= _ratio_of(printed_stds, stds[::-1])
+        if all((*printed_stds, *stds))
+        else None,
+        copies=sum(cell.match == ROUNDED for cell in cells),
+        copies_exchanged=sum(
+            abs(cell.printed - mean) < cell.unit / 4 for cell, mean in zip(cells, crossed, strict=True)
+        ),
     )
 
 
-def _at_least(count: int, tasks: int) -> float:
-    return float(distributions.binom.sf(count - 1, tasks, 0.5)) if tasks else 1.0
+def _ratio_of(printed_stds: tuple[float, float], logged_stds: tuple[float, float]) -> float:
+    """How far two pairs of deviations are apart, in factors."""
+    return float(np.abs(np.log(np.divide(printed_stds, logged_stds))).sum())

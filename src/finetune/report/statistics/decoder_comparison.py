@@ -1,19 +1,21 @@
 """Methods and variants against each other on a decoder: validation losses at equal seeds.
 
-The pairs are those of :mod:`finetune.report.statistics.method_comparison`. At the three seeds of a decoder sign
-flips can separate nothing, so the test is the paired t test, which trusts that differences of losses are normal; the
-page says so.
+At the three seeds of a decoder sign flips can separate nothing, so the test is the paired t test, which trusts that
+differences of losses are normal; the page says so.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from scipy import stats as distributions
+from scipy import stats
 
 from finetune.report.evidence.llama_evidence import LlamaEvidence
-from finetune.report.statistics.method_comparison import families_of
+from finetune.report.statistics.families import Design, Family, families_of
 from finetune.stats import paired, verdicts
 from finetune.stats.intervals import Difference, Estimate, mean_interval, mean_over_tasks
+
+Losses = Mapping[str, Mapping[int, float]]
+"""Method -> seed -> loss in nats a token."""
 
 
 @dataclass(frozen=True)
@@ -48,25 +50,17 @@ class LossSummary:
 
 
 @dataclass(frozen=True)
-class LossFamily:
-    """Pairs that are corrected together."""
-
-    name: str
-    pairs: tuple[LossPair, ...]
-
-
-@dataclass(frozen=True)
 class LossComparison:
     """What ran in LLaMa-2's place: `methods` by name, from the lowest loss, and `families` of pairs."""
 
     model: str
     title: str
     methods: Mapping[str, LossSummary]
-    families: tuple[LossFamily, ...]
+    families: tuple[Family, ...]
     records: tuple[str, ...]
 
 
-def compare_losses(evidence: LlamaEvidence) -> LossComparison | None:
+def compare_losses(evidence: LlamaEvidence, design: Design) -> LossComparison | None:
     """Compare the best validation losses of all runs; `None` where no decoder ran."""
     runs = {method: found for method, found in evidence.runs.items() if found}
     if not runs:
@@ -76,32 +70,30 @@ def compare_losses(evidence: LlamaEvidence) -> LossComparison | None:
     }
     first = next(iter(runs.values()))[0]
     losses = {method: {run.seed: run.loss for run in found} for method, found in runs.items()}
-    families = families_of(list(runs), evidence.bases)
     return LossComparison(
         model=first.model,
         title=first.title,
         methods=dict(sorted(summaries.items(), key=lambda item: item[1].loss.mean)),
-        families=tuple(LossFamily(name, _pairs(pairs, losses)) for name, pairs in families.items()),
+        families=tuple(_compared(family, losses) for family in families_of(runs, design)),
         records=tuple(sorted(run.path for found in runs.values() for run in found)),
     )
 
 
-def _pairs(pairs: Sequence[tuple[str, str]], losses: Mapping[str, Mapping[int, float]]) -> tuple[LossPair, ...]:
-    shared = {pair: sorted(losses[pair[0]].keys() & losses[pair[1]].keys()) for pair in pairs}
-    shared = {pair: seeds for pair, seeds in shared.items() if seeds}
-    values = {pair: [losses[pair[0]][s] - losses[pair[1]][s] for s in seeds] for pair, seeds in shared.items()}
+def _compared(family: Family, losses: Losses) -> Family:
+    shared = {(x, y): sorted(losses[x].keys() & losses[y].keys()) for x, y in family.pairs}
+    values = {(x, y): [losses[x][s] - losses[y][s] for s in seeds] for (x, y), seeds in shared.items() if seeds}
     tested = {pair: _p_value(found) for pair, found in values.items() if len(found) > 1}
-    holm = dict(zip(tested, paired.holm(list(tested.values())), strict=True))
-    found = []
-    for pair, differences in values.items():
-        difference, p = mean_over_tasks([differences]), holm.get(pair)
+    holm = dict(zip(tested, paired.holm([*tested.values()]), strict=True))
+    pairs = []
+    for pair, found in values.items():
+        difference, p = mean_over_tasks([found]), holm.get(pair)
         verdict = verdicts.of_test(difference.value, p, lower_is_better=True)
-        found.append(LossPair(*pair, difference, tuple(shared[pair]), tested.get(pair), p, verdict))
-    return tuple(found)
+        pairs.append(LossPair(*pair, difference, tuple(shared[pair]), tested.get(pair), p, verdict))
+    return replace(family, pairs=tuple(pairs), left_out=tuple(pair for pair in shared if pair not in values))
 
 
 def _p_value(differences: Sequence[float]) -> float:
     """Two-sided p of the paired t test; equal differences leave no doubt, or nothing to doubt."""
     if len(set(differences)) == 1:
         return 1.0 if differences[0] == 0 else 0.0
-    return float(distributions.ttest_1samp(differences, 0.0).pvalue)
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)

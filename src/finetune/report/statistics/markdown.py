@@ -1,4 +1,4 @@
-"""Pieces of Markdown pages: tables, estimates with intervals, p-values."""
+"""Pieces of Markdown pages: rows of tables, estimates with intervals, p-values."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,10 +9,14 @@ LABELS = {method: label for label, method in METHODS.items()}
 """Method -> the paper's name for it; a variant keeps its own."""
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lay out a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return [f"| {' | '.join(str(text).replace('|', chr(92) + '|') for text in line)} |" for line in lines]
+def row(cells: Iterable[Any]) -> str:
+    """Lay out a line of a Markdown table."""
+    return f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def head(cells: Sequence[Any]) -> str:
+    """Lay out the head of a Markdown table."""
+    return f"{row(cells)}\n{row(['---'] * len(cells))}"
 
 
 def label(method: str) -> str:
@@ -22,7 +26,7 @@ def label(method: str) -> str:
 
 def interval(estimate: Mapping[str, Any] | None, sign: str = "", places: int = 2) -> str:
     """Format an estimate or a difference with its interval; `-` where there is none."""
-    if estimate is None:
+    if not estimate:
         return "-"
     value = estimate["mean"] if "mean" in estimate else estimate["value"]
     text = f"{value:{sign}.{places}f}"
@@ -31,6 +35,8 @@ def interval(estimate: Mapping[str, Any] | None, sign: str = "", places: int = 2
     return f"{text} [{estimate['low']:{sign}.{places}f}, {estimate['high']:{sign}.{places}f}]"
 
 
-def p_value(p: float) -> str:
-    """Format a p-value to two digits."""
+def p_value(p: float | None) -> str:
+    """Format a p-value to two digits; `-` where there is none."""
+    if p is None:
+        return "-"
     return f"{p:.2g}" if p >= 1e-4 else "< 0.0001"

@@ -1,27 +1,24 @@
 """Methods against each other on the same tasks and seeds: our runs and the authors' logs through the same code.
 
-Pairs are compared in families, each with its own Holm correction: the four methods with each other; every variant with
-the method that it varies, and with the variant whose name it extends (`truncated_refreshed`: `truncated`); every method
-with a control that leaves the MLP matrices alone; and a change that was made to several methods alike (`full_mlp`,
-`lora_mlp`, ...) among themselves. A family's primary result is the difference of the means over tasks; the tasks one by
-one are corrected over all pairs and tasks of the family. A pair uses the tasks and seeds that both methods have.
+A family's primary result is the difference of the means over tasks; the tasks one by one are corrected over all pairs
+and tasks of the family. A pair uses the tasks and seeds that both methods have.
 """
 
-import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from finetune.published import TASKS, released_scores
 from finetune.report.evidence.evidence import Evidence
 from finetune.report.paper.layouts import METHODS
+from finetune.report.statistics.families import Design, Family, families_of
 from finetune.stats import paired, verdicts
 from finetune.stats.intervals import Difference, Estimate, bootstrap, mean_interval, mean_over_tasks
 
 Scores = Mapping[str, Mapping[str, Mapping[int, float]]]
 """Method -> task -> seed -> score in percent."""
 
-ORDER = ("sparsegrad", "lora", "meprop", "full")
-"""A pair's difference is the earlier one's minus the later one's."""
+Differences = dict[str, list[float]]
+"""Task -> paired differences by ascending seed."""
 
 
 @dataclass(frozen=True)
@@ -87,21 +84,6 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Family:
-    """Pairs that are corrected together.
-
-    Attributes:
-        name: Such as `methods`.
-        pairs: The comparisons.
-        left_out: Pairs without a task and seed in common.
-    """
-
-    name: str
-    pairs: tuple[Pair, ...]
-    left_out: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True)
 class Comparison:
     """Everything about the methods of one model: `methods` by name, and `families` of pairs."""
 
@@ -115,7 +97,7 @@ def scores_of_runs(evidence: Evidence, model: str) -> dict[str, dict[str, dict[i
     for (name, method, task), runs in evidence.runs.items():
         if name == model:
             found.setdefault(method, {})[task] = {run.seed: run.score for run in runs}
-    return {method: {task: tasks[task] for task in TASKS if task in tasks} for method, tasks in found.items()}
+    return found
 
 
 def scores_of_logs(model: str) -> dict[str, dict[str, dict[int, float]]]:
@@ -124,129 +106,69 @@ def scores_of_logs(model: str) -> dict[str, dict[str, dict[int, float]]]:
     return {method: tasks for method, tasks in found.items() if tasks}
 
 
-def families_of(
-    methods: Sequence[str], bases: Mapping[str, str], controls: Sequence[str] = ()
-) -> dict[str, list[tuple[str, str]]]:
-    """Say which methods are compared with which: family -> pairs (first, second).
-
-    Args:
-        methods: Names of those that ran.
-        bases: Variant -> the method that it varies.
-        controls: Those that train nothing of the matrices that the methods are about.
-
-    Raises:
-        ValueError: If a name is neither a method nor a known variant.
-    """
-    unknown = [name for name in methods if name not in ORDER and name not in bases]
-    if unknown:
-        raise ValueError(f"unknown methods {unknown}; methods are {', '.join(ORDER)}, variants {', '.join(bases)}")
-    found = {"methods": [*itertools.combinations([name for name in ORDER if name in methods], 2)]}
-    for control in controls:
-        found[f"methods over {control}"] = [(name, control) for name in ORDER if name in methods]
-    others = [name for name in methods if name not in ORDER and name not in controls]
-    variants = sorted(others, key=lambda name: (ORDER.index(bases[name]), name))
-    by_change: dict[str, list[str]] = {}
-    for name in variants:
-        by_change.setdefault(name.rpartition("_")[2], []).append(name)
-    shared = {change: names for change, names in by_change.items() if len({bases[name] for name in names}) > 1}
-    for change, names in shared.items():
-        found[f"methods, {change}"] = [*itertools.combinations(names, 2)]
-    for name in variants:
-        if name not in itertools.chain(*shared.values()) and bases[name] in methods:
-            found.setdefault(f"variants of {bases[name]}", []).append((name, bases[name]))
-    for name, of in itertools.permutations(variants, 2):
-        if name.startswith(f"{of}_"):
-            found.setdefault(f"variants of {of}", []).append((name, of))
-    return {family: pairs for family, pairs in found.items() if pairs}
-
-
-def compare_methods(
-    scores: Scores,
-    bases: Mapping[str, str] | None = None,
-    *,
-    controls: Sequence[str] = (),
-    seed: int = 0,
-    samples: int = 10_000,
-) -> Comparison:
+def compare_methods(scores: Scores, design: Design) -> Comparison:
     """Summarise every method of one model and compare them in pairs.
-
-    Args:
-        scores: Scores of one model's methods.
-        bases: Variant -> the method that it varies.
-        controls: See `families_of`.
-        seed: Seed of bootstraps and sampled sign patterns.
-        samples: Number of bootstrap resamples; ten times as many sign patterns.
 
     Raises:
         ValueError: If a method is unknown, or has no score.
     """
-    families = families_of(list(scores), bases or {}, controls)
-    summaries = {name: _summary(tasks, seed, samples) for name, tasks in scores.items()}
-    compared = tuple(_family(name, pairs, scores, seed, samples) for name, pairs in families.items())
-    return Comparison(summaries, compared)
+    ordered = {name: {task: tasks[task] for task in design.labels.in_order({*tasks})} for name, tasks in scores.items()}
+    families = tuple(_compared(family, ordered, design) for family in families_of(ordered, design))
+    return Comparison({name: _summary(tasks, design) for name, tasks in ordered.items()}, families)
 
 
-def _summary(tasks: Mapping[str, Mapping[int, float]], seed: int, samples: int) -> Summary:
-    runs = [list(found.values()) for found in tasks.values()]
-    enough = sum(map(len, runs)) >= paired.LEAST_FOR_IQM
-    return Summary(
-        {task: mean_interval(list(found.values())) for task, found in tasks.items()},
-        bootstrap(runs, seed=seed, samples=samples),
-        bootstrap(runs, seed=seed, samples=samples, iqm=True) if enough else None,
-    )
+def _summary(tasks: Mapping[str, Mapping[int, float]], design: Design) -> Summary:
+    runs = {task: [*found.values()] for task, found in tasks.items()}
+    return Summary({task: mean_interval(found) for task, found in runs.items()}, *_averages(runs, design))
 
 
-def _family(name: str, pairs: Sequence[tuple[str, str]], scores: Scores, seed: int, samples: int) -> Family:
+def _averages(values: Mapping[str, Sequence[float]], design: Design) -> tuple[Estimate, Estimate | None]:
+    """The mean over tasks, and the interquartile mean where there are enough values; both by bootstrap."""
+    options = {"seed": design.seed, "samples": design.samples}
+    enough = sum(map(len, values.values())) >= paired.LEAST_FOR_IQM
+    tasks = [*values.values()]
+    return bootstrap(tasks, **options), bootstrap(tasks, iqm=True, **options) if enough else None
+
+
+def _compared(family: Family, scores: Scores, design: Design) -> Family:
     """Test all pairs, then correct: the means over tasks together, the single tasks together."""
-    common = {pair: _common(scores[pair[0]], scores[pair[1]]) for pair in pairs}
-    used = {pair: tasks for pair, tasks in common.items() if tasks}
-    flips = {"seed": seed, "samples": 10 * samples}
-    whole = {pair: paired.sign_flip_test(_differences(pair, scores, tasks), **flips) for pair, tasks in used.items()}
-    single = {
-        (pair, task): paired.sign_flip_test(_differences(pair, scores, {task: seeds}), **flips)
-        for pair, tasks in used.items()
-        for task, seeds in tasks.items()
-    }
-    whole_holm = dict(zip(whole, paired.holm([test.p for test in whole.values()]), strict=True))
-    single_holm = dict(zip(single, paired.holm([test.p for test in single.values()]), strict=True))
-    found = []
+    found = {pair: _differences(*(scores[method] for method in pair)) for pair in family.pairs}
+    used = {pair: tasks for pair, tasks in found.items() if tasks}
+    whole = _tests({pair: [*tasks.values()] for pair, tasks in used.items()}, design)
+    single = _tests({(pair, task): [own] for pair, tasks in used.items() for task, own in tasks.items()}, design)
+    pairs = []
     for pair, tasks in used.items():
-        differences = _differences(pair, scores, tasks)
-        n = sum(map(len, differences))
-        options = {"seed": seed, "samples": samples}
         runs = [[[*scores[method][task].values()] for task in tasks] for method in pair]
-        total = sum(len(found) for method in pair for found in scores[method].values())
-        found.append(
+        total = sum(len(seeds) for method in pair for seeds in scores[method].values())
+        average, iqm = _averages(tasks, design)
+        pairs.append(
             Pair(
                 *pair,
-                {
-                    task: _test([own], single[pair, task], single_holm[pair, task])
-                    for task, own in zip(tasks, differences, strict=True)
-                },
-                _test(differences, whole[pair], whole_holm[pair]),
-                bootstrap(differences, **options),
-                bootstrap(differences, iqm=True, **options) if n >= paired.LEAST_FOR_IQM else None,
-                paired.probability_of_improvement(*runs, **options),
-                total - 2 * n,
+                tasks={task: single[pair, task] for task in tasks},
+                mean=whole[pair],
+                bootstrap=average,
+                iqm=iqm,
+                improvement=paired.probability_of_improvement(*runs, seed=design.seed, samples=design.samples),
+                unpaired=total - 2 * whole[pair].pairs,
             )
         )
-    return Family(name, tuple(found), tuple(pair for pair in pairs if pair not in used))
+    return replace(family, pairs=tuple(pairs), left_out=tuple(pair for pair in found if pair not in used))
 
 
-def _common(
-    first: Mapping[str, Mapping[int, float]], second: Mapping[str, Mapping[int, float]]
-) -> dict[str, list[int]]:
-    """Task -> seeds that both have, for the tasks with at least one."""
-    shared = {task: sorted(set(first[task]) & set(second[task])) for task in first if task in second}
-    return {task: seeds for task, seeds in shared.items() if seeds}
+def _differences(first: Mapping[str, Mapping[int, float]], second: Mapping[str, Mapping[int, float]]) -> Differences:
+    """First minus second at the seeds that both have, for the tasks with at least one."""
+    shared = {task: sorted(first[task].keys() & second[task].keys()) for task in first if task in second}
+    return {task: [first[task][s] - second[task][s] for s in seeds] for task, seeds in shared.items() if seeds}
 
 
-def _differences(pair: tuple[str, str], scores: Scores, tasks: Mapping[str, Sequence[int]]) -> list[list[float]]:
-    first, second = (scores[method] for method in pair)
-    return [[first[task][seed] - second[task][seed] for seed in seeds] for task, seeds in tasks.items()]
-
-
-def _test(differences: Sequence[Sequence[float]], flips: paired.SignFlips, p_holm: float) -> Test:
-    difference = mean_over_tasks(differences)
-    verdict = verdicts.of_test(difference.value, p_holm)
-    return Test(difference, sum(map(len, differences)), flips.p, p_holm, flips.least, verdict)
+def _tests(differences: Mapping[Hashable, Sequence[Sequence[float]]], design: Design) -> dict[Hashable, Test]:
+    """Test several mean differences and correct them together."""
+    options = {"seed": design.seed, "samples": 10 * design.samples}
+    flips = {key: paired.sign_flip_test(tasks, **options) for key, tasks in differences.items()}
+    corrected = paired.holm([one.p for one in flips.values()])
+    found = {}
+    for (key, tasks), p_holm in zip(differences.items(), corrected, strict=True):
+        difference, flip = mean_over_tasks(tasks), flips[key]
+        verdict = verdicts.of_test(difference.value, p_holm)
+        found[key] = Test(difference, sum(map(len, tasks)), flip.p, p_holm, flip.least, verdict)
+    return found

@@ -6,7 +6,7 @@ held against their rows (`printed_averages`), the printed cells against the logs
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,49 +17,53 @@ from finetune.report.evidence.llama_evidence import LlamaEvidence
 from finetune.report.paper import printed_averages, released_check
 from finetune.report.paper.layouts import GLUE_TABLES, PAPER_MODELS, PAPER_RUNS, cells
 from finetune.report.statistics import decoder_comparison, method_comparison
+from finetune.report.statistics.families import Design
 from finetune.stats import paired, verdicts
 
 ASKED = {"model": "bert_base", "methods": ("lora", "sparsegrad"), "tasks": ("mrpc", "rte")}
-"""The exchange that `protocol.md`'s row D15 suspects; the answer looks at every task and model all the same."""
+"""The exchange that `docs/protocol.md`'s row D15 suspects; the answer looks at every task and model all the same."""
 
 
-def build_statistics(
-    evidence: Evidence, decoder: LlamaEvidence | None = None, *, seed: int = 0, samples: int = 10_000
-) -> dict[str, Any]:
+def build_statistics(evidence: Evidence, decoder: LlamaEvidence | None, design: Design) -> dict[str, Any]:
     """Compute the statistics of an experiment.
 
     Args:
         evidence: What ran (`collect_evidence`).
         decoder: What ran on dialogues (`collect_llama_evidence`); its losses are compared.
-        seed: Seed of bootstraps and sampled sign patterns.
-        samples: Number of bootstrap resamples.
+        design: What is compared with what.
 
     Returns:
-        JSON values with the keys `schema`, `experiment`, `protocol`, `settings`, `runs` (one entry a model that ran),
-        `decoder` (`None` without its runs), `logs` (one a model with logs), `averages` (the printed ones), `cells`
-        (printed against logs) and `exchange`.
+        JSON values with the keys `schema`, `experiment`, `protocol`, `settings`, `methods` and `tasks` (name -> label
+        for readers, tasks in the order of columns), `runs` (one entry a model that ran), `decoder` (`None` without its
+        runs), `logs` (one a model with logs), `averages` (the printed ones), `average_counts` (verdict -> number of
+        distinct rows), `cells` (printed against logs), `cell_counts` and `exchange`.
     """
-    settings = {
-        "seed": seed,
-        "samples": samples,
-        "confidence": verdicts.CONFIDENCE,
-        "level": verdicts.LEVEL,
-        "exact_pairs": paired.EXACT_PAIRS,
-        "least_for_iqm": paired.LEAST_FOR_IQM,
-        "paper_runs": dict(PAPER_RUNS),
-    }
+    averages = printed_averages.check_averages()
+    logged = [cell for model in GLUE_TABLES for cell in released_check.printed_cells(model)]
     content = {
-        "schema": 1,
+        "schema": 2,
         "experiment": evidence.experiment,
         "protocol": evidence.protocol,
-        "settings": settings,
-        "runs": [_own(evidence, model, seed, samples) for model in _models(evidence)],
-        "decoder": decoder_comparison.compare_losses(decoder) if decoder is not None else None,
-        "logs": [_logged(model, seed, samples) for model in GLUE_TABLES],
-        "averages": printed_averages.check_averages(),
-        "repeated_rows": printed_averages.twins(),
-        "cells": [_cell(cell) for model in GLUE_TABLES for cell in released_check.printed_cells(model)],
-        "exchange": _exchange(seed),
+        "settings": {
+            "seed": design.seed,
+            "samples": design.samples,
+            "confidence": verdicts.CONFIDENCE,
+            "level": verdicts.LEVEL,
+            "exact_pairs": paired.EXACT_PAIRS,
+            "least_for_iqm": paired.LEAST_FOR_IQM,
+            "paper_runs": PAPER_RUNS,
+            "seeds_of_logs": released_check.SEEDS,
+        },
+        "methods": {name: facts.label for name, facts in design.labels.methods.items()},
+        "tasks": design.labels.tasks,
+        "runs": [_own(evidence, model, design) for model in dict.fromkeys(model for model, _, _ in evidence.runs)],
+        "decoder": decoder_comparison.compare_losses(decoder, design) if decoder is not None else None,
+        "logs": [_logged(model, design) for model in GLUE_TABLES],
+        "averages": averages,
+        "average_counts": printed_averages.counts(averages),
+        "cells": [asdict(cell) | {"mean": cell.mean, "std": cell.std} for cell in logged],
+        "cell_counts": released_check.counts(logged),
+        "exchange": _exchange(design.seed),
     }
     return plain(content)
 
@@ -75,21 +79,10 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _models(evidence: Evidence) -> list[str]:
-    return list(dict.fromkeys(model for model, _, _ in evidence.runs))
-
-
-def _own(evidence: Evidence, model: str, seed: int, samples: int) -> dict[str, Any]:
+def _own(evidence: Evidence, model: str, design: Design) -> dict[str, Any]:
     """The comparison of one model's runs, and where they are."""
     runs = [run for (name, _, _), found in evidence.runs.items() if name == model for run in found]
-    failed = [path for (name, _, _), paths in evidence.failed.items() if name == model for path in paths]
     scores = method_comparison.scores_of_runs(evidence, model)
-    trains = {
-        method
-        for (name, method, _), found in evidence.runs.items()
-        if name == model and any(run.trainable_per_layer for run in found)
-    }
-    controls = [method for method in scores if method not in trains]
     return {
         "model": model,
         "title": runs[0].title,
@@ -97,19 +90,16 @@ def _own(evidence: Evidence, model: str, seed: int, samples: int) -> dict[str, A
         "scales": sorted({run.scale for run in runs}),
         "versions": sorted({run.version for run in runs}),
         "random_weights": any(run.random_weights for run in runs),
-        "bases": {method: base for method, base in evidence.bases.items() if method in scores},
-        "comparison": method_comparison.compare_methods(
-            scores, evidence.bases, controls=controls, seed=seed, samples=samples
-        ),
-        "failed": failed,
+        "comparison": method_comparison.compare_methods(scores, design),
+        "failed": [path for (name, _, _), paths in evidence.failed.items() if name == model for path in paths],
         "records": sorted(run.path for run in runs),
     }
 
 
-def _logged(model: str, seed: int, samples: int) -> dict[str, Any]:
+def _logged(model: str, design: Design) -> dict[str, Any]:
     """The comparison of the authors' logs of one model, and the printed averages beside theirs."""
     scores = method_comparison.scores_of_logs(model)
-    comparison = method_comparison.compare_methods(scores, seed=seed, samples=samples)
+    comparison = method_comparison.compare_methods(scores, replace(design, peers=tuple(scores)))
     table = [cell for cell in cells(GLUE_TABLES[model]) if cell.method in scores]
     printed = {cell.method: float(cell.paper) for cell in table if cell.quantity == "average"}
     rows = {}
@@ -125,17 +115,12 @@ def _logged(model: str, seed: int, samples: int) -> dict[str, Any]:
     return {"model": model, "title": PAPER_MODELS[model], "printed": rows, "comparison": comparison}
 
 
-def _cell(cell: released_check.PrintedCell) -> dict[str, Any]:
-    return asdict(cell) | {"mean": cell.mean, "std": cell.std}
-
-
 def _exchange(seed: int) -> dict[str, Any]:
     """Whether printed cells of two methods look exchanged: every task, every model, and how often chance does it."""
     model, pair = ASKED["model"], ASKED["methods"]
-    found = released_check.exchanges(pair=pair, seed=seed)
     return {
         "asked": ASKED,
-        "cells": found,
+        "cells": released_check.exchanges(pair=pair, seed=seed),
         "counts": released_check.exchange_counts(),
         "averages": released_check.averages_with(ASKED["tasks"], model, pair),
     }
