@@ -45,7 +45,6 @@ def main(cfg: DictConfig) -> None:
         json, page = results / "statistics.json", results / "statistics.md"
         records.write_json(json, content)
         write_atomically(page, to_markdown(content))
-        labels = read_labels(experiment.get("data"))
         for path in (json, page, *draw_scores(content, results / "figures", [json.as_posix()], labels)):
             log.info("%s", path)
     except ValueError as error:

@@ -120,9 +120,10 @@ def test_wrong_input(name, overrides, text, script, results):
 
 def test_statistics(script, tmp_path):
     root = tmp_path / "work" / "results" / "test"
-    (tmp_path / "work" / "params.yaml").write_text(
-        yaml.safe_dump({"name": "test", "protocol": "sound", "stands_for": {"bert_base": "tiny"}})
-    )
+    experiment = {"name": "test", "protocol": "sound", "stands_for": {"bert_base": "tiny"}}
+    experiment |= {"data": "glue", "methods": ["full", "sparsegrad"]}
+    (tmp_path / "work" / "params.yaml").write_text(yaml.safe_dump(experiment))
+    (tmp_path / "work" / "conf").symlink_to(Path(__file__).parents[2] / "conf")
     for method, shift in (("full", 0.0), ("sparsegrad", 0.05)):
         names = []
         for seed in (1, 2, 3):
