@@ -15,7 +15,7 @@ from finetune.published import TASKS
 from finetune.report.evidence.evidence import Evidence
 from finetune.report.evidence.llama_evidence import LlamaEvidence
 from finetune.report.paper import printed_averages, released_check
-from finetune.report.paper.layouts import GLUE_TABLES, PAPER_MODELS, PAPER_RUNS, cells
+from finetune.report.paper.layouts import GLUE_TABLES, METHODS, PAPER_MODELS, PAPER_RUNS, cells
 from finetune.report.statistics import decoder_comparison, method_comparison
 from finetune.report.statistics.families import Design
 from finetune.stats import paired, verdicts
@@ -39,6 +39,7 @@ def build_statistics(evidence: Evidence, decoder: LlamaEvidence | None, design: 
         distinct rows), `cells` (printed against logs), `cell_counts` and `exchange`.
     """
     averages = printed_averages.check_averages()
+    named = {*METHODS.values(), *(method for _, method, _ in evidence.runs), *(decoder.runs if decoder else ())}
     logged = [cell for model in GLUE_TABLES for cell in released_check.printed_cells(model)]
     content = {
         "schema": 2,
@@ -54,7 +55,7 @@ def build_statistics(evidence: Evidence, decoder: LlamaEvidence | None, design: 
             "paper_runs": PAPER_RUNS,
             "seeds_of_logs": released_check.SEEDS,
         },
-        "methods": {name: facts.label for name, facts in design.labels.methods.items()},
+        "methods": {name: facts.label for name, facts in design.labels.methods.items() if name in named},
         "tasks": design.labels.tasks,
         "runs": [_own(evidence, model, design) for model in dict.fromkeys(model for model, _, _ in evidence.runs)],
         "decoder": decoder_comparison.compare_losses(decoder, design) if decoder is not None else None,
