@@ -16,24 +16,27 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     import torch
 
-    from finetune.models.pretraining import pretrain
+    from finetune.models.pretraining import Pretraining, pretrain
     from finetune.runs.cells import exit_with_message
 
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     folder = Path("results") / cfg.name / "data"
+    options = Pretraining(
+        vocab_size=cfg.vocab_size,
+        steps=cfg.steps,
+        batch_size=cfg.batch_size,
+        learning_rate=cfg.learning_rate,
+        seed=cfg.seed,
+        device=torch.device(cfg.device),
+        progress_bar=cfg.progress,
+    )
     with exit_with_message():
         facts = pretrain(
             folder / "text" / "corpus.txt",
             folder / cfg.model.folder,
             OmegaConf.to_container(cfg.model.architecture, resolve=True),
-            vocab_size=cfg.vocab_size,
-            steps=cfg.steps,
-            batch_size=cfg.batch_size,
-            learning_rate=cfg.learning_rate,
-            seed=cfg.seed,
-            device=torch.device(cfg.device),
-            progress_bar=cfg.progress,
+            options,
         )
     log.info("%s: %s", cfg.model.name, facts)
 

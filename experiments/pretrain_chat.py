@@ -17,26 +17,31 @@ def main(cfg: DictConfig) -> None:
     import torch
 
     from finetune.data.chat import chat_template
-    from finetune.models.pretraining_causal import pretrain_causal
+    from finetune.models.pretraining import Pretraining, pretrain_causal
     from finetune.runs.cells import exit_with_message
 
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     folder = Path("results") / cfg.name / "chat"
+    options = Pretraining(
+        vocab_size=cfg.vocab_size,
+        steps=cfg.steps,
+        batch_size=cfg.batch_size,
+        learning_rate=cfg.learning_rate,
+        seed=cfg.seed,
+        device=torch.device(cfg.device),
+        progress_bar=cfg.progress,
+        warmup=0.05,
+        beta2=0.98,
+    )
     with exit_with_message():
         facts = pretrain_causal(
             folder / "text" / "dialogues.txt",
             folder / cfg.model.folder,
             OmegaConf.to_container(cfg.model.architecture, resolve=True),
             chat_template(cfg.model.get("template")),
-            vocab_size=cfg.vocab_size,
-            length=cfg.length,
-            steps=cfg.steps,
-            batch_size=cfg.batch_size,
-            learning_rate=cfg.learning_rate,
-            seed=cfg.seed,
-            device=torch.device(cfg.device),
-            progress_bar=cfg.progress,
+            cfg.length,
+            options,
         )
     log.info("%s: %s", cfg.model.name, facts)
 

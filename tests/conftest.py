@@ -118,7 +118,7 @@ def chat_root(tmp_path_factory):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from finetune.data.generated_chat import write_chat
-    from finetune.models.pretraining_causal import train_llama_tokenizer
+    from finetune.models.tokenizers import train_llama_tokenizer
 
     root = tmp_path_factory.mktemp("chat")
     write_chat(root, trees=24, dialogues=20, seed=0)

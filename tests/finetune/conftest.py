@@ -88,7 +88,7 @@ def tokenizer(tiny_checkpoint):
 @pytest.fixture(scope="session")
 def llama_tokenizer():
     """A tokenizer of LLaMA's kind, of 400 tokens, made from a few words."""
-    from finetune.models.pretraining_causal import train_llama_tokenizer
+    from finetune.models.tokenizers import train_llama_tokenizer
 
     words = "where is the cat in house and dog bird on road I think why how so [INST] [/INST] . ? < > / s U N K S Y"
     return train_llama_tokenizer([words] * 4, 400, 256)

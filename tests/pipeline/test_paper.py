@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from finetune.data.generated import write_corpus, write_task
 from finetune.methods import build_method
-from finetune.models.pretraining import train_tokenizer
+from finetune.models.tokenizers import train_tokenizer
 from finetune.report.tables.tables import build_table, collect_evidence
 from finetune.runs import cells
 from finetune.store import records

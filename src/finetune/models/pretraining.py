@@ -1,4 +1,4 @@
-"""Tokenizer and masked-language-model pretraining of the smoke experiment's tiny models."""
+"""Language-model pretraining of the smoke experiment's tiny models: encoders and a LLaMA."""
 
 from __future__ import annotations
 
@@ -6,98 +6,51 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-MODEL_TYPES = ("bert", "roberta")
+from finetune.data.chat import ChatTemplate
+from finetune.data.oasst import IGNORED, PackedSplit, pack
+from finetune.models.load import no_file_bars
+from finetune.models.tokenizers import SPECIAL, train_llama_tokenizer, train_tokenizer
+
+Batch = tuple[dict[str, Tensor], Tensor]
+"""A model's inputs, and the labels of its logits, -100 where nothing is predicted."""
 
 
-def train_tokenizer(lines: list[str], model_type: str, vocab_size: int, max_length: int) -> Any:
-    """A fast tokenizer of the model type's own kind: WordPiece for BERT, byte-level BPE for RoBERTa.
+@dataclass(frozen=True)
+class Pretraining:
+    """How a tiny model is pretrained.
 
-    Args:
-        lines: text to learn from.
-        model_type: ``bert`` or ``roberta``.
-        vocab_size: at most.
-        max_length: ``model_max_length``.
-
-    Raises:
-        ValueError: on another model type.
+    Attributes:
+        vocab_size: of the tokenizer, at most.
+        steps, batch_size, learning_rate: of AdamW; the rate warms up over ``warmup`` of the steps and falls to zero
+            over their second half.
+        seed: of weights and rows.
+        beta2: AdamW's.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
 
-    if model_type == "bert":
-        names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-        special = list(names.values())
-        tokenizer = Tokenizer(models.WordPiece(unk_token=names["unk"]))
-        tokenizer.normalizer = normalizers.BertNormalizer()
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-        tokenizer.train_from_iterator(lines, trainer)
-        ends = [(names[key], tokenizer.token_to_id(names[key])) for key in ("sep", "cls")]
-        tokenizer.post_processor = processors.BertProcessing(*ends)
-        inputs = ["input_ids", "token_type_ids", "attention_mask"]
-    elif model_type == "roberta":
-        names = {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>", "mask": "<mask>"}
-        special = list(names.values())  # ids 0, 1, 2, 3 as in roberta-base
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=special,
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        )
-        tokenizer.train_from_iterator(lines, trainer)
-        tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-        inputs = ["input_ids", "attention_mask"]
-    else:
-        raise ValueError(f"model_type={model_type!r}; tiny models are made for: {', '.join(MODEL_TYPES)}.")
-    tokens = {f"{key}_token": value for key, value in names.items()}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=max_length, model_input_names=inputs, **tokens
-    )
-
-
-def mask_tokens(ids: Tensor, special: Tensor, mask_id: int, vocab_size: int, generator: torch.Generator) -> tuple:
-    """BERT's masking: 15 % of the tokens are predicted; of them 80 % are masked, 10 % replaced, 10 % kept.
-
-    Args:
-        ids: ``(batch, tokens)``.
-        special: ``(batch, tokens)``, true where a token may not be chosen.
-
-    Returns:
-        Masked ids, and labels with -100 where nothing is predicted.
-    """
-    chosen = (torch.rand(ids.shape, generator=generator) < 0.15) & ~special
-    labels = torch.where(chosen, ids, -100)
-    kind = torch.rand(ids.shape, generator=generator)
-    masked = torch.where(chosen & (kind < 0.8), mask_id, ids)
-    random_ids = torch.randint(vocab_size, ids.shape, generator=generator)
-    return torch.where(chosen & (kind >= 0.8) & (kind < 0.9), random_ids, masked), labels
+    vocab_size: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    device: torch.device
+    progress_bar: bool = True
+    warmup: float = 0.1
+    beta2: float = 0.999
 
 
 def pretrain(
-    corpus: str | Path,
-    folder: str | Path,
-    architecture: Mapping[str, Any],
-    *,
-    vocab_size: int,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-    device: torch.device,
-    progress_bar: bool = True,
+    corpus: str | Path, folder: str | Path, architecture: Mapping[str, Any], options: Pretraining
 ) -> dict[str, float]:
     """Train a tokenizer and a masked language model on a corpus, two lines a row, and save both, whole or not at all.
 
@@ -112,46 +65,117 @@ def pretrain(
     Raises:
         ValueError: if the corpus is missing or the model type is unknown.
     """
-    from transformers import AutoConfig, AutoModelForMaskedLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # of writing two files
     corpus, folder = Path(corpus), Path(folder)
     if not corpus.is_file():
         raise ValueError(f"{corpus} does not exist; the generate stage writes it.")
     lines = corpus.read_text().splitlines()
     length = architecture["max_position_embeddings"] - 2
-    tokenizer = train_tokenizer(lines, architecture["model_type"], vocab_size, length)
-    started = time.monotonic()
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    config = AutoConfig.for_model(**dict(architecture), vocab_size=len(tokenizer))
-    model = AutoModelForMaskedLM.from_config(config).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
-    losses = []
-    for step in tqdm(range(steps), desc=f"pretrain {folder.name}", disable=not progress_bar, leave=False):
-        picked = torch.randint(len(lines), (2, batch_size), generator=generator).tolist()
+    tokenizer = train_tokenizer(lines, architecture["model_type"], options.vocab_size, length)
+    torch.manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(options.seed)
+    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**dict(architecture), vocab_size=len(tokenizer)))
+
+    def batch() -> Batch:
+        picked = torch.randint(len(lines), (2, options.batch_size), generator=generator).tolist()
         rows = tokenizer(
             [lines[i] for i in picked[0]], [lines[i] for i in picked[1]], truncation=True, padding=True,
             return_tensors="pt", return_special_tokens_mask=True,
         )  # fmt: skip
         special = rows.pop("special_tokens_mask").bool()
         ids, labels = mask_tokens(rows["input_ids"], special, tokenizer.mask_token_id, len(tokenizer), generator)
-        rows = {name: value.to(device) for name, value in (rows | {"input_ids": ids}).items()}
-        logits = model(**rows).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.to(device).flatten(), ignore_index=-100)
+        return {**rows, "input_ids": ids}, labels
+
+    return _train_and_save(model, tokenizer, batch, folder, options)
+
+
+def pretrain_causal(
+    dialogues: str | Path,
+    folder: str | Path,
+    architecture: Mapping[str, Any],
+    template: ChatTemplate,
+    length: int,
+    options: Pretraining,
+) -> dict[str, float]:
+    """Train a tokenizer and a language model on dialogues, packed, and save both, whole or not at all.
+
+    Answers and their ends are learned; questions are drawn at random, nothing in them can be predicted.
+
+    Args:
+        dialogues: text, one dialogue a line, its turns separated by tabs.
+        folder: what ``AutoModelForCausalLM.from_pretrained`` loads later; replaced if it exists.
+        architecture: keyword arguments of the configuration; ``vocab_size`` is the tokenizer's.
+        template: what the model is asked in later.
+        length: tokens of a row.
+
+    Returns:
+        ``loss`` (of an answer's token, mean over the last tenth of the steps), ``steps``, ``seconds``.
+
+    Raises:
+        ValueError: if the text is missing, the model type is not ``llama``, or rows are longer than the model's window.
+    """
+    if architecture["model_type"] != "llama":
+        raise ValueError(f"model_type={architecture['model_type']!r}; tiny decoders are made for: llama.")
+    window = architecture["max_position_embeddings"]
+    if length > window:
+        raise ValueError(f"length={length}; the model has {window} positions: choose at most so many.")
+    turns = _read_dialogues(Path(dialogues))
+    tokenizer = train_llama_tokenizer(_plain(turns, template), options.vocab_size, window)
+    rows = _packed(turns, template, tokenizer, length)
+    torch.manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(options.seed)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": tokenizer.pad_token_id}
+    config = AutoConfig.for_model(**dict(architecture), **ids, vocab_size=len(tokenizer))
+
+    def batch() -> Batch:
+        found = rows.batch(torch.randint(len(rows), (options.batch_size,), generator=generator).tolist())
+        nothing = torch.full((options.batch_size, 1), IGNORED)  # the last token predicts none
+        return {"input_ids": found["input_ids"]}, torch.cat([found["labels"][:, 1:], nothing], dim=1)
+
+    return _train_and_save(AutoModelForCausalLM.from_config(config), tokenizer, batch, Path(folder), options)
+
+
+def mask_tokens(ids: Tensor, special: Tensor, mask_id: int, vocab_size: int, generator: torch.Generator) -> tuple:
+    """BERT's masking: 15 % of the tokens are predicted; of them 80 % are masked, 10 % replaced, 10 % kept.
+
+    Args:
+        ids: ``(batch, tokens)``.
+        special: ``(batch, tokens)``, true where a token may not be chosen.
+
+    Returns:
+        Masked ids, and labels with -100 where nothing is predicted.
+    """
+    chosen = (torch.rand(ids.shape, generator=generator) < 0.15) & ~special
+    labels = torch.where(chosen, ids, IGNORED)
+    kind = torch.rand(ids.shape, generator=generator)
+    masked = torch.where(chosen & (kind < 0.8), mask_id, ids)
+    random_ids = torch.randint(vocab_size, ids.shape, generator=generator)
+    return torch.where(chosen & (kind >= 0.8) & (kind < 0.9), random_ids, masked), labels
+
+
+def _train_and_save(
+    model: nn.Module, tokenizer: Any, batch: Callable[[], Batch], folder: Path, options: Pretraining
+) -> dict[str, float]:
+    started, steps, losses = time.monotonic(), options.steps, []
+    model = model.to(options.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, options.beta2), weight_decay=0.01, fused=True)
+    for step in tqdm(range(steps), desc=f"pretrain {folder.name}", disable=not options.progress_bar, leave=False):
+        inputs, labels = batch()
+        logits = model(**{name: value.to(options.device) for name, value in inputs.items()}).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.to(options.device).flatten(), ignore_index=IGNORED)
+        rate = min(1.0, (step + 1) / (options.warmup * steps), 2 * (1 - step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / (0.1 * steps), 2 * (1 - step / steps))
+            group["lr"] = options.learning_rate * rate
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    save_pretrained(model, tokenizer, folder)
+    with no_file_bars():
+        _save(model, tokenizer, folder)
     tail = losses[-max(1, steps // 10) :]
     return {"loss": sum(tail) / len(tail), "steps": steps, "seconds": time.monotonic() - started}
 
 
-def save_pretrained(model: Any, tokenizer: Any, folder: Path) -> None:
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     """Save into a sibling folder, then rename: a kill leaves no half-written model."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -164,3 +188,32 @@ def save_pretrained(model: Any, tokenizer: Any, folder: Path) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _read_dialogues(path: Path) -> list[list[str]]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; the generate_chat stage writes it.")
+    turns = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line]
+    if odd := [number for number, line in enumerate(turns, 1) if len(line) % 2 or not all(line)]:
+        raise ValueError(f"{path}, line {odd[0]}: needs turns of user and assistant in pairs, separated by tabs.")
+    return turns
+
+
+def _plain(turns: Iterable[list[str]], template: ChatTemplate) -> Iterable[str]:
+    """The text that a vocabulary is learned from: rendered, a line wherever a special token stands."""
+    for dialogue in turns:
+        text = template.prompt(dialogue)
+        for token in SPECIAL:
+            text = text.replace(token, "\n")
+        yield text
+
+
+def _packed(turns: Iterable[list[str]], template: ChatTemplate, tokenizer: Any, length: int) -> PackedSplit:
+    """Rows of one dialogue after the other; answers and their ends are learned."""
+    encoded = [template.encode(tokenizer, dialogue) for dialogue in turns]
+    ids = torch.tensor([token for dialogue in encoded for token in dialogue.input_ids], dtype=torch.int64)
+    trained = torch.tensor([flag for dialogue in encoded for flag in dialogue.trained], dtype=torch.bool)
+    packed = pack(ids, trained, length)
+    if not len(packed):
+        raise ValueError(f"the dialogues have {len(ids)} tokens, too few for one row of {length}; give more.")
+    return packed
