@@ -36,6 +36,9 @@ class Basis(nn.Module):
         ValueError: if a factor is not a matrix, has more rows than columns, or is not finite.
     """
 
+    U: Tensor
+    V: Tensor
+
     def __init__(self, U: Tensor, V: Tensor) -> None:
         super().__init__()
         for name, factor in (("U", U), ("V", V)):
@@ -73,13 +76,13 @@ class Basis(nn.Module):
 
     def rotate(self, W: Tensor) -> Tensor:
         """``V W U^T`` of a weight or gradient ``(out_features, in_features)``, in the basis' precision."""
-        W = W.to(self.V.dtype)
-        return (self.V @ W if self.rotates_output else W) @ self.U.T
+        own = W.to(self.V.dtype)
+        return (self.V @ own if self.rotates_output else own) @ self.U.T
 
     def rotate_back(self, W_rot: Tensor) -> Tensor:
         """``V^T W_rot U``, the inverse of :meth:`rotate` for a full basis."""
-        W_rot = W_rot.to(self.V.dtype)
-        return (self.V.T @ W_rot if self.rotates_output else W_rot) @ self.U
+        own = W_rot.to(self.V.dtype)
+        return (self.V.T @ own if self.rotates_output else own) @ self.U
 
     def oriented(self, orientation: str) -> Basis:
         """The basis in another orientation.
@@ -252,7 +255,7 @@ def hosvd_tensorly(gradients: Tensor) -> Basis:
     stack = gradients.detach().cpu().to(torch.float64)
     n, out_features, in_features = stack.shape
     rank = [min(out_features, n * in_features), min(in_features, n * out_features)]
-    with tensorly.backend_context("pytorch"):
+    with tensorly.backend_context("pytorch"):  # pyright: ignore[reportAttributeAccessIssue] - made at run time
         # n_iter_max=0 is the HOSVD; any iteration would be HOOI, another subspace.
         (_, (V, U)), _ = partial_tucker(stack, rank=rank, modes=[1, 2], n_iter_max=0, init="svd")
     return Basis(_fix_signs(U.T), _fix_signs(V.T))
@@ -263,7 +266,8 @@ def _leading_eigenvectors(moment: Tensor, rank: int | None) -> Tensor:
     symmetric = (moment + moment.T) / 2
     try:
         vectors = torch.linalg.eigh(symmetric).eigenvectors
-    except torch.linalg.LinAlgError:  # cuSOLVER fails on some rank-deficient inputs that LAPACK takes (pytorch#94772)
+    # cuSOLVER fails on some rank-deficient inputs that LAPACK takes (pytorch#94772)
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage] - documented
         vectors = torch.linalg.eigh(symmetric.cpu()).eigenvectors.to(moment.device)
     rows = vectors.flip(1).T
     return _fix_signs(rows if rank is None else rows[:rank])

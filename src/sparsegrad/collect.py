@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from sparsegrad.basis import GradientMoments
 from sparsegrad.convert import Target, find_targets
@@ -79,11 +80,11 @@ def collect_moments(
 @contextmanager
 def _differentiating(
     model: nn.Module, targets: Sequence[Target], held: Sequence[Tensor], take: Callable[[str, Tensor], None]
-) -> Iterator[None]:
+) -> Generator[None]:
     """Training mode, gradients of the targets and of what is held alone; each target's goes to ``take`` as it comes."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    hooks = []
+    hooks: list[RemovableHandle] = []
     try:
         model.train()
         model.zero_grad()

@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Target:
     kind: str
     layer: int | None
     name: str
-    module: nn.Module
+    module: nn.Linear
 
 
 def find_targets(
@@ -52,18 +52,19 @@ def find_targets(
         ValueError: if a pattern matches nothing, matches something that is no linear layer, a block is missing, or the
             blocks leave a layer kind without any layer.
     """
-    found = list(_matches(model, target_modules))
+    matched = list(_matches(model, target_modules))
     for kind, pattern in target_modules.items():
-        if not any(target.kind == kind for target in found):
+        if not any(match[0] == kind for match in matched):
             linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
             raise ValueError(
                 f"target_modules.{kind}={pattern!r} matches no module in full. Linear layers of this model: "
                 f"{', '.join(linear[:8])}{' ...' if len(linear) > 8 else ''}."
             )
-    wrong = [t for t in found if not isinstance(t.module, nn.Linear | SparseGradLinear)]
+    wrong = [match for match in matched if not isinstance(match[3], nn.Linear | SparseGradLinear)]
     if wrong:
-        kinds = ", ".join(f"{t.name} ({type(t.module).__name__})" for t in wrong[:4])
+        kinds = ", ".join(f"{name} ({type(module).__name__})" for *_, name, module in wrong[:4])
         raise ValueError(f"target_modules must name nn.Linear layers; these are not: {kinds}.")
+    found = [Target(kind, layer, name, cast(nn.Linear, module)) for kind, layer, name, module in matched]
     if layers_to_transform is None:
         return found
     missing = sorted(set(layers_to_transform) - {t.layer for t in found})
@@ -118,7 +119,7 @@ def sparsify(
     if any(isinstance(t.module, SparseGradLinear) for t in targets):
         raise ValueError("the model holds SparseGrad layers already: merge(model) first.")
     shared: dict[str, Basis] = {}
-    built = []
+    built: list[tuple[str, SparseGradLinear]] = []
     for target in targets:  # build all before replacing any: an error leaves the model as it was
         try:
             own = {name: _of_kind(value, target.kind, name) for name, value in ({"k": k} | options).items()}
@@ -152,8 +153,9 @@ def sparsegrad_layers(model: nn.Module) -> dict[str, SparseGradLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, SparseGradLinear)}
 
 
-def _matches(model: nn.Module, target_modules: Mapping[str, str]) -> Iterator[Target]:
-    compiled = {}
+def _matches(model: nn.Module, target_modules: Mapping[str, str]) -> Iterator[tuple[str, int | None, str, nn.Module]]:
+    """Kind, block index, name and module of every module that a pattern names."""
+    compiled: dict[str, re.Pattern[str]] = {}
     for kind, pattern in target_modules.items():
         try:
             compiled[kind] = re.compile(pattern)
@@ -164,7 +166,7 @@ def _matches(model: nn.Module, target_modules: Mapping[str, str]) -> Iterator[Ta
             match = pattern.fullmatch(name)
             if match:
                 index = match.groupdict().get("layer")
-                yield Target(kind, None if index is None else int(index), name, module)
+                yield kind, None if index is None else int(index), name, module
                 break
 
 
@@ -206,8 +208,10 @@ def _layer(form: str, target: Target, basis: Basis | None, select: Rule, options
     linear, quantized = target.module, is_quantized(target.module)
     if quantized and form not in QUANTIZED:
         raise ValueError(f"the weight is quantised ({type(linear).__name__}): use form={' or '.join(QUANTIZED)!r}.")
-    layer_class, source = (QUANTIZED[form], (linear,)) if quantized else (FORMS[form], (linear.weight, linear.bias))
-    layer = layer_class(*source, basis, select=select, **options)
+    if quantized:
+        layer = QUANTIZED[form](linear, basis, select=select, **options)
+    else:
+        layer = FORMS[form](linear.weight, linear.bias, basis, select=select, **options)
     layer.kind = target.kind
     layer.trained.requires_grad_(quantized or linear.weight.requires_grad)
     return layer.train(linear.training)

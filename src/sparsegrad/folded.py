@@ -6,6 +6,7 @@ An update dW_rot in rotated coordinates is folded back as ``V^T dW_rot U``: exac
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -142,19 +143,22 @@ class _FoldedProduct(torch.autograd.Function):
     """A linear whose weight gradient is rotated and selected at once and handed to the layer, never to ``.grad``."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layer: FoldedLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: FoldedLinear) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.layer = layer
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - autograd calls it with one gradient
+        ctx: Any, g: Tensor
+    ) -> tuple[Tensor | None, None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         layer: FoldedLinear = ctx.layer
-        layer.refuse_second_backward(layer._gradient is not None)
+        layer.refuse_second_backward(layer.selected_gradient() is not None)
         g2 = g.reshape(-1, g.shape[-1])
         layer.keep_selected(layer.rotated_gradient(g2, x.reshape(-1, x.shape[-1])))
         grad_x = g @ weight.to(g.dtype) if ctx.needs_input_grad[0] else None
-        grad_bias = g2.sum(dim=0).to(layer.bias.dtype) if ctx.needs_input_grad[2] else None
+        bias = layer.bias if ctx.needs_input_grad[2] else None
+        grad_bias = None if bias is None else g2.sum(dim=0).to(bias.dtype)
         return grad_x, None, grad_bias, None

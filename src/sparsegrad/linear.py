@@ -48,7 +48,7 @@ class SparseGradLinear(nn.Module, ABC):
         super().__init__()
         self.out_features, self.in_features = shape
         self.k, self.rule = k, select
-        self.kind: str | None = None  # set by sparsify: whose basis the layer takes
+        self.kind = ""  # set by sparsify: whose basis the layer takes
         self.basis = None if basis is None else fitting_basis(basis, shape, device)
         self._gradient: tuple[Tensor, Tensor] | None = None  # selected: indices and values
 

@@ -91,7 +91,7 @@ class SparseGradAdamW(Optimizer):
         if drop_after is not None and (isinstance(drop_after, bool) or drop_after < 1):
             raise ValueError(f"drop_after={drop_after!r}; it must be a whole number of steps, at least 1, or None.")
         self._fused, self._drop_after = fused, drop_after
-        self._layers: dict[nn.Parameter, SparseGradLinear] = {}
+        self._layers: dict[Tensor, SparseGradLinear] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -123,7 +123,9 @@ class SparseGradAdamW(Optimizer):
             layer.zero_gradient()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride] - of its two overloads the wider one
+        self, closure: Callable[[], Tensor] | None = None
+    ) -> Tensor | None:
         """One step; the SparseGrad gradients are taken from their layers.
 
         Raises:
@@ -145,7 +147,7 @@ class SparseGradAdamW(Optimizer):
                     self._step_sparse(self._layers[parameter], parameter, group)
         return loss
 
-    def _is_lazy(self, parameter: nn.Parameter) -> bool:
+    def _is_lazy(self, parameter: Tensor) -> bool:
         return parameter in self._layers and self._layers[parameter].selects
 
     def _step_sparse(self, layer: SparseGradLinear, parameter: nn.Parameter, group: dict[str, Any]) -> None:
@@ -188,7 +190,7 @@ class SparseGradAdamW(Optimizer):
 
     def _step_dense(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
         with_gradient = [p for p in parameters if p.grad is not None]
-        weights = []
+        weights: list[Tensor] = []
         for parameter in with_gradient:
             state = self.state[parameter]
             precision = torch.promote_types(parameter.dtype, torch.float32)
@@ -202,7 +204,7 @@ class SparseGradAdamW(Optimizer):
         states = [self.state[p] for p in with_gradient]
         adamw(
             weights,
-            [p.grad.to(w.dtype) for p, w in zip(with_gradient, weights, strict=True)],
+            [p.grad.to(w.dtype) for p, w in zip(with_gradient, weights, strict=True) if p.grad is not None],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],

@@ -21,7 +21,7 @@ from sparsegrad.truncated import TruncatedProduct, add_product_
 ROWS = 1024  # of the identity at a time, to read a quantised weight
 
 
-def is_quantized(linear: nn.Module) -> bool:
+def is_quantized(linear: nn.Linear) -> bool:
     """Whether a linear's weight is something else than its ``(out_features, in_features)`` matrix of floats."""
     weight = linear.weight
     return not weight.is_floating_point() or tuple(weight.shape) != (linear.out_features, linear.in_features)
@@ -63,7 +63,7 @@ class QuantizedTruncatedLinear(CoreLinear):
         return self.linear.weight
 
     @property
-    def bias(self) -> nn.Parameter | None:
+    def bias(self) -> nn.Parameter | None:  # pyright: ignore[reportIncompatibleVariableOverride] - its linear's
         return self.linear.bias
 
     @property
@@ -85,7 +85,8 @@ class QuantizedTruncatedLinear(CoreLinear):
     @torch.no_grad()
     def original_weight(self) -> Tensor:
         """The weight as its linear computes with it, plus V_r^T S U_c; ``(out_features, in_features)``, float32."""
-        bias, self.linear.bias = self.linear.bias, None  # added in low precision it would round the weight
+        bias = self.linear.bias
+        self.linear.bias = None  # pyright: ignore[reportAttributeAccessIssue] - added, it would round the weight
         try:
             parts = []
             for columns in torch.arange(self.in_features, device=self.core.device).split(ROWS):

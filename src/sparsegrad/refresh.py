@@ -54,7 +54,7 @@ def refresh(
     kinds = {layer.kind for layer in cores.values()}
     unknown = [kind for kind in bases if kind not in kinds]
     if unknown or not cores:
-        found = ", ".join(sorted(map(str, kinds))) or "none"
+        found = ", ".join(sorted(filter(None, kinds))) or "none"
         raise ValueError(f"bases for layer kinds {list(bases)}; kinds of this model's truncated layers: {found}.")
     layers = [_refreshable(name, m, bases[m.kind]) for name, m in cores.items() if m.kind in bases]
     if state == "carry" and any(layer.selects for layer in layers):

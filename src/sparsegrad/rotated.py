@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -68,12 +70,13 @@ class RotatedLinear(SelectingLinear):
         return row * self.in_features + column, coo.values()
 
     def _set_pending(self, indices: Tensor, values: Tensor) -> None:
-        self.weight.grad = self._coo(indices, values.to(self.weight.dtype))
+        self.weight.grad = self.as_coo(indices, values.to(self.weight.dtype))
 
     def _add(self, target: Tensor, indices: Tensor, delta: Tensor) -> None:
         target.view(-1).index_add_(0, indices, delta)
 
-    def _coo(self, indices: Tensor, values: Tensor) -> Tensor:
+    def as_coo(self, indices: Tensor, values: Tensor) -> Tensor:
+        """Entries at flat indices, in the weight's shape."""
         rows_columns = torch.stack((indices // self.in_features, indices % self.in_features))
         return torch.sparse_coo_tensor(
             rows_columns, values, self.weight.shape, is_coalesced=True, check_invariants=False
@@ -84,14 +87,16 @@ class _RotatedProduct(torch.autograd.Function):
     """x_rot W_rot^T with the paper's backward: a sparse or dense gradient of W_rot, optionally sparse by dense."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, layer: RotatedLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: RotatedLinear) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.layer = layer
         return x @ weight.to(x.dtype).T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - autograd calls it with one gradient
+        ctx: Any, g: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         layer: RotatedLinear = ctx.layer
         g2, x2 = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -109,5 +114,5 @@ class _RotatedProduct(torch.autograd.Function):
         layer.refuse_second_backward(layer.weight.grad is not None and layer.weight.grad.is_sparse)
         G = G.to(layer.weight.dtype)
         if layer.select_in == "backward":
-            G = layer._coo(*selected(G, layer.k, layer.rule))
+            G = layer.as_coo(*selected(G, layer.k, layer.rule))
         return grad_x, G, None

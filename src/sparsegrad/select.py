@@ -24,7 +24,7 @@ class NonFiniteGradient(ValueError):
         super().__init__("gradient holds non-finite values: lower the learning rate or check the loss.")
 
 
-def check_k(k: int, shape: tuple[int, int]) -> int:
+def check_k(k: int, shape: tuple[int, ...]) -> int:
     """Return k if a matrix of this shape has that many entries.
 
     Raises:

@@ -22,7 +22,7 @@ Two ways to apply a step (``update``):
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -154,7 +154,7 @@ class TruncatedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -166,11 +166,14 @@ class TruncatedProduct(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         rotates = V.shape[0] > 0  # else V_r stands for the identity
         z = None if core is None else F.linear(rows, U.to(x.dtype))
+        y = None
         if weight is not None:
             y = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if side:
+            assert core is not None and z is not None  # a side path is the core's
             t, S = (z @ core.to(x.dtype).T, V.to(x.dtype)) if rotates else (z, core.to(x.dtype).T)
-            y = t @ S if weight is None else y.addmm_(t, S)
+            y = t @ S if y is None else y.addmm_(t, S)
+        assert y is not None  # there is a weight or a side path
         # The bases in their own precision: their casts would be saved activations too.
         ctx.save_for_backward(weight, bias, core, U, V, z if ctx.needs_input_grad[3] else None)
         ctx.side = side
@@ -178,7 +181,9 @@ class TruncatedProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - autograd calls it with one gradient
+        ctx: Any, g: Tensor
+    ) -> tuple[Tensor | None, ...]:
         weight, bias, core, U, V, z = ctx.saved_tensors
         needs_x, _, needs_bias, needs_core = ctx.needs_input_grad[:4]
         grad_x = grad_bias = grad_core = None
@@ -188,7 +193,8 @@ class TruncatedProduct(torch.autograd.Function):
             grad_x = None if weight is None else rows @ weight.to(g.dtype)
             if ctx.side:
                 t, U_c = h @ core.to(g.dtype), U.to(g.dtype)
-                grad_x = t @ U_c if weight is None else grad_x.addmm_(t, U_c)
+                grad_x = t @ U_c if grad_x is None else grad_x.addmm_(t, U_c)
+            assert grad_x is not None
             grad_x = grad_x.view(*g.shape[:-1], U.shape[1])
         if needs_bias:
             grad_bias = rows.sum(dim=0).to(bias.dtype)
