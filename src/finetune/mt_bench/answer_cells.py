@@ -14,7 +14,7 @@ from torch import nn
 
 from finetune import models
 from finetune.data.chat import chat_template
-from finetune.mt_bench.answers import AnswerOptions, answer_questions
+from finetune.mt_bench.answers import AnswerOptions, Speaker, answer_questions
 from finetune.mt_bench.cells import each, header, model_id, sha256
 from finetune.mt_bench.generation import sampling_settings
 from finetune.mt_bench.questions import load_questions
@@ -110,18 +110,8 @@ def answer_one(config: Mapping[str, Any], seed: int, checkpoint: Path, folder: P
             return path
     device = make_accelerator(config["device"], "fp32").device
     network, tokenizer = load_checkpoint(checkpoint, DTYPES[dtype])
-    facts = answer_questions(
-        network,
-        tokenizer,
-        template,
-        questions,
-        answers,
-        options,
-        model_id=name,
-        digest=digest,
-        device=device,
-        progress_bar=config["progress"],
-    )
+    speaker = Speaker(network.to(device).eval(), tokenizer, template, options)
+    facts = answer_questions(speaker, questions, answers, model_id=name, digest=digest, progress_bar=config["progress"])
     record = header(config, "answers", seed, digest, file, questions) | facts
     record |= {
         "status": "finished",

@@ -86,31 +86,107 @@ class Turn:
     refused: bool
 
 
+@dataclass(frozen=True)
+class Speaker:
+    """A model that answers.
+
+    Attributes:
+        model: a causal language model in evaluation mode, on its device.
+        tokenizer: the model's.
+        template: the chat template that the model was trained with.
+        options: how.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    template: ChatTemplate
+    options: AnswerOptions
+
+    def batches(self, questions: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+        """Questions of like length together; the longest first, so that memory runs out at once or not at all."""
+        lengths = {q["question_id"]: len(self.encode(q["turns"][:1])) for q in questions}
+        ordered = sorted(questions, key=lambda q: (-lengths[q["question_id"]], q["question_id"]))
+        for start in range(0, len(ordered), self.options.batch_size):
+            yield ordered[start : start + self.options.batch_size]
+
+    def encode(self, turns: Sequence[str]) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            ValueError: if the model's vocabulary lacks one.
+        """
+        ids = self.template.encode(self.tokenizer, turns).input_ids
+        entries = self.model.get_input_embeddings().num_embeddings
+        if max(ids) >= entries:
+            raise ValueError(
+                f"a prompt has token {max(ids)}, the model's vocabulary {entries} tokens: this is the tokenizer of "
+                "another model."
+            )
+        return ids
+
+    def answer(self, batch: Sequence[Mapping[str, Any]]) -> list[list[Turn]]:
+        """All turns of some questions."""
+        answered: list[list[Turn]] = [[] for _ in batch]
+        for turn in range(max(len(question["turns"]) for question in batch)):
+            prompts = {}
+            for row, question in enumerate(batch):
+                asked = question["turns"]
+                if turn < len(asked):
+                    told = [text for before, found in enumerate(answered[row]) for text in (asked[before], found.text)]
+                    ids = self.encode([*told, asked[turn]])
+                    prompts[row] = fit(ids, positions(self.model), self.tokenizer.bos_token_id, self.options)
+            for row, found in self._turn(batch, turn, prompts).items():
+                answered[row].append(found)
+        return answered
+
+    def _turn(self, batch: Sequence[Mapping[str, Any]], turn: int, prompts: Mapping[int, Prompt]) -> dict[int, Turn]:
+        """One turn of the questions whose row has a prompt."""
+        stops = stop_ids(self.model, self.tokenizer, self.template.stop_token_ids)
+        turns = {row: Turn("", 0, 0, False, True) for row, prompt in prompts.items() if prompt.refused}
+        open_rows = sorted((row for row in prompts if row not in turns), key=lambda row: prompts[row].limit)
+        # One call for each limit: no row runs past the window while a neighbour with more room is still writing.
+        for limit, group in groupby(open_rows, key=lambda row: prompts[row].limit):
+            rows = list(group)
+            ids = [batch[row]["question_id"] for row in rows]
+            try:
+                written = generate(
+                    self.model,
+                    [prompts[row].input_ids for row in rows],
+                    limit,
+                    [temperature(batch[row]) for row in rows],
+                    [row_generator(self.options.seed, question, turn) for question in ids],
+                    stops,
+                )
+            except torch.OutOfMemoryError:
+                raise ValueError(
+                    f"out of memory with {len(rows)} questions at a time and {limit} new tokens: set "
+                    "scale.answers.batch_size lower and run again; what is answered is kept."
+                ) from None
+            except ValueError as error:
+                raise ValueError(f"questions {', '.join(map(str, ids))}, turn {turn + 1}: {error}") from None
+            for row, tokens in zip(rows, written, strict=True):
+                prompt, text = prompts[row], to_text(tokens, self.tokenizer, self.template)
+                turns[row] = Turn(text, len(prompt.input_ids), len(tokens), prompt.cut, False)
+        return turns
+
+
 def answer_questions(
-    model: nn.Module,
-    tokenizer: Any,
-    template: ChatTemplate,
+    speaker: Speaker,
     questions: Sequence[Mapping[str, Any]],
     journal_path: str | Path,
-    options: AnswerOptions,
     *,
     model_id: str,
     digest: str,
-    device: torch.device | str,
     progress_bar: bool,
 ) -> dict[str, Any]:
     """Answer the questions that a file has no answer to; each is on the disk as soon as its batch is done.
 
     Args:
-        model: a causal language model; moved to the device.
-        tokenizer: the model's.
-        template: the chat template that the model was trained with.
+        speaker: who answers, and how.
         questions: with ``question_id``, ``category`` and ``turns``.
         journal_path: ``<model_id>.jsonl``, one answer a line; in the end sorted by question.
-        options: how.
         model_id: FastChat's name of the model in the answers.
         digest: identity of model, questions and options. Answers of another one are moved to ``earlier/``.
-        device: for the model.
         progress_bar: whether a bar over the questions is shown.
 
     Returns:
@@ -121,39 +197,25 @@ def answer_questions(
         ValueError: if tokenizer and model do not fit, the window is too small, the model's outputs are NaN, memory or
             the disk is exhausted; what is answered is kept.
     """
-    _check_window(model, options)
+    _check_window(speaker.model, speaker.options)
     set_aside(journal_path, digest)
     journal = Journal(journal_path, key=lambda item: item["question_id"])
-    model = model.to(device).eval()
     pending = [question for question in questions if question["question_id"] not in journal.items]
     done = len(questions) - len(pending)
     with tqdm(total=len(questions), initial=done, desc=model_id, disable=not progress_bar, leave=False) as bar:
-        for batch in _batches(pending, tokenizer, template, options.batch_size):
+        for batch in speaker.batches(pending):
             started = time.perf_counter()
-            answered = _answer_batch(model, tokenizer, template, batch, options)
+            answered = speaker.answer(batch)
             seconds = (time.perf_counter() - started) / len(batch)
             for question, turns in zip(batch, answered, strict=True):
                 journal.append(_line(question["question_id"], turns, model_id, digest, seconds))
                 bar.update()
     answers = [journal.items[question["question_id"]] for question in questions]
     journal.rewrite(sorted(answers, key=lambda item: item["question_id"]))
-    return summary(answers)
-
-
-def summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Counts, tokens and seconds of answer lines; see :func:`answer_questions`."""
-    return {
-        "counts": {
-            "questions": len(answers),
-            "cut": sum(sum(item["cut"]) for item in answers),
-            "refused": sum(sum(item["refused"]) for item in answers),
-        },
-        "tokens": {
-            "prompt": sum(sum(item["prompt_tokens"]) for item in answers),
-            "new": sum(sum(item["new_tokens"]) for item in answers),
-        },
-        "seconds": sum(item["seconds"] for item in answers),
-    }
+    counts = {name: sum(sum(item[name]) for item in answers) for name in ("cut", "refused")}
+    tokens = {name: sum(sum(item[f"{name}_tokens"]) for item in answers) for name in ("prompt", "new")}
+    seconds = sum(item["seconds"] for item in answers)
+    return {"counts": {"questions": len(answers)} | counts, "tokens": tokens, "seconds": seconds}
 
 
 def set_aside(journal_path: str | Path, digest: str) -> None:
@@ -196,80 +258,6 @@ def fit(input_ids: Sequence[int], window: int | None, bos: int | None, options: 
     return Prompt(head + ids[len(ids) - (window - free - len(head)) :], free, cut=True)
 
 
-def _batches(
-    questions: Sequence[Mapping[str, Any]], tokenizer: Any, template: ChatTemplate, size: int
-) -> Iterator[list[Mapping[str, Any]]]:
-    """Questions of like length together; the longest first, so that memory runs out at once or not at all."""
-    lengths = {q["question_id"]: len(template.encode(tokenizer, q["turns"][:1]).input_ids) for q in questions}
-    ordered = sorted(questions, key=lambda q: (-lengths[q["question_id"]], q["question_id"]))
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
-
-
-def _answer_batch(
-    model: nn.Module,
-    tokenizer: Any,
-    template: ChatTemplate,
-    batch: Sequence[Mapping[str, Any]],
-    options: AnswerOptions,
-) -> list[list[Turn]]:
-    """All turns of some questions."""
-    answered: list[list[Turn]] = [[] for _ in batch]
-    for turn in range(max(len(question["turns"]) for question in batch)):
-        rows = [row for row, question in enumerate(batch) if turn < len(question["turns"])]
-        prompts = {}
-        for row in rows:
-            asked = batch[row]["turns"]
-            told = [text for before, found in enumerate(answered[row]) for text in (asked[before], found.text)]
-            ids = template.encode(tokenizer, [*told, asked[turn]]).input_ids
-            _check_ids(ids, model)
-            prompts[row] = fit(ids, positions(model), tokenizer.bos_token_id, options)
-        texts = _answer_turn(model, tokenizer, template, batch, turn, prompts, options)
-        for row in rows:
-            answered[row].append(texts[row])
-    return answered
-
-
-def _answer_turn(
-    model: nn.Module,
-    tokenizer: Any,
-    template: ChatTemplate,
-    batch: Sequence[Mapping[str, Any]],
-    turn: int,
-    prompts: Mapping[int, Prompt],
-    options: AnswerOptions,
-) -> dict[int, Turn]:
-    """One turn of the questions whose row has a prompt."""
-    stops = stop_ids(model, tokenizer, template.stop_token_ids)
-    turns = {row: Turn("", 0, 0, False, True) for row, prompt in prompts.items() if prompt.refused}
-    open_rows = sorted((row for row in prompts if row not in turns), key=lambda row: prompts[row].limit)
-    # One call for each limit: no row runs past the window while a neighbour with more room is still writing.
-    for limit, group in groupby(open_rows, key=lambda row: prompts[row].limit):
-        rows = list(group)
-        ids = [batch[row]["question_id"] for row in rows]
-        try:
-            written = generate(
-                model,
-                [prompts[row].input_ids for row in rows],
-                limit,
-                [temperature(batch[row]) for row in rows],
-                [row_generator(options.seed, question, turn) for question in ids],
-                stops,
-            )
-        except torch.OutOfMemoryError:
-            raise ValueError(
-                f"out of memory with {len(rows)} questions at a time and {limit} new tokens: set "
-                "scale.answers.batch_size lower and run again; what is answered is kept."
-            ) from None
-        except ValueError as error:
-            raise ValueError(f"questions {', '.join(map(str, ids))}, turn {turn + 1}: {error}") from None
-        for row, tokens in zip(rows, written, strict=True):
-            prompt = prompts[row]
-            text = to_text(tokens, tokenizer, template)
-            turns[row] = Turn(text, len(prompt.input_ids), len(tokens), prompt.cut, False)
-    return turns
-
-
 def to_text(tokens: Sequence[int], tokenizer: Any, template: ChatTemplate) -> str:
     """Text of new tokens as gen_model_answer makes it: cut at the template's stops, without special tokens."""
     stop = next((place for place, token in enumerate(tokens) if token in template.stop_token_ids), len(tokens))
@@ -304,13 +292,4 @@ def _check_window(model: nn.Module, options: AnswerOptions) -> None:
         raise ValueError(
             f"reserve={options.reserve} and max_new_tokens={options.max_new_tokens} leave no room for a prompt; this "
             f"model has {window} positions: set scale.answers.reserve to {window // 2} or less."
-        )
-
-
-def _check_ids(input_ids: Sequence[int], model: nn.Module) -> None:
-    entries = model.get_input_embeddings().num_embeddings
-    if max(input_ids) >= entries:
-        raise ValueError(
-            f"a prompt has token {max(input_ids)}, the model's vocabulary {entries} tokens: this is the tokenizer of "
-            "another model."
         )

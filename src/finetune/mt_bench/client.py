@@ -73,15 +73,20 @@ class JudgeOptions:
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"judge.model={self.model!r}; it must be the judge's name at the endpoint.")
         _check_url(self.base_url)
-        for name, least in (("max_retries", 0), ("parallel", 1), ("repeats", 1)):
-            _check_number(name, getattr(self, name), least, whole=True)
-        _check_number("timeout", self.timeout, 0, above=True)
-        if self.temperature is not None:
-            _check_number("temperature", self.temperature, 0)
-        if self.max_tokens is not None:
-            _check_number("max_tokens", self.max_tokens, 1, whole=True)
+        for name, least in (("max_retries", 0), ("parallel", 1), ("repeats", 1), ("max_tokens", 1)):
+            self._check_number(name, int, least)
+        for name, least in (("timeout", 1e-3), ("temperature", 0)):
+            self._check_number(name, (int, float), least)
         if self.token_parameter not in TOKEN_PARAMETERS:
             raise ValueError(f"judge.token_parameter={self.token_parameter!r}; allowed: {', '.join(TOKEN_PARAMETERS)}.")
+
+    def _check_number(self, name: str, kinds: Any, least: float) -> None:
+        value = getattr(self, name)
+        if value is None and name in ("temperature", "max_tokens"):
+            return
+        if not isinstance(value, kinds) or isinstance(value, bool) or not value >= least:
+            kind = "a whole number" if kinds is int else "a number"
+            raise ValueError(f"judge.{name}={value!r}; it must be {kind} of at least {least}.")
 
     def sampling(self) -> dict[str, float | int]:
         """What of the options goes into a request beside model and messages."""
@@ -106,10 +111,7 @@ class JudgeClient:
         self.options = options
         key = read_key(options.api_key_env)
         self._client = OpenAI(
-            base_url=options.base_url,
-            api_key=key,
-            timeout=options.timeout,
-            max_retries=options.max_retries,
+            base_url=options.base_url, api_key=key, timeout=options.timeout, max_retries=options.max_retries
         )
         self._reached = False  # whether the endpoint has ever answered
         self._missed = 0  # items in a row that found no server
@@ -147,32 +149,24 @@ class JudgeClient:
             response = self._client.chat.completions.with_raw_response.create(
                 model=self.options.model, messages=list(messages), **self.options.sampling()
             )
-        except openai.APIStatusError as error:
-            self._heard()
-            raise self._remembered(self._refused(error)) from None
-        except openai.APIConnectionError as error:
-            raise self._remembered(self._unconnected(error)) from None
-        self._heard()
+        except (openai.APIStatusError, openai.APIConnectionError) as error:
+            found = self._refused(error) if isinstance(error, openai.APIStatusError) else self._unconnected(error)
+            if isinstance(found, JudgeUnusable):
+                self._unusable = str(found)
+            raise found from None
+        self._reached, self._missed = True, 0
         self._last.attempts = 1 + response.retries_taken
         self._last.finish_reason = None
         text, self._last.finish_reason = _content(response.http_response.content, self.attempts)
         return self._without_key(text)
 
-    def _heard(self) -> None:
-        self._reached, self._missed = True, 0
-
-    def _remembered(self, error: Exception) -> Exception:
-        if isinstance(error, JudgeUnusable):
-            self._unusable = str(error)
-        return error
-
     def _refused(self, error: Any) -> Exception:
         """What an HTTP status means, as an exception to raise."""
+        self._reached, self._missed = True, 0
         status, model, url = error.status_code, self.options.model, self.options.base_url
         if status in (401, 403):  # servers quote the key in these: their text is left out
-            where = (
-                f"environment variable {self.options.api_key_env}" if self.options.api_key_env else "judge.api_key_env"
-            )
+            variable = self.options.api_key_env
+            where = f"environment variable {variable}" if variable else "judge.api_key_env"
             return JudgeUnusable(f"{url} refuses access (HTTP {status}): check the key in {where} and what it may use.")
         told = error.body.get("message") if isinstance(error.body, Mapping) else None
         said = self._quote(told or error.response.text or error.message)
@@ -268,10 +262,3 @@ def _check_url(url: Any) -> None:
             "judge.base_url must have no user, password, query or fragment; a key goes into the environment variable "
             "that judge.api_key_env names."
         )
-
-
-def _check_number(name: str, value: Any, least: float, *, whole: bool = False, above: bool = False) -> None:
-    kinds = (int,) if whole else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool) or not (value > least if above else value >= least):
-        kind = "a whole number" if whole else "a number"
-        raise ValueError(f"judge.{name}={value!r}; it must be {kind} {'above' if above else 'of at least'} {least}.")

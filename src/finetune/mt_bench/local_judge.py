@@ -58,7 +58,7 @@ def rate(answer: str) -> int:
 class LocalJudge:
     """The judge behind an OpenAI-compatible server on 127.0.0.1, for the time of a ``with`` block.
 
-    It answers ``POST /v1/chat/completions`` and ``GET /v1/models``.
+    It answers ``POST /v1/chat/completions``.
 
     Attributes:
         base_url: for the client; set inside the block.
@@ -85,32 +85,23 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Says nothing; the default writes a line a request to standard error."""
 
-    def do_GET(self) -> None:
-        if self.path != "/v1/models":
-            self._error(404, f"no such address: {self.path}")
-            return
-        self._send(200, {"object": "list", "data": [{"id": NAME, "object": "model", "owned_by": "local"}]})
-
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.path != "/v1/chat/completions":
-            self._error(404, f"no such address: {self.path}")
-            return
         try:
             request = json.loads(body)
-            prompt = _last_user_message(request)
+            text = judgment(find_answer(_last_user_message(request)))
         except ValueError as error:
             self._error(400, str(error))
             return
-        if request.get("model") != NAME:
+        if self.path != "/v1/chat/completions":
+            self._error(404, f"no such address: {self.path}")
+        elif request.get("model") != NAME:
             self._error(404, f"the model {request.get('model')!r} does not exist; this server has {NAME!r}")
-            return
-        try:
-            answer = find_answer(prompt)
-        except ValueError as error:
-            self._error(400, str(error))
-            return
-        self._send(200, _completion(judgment(answer)))
+        else:
+            message = {"role": "assistant", "content": text}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            completion = {"id": "chatcmpl-local", "object": "chat.completion", "created": int(time.time())}
+            self._send(200, completion | {"model": NAME, "choices": [choice]})
 
     def _error(self, status: int, message: str) -> None:
         self._send(status, {"error": {"message": message, "type": "invalid_request_error", "code": None}})
@@ -140,14 +131,3 @@ def _last_user_message(request: Any) -> str:
     if not isinstance(last, Mapping) or last.get("role") != "user" or not isinstance(last.get("content"), str):
         raise ValueError("the last of 'messages' must be a user's, with a text as content")
     return last["content"]
-
-
-def _completion(text: str) -> dict[str, Any]:
-    return {
-        "id": "chatcmpl-local",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": NAME,
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
-        "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
-    }

@@ -47,29 +47,6 @@ class Score:
     items: int
 
 
-def show_result(lines: Iterable[Line]) -> dict[str, Score]:
-    """Score each model as FastChat's `show_result --mode single` does: every row with another score than -1 counts.
-
-    Rows that a rerun of FastChat wrote twice count twice, as there; `item_scores` refuses them.
-
-    Args:
-        lines: Judgments by one judge, of any number of models.
-
-    Returns:
-        Model -> score (without categories), in the order of first appearance.
-
-    Raises:
-        ValueError: If a line is no judgment, or several judges are mixed.
-    """
-    lines = _checked(lines, single=("judge",))
-    rows: dict[str, list[tuple[int, float]]] = {}
-    for line in lines:
-        found = rows.setdefault(line["model"], [])
-        if line["score"] != FAILED:
-            found.append((line["turn"], line["score"]))
-    return {model: _score(pairs, {}) for model, pairs in rows.items()}
-
-
 def item_scores(lines: Iterable[Line], repeats: str = "median") -> dict[Item, float]:
     """Reduce the judgments of one model by one judge to one score an item.
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from finetune.mt_bench import comparison, judged, scores
@@ -18,12 +19,12 @@ from finetune.mt_bench.comparison import (
     repeat_noise,
 )
 from finetune.mt_bench.journal import read_items
-from finetune.mt_bench.scores import categories_of, item_scores, show_result, summarize
+from finetune.mt_bench.scores import categories_of, item_scores, summarize
 
 DATA = Path(os.environ.get("SPARSEGRAD_DATA") or Path(__file__).parents[3] / "data")
 JUDGMENTS = DATA / "mt_bench" / "judgments" / "gpt-4_single.jsonl"
 PUBLISHED = {"mamba_0_5_dpo_ep1": "7.12", "mamba_0_75_dpo_ep3": "6.58", "mamba_0_875_dpo_ep3": "6.37"}
-real = pytest.mark.skipif(not JUDGMENTS.is_file(), reason=f"{JUDGMENTS} is not there (set SPARSEGRAD_DATA)")
+real = pytest.mark.skipif(not JUDGMENTS.is_file(), reason=f"no {JUDGMENTS}: published judgments by GPT-4")
 
 
 def line(question, turn, score, *, model="m", judge="gpt-4", **extra):
@@ -35,23 +36,17 @@ def line(question, turn, score, *, model="m", judge="gpt-4", **extra):
 
 
 @real
-def test_published_scores_of_three_models():
-    found = show_result(read_items(JUDGMENTS))
-    assert {model: f"{score.average:.2f}" for model, score in found.items()} == PUBLISHED
-    assert {score.items for score in found.values()} == {160}
-
-
-@real
-def test_real_judgments_as_pandas_groups_them():
-    """The aggregation of `show_result`: drop -1, group by model (and turn), mean."""
-    pandas = pytest.importorskip("pandas")
+def test_real_judgments_score_as_published_and_as_fastchat_groups_them():
+    """``show_result``'s aggregation with pandas: drop -1, group by model (and turn), mean."""
     lines = read_items(JUDGMENTS)
-    lines[3]["score"] = lines[200]["score"] = -1
-    frame = pandas.DataFrame(lines)[["model", "score", "turn"]]
-    frame = frame[frame["score"] != -1]
-    average = frame[["model", "score"]].groupby(["model"]).mean()["score"]
-    turns = frame.groupby(["model", "turn"]).mean()["score"]
-    for model, score in show_result(lines).items():
+    models = sorted({one["model"] for one in lines})
+    of = {model: [one for one in lines if one["model"] == model] for model in models}
+    assert {model: f"{summarize(item_scores(of[model])).average:.2f}" for model in models} == PUBLISHED
+    of[models[0]][3]["score"] = of[models[1]][9]["score"] = -1
+    frame = pd.DataFrame(lines)[["model", "score", "turn"]].query("score != -1")
+    average, turns = frame.groupby("model")["score"].mean(), frame.groupby(["model", "turn"])["score"].mean()
+    for model in models:
+        score = summarize(item_scores(of[model]))
         assert score.average == pytest.approx(average[model], abs=1e-12)
         assert dict(score.turns) == pytest.approx({turn: turns[model, turn] for turn in (1, 2)}, abs=1e-12)
         assert score.items == (frame["model"] == model).sum()
@@ -69,19 +64,12 @@ def test_items_and_categories_of_real_judgments():
 
 
 def test_score_by_hand():
-    lines = [line(81, 1, 8), line(81, 2, 5), line(82, 1, 3), line(82, 2, -1), line(81, 1, 9, model="other")]
-    found = show_result(lines)
-    assert found["m"].average == pytest.approx(16 / 3) and found["m"].items == 3
-    assert found["m"].turns == {1: 5.5, 2: 5.0}
-    assert found["other"].turns == {1: 9.0}
-    by_category = summarize(item_scores(lines[:4]), {81: "writing", 82: "math"})
-    assert by_category.categories == {"writing": 6.5, "math": 3.0}
-    assert summarize(item_scores(lines[:4])).categories == {}
-
-
-def test_nothing_but_failures_is_no_score():
-    assert show_result([line(81, 1, -1)])["m"] == scores.Score(None, {}, {}, 0)
-    assert item_scores([line(81, 1, -1)]) == {}
+    lines = [line(81, 1, 8), line(81, 2, 5), line(82, 1, 3), line(82, 2, -1)]
+    found = summarize(item_scores(lines), {81: "writing", 82: "math"})
+    assert found.average == pytest.approx(16 / 3) and found.items == 3
+    assert found.turns == {1: 5.5, 2: 5.0} and found.categories == {"writing": 6.5, "math": 3.0}
+    assert summarize(item_scores(lines)).categories == {}
+    assert item_scores([line(81, 1, -1)]) == {} and summarize({}) == scores.Score(None, {}, {}, 0)
 
 
 def test_repeats_become_their_median_or_mean():
@@ -108,11 +96,6 @@ def test_repeats_become_their_median_or_mean():
 def test_lines_that_are_no_judgments_of_one_model_by_one_judge(lines, message):
     with pytest.raises(ValueError, match=message):
         item_scores(lines)
-
-
-def test_mixed_judges_are_refused_by_the_whole_files_score_too():
-    with pytest.raises(ValueError, match="several judges are mixed"):
-        show_result([line(81, 1, 5), line(82, 1, 5, judge="other")])
 
 
 def test_a_question_without_a_category():
