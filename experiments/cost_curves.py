@@ -7,7 +7,6 @@ The floor is the frozen MLP: forward, and backward to the input.
 """
 
 import logging
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -18,25 +17,17 @@ log = logging.getLogger(__name__)
 @hydra.main(version_base=None, config_path="../conf", config_name="cost_curves")
 def main(cfg: DictConfig) -> None:
     from finetune.efficiency import cost_curves
+    from finetune.efficiency.stage import Stage
     from finetune.runs import cells
 
     with cells.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)
-        path = (Path("results") / cfg.name if cfg.results else Path(cfg.output)) / "cost_curves.json"
-        options = cost_curves.read_config(config)
-        with cells.only_writer(path, cfg.checkpoints):
-            record = cost_curves.cost_curves(
-                options,
-                path,
-                Path(cfg.checkpoints) / "cost_curves",
-                experiment=cfg.name,
-                scale=cfg.scale.name,
-                version=cfg.version,
-                progress=cfg.progress,
-            )
+        stage = Stage.from_config("cost_curves", config)
+        with cells.only_writer(stage.path, cfg.checkpoints):
+            record = cost_curves.cost_curves(cost_curves.read_config(config), stage)
         for line in cost_curves.summary(record):
             log.info("%s", line)
-        log.info("%s", path)
+        log.info("%s", stage.path)
 
 
 if __name__ == "__main__":

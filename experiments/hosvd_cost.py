@@ -7,7 +7,6 @@ Gradients are made, with a known shared subspace: time and memory do not depend 
 """
 
 import logging
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -18,26 +17,17 @@ log = logging.getLogger(__name__)
 @hydra.main(version_base=None, config_path="../conf", config_name="hosvd_cost")
 def main(cfg: DictConfig) -> None:
     from finetune.efficiency import hosvd_cost
+    from finetune.efficiency.stage import Stage
     from finetune.runs import cells
 
     with cells.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)
-        path = (Path("results") / cfg.name if cfg.results else Path(cfg.output)) / "hosvd_cost.json"
-        cases, options = hosvd_cost.read_config(config)
-        with cells.only_writer(path, cfg.checkpoints):
-            record = hosvd_cost.hosvd_cost(
-                cases,
-                options,
-                path,
-                Path(cfg.checkpoints) / "hosvd_cost",
-                experiment=cfg.name,
-                scale=cfg.scale.name,
-                version=cfg.version,
-                progress=cfg.progress,
-            )
+        stage = Stage.from_config("hosvd_cost", config)
+        with cells.only_writer(stage.path, cfg.checkpoints):
+            record = hosvd_cost.hosvd_cost(*hosvd_cost.read_config(config), stage)
         for line in hosvd_cost.summary(record):
             log.info("%s", line)
-        log.info("%s", path)
+        log.info("%s", stage.path)
 
 
 if __name__ == "__main__":

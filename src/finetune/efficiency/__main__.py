@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from finetune.efficiency.lengths import PADDINGS, read_lengths
+from finetune.efficiency.stage import Stage
 from finetune.efficiency.task import KEEPS, EfficiencyOptions, measure_task
 from finetune.efficiency.variants import PRECISIONS, VARIANTS
-from finetune.store import records
 
 log = logging.getLogger("finetune.efficiency")
 
@@ -49,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seed=given.seed,
         )
         for lengths in tasks:
-            record = measure_task(model, protocol, lengths, options, experiment=given.experiment, scale=given.scale)
             path = Path(given.output) / f"{lengths.task}.json"
-            records.write_json(path, record)
+            stage = Stage(path, experiment=given.experiment, scale=given.scale)
+            record = measure_task(model, protocol, lengths, options, stage)
             for line in summary(record):
                 log.info("%s", line)
             log.info("%s", path)

@@ -5,18 +5,16 @@ The one module here that reads data and needs the pipeline's packages.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune import models
 from finetune.efficiency.lengths import Lengths
-from finetune.efficiency.task import EfficiencyOptions, identity, measure_task
+from finetune.efficiency.stage import Stage
+from finetune.efficiency.task import EfficiencyOptions, measure_task
 from finetune.store import records
 from finetune.tracking.results import send_efficiency
-
-log = logging.getLogger(__name__)
 
 
 def efficiency_cell(config: Mapping[str, Any], tasks: Sequence[str], folder: Path) -> None:
@@ -37,22 +35,8 @@ def efficiency_cell(config: Mapping[str, Any], tasks: Sequence[str], folder: Pat
     for task in tasks:
         lengths, labels = _lengths(config, task, tokenizer)
         options = _options(config, labels)
-        path = folder / f"{task}.json"
-        if path.is_file():
-            digest = identity(model, config["protocol"], lengths, options, config["version"])
-            if records.read_json(path).get("run", {}).get("config_hash") == digest:
-                log.info("%s is finished, reused", path)
-                continue
-        record = measure_task(
-            model,
-            config["protocol"],
-            lengths,
-            options,
-            experiment=config["name"],
-            scale=config["scale"]["name"],
-            version=config["version"],
-        )
-        records.write_json(path, record)
+        named = {"experiment": config["name"], "scale": config["scale"]["name"], "version": config["version"]}
+        record = measure_task(model, config["protocol"], lengths, options, Stage(folder / f"{task}.json", **named))
         send_efficiency(record, config["wandb"])
     for path in folder.glob("*.json"):
         if path.stem not in tasks:

@@ -5,8 +5,6 @@ One base point; each curve changes one thing of it. Variants are interleaved in 
 
 from __future__ import annotations
 
-import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,11 +15,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from finetune.efficiency import machine
 from finetune.efficiency.layer_variants import (
     FLOOR,
     LAYER_VARIANTS,
-    LayerTrainee,
     Point,
     layer_step,
     make_bases,
@@ -31,12 +27,11 @@ from finetune.efficiency.layer_variants import (
     touched,
     variants_at,
 )
+from finetune.efficiency.stage import Stage
 from finetune.efficiency.timing import ratio, release, summarise, time_variants
-from finetune.efficiency.variants import PRECISIONS
+from finetune.efficiency.variants import PRECISIONS, Trainee
 from finetune.store import records
 from sparsegrad import core_shape
-
-log = logging.getLogger(__name__)
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PAIRS = (("folded", "rotated_regular"), ("truncated", "lora"), ("truncated_input", "lora"))
@@ -105,70 +100,42 @@ def read_config(config: Mapping[str, Any]) -> CurveOptions:
     return CurveOptions(base=Point(**scale["base"]), **lists, **counts, **own)
 
 
-def cost_curves(
-    options: CurveOptions,
-    path: Path,
-    checkpoints: Path,
-    *,
-    experiment: str = "hand",
-    scale: str = "hand",
-    version: int = 1,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Measure all points and write the record. A finished record of the same request and machine is not made again.
-
-    Args:
-        path: of the record.
-        checkpoints: folder for finished points, so that a killed stage goes on; emptied at the end.
-        experiment, scale, version: for the record.
+def cost_curves(options: CurveOptions, stage: Stage) -> dict[str, Any]:
+    """Measure all points and write the record, or read it where it is finished.
 
     Raises:
         ValueError: if the device is missing or others use it.
     """
-    device = machine.find_device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    facts = machine.facts(device)
-    content = {"version": version, "options": asdict(options), "device": [facts["type"], facts["name"]]}
-    digest = records.config_hash(content | {"torch": torch.__version__, "threads": facts["threads"]})
-    if path.is_file() and records.read_json(path).get("run", {}).get("config_hash") == digest:
-        log.info("%s is finished, reused", path)
-        return records.read_json(path)
-    before = machine.others(device)
-    warnings = machine.check_alone(device, before)
-    curves, folder = options.curves(), checkpoints / digest
+    curves = options.curves()
     decaying = replace(options.base, decay=options.decay)
     points = list(dict.fromkeys([options.base, decaying, *(point for found in curves.values() for point in found)]))
-    measured = []
-    for point in tqdm(points, desc="points", disable=not progress):
-        kept = folder / f"{records.config_hash(asdict(point))}.json"
-        if not kept.is_file():
-            records.write_json(kept, measure_point(point, options, device))
-        measured.append(records.read_json(kept))
-    record = {
-        "schema": records.SCHEMA,
-        "version": version,
-        "status": "finished",
-        "error": None,
-        "run": {"experiment": experiment, "kind": "cost_curves", "scale": scale, "config_hash": digest},
-        "treatment": {
-            **asdict(options),
-            "layer": "down(gelu(up(x))) with biases; forward, backward down to the input, update",
-            "optimizer": "AdamW, fused; SparseGrad: lazy Adam for the matrices; the floor trains nothing",
-            "bases": "random orthogonal",
-            "order": "interleaved: every round runs all variants, every second round in reverse",
-        },
-        "device": facts | {"others_before": before, "others_after": machine.others(device)},
-        "warnings": warnings,
-        "points": measured,
-        "base": points.index(options.base),
-        "decaying": points.index(decaying),
-        "curves": {name: [points.index(point) for point in found] for name, found in curves.items()},
-        "provenance": records.provenance(),
+
+    def measure(device: torch.device, folder: Path) -> dict[str, Any]:
+        measured = []
+        for point in tqdm(points, desc="points", disable=not stage.progress):
+            kept = folder / f"{records.config_hash(asdict(point))}.json"
+            if not kept.is_file():
+                records.write_json(kept, measure_point(point, options, device))
+            measured.append(records.read_json(kept))
+        return {
+            "treatment": treatment,
+            "points": measured,
+            "base": points.index(options.base),
+            "decaying": points.index(decaying),
+            "curves": {name: [points.index(point) for point in found] for name, found in curves.items()},
+        }
+
+    treatment = {
+        **asdict(options),
+        "layer": "down(gelu(up(x))) with biases; forward, backward down to the input, update",
+        "optimizer": "AdamW, fused; SparseGrad: lazy Adam for the matrices; the floor trains nothing",
+        "bases": "random orthogonal",
+        "order": "interleaved: every round runs all variants, every second round in reverse",
     }
-    records.write_json(path, record)
-    shutil.rmtree(folder, ignore_errors=True)
-    return record
+    content = {"options": asdict(options), "threads": torch.get_num_threads()}
+    return stage.run(content, measure, device=options.device)
 
 
 def measure_point(point: Point, options: CurveOptions, device: torch.device) -> dict[str, Any]:
@@ -206,7 +173,7 @@ def measure_point(point: Point, options: CurveOptions, device: torch.device) -> 
     }
 
 
-def _keep(kept: dict[str, LayerTrainee], name: str, make: Callable[[], LayerTrainee]) -> LayerTrainee:
+def _keep(kept: dict[str, Trainee], name: str, make: Callable[[], Trainee]) -> Trainee:
     kept[name] = make()
     return kept[name]
 

@@ -6,8 +6,6 @@ What does not fit or takes too long is in the record all the same, with the reas
 from __future__ import annotations
 
 import json
-import logging
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,12 +18,11 @@ from tqdm import tqdm
 
 from finetune.efficiency import machine
 from finetune.efficiency.hosvd_ways import REFERENCE, WAYS, angle, flop, peak_bytes
+from finetune.efficiency.stage import Stage
 from finetune.store import records
 from sparsegrad import load_tensors
 
-log = logging.getLogger(__name__)
-
-WORKER = ["-m", "finetune.efficiency.hosvd_worker"]
+WORKER = ["-m", "finetune.efficiency.hosvd_ways"]
 SPARE = 0.8  # share of the free memory that a way may take
 Entry = dict[str, Any]
 
@@ -93,69 +90,31 @@ def read_config(config: Mapping[str, Any]) -> tuple[list[Case], HosvdOptions]:
     return cases, HosvdOptions(limit_bytes=scale["limit_bytes"], limit_seconds=scale["limit_seconds"], **own)
 
 
-def hosvd_cost(
-    cases: Sequence[Case],
-    options: HosvdOptions,
-    path: Path,
-    checkpoints: Path,
-    *,
-    experiment: str = "hand",
-    scale: str = "hand",
-    version: int = 1,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Measure all cases and write the record. A finished record of the same request and machine is not made again.
-
-    Args:
-        path: of the record.
-        checkpoints: folder for finished measurements, so that a killed stage goes on; emptied at the end.
-        experiment, scale, version: for the record.
+def hosvd_cost(cases: Sequence[Case], options: HosvdOptions, stage: Stage) -> dict[str, Any]:
+    """Measure all cases and write the record, or read it where it is finished.
 
     Raises:
         ValueError: if the device is missing or others use it, or a measurement is refused.
     """
-    device = machine.find_device(options.device)
-    facts = machine.facts(device)
-    content = {"version": version, "cases": [asdict(c) for c in cases], "options": asdict(options)}
-    digest = records.config_hash(content | {"device": [facts["type"], facts["name"]], "torch": torch.__version__})
-    if path.is_file() and records.read_json(path).get("run", {}).get("config_hash") == digest:
-        log.info("%s is finished, reused", path)
-        return records.read_json(path)
-    before = machine.others(device)
-    warnings = machine.check_alone(device, before)
-    folder = checkpoints / digest
-    plan = [(case, way, n) for case in cases for way, n in case.plan()]
-    entries: dict[str, list[Entry]] = {case.name: [] for case in cases}
-    for case, way, n in tqdm(plan, desc="hosvd", disable=not progress):
-        entries[case.name].append(_measure(case, way, n, options, device, folder))
-    for case in cases:
-        _add_asked(case, entries[case.name])
-    _calculate(cases, entries)
-    record = {
-        "schema": records.SCHEMA,
-        "version": version,
-        "status": "finished",
-        "error": None,
-        "run": {"experiment": experiment, "kind": "hosvd_cost", "scale": scale, "config_hash": digest},
-        "treatment": {
-            **asdict(options),
-            "gradients": "made one at a time: a planted subspace of that rank, and noise; making them is not timed",
-            "processes": "each measurement in a fresh process, libraries loaded and warm",
-            "cpu_seconds": "time that the process ran on a CPU, all threads; what others took from it is not in it",
-        },
-        "device": facts
-        | {
-            "threads": options.threads or facts["threads"],
-            "others_before": before,
-            "others_after": machine.others(device),
-        },
-        "warnings": warnings,
-        "cases": [_case_record(case, entries[case.name], folder) for case in cases],
-        "provenance": records.provenance(),
+
+    def measure(device: torch.device, folder: Path) -> dict[str, Any]:
+        entries: dict[str, list[Entry]] = {case.name: [] for case in cases}
+        plan = [(case, way, n) for case in cases for way, n in case.plan()]
+        for case, way, n in tqdm(plan, desc="hosvd", disable=not stage.progress):
+            entries[case.name].append(_measure(case, way, n, options, device, folder))
+        for case in cases:
+            _add_asked(case, entries[case.name])
+        _calculate(cases, entries)
+        return {"treatment": treatment, "cases": [_case_record(case, entries[case.name], folder) for case in cases]}
+
+    treatment = {
+        **asdict(options),
+        "gradients": "made one at a time: a planted subspace of that rank, and noise; making them is not timed",
+        "processes": "each measurement in a fresh process, libraries loaded and warm",
+        "cpu_seconds": "time that the process ran on a CPU, all threads; what others took from it is not in it",
     }
-    records.write_json(path, record)
-    shutil.rmtree(folder, ignore_errors=True)
-    return record
+    content = {"cases": [asdict(case) for case in cases], "options": asdict(options)}
+    return stage.run(content, measure, device=options.device)
 
 
 def summary(record: Mapping[str, Any]) -> list[str]:
@@ -189,24 +148,21 @@ def _measure(case: Case, way: str, n: int, options: HosvdOptions, device: torch.
         return entry | {"status": "not run", "reason": reason}
     answer = _answer(folder, case.name, way, n)
     if not answer.is_file():
-        request = {"way": way, "shape": list(case.shape), "gradients": n, "rank": options.rank, "noise": options.noise}
+        request = {"way": way, "shape": case.shape, "gradients": n, "rank": options.rank, "noise": options.noise}
         request |= {"seed": options.seed, "device": device.type, "threads": options.threads}
-        trouble = _run_worker(request, answer, options.limit_seconds)
+        trouble = _run_alone(request, answer, options.limit_seconds)
         if trouble is not None:
             return entry | {"status": "stopped", "reason": trouble}
     return entry | records.read_json(answer)
 
 
-def _run_worker(request: Mapping[str, Any], answer: Path, limit_seconds: float) -> str | None:
+def _run_alone(request: Mapping[str, Any], answer: Path, limit_seconds: float) -> str | None:
     """Why there is no answer, if there is none.
 
     Raises:
-        ValueError: if the worker refused the request.
+        ValueError: if the request was refused.
     """
-    source = answer.with_suffix(".request")
-    source.parent.mkdir(parents=True, exist_ok=True)
-    source.write_text(json.dumps(request))
-    command = [sys.executable, *WORKER, str(source), str(answer)]
+    command = [sys.executable, *WORKER, json.dumps(request), str(answer)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_seconds)
     except subprocess.TimeoutExpired:

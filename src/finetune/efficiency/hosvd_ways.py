@@ -1,4 +1,4 @@
-"""Ways to the HOSVD factors of n gradients ``(out_features, in_features)``, what each should cost, and test gradients.
+"""Ways to the HOSVD factors of n gradients ``(out_features, in_features)``, each measured alone in a process.
 
     streaming           moments in float64, one gradient at a time, then one eigendecomposition a mode
     unfoldings          SVD of both mode unfoldings of the stack, in float64 (:func:`sparsegrad.hosvd_of_unfoldings`)
@@ -13,20 +13,29 @@ Costs by formula, o and i the sizes of a gradient, m the smaller and M the large
                         bytes 8 (o^2 + i^2) + max(gradient 17 o i, eigh 8 x 4 max(o, i)^2)
     SVD of an unfolding flop 6 m^2 M + 12 m^3: QR, its Q, the product with it (2 m^2 M each), SVD of the triangle;
                         bytes an entry: float32 3 x 4, float64 4 + 4 x 8, TensorLy 4 + 5 x 8; and 8 m^2 numbers of work
+
+``python -m finetune.efficiency.hosvd_ways REQUEST ANSWER`` runs one way: a process has one peak of memory. On a CPU it
+is the operating system's high-water mark of resident memory, over what was resident when the libraries were loaded and
+warm: LAPACK's work spaces are in it, which torch's allocator never sees. On CUDA it is the caching allocator's.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsegrad import Basis, GradientMoments, hosvd, hosvd_of_unfoldings, hosvd_tensorly
+from finetune.efficiency import machine
+from finetune.store.records import write_json
+from sparsegrad import Basis, GradientMoments, hosvd, hosvd_of_unfoldings, hosvd_tensorly, save_tensors
 
 Shape = tuple[int, int]
 Seconds = dict[str, float]
@@ -34,6 +43,12 @@ Seconds = dict[str, float]
 WAYS = ("streaming", "unfoldings", "unfoldings_float32", "tensorly")
 REFERENCE = "streaming"
 """What subspaces and ratios of the other ways refer to."""
+
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MEASURED_BY = {
+    "cuda": "torch.cuda.max_memory_allocated of a process of its own",
+    "cpu": "VmHWM of a process of its own, over what was resident before",
+}
 
 
 @dataclass(frozen=True)
@@ -179,3 +194,85 @@ def _timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float, f
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def measure(request: Mapping[str, Any]) -> tuple[dict[str, Any], Basis]:
+    """Run one way and say what it took.
+
+    Args:
+        request: ``way``, ``shape``, ``gradients``, ``rank``, ``noise``, ``seed``, ``device``, ``threads``.
+
+    Returns:
+        ``seconds`` by part and their ``total``, ``cpu_seconds``, ``peak_bytes``, ``measured_by``, ``angle_to_planted``
+        (radians, of U and of V); and the leading ``rank`` rows of the factors.
+
+    Raises:
+        ValueError: if the device is missing, or the system does not say how much memory a process took.
+    """
+    device = machine.find_device(request["device"])
+    if request["threads"] is not None:
+        torch.set_num_threads(request["threads"])
+    options = {name: request[name] for name in ("noise", "seed")} | {"device": device}
+    run(request["way"], Gradients((6, 4), 2, **options), 3)  # libraries loaded, kernels and handles made
+    gradients = Gradients(tuple(request["shape"]), request["rank"], **options)
+    before = _start(device)
+    basis, seconds = run(request["way"], gradients, request["gradients"])
+    peak = max(0, _peak(device) - before)
+    leading, planted = basis.leading(request["rank"], request["rank"]), gradients.planted()
+    cpu_seconds = seconds.pop("cpu")
+    answer = {
+        "seconds": {**seconds, "total": sum(seconds.values())},
+        "cpu_seconds": cpu_seconds,
+        "peak_bytes": peak,
+        "measured_by": MEASURED_BY[device.type],
+        "angle_to_planted": {"U": angle(leading.U, planted.U), "V": angle(leading.V, planted.V)},
+    }
+    return answer, leading
+
+
+def main(request: str, answer: str) -> None:
+    """Write ``answer`` (JSON) and beside it ``.safetensors`` with the leading rows ``U`` and ``V``.
+
+    Args:
+        request: of :func:`measure`, as JSON.
+
+    Raises:
+        SystemExit: with one line, if the request is refused or a package is missing.
+    """
+    asked, path = json.loads(request), Path(answer)
+    try:
+        found, basis = measure(asked)
+    except (ValueError, ImportError) as error:
+        raise SystemExit(f"error: {error}") from None
+    save_tensors(path.with_suffix(".safetensors"), {"U": basis.U, "V": basis.V}, {"way": asked["way"]})
+    write_json(path, found)
+
+
+def _start(device: torch.device) -> int:
+    """Forget the peak so far; bytes in use now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        RESET.write_text("5")  # VmHWM falls to what is resident now
+    except OSError as error:
+        raise ValueError(
+            f"{RESET} can't be written ({error}): a CPU's peak memory is measured on Linux alone."
+        ) from None
+    return _status("VmHWM")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"{STATUS} names no {name}: peak memory is measured on Linux or CUDA.")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

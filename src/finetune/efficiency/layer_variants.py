@@ -1,20 +1,11 @@
 """One MLP, ``up``, GELU, ``down``, trained by every method and form, and the operations that a step needs by formula.
 
-Operations of one matrix ``(o, i)``, N tokens, forward, backward (the input's gradient too) and update; a product of
-m x n and n x p is 2 m n p. r x c is the truncated core; a, b are the rows and columns that hold one of k entries, at
-most ``min(k, o)`` and ``min(k, i)``:
-
-    floor            4 N o i                 frozen: no weight gradient, no update
-    full             6 N o i
-    lora             4 N o i + 6 N rank (i + o)
-    rotated_regular  6 N o i + 4 N (i^2 + o^2)
-    folded           6 N o i + 2 i^2 min(N, o) + 2 o^2 min(N, i) + folding back
-    truncated        4 N o i + 2 N (i c + o r + r c) + min(2 r i (c + o), 2 c o (r + i))
-    truncated_input  4 N o i + 2 N c (i + o) + 2 o c i        a core of all outputs, c = k / o
-
-Folding back, ``V^T dW_rot U``, is 2 b o i + 2 o min(a b, k) or 2 a o i + 2 i min(a b, k): with V or with U first, that
-product sparse over the entries or dense, as :func:`sparsegrad.folded.add_rotated_back_` chooses. The last term of
-the truncated forms is their update. Element-wise work, Adam and the search for the top k are in none.
+Operations of one matrix ``(o, i)`` and N tokens: ``4 N o i`` for forward and the input's gradient, which the floor has
+too, and what the method says (:meth:`finetune.methods.base.Method.operations`), but for folding back. There a and b are
+the rows and columns that hold one of the k entries, at most ``min(k, o)`` and ``min(k, i)``, and ``V^T dW_rot U`` takes
+2 b o i + 2 o min(a b, k) or 2 a o i + 2 i min(a b, k): with V or with U first, that product sparse over the entries or
+dense, as :func:`sparsegrad.folded.add_rotated_back_` chooses. Element-wise work, Adam and the search for the top k are
+in none.
 """
 
 from __future__ import annotations
@@ -25,11 +16,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from finetune.efficiency.variants import PRECISIONS
-from finetune.methods import build_method
-from sparsegrad import Basis, core_shape, sparsegrad_layers
+from finetune.efficiency.variants import PRECISIONS, Trainee
+from finetune.methods import Method, build_method
+from sparsegrad import Basis, sparsegrad_layers
 from sparsegrad.folded import SPARSE_COST
 
 FLOOR = "floor"
@@ -91,14 +81,6 @@ class MLP(nn.Module):
         return self.down(nn.functional.gelu(self.up(x)))
 
 
-@dataclass
-class LayerTrainee:
-    """An MLP ready to train; the floor has no optimizer."""
-
-    model: nn.Module
-    optimizer: Optimizer | None
-
-
 def make_bases(point: Point, seed: int, device: torch.device) -> dict[str, Basis]:
     """Random orthogonal bases of both kinds, float32."""
     generator = torch.Generator().manual_seed(seed)
@@ -110,7 +92,7 @@ def make_bases(point: Point, seed: int, device: torch.device) -> dict[str, Basis
 
 def make_layer(
     name: str, point: Point, bases: Mapping[str, Basis], *, seed: int, learning_rate: float = 1e-5
-) -> LayerTrainee:
+) -> Trainee:
     """Build the MLP with random weights and hand it to a variant's method, which trains matrices and biases.
 
     Raises:
@@ -121,16 +103,20 @@ def make_layer(
     torch.manual_seed(seed)
     plain = MLP(point.hidden, point.inner, bases["up"].U.device)
     if name == FLOOR:
-        return LayerTrainee(plain.requires_grad_(False), None)
+        return Trainee(plain.requires_grad_(False), None)
+    method = _method(name, point, bases)
+    model = method.prepare(plain).train()
+    return Trainee(model, method.optimizer(model, learning_rate, 0.0))
+
+
+def _method(name: str, point: Point, bases: Mapping[str, Basis]) -> Method:
     base = "sparsegrad" if name in FORMS else name
     settings = {"name": base, "form": FORMS.get(name, ""), "matmul": "regular"}
     settings["core"] = "input" if name == "truncated_input" else "square"
     modules = {"name": "mlp", "target_modules": {"up": "up", "down": "down"}, "layers_to_transform": None}
     modules |= {"lora_rank": point.lora_rank, "k": point.k}
     choices = {"density": None, "orientation": "hosvd", "train": "targets", "frozen": {}, "lora_scale": 2}
-    method = build_method(settings, modules, choices, bases=bases, one_backward_a_step=True)
-    model = method.prepare(plain).train()
-    return LayerTrainee(model, method.optimizer(model, learning_rate, 0.0))
+    return build_method(settings, modules, choices, bases=bases, one_backward_a_step=True)
 
 
 def make_batch(point: Point, bases: Mapping[str, Basis], seed: int) -> dict[str, Tensor]:
@@ -144,7 +130,7 @@ def make_batch(point: Point, bases: Mapping[str, Basis], seed: int) -> dict[str,
     return {"x": x.requires_grad_(), "g": g}
 
 
-def layer_step(trainee: LayerTrainee, batch: Mapping[str, Tensor], precision: str) -> None:
+def layer_step(trainee: Trainee, batch: Mapping[str, Tensor], precision: str) -> None:
     """Forward, backward down to the input, update."""
     x, dtype = batch["x"], PRECISIONS[precision]
     x.grad = None
@@ -156,7 +142,7 @@ def layer_step(trainee: LayerTrainee, batch: Mapping[str, Tensor], precision: st
         trainee.optimizer.zero_grad()
 
 
-def makers(point: Point, bases: Mapping[str, Basis], seed: int) -> dict[str, Callable[[], LayerTrainee]]:
+def makers(point: Point, bases: Mapping[str, Basis], seed: int) -> dict[str, Callable[[], Trainee]]:
     """What builds each variant, for :func:`finetune.efficiency.timing.time_variants`."""
     return {name: partial(make_layer, name, point, bases, seed=seed) for name in variants_at(point)}
 
@@ -167,7 +153,7 @@ def variants_at(point: Point) -> list[str]:
     return [name for name in LAYER_VARIANTS if fits or name != "truncated_input"]
 
 
-def touched(trainee: LayerTrainee) -> dict[str, list[int]]:
+def touched(trainee: Trainee) -> dict[str, list[int]]:
     """Rows and columns of each matrix that hold an entry moved so far, by layer kind; empty for dense methods."""
     found = {}
     for name, layer in sparsegrad_layers(trainee.model).items():
@@ -183,27 +169,17 @@ def step_flop(name: str, point: Point, held: Mapping[str, Sequence[int]] | None 
     Args:
         held: rows and columns that hold an entry, by layer kind (:func:`touched`); without them, as many as can be.
     """
-    shapes = {"up": (point.inner, point.hidden), "down": (point.hidden, point.inner)}
-    return float(sum(_matrix_flop(name, shape, point, (held or {}).get(kind)) for kind, shape in shapes.items()))
-
-
-def _matrix_flop(name: str, shape: tuple[int, int], point: Point, held: Sequence[int] | None) -> int:
-    (o, i), N, k = shape, point.tokens, point.k
-    passes = 4 * N * o * i if name in (FLOOR, "lora", "truncated", "truncated_input") else 6 * N * o * i
-    if name == "lora":
-        return passes + 6 * N * point.lora_rank * (i + o)
-    if name == "rotated_regular":
-        return passes + 4 * N * (i * i + o * o)
-    if name == "folded":
-        rotation = 2 * i * i * min(N, o) + 2 * o * o * min(N, i)
-        return passes + rotation + _fold_back(*(held or (min(k, o), min(k, i))), k, o, i)
-    if name == "truncated":
-        r, c = core_shape(k, (o, i))
-        return passes + 2 * N * (i * c + o * r + r * c) + min(2 * r * i * (c + o), 2 * c * o * (r + i))
-    if name == "truncated_input":
-        c = min(k // o, i)
-        return passes + 2 * N * c * (i + o) + 2 * o * c * i
-    return passes
+    shapes, N = {"up": (point.inner, point.hidden), "down": (point.hidden, point.inner)}, point.tokens
+    total = sum(4.0 * N * o * i for o, i in shapes.values())
+    if name == FLOOR:
+        return total
+    method = _method(name, point, {})
+    for kind, (o, i) in shapes.items():
+        own = method.operations((o, i))
+        total += N * own.token + sum(min(N * a, b) for a, b in own.choices)
+        rows, columns = (held or {}).get(kind, (min(point.k, o), min(point.k, i)))
+        total += _fold_back(rows, columns, point.k, o, i) if name == "folded" else own.step
+    return total
 
 
 def _fold_back(a: int, b: int, k: int, o: int, i: int) -> int:

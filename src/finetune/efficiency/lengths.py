@@ -1,9 +1,7 @@
 """Token lengths of a task, and batches of random tokens that have them.
 
-A lengths file is JSON: ``task``, ``source`` (where the lengths come from), and one of
-
-    counts      tokens of an example -> number of examples
-    quantiles   share of the examples, 0 to 1 -> tokens; lengths are drawn from it, linear in between
+A lengths file is JSON: ``task``, ``source`` (where the lengths come from), and ``counts``: tokens of an example ->
+number of examples.
 """
 
 from __future__ import annotations
@@ -23,7 +21,6 @@ from finetune.store import records
 
 PADDINGS = ("longest", "max_length")
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
-_DRAWN = 10_000  # lengths that stand for a distribution given by its quantiles
 
 
 @dataclass(frozen=True)
@@ -71,38 +68,17 @@ def read_lengths(path: str | Path) -> Lengths:
     """Read a lengths file.
 
     Raises:
-        ValueError: if it is missing or damaged, or has neither ``counts`` nor ``quantiles``.
+        ValueError: if it is missing or damaged, or lacks a key.
     """
     content = records.read_json(path)
-    missing = [key for key in ("task", "source") if not isinstance(content.get(key), str)]
-    kinds = [key for key in ("counts", "quantiles") if isinstance(content.get(key), Mapping)]
-    if missing or len(kinds) != 1:
-        raise ValueError(
-            f"{path} has the keys {sorted(content)}; needed are task, source, and one of counts and quantiles."
-        )
+    kinds = {"task": str, "source": str, "counts": Mapping}
+    if any(not isinstance(content.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"{path} has the keys {sorted(content)}; needed are task, source and counts.")
     try:
-        if kinds == ["counts"]:
-            values = [int(length) for length, count in content["counts"].items() for _ in range(int(count))]
-        else:
-            values = _from_quantiles({float(share): float(v) for share, v in content["quantiles"].items()})
+        values = [int(length) for length, count in content["counts"].items() for _ in range(int(count))]
         return Lengths(content["task"], content["source"], tuple(values))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {kinds[0]} can't be read: {error}") from None
-
-
-def _from_quantiles(quantiles: Mapping[float, float]) -> list[int]:
-    shares = sorted(quantiles)
-    tokens = [quantiles[share] for share in shares]
-    if len(shares) < 2 or shares[0] != 0 or shares[-1] != 1 or tokens != sorted(tokens):
-        raise ValueError("quantiles go from share 0 to share 1 and never fall")
-    found, place = [], 0
-    for number in range(_DRAWN):
-        share = (number + 0.5) / _DRAWN
-        while shares[place + 1] < share:
-            place += 1
-        inside = (share - shares[place]) / (shares[place + 1] - shares[place])
-        found.append(round(tokens[place] + inside * (tokens[place + 1] - tokens[place])))
-    return found
+        raise ValueError(f"{path}: counts can't be read: {error}") from None
 
 
 def make_batches(

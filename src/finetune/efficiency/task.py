@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,21 +14,21 @@ from finetune import models
 from finetune.efficiency import machine
 from finetune.efficiency.footprint import measure_memory, take_workspaces
 from finetune.efficiency.lengths import PADDINGS, Lengths, make_batches
+from finetune.efficiency.stage import Stage
 from finetune.efficiency.timing import Batch, ratio, release, summarise, time_variants
 from finetune.efficiency.variants import (
     PRECISIONS,
     Trainee,
     Variant,
+    make_method,
     make_model,
     make_trainee,
     random_bases,
     select_variants,
     why_missing,
 )
-from finetune.methods import build_targets
-from finetune.methods.base import kept_entries
+from finetune.methods.base import count_parameters, kept_entries
 from finetune.methods.costs import RESIDENT, predicted_peaks
-from finetune.store import records
 
 log = logging.getLogger(__name__)
 
@@ -85,120 +85,79 @@ class EfficiencyOptions:
 
 
 def measure_task(
-    model: Mapping[str, Any],
-    protocol: Mapping[str, Any],
-    lengths: Lengths,
-    options: EfficiencyOptions,
-    *,
-    experiment: str = "hand",
-    scale: str = "hand",
-    version: int = 1,
+    model: Mapping[str, Any], protocol: Mapping[str, Any], lengths: Lengths, options: EfficiencyOptions, stage: Stage
 ) -> dict[str, Any]:
-    """Measure all variants on one task and return the record.
+    """Measure all variants on one task and write the record, or read it where it is finished.
 
     Args:
         model: the configuration group: name, title, architecture, target_modules, layers_to_transform, lora_rank, k.
         protocol: the group; density, orientation, train, frozen, lora_scale and meprop_optimizer are read.
         lengths: of the task.
-        experiment, scale, version: for the record.
+        stage: the record's place and names.
 
     Raises:
         ValueError: if the device is missing or others use it, or an option or configuration is refused.
     """
-    device = machine.find_device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    before = machine.others(device)
-    warnings = machine.check_alone(device, before)
-    batches, shapes = _batches(model, lengths, options, device)
-    bases = random_bases(model, protocol, seed=options.seed, device=device)
-    entries, makers = [], {}
-    for variant in select_variants(options.variants):
-        entry: dict[str, Any] = asdict(variant) | {"status": "finished", "reason": None}
-        make = partial(
-            make_trainee,
-            variant,
-            model,
-            protocol,
-            bases,
-            num_labels=options.num_labels,
-            learning_rate=options.learning_rate,
-            seed=options.seed,
-            device=device,
-        )
-        entries.append(_with_memory(entry, variant, make, model, protocol, batches, options, device))
-        if entry["status"] == "finished":
-            makers[variant.name] = make
-    together = _keep_together(entries, options.keep, device)
-    seconds = time_variants(
-        makers,
-        batches,
-        rounds=options.rounds,
-        warmup_steps=options.warmup_steps,
-        precision=options.precision,
-        device=device,
-        together=together,
+    named = {"model": model["name"], "task": lengths.task, "protocol": protocol["name"]}
+    return replace(stage, kind="efficiency", named=named).run(
+        identity(model, protocol, lengths, options),
+        lambda device, _: _measure(model, protocol, lengths, options, device),
+        device=options.device,
     )
-    _add_times(entries, seconds)
-    after = machine.others(device)
-    if after.get("other_bytes", 0) > machine.OTHERS:
-        warnings.append(f"other processes took {after['other_bytes'] / 1e6:.0f} MB of the device while measuring")
-    return {
-        "schema": records.SCHEMA,
-        "version": version,
-        "status": "finished",
-        "error": None,
-        "run": {
-            "experiment": experiment,
-            "kind": "efficiency",
-            "model": model["name"],
-            "task": lengths.task,
-            "protocol": protocol["name"],
-            "scale": scale,
-            "config_hash": identity(model, protocol, lengths, options, version),
-        },
-        "model": {"title": model["title"], "architecture": dict(model["architecture"]), "random_weights": True},
-        "treatment": {
-            **asdict(options),
-            "optimizer": "AdamW, fused; SparseGrad and lazy MeProp: lazy Adam for the target matrices",
-            "train": protocol["train"],
-            "density": protocol["density"],
-            "bases": "random orthogonal: speed does not depend on which orthogonal matrices they are",
-            "kept": "all variants in memory" if together else "each variant built anew in every round",
-            "order": "interleaved: every round runs all variants over all batches, every second round in reverse",
-            "batches_at": "on the device before the clock starts",
-        },
-        "lengths": lengths.facts() | shapes,
-        "device": machine.facts(device) | {"others_before": before, "others_after": after},
-        "warnings": warnings,
-        "variants": entries,
-        "provenance": records.provenance(),
-    }
 
 
 def identity(
-    model: Mapping[str, Any],
-    protocol: Mapping[str, Any],
-    lengths: Lengths,
-    options: EfficiencyOptions,
-    version: int,
-) -> str:
-    """Hash of what decides the numbers, the machine and the forms that exist among it, so that a record is reused."""
-    device = machine.find_device(options.device)
-    facts = machine.facts(device)
+    model: Mapping[str, Any], protocol: Mapping[str, Any], lengths: Lengths, options: EfficiencyOptions
+) -> dict[str, Any]:
+    """What decides the numbers, beside the machine, so that a record is reused."""
     read = ("density", "orientation", "train", "frozen", "lora_scale", "meprop_optimizer")
-    content = {
-        "version": version,
+    return {
         "model": {k: model[k] for k in ("architecture", "target_modules", "layers_to_transform", "lora_rank", "k")},
         "protocol": {name: protocol[name] for name in read},
         "lengths": lengths.facts()["sha256"],
         "options": asdict(options),
-        "device": [facts["type"], facts["name"]],
-        "torch": torch.__version__,
         "variants": [asdict(variant) for variant in select_variants(options.variants)],
-        "missing": [variant.name for variant in select_variants(options.variants) if why_missing(variant)],
+        "missing": [],  # in the hashes of committed records: forms that sparsegrad did not have
     }
-    return records.config_hash(content)
+
+
+def _measure(
+    model: Mapping[str, Any],
+    protocol: Mapping[str, Any],
+    lengths: Lengths,
+    options: EfficiencyOptions,
+    device: torch.device,
+) -> dict[str, Any]:
+    batches, shapes = _batches(model, lengths, options, device)
+    bases = random_bases(model, protocol, seed=options.seed, device=device)
+    entries, makers = [], {}
+    for variant in select_variants(options.variants):
+        how = {"num_labels": options.num_labels, "learning_rate": options.learning_rate, "seed": options.seed}
+        make = partial(make_trainee, variant, model, protocol, bases, **how, device=device)
+        entries.append(asdict(variant) | _memory(variant, make, model, protocol, batches, options))
+        if entries[-1]["status"] == "finished":
+            makers[variant.name] = make
+    together = _keep_together(entries, options.keep, device)
+    how = {"rounds": options.rounds, "warmup_steps": options.warmup_steps, "precision": options.precision}
+    _add_times(entries, time_variants(makers, batches, **how, device=device, together=together))
+    treatment = {
+        **asdict(options),
+        "optimizer": "AdamW, fused; SparseGrad and lazy MeProp: lazy Adam for the target matrices",
+        "train": protocol["train"],
+        "density": protocol["density"],
+        "bases": "random orthogonal: speed does not depend on which orthogonal matrices they are",
+        "kept": "all variants in memory" if together else "each variant built anew in every round",
+        "order": "interleaved: every round runs all variants over all batches, every second round in reverse",
+        "batches_at": "on the device before the clock starts",
+    }
+    return {
+        "model": {"title": model["title"], "architecture": dict(model["architecture"]), "random_weights": True},
+        "treatment": treatment,
+        "lengths": lengths.facts() | shapes,
+        "variants": entries,
+    }
 
 
 def _batches(
@@ -225,53 +184,40 @@ def _batches(
     return [{name: tensor.to(device) for name, tensor in made[place].items()} for place in order], shapes
 
 
-def _with_memory(
-    entry: dict[str, Any],
+def _memory(
     variant: Variant,
     make: Callable[[], Trainee],
     model: Mapping[str, Any],
     protocol: Mapping[str, Any],
     batches: Sequence[Batch],
     options: EfficiencyOptions,
-    device: torch.device,
 ) -> dict[str, Any]:
-    """Add parameters and memory to a variant's entry, or why it has none."""
-    targets = build_targets(variant.method, model, protocol).find(
-        make_model(model["architecture"], options.num_labels, "meta")
-    )
-    shapes = [tuple(target.module.weight.shape) for target in targets]
-    kept = kept_entries(model["k"], protocol["density"], shapes[0])
-    missing = why_missing(variant, shapes, kept)
+    """Parameters and memory of a variant, measured on the longest batch and by formula, or why there is none."""
+    plain, method = make_model(model["architecture"], options.num_labels, "meta"), make_method(variant, model, protocol)
+    shapes = [tuple(target.module.weight.shape) for target in method.targets.find(plain)]
+    missing = why_missing(variant, shapes, kept_entries(model["k"], protocol["density"], shapes[0]))
     if missing:
-        return _refused(entry, "skipped", missing)
-    made: dict[str, Any] = {}
-
-    def make_and_note() -> Trainee:
-        trainee = make()
-        made.update(parameters=trainee.parameters, method=trainee.method)
-        return trainee
-
+        return _refused(variant.name, "skipped", missing)
     log.info("memory of %s", variant.name)
-    how = {"precision": options.precision, "device": device}
+    ids = batches[0]["input_ids"]
+    how = {"precision": options.precision, "device": ids.device}
     try:
         take_workspaces(make, batches[0], **how)
-        found = measure_memory(make_and_note, batches[0], **how, warmup_steps=options.warmup_steps)
+        found = measure_memory(make, batches[0], **how, warmup_steps=options.warmup_steps)
     except torch.OutOfMemoryError as error:
-        release(device)
-        return _refused(entry, "failed", f"out of memory: {str(error).splitlines()[0]}")
-    positions, width = batches[0]["input_ids"].numel(), 2 if options.precision == "bf16" else 4
-    predicted = predicted_peaks(made["method"], found["components"], shapes, positions=positions, width=width)
-    ratios = {name: value / found[name] for name, value in predicted.items()}
-    shape = list(batches[0]["input_ids"].shape)
-    entry["parameters"] = made["parameters"]
-    entry["memory"] = found | {"predicted": predicted, "predicted_over_measured": ratios, "batch": shape}
-    return entry
+        release(ids.device)
+        return _refused(variant.name, "failed", f"out of memory: {str(error).splitlines()[0]}")
+    width = 2 if options.precision == "bf16" else 4
+    predicted = predicted_peaks(method, found["components"], shapes, positions=ids.numel(), width=width)
+    ratios = {peak: value / found[peak] for peak, value in predicted.items()}
+    memory = found | {"predicted": predicted, "predicted_over_measured": ratios, "batch": list(ids.shape)}
+    parameters = count_parameters(plain, method)
+    return {"status": "finished", "reason": None, "parameters": parameters, "memory": memory}
 
 
-def _refused(entry: dict[str, Any], status: str, reason: str) -> dict[str, Any]:
-    log.warning("%s %s: %s", entry["name"], status, reason)
-    entry.update(status=status, reason=reason)
-    return entry
+def _refused(name: str, status: str, reason: str) -> dict[str, Any]:
+    log.warning("%s %s: %s", name, status, reason)
+    return {"status": status, "reason": reason}
 
 
 def _keep_together(entries: Sequence[Mapping[str, Any]], keep: str, device: torch.device) -> bool:

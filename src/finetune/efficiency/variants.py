@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from finetune.methods import Method, build_method, build_targets
-from finetune.methods.base import count_parameters
 from finetune.training.evaluation import summed_loss
 from sparsegrad import Basis
-from sparsegrad.convert import FORMS
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -63,16 +61,14 @@ def select_variants(names: Sequence[str] | None) -> list[Variant]:
     return [variant for variant in VARIANTS if variant.name in names]
 
 
-def why_missing(variant: Variant, shapes: Sequence[tuple[int, int]] = (), kept: int = 0) -> str | None:
-    """Why a variant can't be measured with this version of the method, or on these matrices; None if it can.
+def why_missing(variant: Variant, shapes: Sequence[tuple[int, int]], kept: int) -> str | None:
+    """Why a variant can't be measured on these matrices; None if it can.
 
     Args:
         shapes: ``(out_features, in_features)`` of the target matrices.
         kept: entries kept a matrix.
     """
-    if variant.form and variant.form not in FORMS:
-        return f"sparsegrad has no form {variant.form!r} yet; it has {', '.join(FORMS)}"
-    outputs = max((shape[0] for shape in shapes), default=0)
+    outputs = max(shape[0] for shape in shapes)
     if variant.core == "input" and kept < outputs:
         return f"a core of all {outputs} outputs needs as many entries at least; {kept} are kept of a matrix this small"
     return None
@@ -80,18 +76,23 @@ def why_missing(variant: Variant, shapes: Sequence[tuple[int, int]] = (), kept: 
 
 @dataclass
 class Trainee:
-    """A variant ready to train.
+    """A variant ready to train; without an optimizer it stays as it is.
 
     Attributes:
         model: prepared by its method, on its device, in training mode.
         optimizer: the method's.
-        parameters: :func:`finetune.methods.base.count_parameters`.
     """
 
-    method: Method
     model: nn.Module
-    optimizer: Optimizer
-    parameters: dict[str, int | float]
+    optimizer: Optimizer | None
+
+
+def make_method(
+    variant: Variant, model: Mapping[str, Any], protocol: Mapping[str, Any], bases: Mapping[str, Basis] | None = None
+) -> Method:
+    """The variant's method; without bases it says what it costs and prepares nothing."""
+    settings = {name: getattr(variant, name) for name in ("form", "matmul", "core")} | {"name": variant.method}
+    return build_method(settings, model, protocol, bases=bases or {}, one_backward_a_step=True)
 
 
 def make_trainee(
@@ -117,12 +118,9 @@ def make_trainee(
     """
     torch.manual_seed(seed)
     plain = make_model(model["architecture"], num_labels, device)
-    settings = {name: getattr(variant, name) for name in ("form", "matmul", "core")}
-    settings |= {"name": variant.method}
-    method = build_method(settings, model, protocol, bases=bases, one_backward_a_step=True)
-    parameters = count_parameters(plain, method)
+    method = make_method(variant, model, protocol, bases)
     prepared = method.prepare(plain).train()
-    return Trainee(method, prepared, method.optimizer(prepared, learning_rate, 0.0), parameters)
+    return Trainee(prepared, method.optimizer(prepared, learning_rate, 0.0))
 
 
 def make_model(architecture: Mapping[str, Any], num_labels: int, device: torch.device | str) -> nn.Module:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from math import prod
 from typing import ClassVar, Self
 
@@ -29,7 +30,8 @@ from torch.optim import Optimizer
 
 from finetune.methods.base import Configuration, Method, kept_entries
 from finetune.methods.costs import MatrixMemory, Operations, Shape
-from sparsegrad import Basis, SparseGradAdamW, core_shape, merge, param_groups, sparsify
+from sparsegrad import Basis, SparseGradAdamW, core_shape, merge, param_groups, sparsify, top_k
+from sparsegrad.select import Rule
 
 CORES = ("square", "input")
 
@@ -49,6 +51,7 @@ class SparseGrad(Method):
             most k entries trains whole.
         core: of the truncated form, ``square``, or ``input``: all outputs times the leading directions of the input.
         drop_after: see :class:`sparsegrad.SparseGradAdamW`.
+        select: which k entries are kept, see :func:`sparsegrad.sparsify`; a method's file names it by its dotted path.
     """
 
     needs_bases: ClassVar[bool] = True
@@ -63,6 +66,7 @@ class SparseGrad(Method):
     core: str = "square"
     select_in: str = "step"
     drop_after: int | None = None
+    select: Rule = top_k
 
     @classmethod
     def from_config(cls, config: Configuration) -> Self:
@@ -83,6 +87,7 @@ class SparseGrad(Method):
             matmul=method["matmul"],
             core=method.get("core", "square"),
             select_in="backward" if config.one_backward_a_step else "step",
+            select=_rule(method["select"]) if "select" in method else top_k,
         )
 
     @property
@@ -100,7 +105,8 @@ class SparseGrad(Method):
             self.targets.layers_to_transform,
             form=self.form,
             matmul=self.matmul,
-            select_in="step" if self.form == "truncated" else self.select_in,
+            select_in="backward" if self.selects_in_backward else "step",
+            select=self.select,
         )
 
     def _bases(self) -> dict[str, Basis]:
@@ -170,6 +176,20 @@ class SparseGrad(Method):
         """Rows and columns of the truncated form's core; ``input`` has no column where k is below the outputs."""
         k = kept_entries(self.k, self.density, shape)
         return (shape[0], min(k // shape[0], shape[1])) if self.core == "input" else core_shape(k, shape)
+
+
+def _rule(path: str) -> Rule:
+    """The function of this dotted path.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"method.select={path!r}: {error}; give a function as package.module.function.") from None
+    return found
 
 
 def random_basis(like: Basis, generator: torch.Generator) -> Basis:

@@ -1,5 +1,6 @@
 """Measuring speed and memory: never how fast, only that what is measured is what is said."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,14 +12,23 @@ import pytest
 import torch
 import yaml
 
-from finetune.efficiency import footprint, machine, task, timing, variants
+from finetune.efficiency import cell, footprint, machine, task, timing, variants
 from finetune.efficiency.__main__ import main
 from finetune.efficiency.lengths import Lengths, make_batches, read_lengths
+from finetune.efficiency.stage import Stage
 from finetune.efficiency.task import EfficiencyOptions, measure_task
-from finetune.efficiency.variants import VARIANTS, make_model, make_trainee, random_bases, select_variants, train_step
+from finetune.efficiency.variants import (
+    VARIANTS,
+    make_method,
+    make_model,
+    make_trainee,
+    random_bases,
+    select_variants,
+    train_step,
+)
 from finetune.methods import build_method
 from finetune.methods.costs import RESIDENT, predicted_peaks
-from finetune.store.records import read_json
+from finetune.store.records import config_hash, read_json
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[3]
@@ -54,6 +64,17 @@ def options():
 
 
 @pytest.fixture
+def measure(model, protocol, options, tmp_path):
+    """``measure(variants=["full"], lengths=LENGTHS)``: the record of a tiny BERT."""
+
+    def make(lengths=LENGTHS, **changes):
+        stage = Stage(tmp_path / "cola.json", experiment="e", scale="smoke")
+        return measure_task(model(), protocol, lengths, options(**changes), stage)
+
+    return make
+
+
+@pytest.fixture
 def batches():
     """``batches(size=4, count=2)``: batches for a vocabulary of 300."""
 
@@ -78,13 +99,6 @@ def maker(model, protocol):
     return make
 
 
-def there(name):
-    (variant,) = select_variants([name])
-    if reason := variants.why_missing(variant):
-        pytest.skip(reason)
-    return name
-
-
 def size_for(name):
     """A core of all outputs needs more entries than one percent of the smallest model has."""
     return {"density": 0.1} if name == "truncated_input" else {}
@@ -102,25 +116,14 @@ def test_a_lengths_file_is_read_back(tmp_path):
     assert LENGTHS.facts()["mean"] == 8 and LENGTHS.facts()["quantiles"]["1.0"] == 12
 
 
-def test_lengths_of_quantiles_follow_them(tmp_path):
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps({"task": "x", "source": "s", "quantiles": {"0": 4, "0.5": 10, "1": 40}}))
-    values = torch.tensor(read_lengths(path).values, dtype=torch.float64)
-    assert values.min() == 4 and values.max() == 40
-    assert values.median() == 10 and values.quantile(0.75) == 25 and values.quantile(0.25) == 7
-
-
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ({"task": "x", "source": "s"}, "one of counts and quantiles"),
+        ({"task": "x", "source": "s"}, "needed are task, source and counts"),
         ({"source": "s", "counts": {"3": 1}}, "needed are task"),
-        ({"task": "x", "source": "s", "counts": {"3": 1}, "quantiles": {"0": 1, "1": 2}}, "one of counts"),
         ({"task": "x", "source": "s", "counts": {}}, "none"),
         ({"task": "x", "source": "s", "counts": {"0": 2}}, "at least 1"),
         ({"task": "x", "source": "s", "counts": {"three": 2}}, "can't be read"),
-        ({"task": "x", "source": "s", "quantiles": {"0.1": 4, "1": 5}}, "from share 0"),
-        ({"task": "x", "source": "s", "quantiles": {"0": 9, "1": 5}}, "never fall"),
     ],
 )
 def test_a_wrong_lengths_file_is_refused(content, text, tmp_path):
@@ -173,10 +176,10 @@ def test_unknown_options_are_refused(changes, text, options):
         options(**changes)
 
 
-def test_cuda_without_a_device_is_refused(monkeypatch, model, protocol, options):
+def test_cuda_without_a_device_is_refused(monkeypatch, measure):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="torch sees no CUDA device"):
-        measure_task(model(), protocol, LENGTHS, options(device="cuda"))
+        measure(device="cuda")
     with pytest.raises(ValueError, match="allowed: auto, cpu, cuda"):
         machine.find_device("tpu")
     assert machine.find_device("auto") == CPU
@@ -192,9 +195,9 @@ def test_a_shared_device_is_refused_and_a_busy_cpu_is_noted(monkeypatch):
     assert "load average 99.0" in warning
 
 
-def test_inputs_longer_than_the_model_takes_are_refused(model, protocol, options):
+def test_inputs_longer_than_the_model_takes_are_refused(measure):
     with pytest.raises(ValueError, match="inputs of 70 tokens; this model has 64 positions"):
-        measure_task(model(), protocol, Lengths("x", "s", (70,)), options())
+        measure(Lengths("x", "s", (70,)))
 
 
 # Memory
@@ -234,7 +237,7 @@ def test_components_of_sparsegrad_are_the_kept_entries(maker, batches):
 )
 def test_measured_peak_holds_the_resident_parts_and_is_predicted(name, precision, maker, batches):
     architecture = {"vocab_size": 1000, "hidden_size": 192, "num_hidden_layers": 3, "intermediate_size": 768}
-    make = maker(there(name), **architecture)
+    make = maker(name, **architecture)
     (batch,) = batches(8, 1, lengths=Lengths("x", "s", tuple(range(20, 60))))
     found = footprint.measure_memory(make, batch, precision=precision, device=CPU, warmup_steps=1)
     components = found["components"]
@@ -242,7 +245,8 @@ def test_measured_peak_holds_the_resident_parts_and_is_predicted(name, precision
     assert found["peak_training"] > found["peak_evaluation"] > resident
     assert found["peak_training"] >= resident + components["gradients"]
     how = {"positions": batch["input_ids"].numel(), "width": 2 if precision == "bf16" else 4}
-    for peak, value in predicted_peaks(make().method, components, [(768, 192)], **how).items():
+    method = make_method(select_variants([name])[0], *make.args[1:3])
+    for peak, value in predicted_peaks(method, components, [(768, 192)], **how).items():
         assert value == pytest.approx(found[peak], rel=0.1), peak
 
 
@@ -372,7 +376,7 @@ def test_summaries_are_medians_and_ratios_are_paired():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_moves_the_weights_as_training_does(name, maker, batches):
     """All variants start from the same function, and a step on one batch lowers its loss."""
-    trainee, reference = maker(there(name))(), maker("full")()
+    trainee, reference = maker(name)(), maker("full")()
     batch = batches(count=1)[0]
     for one in (trainee, reference):
         one.model.eval()
@@ -389,9 +393,9 @@ def test_a_step_moves_the_weights_as_training_does(name, maker, batches):
 # The record
 
 
-def test_the_record_says_what_was_measured(model, protocol, options):
+def test_the_record_says_what_was_measured(measure):
     wanted = ["full", "rotated_sparse_by_dense", "folded"]
-    record = measure_task(model(), protocol, LENGTHS, options(variants=wanted), experiment="e", scale="smoke")
+    record = measure(variants=wanted)
     json.dumps(record, allow_nan=False)
     assert record["run"] | {"config_hash": ""} == {
         "experiment": "e",
@@ -420,35 +424,25 @@ def test_the_record_says_what_was_measured(model, protocol, options):
     assert record["variants"][1]["matmul"] == "sparse_by_dense"
 
 
-def test_a_form_that_does_not_exist_is_skipped_with_a_reason(monkeypatch, model, protocol, options):
-    monkeypatch.setattr(variants, "FORMS", ("folded", "rotated"))
-    record = measure_task(model(), protocol, LENGTHS, options(variants=["truncated", "lora"]))
-    lora, truncated = record["variants"]
-    assert truncated["status"] == "skipped" and "no form 'truncated'" in truncated["reason"]
-    assert "rounds" not in truncated and "memory" not in truncated
-    assert lora["status"] == "finished" and "ratio_to_full" not in lora
+def test_a_core_of_all_outputs_that_the_budget_cannot_pay_is_skipped_with_a_reason(measure):
+    full, skipped = measure(variants=["truncated_input", "full"])["variants"]
+    assert skipped["status"] == "skipped" and "needs as many entries at least" in skipped["reason"]
+    assert "rounds" not in skipped and "memory" not in skipped and full["reason"] is None
 
 
-def test_a_core_of_all_outputs_that_the_budget_cannot_pay_is_skipped_with_a_reason(model, protocol, options):
-    record = measure_task(model(), protocol, LENGTHS, options(variants=["truncated_input", "full"]))
-    reasons = {entry["name"]: entry["reason"] for entry in record["variants"]}
-    assert "needs as many entries at least" in reasons["truncated_input"] and reasons["full"] is None
-
-
-def test_a_variant_that_does_not_fit_is_said_and_the_others_go_on(monkeypatch, model, protocol, options):
-    measure = task.measure_memory
-    calls = []
+def test_a_variant_that_does_not_fit_is_said_and_the_others_go_on(monkeypatch, measure):
+    real, calls = task.measure_memory, []
 
     def first_does_not_fit(*arguments, **keywords):
         calls.append(1)
         if len(calls) == 1:
             raise torch.OutOfMemoryError("tried to allocate 1 TB\nmore")
-        return measure(*arguments, **keywords)
+        return real(*arguments, **keywords)
 
     monkeypatch.setattr(task, "measure_memory", first_does_not_fit)
-    record = measure_task(model(), protocol, LENGTHS, options(variants=["full", "lora"]))
-    assert [entry["status"] for entry in record["variants"]] == ["failed", "finished"]
-    assert record["variants"][0]["reason"] == "out of memory: tried to allocate 1 TB"
+    full, lora = measure(variants=["full", "lora"])["variants"]
+    assert (full["status"], lora["status"]) == ("failed", "finished") and "ratio_to_full" not in lora
+    assert full["reason"] == "out of memory: tried to allocate 1 TB"
 
 
 @pytest.mark.parametrize(
@@ -459,24 +453,47 @@ def test_a_variant_that_does_not_fit_is_said_and_the_others_go_on(monkeypatch, m
         ("each_round", 1e12, "each variant built anew in every round"),
     ],
 )
-def test_variants_stay_in_memory_if_they_fit(keep, free, kept, monkeypatch, model, protocol, options):
+def test_variants_stay_in_memory_if_they_fit(keep, free, kept, monkeypatch, measure):
     monkeypatch.setattr(machine, "free_memory", lambda device: free)
-    record = measure_task(model(), protocol, LENGTHS, options(variants=["full"], keep=keep))
+    record = measure(variants=["full"], keep=keep)
     assert record["treatment"]["kept"] == kept
 
 
-def test_the_hash_follows_what_decides_the_numbers(model, protocol, options):
-    def digest(group=None, lengths=LENGTHS, **changes):
-        return task.identity(group or model(), protocol, lengths, options(**changes), 1)
+def test_a_record_is_found_again_by_what_decides_its_numbers(model, protocol, options, measure, monkeypatch):
+    def content(group=None, lengths=LENGTHS, **changes):
+        return json.dumps(task.identity(group or model(), protocol, lengths, options(**changes)))
 
     others = [
-        digest(batch_size=5),
-        digest(variants=["full"]),
-        digest(model(hidden_size=32)),
-        digest(lengths=Lengths("cola", "made up", (4, 4))),
-        digest(precision="bf16"),
+        content(batch_size=5),
+        content(variants=["full"]),
+        content(model(hidden_size=32)),
+        content(lengths=Lengths("cola", "made up", (4, 4))),
+        content(precision="bf16"),
     ]
-    assert digest() == digest(model() | {"title": "another"}) and len({digest(), *others}) == 6
+    assert content() == content(model() | {"title": "another"}) and len({content(), *others}) == 6
+    record = measure(variants=["full"])
+    monkeypatch.setattr(task, "_measure", None)
+    assert measure(variants=["full"]) == record
+
+
+@pytest.mark.skipif(not RECORDS, reason="results/local/efficiency is not there: make repro EXPERIMENT=local")
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_committed_records_are_found_again(path, compose):
+    """On their machine, with their torch: by the hash of today's configuration."""
+    record = read_json(path)
+    run, device, torch_version = record["run"], record["device"], record["provenance"]["packages"]["torch"]
+    names = {"model": run["model"], "protocol": run["protocol"], "scale": f"efficiency/{run['scale']}"}
+    config = compose(*(f"{key}={value}" for key, value in names.items()), config_name="efficiency")
+
+    class Known(Lengths):
+        def facts(self):
+            return record["lengths"]
+
+    kept = {name: record["treatment"][name] for name in ("num_labels", "device", "learning_rate")}
+    made = dataclasses.replace(cell._options(config, kept["num_labels"]), device=kept["device"])
+    content = task.identity(config["model"], config["protocol"], Known(run["task"], "", (1,)), made)
+    own = {"version": record["version"], "device": [device["type"], device["name"]], "torch": torch_version}
+    assert config_hash(own | content) == run["config_hash"]
 
 
 # The command line

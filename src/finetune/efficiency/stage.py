@@ -1,0 +1,104 @@
+"""One record of measurements on one machine: made once, found again, and taken up where a kill left it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from finetune.efficiency import machine
+from finetune.store import records
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A record and its place.
+
+    Attributes:
+        path: of the record.
+        kind: of the record.
+        checkpoints: folder for finished parts, so that a killed stage goes on; emptied at the end.
+        experiment, scale, version: for the record.
+        progress: whether to show progress bars.
+        named: what the record's ``run`` holds besides.
+    """
+
+    path: Path
+    kind: str = ""
+    checkpoints: Path = Path("outputs/checkpoints")
+    experiment: str = "hand"
+    scale: str = "hand"
+    version: int = 1
+    progress: bool = True
+    named: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_config(cls, kind: str, config: Mapping[str, Any]) -> Self:
+        """Of a composed ``conf/<kind>.yaml``."""
+        folder = Path("results") / config["name"] if config["results"] else Path(config["output"])
+        checkpoints = Path(config["checkpoints"]) / kind
+        named = {"experiment": config["name"], "scale": config["scale"]["name"], "version": config["version"]}
+        return cls(folder / f"{kind}.json", kind, checkpoints, **named, progress=config["progress"])
+
+    def digest(self, content: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+        """Hash of what decides the numbers.
+
+        Args:
+            content: the request.
+            facts: of the machine, :func:`finetune.efficiency.machine.facts`.
+        """
+        own = {"version": self.version, "device": [facts["type"], facts["name"]], "torch": torch.__version__}
+        return records.config_hash(own | content)
+
+    def run(
+        self,
+        content: Mapping[str, Any],
+        measure: Callable[[torch.device, Path], Mapping[str, Any]],
+        *,
+        device: str,
+    ) -> dict[str, Any]:
+        """Measure and write the record. A finished record of the same request and machine is not made again.
+
+        Args:
+            content: what is asked for.
+            measure: from the device and a folder for finished parts to what the record holds besides, ``treatment``
+                among it.
+            device: ``auto``, ``cpu`` or ``cuda``.
+
+        Raises:
+            ValueError: if the device is missing or others use it.
+        """
+        found = machine.find_device(device)
+        facts = machine.facts(found)
+        digest = self.digest(content, facts)
+        if self.path.is_file() and records.read_json(self.path).get("run", {}).get("config_hash") == digest:
+            log.info("%s is finished, reused", self.path)
+            return records.read_json(self.path)
+        before = machine.others(found)
+        warnings = machine.check_alone(found, before)
+        folder = self.checkpoints / digest
+        measured, after = measure(found, folder), machine.others(found)
+        if after.get("other_bytes", 0) > machine.OTHERS:
+            warnings.append(f"other processes took {after['other_bytes'] / 1e6:.0f} MB of the device while measuring")
+        named = {"experiment": self.experiment, "kind": self.kind, **self.named, "scale": self.scale}
+        record = {
+            "schema": records.SCHEMA,
+            "version": self.version,
+            "status": "finished",
+            "error": None,
+            "run": named | {"config_hash": digest},
+            "device": facts | {"others_before": before, "others_after": after},
+            "warnings": warnings,
+            **measured,
+            "provenance": records.provenance(),
+        }
+        records.write_json(self.path, record)
+        shutil.rmtree(folder, ignore_errors=True)
+        return record
