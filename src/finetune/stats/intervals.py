@@ -47,12 +47,14 @@ class Difference:
         low: Lower end of the interval; `None` where a sample has one run or the paper prints no deviation.
         high: Upper end, likewise.
         df: Satterthwaite's degrees of freedom, `None` without an interval.
+        p: Two-sided p-value of the t test that it is 0, likewise.
     """
 
     value: float
     low: float | None = None
     high: float | None = None
     df: float | None = None
+    p: float | None = None
 
 
 def mean_interval(values: Sequence[float]) -> Estimate:
@@ -227,10 +229,14 @@ def _with_interval(value: float, samples: Sequence[tuple[float, int]], tasks: in
     parts = [(variance / n / tasks**2, n - 1) for variance, n in samples]
     total = sum(part for part, _ in parts)
     if total == 0:
-        return Difference(value, value, value, math.inf)
+        return Difference(value, value, value, math.inf, float(value == 0))
     df = total**2 / sum(part**2 / freedom for part, freedom in parts)
-    half = float(stats.t.ppf((1 + verdicts.CONFIDENCE) / 2, df)) * math.sqrt(total)
-    return Difference(value, value - half, value + half, df)
+    error = math.sqrt(total)
+    half, p = (
+        error * float(stats.t.ppf((1 + verdicts.CONFIDENCE) / 2, df)),
+        2 * float(stats.t.sf(abs(value) / error, df)),
+    )
+    return Difference(value, value - half, value + half, df, p)
 
 
 def _variance(array: np.ndarray) -> float:

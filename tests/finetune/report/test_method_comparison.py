@@ -1,14 +1,11 @@
 """Methods against each other: which pairs, which seeds, which corrections; scores of our runs, of the logs, losses."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from scipy import stats
 
 from finetune.published import TASKS
 from finetune.report.labels import Labels
-from finetune.report.statistics.decoder_comparison import compare_losses
 from finetune.report.statistics.families import Design, families_of
 from finetune.report.statistics.method_comparison import compare_methods, scores_of_logs
 from finetune.stats import intervals
@@ -122,12 +119,7 @@ def test_one_seed_has_differences_and_no_interval():
 
 
 def losses(**methods):
-    runs = {
-        name: tuple(SimpleNamespace(model="tiny", title="Tiny", seed=s, loss=x, share=2.0, path=f"{name}-{s}")
-                    for s, x in found.items())
-        for name, found in methods.items()
-    }  # fmt: skip
-    return compare_losses(SimpleNamespace(runs=runs), DESIGN)
+    return compare_methods({name: {"oasst1": found} for name, found in methods.items()}, DESIGN, losses=True)
 
 
 def test_losses_are_compared_at_equal_seeds():
@@ -136,22 +128,22 @@ def test_losses_are_compared_at_equal_seeds():
         lora={s: 3.2 + 0.02 * s for s in (1, 2, 3)},
         truncated={s: 3.1 + 0.011 * s for s in (2, 3, 4)},
     )
-    assert list(found.methods) == ["sparsegrad", "truncated", "lora"]
-    assert found.methods["lora"].loss.mean == pytest.approx(3.24) and found.methods["lora"].share == 2.0
+    assert found.methods["lora"].tasks["oasst1"].mean == pytest.approx(3.24)
     pair = pair_of(found, "sparsegrad", "lora")
     expected = stats.ttest_1samp([-0.21, -0.22, -0.23], 0)
     low, high = expected.confidence_interval()
-    assert (pair.difference.value, pair.difference.low, pair.difference.high) == pytest.approx((-0.22, low, high))
-    assert pair.p == pair.p_holm == pytest.approx(expected.pvalue)
-    assert pair.verdict == "first is better"  # a lower loss
+    difference = pair.mean.difference
+    assert (difference.value, difference.low, difference.high) == pytest.approx((-0.22, low, high))
+    assert pair.mean.p == pair.mean.p_holm == pytest.approx(expected.pvalue) and pair.mean.least is None
+    assert pair.mean.verdict == "first is better" and pair.improvement.mean == 1.0  # a lower loss
     pair = pair_of(found, "truncated", "sparsegrad", "variants of sparsegrad")
-    assert pair.seeds == (2, 3) and pair.difference.value == pytest.approx(0.1025)
-    assert pair.verdict == "second is better"
+    assert pair.mean.pairs == 2 and pair.mean.difference.value == pytest.approx(0.1025)
+    assert pair.mean.verdict == "second is better"
 
 
 def test_losses_of_one_seed_have_no_test_and_noise_separates_nothing():
-    pair = pair_of(losses(full={1: 3.0}, lora={1: 4.0}), "lora", "full")
-    assert (pair.p, pair.p_holm, pair.verdict, pair.difference.low) == (None, None, "not separated", None)
+    test = pair_of(losses(full={1: 3.0}, lora={1: 4.0}), "lora", "full").mean
+    assert (test.p, test.p_holm, test.verdict, test.difference.low) == (None, None, "not separated", None)
     noise = losses(full={0: 3.0, 1: 3.1, 2: 3.3}, lora={0: 3.1, 1: 3.3, 2: 3.0})
-    assert pair_of(noise, "lora", "full").p > 0.05 and pair_of(noise, "lora", "full").verdict == "not separated"
-    assert losses() is None
+    test = pair_of(noise, "lora", "full").mean
+    assert test.p > 0.05 and test.verdict == "not separated"

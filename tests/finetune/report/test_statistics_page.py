@@ -81,7 +81,7 @@ def test_record_is_json_and_says_where_it_comes_from(content):
 
 def test_values_that_json_has_not():
     assert plain({"a": (Difference(1.0, 1.0, 1.0, float("inf")), 2)}) == {
-        "a": [{"value": 1.0, "low": 1.0, "high": 1.0, "df": None}, 2]
+        "a": [{"value": 1.0, "low": 1.0, "high": 1.0, "df": None, "p": None}, 2]
     }
 
 

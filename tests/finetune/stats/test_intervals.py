@@ -26,7 +26,7 @@ def test_mean_over_tasks_weighs_tasks_alike():
     half = scipy_stats.t.ppf(0.975, df) * math.sqrt(0.25 + 1)
     assert (found.value, found.low, found.high, found.df) == pytest.approx((70.0, 70 - half, 70 + half, df))
     assert intervals.mean_over_tasks([[1.0, 2.0], [3.0]]) == Difference(2.25)
-    assert intervals.mean_over_tasks([[0.5, 0.5], [1.0, 1.0]]) == Difference(0.75, 0.75, 0.75, math.inf)
+    assert intervals.mean_over_tasks([[0.5, 0.5], [1.0, 1.0]]) == Difference(0.75, 0.75, 0.75, math.inf, 0.0)
 
 
 @pytest.mark.parametrize("tasks", [[], [[]], [[1.0, math.nan]], [[math.inf, 1.0]], [[[1.0]]]])
@@ -77,8 +77,8 @@ def test_welch_equals_scipys():
     found = intervals.difference_from_paper([ours], theirs.mean(), [theirs.std()], paper_n=3)
     test = scipy_stats.ttest_ind(ours, theirs, equal_var=False)
     low, high = test.confidence_interval(0.95)
-    expected = (ours.mean() - theirs.mean(), low, high, test.df)
-    assert (found.value, found.low, found.high, found.df) == pytest.approx(expected, abs=1e-10)
+    expected = (ours.mean() - theirs.mean(), low, high, test.df, test.pvalue)
+    assert (found.value, found.low, found.high, found.df, found.p) == pytest.approx(expected, abs=1e-10)
 
 
 def test_average_difference_by_hand():
@@ -97,7 +97,7 @@ def test_average_difference_by_hand():
         ([80.0], 1.0, 5, Difference(1.0)),
         ([79.5, 80.5], None, 5, Difference(1.0)),
         ([79.5, 80.5], 1.0, 1, Difference(1.0)),
-        ([80.0, 80.0], 0.0, 5, Difference(1.0, 1.0, 1.0, math.inf)),
+        ([80.0, 80.0], 0.0, 5, Difference(1.0, 1.0, 1.0, math.inf, 0.0)),
     ],
 )
 def test_no_spread_on_one_side_is_no_interval(runs, std, paper_n, expected):

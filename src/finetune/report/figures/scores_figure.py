@@ -76,11 +76,10 @@ def draw_scores(content: Mapping[str, Any], folder: str | Path, source: Sequence
 
 
 def panels(content: Mapping[str, Any], labels: Labels) -> list[list[Panel]]:
-    """The panels of our runs, of the decoder and of the authors' logs; a group starts a line of its own."""
-    decoder = content["decoder"]
+    """The panels of our runs, of the decoders and of the authors' logs; a group starts a line of its own."""
     return [
         [panel for entry in content["runs"] for panel in _of(entry, "our runs", POINTS, labels)],
-        [*_of(decoder | {"comparison": decoder}, "our runs", NATS, labels)] if decoder is not None else [],
+        [panel for entry in content["decoders"] for panel in _of(entry, "our runs", NATS, labels)],
         [panel for entry in content["logs"] for panel in _of(entry, "authors' logs", POINTS, labels)],
     ]
 
@@ -109,14 +108,14 @@ def _of(entry: Mapping[str, Any], whose: str, unit: str, labels: Labels) -> list
 
 
 def _average(pair: Mapping[str, Any], text: str, colour: str) -> Line:
-    """A pair over all its tasks; of a decoder there is one difference alone."""
-    return Line(text, pair.get("mean", pair)["difference"], colour)
+    """A pair over all its tasks."""
+    return Line(text, pair["mean"]["difference"], colour)
 
 
 def _lines(pair: Mapping[str, Any], colour: str, labels: Labels) -> list[Line]:
     """One pair: the mean over tasks, then its tasks."""
-    tasks = pair.get("tasks", {})
-    average = _average(pair, f"{labels.method(pair['second'])}{', AVG' if tasks else ''}", colour)
+    tasks = pair["tasks"]
+    average = _average(pair, f"{labels.method(pair['second'])}{', AVG' if len(tasks) > 1 else ''}", colour)
     order = labels.in_order(set(tasks))
     single = [Line(labels.task(task), tasks[task]["difference"], colour, False) for task in order]
     return [average, *single] if len(single) > 1 else [average]
@@ -179,7 +178,7 @@ def _words(content: Mapping[str, Any], source: Sequence[str], cut: bool) -> Word
         "and the authors' released logs, through the same code. The first method minus the second, points of the "
         "task's score (accuracy, Matthews for CoLA, Pearson for STSB, all times 100), 95 % t intervals over paired "
         "seeds; AVG weighs tasks alike. Right of 0: the first method scores higher."
-        + (losses if content["decoder"] is not None else ""),
+        + (losses if content["decoders"] else ""),
         notes=(
             *(["Arrows: the interval goes on beyond the panel."] if cut else []),
             "Panels have scales of their own.",

@@ -68,7 +68,8 @@ def findings(inputs: PageInputs) -> Iterator[Finding]:
             yield from _own(entry)
     yield from _stale([one.content for one in inputs.found if one.kind == "energy"])
     yield from _loss(inputs.tables.get(6))
-    yield from _losses((content or {}).get("decoder"))
+    for decoder in (content or {}).get("decoders", ()):
+        yield from _losses(decoder)
     yield from _speed(inputs.tables.get(3))
     if content is not None:
         yield from _logs(content["logs"])
@@ -175,20 +176,19 @@ def _loss(table: BuiltTable | None) -> Iterator[Finding]:
     yield Finding(f"Decoder: {best}", tuple(lines), after)
 
 
-def _losses(decoder: Mapping[str, Any] | None) -> Iterator[Finding]:
+def _losses(decoder: Mapping[str, Any]) -> Iterator[Finding]:
     """Variants of the methods on the decoder, by validation loss."""
-    families = decoder["families"] if decoder is not None else ()
-    for family in (one for one in families if one["name"] != "methods"):
+    for family in (one for one in decoder["comparison"]["families"] if one["name"] != "methods"):
         lines, apart = [], 0
         for pair in family["pairs"]:
-            first, second = label(pair["first"]), label(pair["second"])
-            apart += pair["verdict"] != verdicts.NOT_SEPARATED
-            verdict = pair["verdict"].replace("first", first).replace("second", second)
-            p = "" if pair["p_holm"] is None else f" (p {p_value(pair['p_holm'])})"
-            lines.append(f"{first} − {second}: {interval(pair['difference'], '+', 3)} nats, {verdict}{p}.")
+            first, second, test = label(pair["first"]), label(pair["second"]), pair["mean"]
+            apart += test["verdict"] != verdicts.NOT_SEPARATED
+            verdict = test["verdict"].replace("first", first).replace("second", second)
+            p = "" if test["p_holm"] is None else f" (p {p_value(test['p_holm'])})"
+            lines.append(f"{first} − {second}: {interval(test['difference'], '+', 3)} nats, {verdict}{p}.")
         separated = f"{apart} of {len(lines)} pairs" if apart else "no pair"
         title = f"Decoder, {family['name']}: {separated} separated"
-        seeds = max(len(pair["seeds"]) for pair in family["pairs"])
+        seeds = max(pair["mean"]["pairs"] for pair in family["pairs"])
         after = (
             f"Validation loss of {decoder['title']} after fine-tuning the selected MLP matrices alone, {seeds} paired "
             "seeds, 95 % t intervals, paired t test, p corrected for the family (Holm)."

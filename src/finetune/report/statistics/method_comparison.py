@@ -1,7 +1,9 @@
-"""Methods against each other on the same tasks and seeds: our runs and the authors' logs through the same code.
+"""Methods against each other on the same tasks and seeds: scores, the authors' logs and losses through the same code.
 
 A family's primary result is the difference of the means over tasks; the tasks one by one are corrected over all pairs
-and tasks of the family. A pair uses the tasks and seeds that both methods have.
+and tasks of the family. A pair uses the tasks and seeds that both methods have. The test of scores flips signs. At the
+three seeds of a decoder that can separate nothing, so losses take the paired t test, which trusts that their
+differences are normal.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -42,19 +44,19 @@ class Test:
     """A paired difference with its test.
 
     Attributes:
-        difference: Mean paired difference in points, t interval.
+        difference: Mean paired difference in points (losses: in nats a token), t interval.
         pairs: Number of pairs behind it.
-        p: Two-sided p-value of the sign-flip test.
+        p: Two-sided p-value; `None` where no test is possible, a t test of one pair.
         p_holm: The same, corrected for the family.
-        least: Smallest p-value that so many pairs allow.
+        least: Smallest p-value that so many pairs allow; `None` for a t test.
         verdict: `first is better`, `second is better` or `not separated`, by `p_holm` (`verdicts.of_test`).
     """
 
     difference: Difference
     pairs: int
-    p: float
-    p_holm: float
-    least: float
+    p: float | None
+    p_holm: float | None
+    least: float | None
     verdict: str
 
 
@@ -106,14 +108,19 @@ def scores_of_logs(model: str) -> dict[str, dict[str, dict[int, float]]]:
     return {method: tasks for method, tasks in found.items() if tasks}
 
 
-def compare_methods(scores: Scores, design: Design) -> Comparison:
+def compare_methods(scores: Scores, design: Design, *, losses: bool = False) -> Comparison:
     """Summarise every method of one model and compare them in pairs.
+
+    Args:
+        scores: Of one model, in percent; or losses in nats a token.
+        design: What is compared with what.
+        losses: Whether lower is better, and the test is a t test.
 
     Raises:
         ValueError: If a method is unknown, or has no score.
     """
     ordered = {name: {task: tasks[task] for task in design.labels.in_order({*tasks})} for name, tasks in scores.items()}
-    families = tuple(_compared(family, ordered, design) for family in families_of(ordered, design))
+    families = tuple(_compared(family, ordered, design, losses) for family in families_of(ordered, design))
     return Comparison({name: _summary(tasks, design) for name, tasks in ordered.items()}, families)
 
 
@@ -130,15 +137,16 @@ def _averages(values: Mapping[str, Sequence[float]], design: Design) -> tuple[Es
     return bootstrap(tasks, **options), bootstrap(tasks, iqm=True, **options) if enough else None
 
 
-def _compared(family: Family, scores: Scores, design: Design) -> Family:
+def _compared(family: Family, scores: Scores, design: Design, losses: bool) -> Family:
     """Test all pairs, then correct: the means over tasks together, the single tasks together."""
     found = {pair: _differences(*(scores[method] for method in pair)) for pair in family.pairs}
     used = {pair: tasks for pair, tasks in found.items() if tasks}
-    whole = _tests({pair: [*tasks.values()] for pair, tasks in used.items()}, design)
-    single = _tests({(pair, task): [own] for pair, tasks in used.items() for task, own in tasks.items()}, design)
+    whole = _tests({pair: [*tasks.values()] for pair, tasks in used.items()}, design, losses)
+    each = {(pair, task): [own] for pair, tasks in used.items() for task, own in tasks.items()}
+    single = _tests(each, design, losses)
     pairs = []
     for pair, tasks in used.items():
-        runs = [[[*scores[method][task].values()] for task in tasks] for method in pair]
+        better = [[[*scores[method][task].values()] for task in tasks] for method in (pair[::-1] if losses else pair)]
         total = sum(len(seeds) for method in pair for seeds in scores[method].values())
         average, iqm = _averages(tasks, design)
         pairs.append(
@@ -148,7 +156,7 @@ def _compared(family: Family, scores: Scores, design: Design) -> Family:
                 mean=whole[pair],
                 bootstrap=average,
                 iqm=iqm,
-                improvement=paired.probability_of_improvement(*runs, seed=design.seed, samples=design.samples),
+                improvement=paired.probability_of_improvement(*better, seed=design.seed, samples=design.samples),
                 unpaired=total - 2 * whole[pair].pairs,
             )
         )
@@ -161,14 +169,21 @@ def _differences(first: Mapping[str, Mapping[int, float]], second: Mapping[str, 
     return {task: [first[task][s] - second[task][s] for s in seeds] for task, seeds in shared.items() if seeds}
 
 
-def _tests(differences: Mapping[Hashable, Sequence[Sequence[float]]], design: Design) -> dict[Hashable, Test]:
+def _tests(
+    differences: Mapping[Hashable, Sequence[Sequence[float]]], design: Design, losses: bool
+) -> dict[Hashable, Test]:
     """Test several mean differences and correct them together."""
-    options = {"seed": design.seed, "samples": 10 * design.samples}
-    flips = {key: paired.sign_flip_test(tasks, **options) for key, tasks in differences.items()}
-    corrected = paired.holm([one.p for one in flips.values()])
+    means = {key: mean_over_tasks(tasks) for key, tasks in differences.items()}
+    ps, least = {key: mean.p for key, mean in means.items()}, {}
+    if not losses:
+        options = {"seed": design.seed, "samples": 10 * design.samples}
+        flips = {key: paired.sign_flip_test(tasks, **options) for key, tasks in differences.items()}
+        ps, least = ({key: getattr(one, name) for key, one in flips.items()} for name in ("p", "least"))
+    tested = [key for key, p in ps.items() if p is not None]
+    corrected = dict(zip(tested, paired.holm([ps[key] for key in tested]), strict=True))
     found = {}
-    for (key, tasks), p_holm in zip(differences.items(), corrected, strict=True):
-        difference, flip = mean_over_tasks(tasks), flips[key]
-        verdict = verdicts.of_test(difference.value, p_holm)
-        found[key] = Test(difference, sum(map(len, tasks)), flip.p, p_holm, flip.least, verdict)
+    for key, mean in means.items():
+        p_holm, pairs = corrected.get(key), sum(map(len, differences[key]))
+        verdict = verdicts.of_test(mean.value, p_holm, lower_is_better=losses)
+        found[key] = Test(mean, pairs, ps[key], p_holm, least.get(key), verdict)
     return found

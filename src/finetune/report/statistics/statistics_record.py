@@ -16,9 +16,12 @@ from finetune.report.evidence.evidence import Evidence
 from finetune.report.evidence.llama_evidence import LlamaEvidence
 from finetune.report.paper import printed_averages, released_check
 from finetune.report.paper.layouts import GLUE_TABLES, METHODS, PAPER_MODELS, PAPER_RUNS, cells
-from finetune.report.statistics import decoder_comparison, method_comparison
+from finetune.report.statistics import method_comparison
 from finetune.report.statistics.families import Design
 from finetune.stats import paired, verdicts
+
+DIALOGUES = "oasst1"
+"""The task of a decoder's runs."""
 
 ASKED = {"model": "bert_base", "methods": ("lora", "sparsegrad"), "tasks": ("mrpc", "rte")}
 """The exchange that `docs/protocol.md`'s row D15 suspects; the answer looks at every task and model all the same."""
@@ -34,8 +37,8 @@ def build_statistics(evidence: Evidence, decoder: LlamaEvidence | None, design: 
 
     Returns:
         JSON values with the keys `schema`, `experiment`, `protocol`, `settings`, `methods` and `tasks` (name -> label
-        for readers, tasks in the order of columns), `runs` (one entry a model that ran), `decoder` (`None` without its
-        runs), `logs` (one a model with logs), `averages` (the printed ones), `average_counts` (verdict -> number of
+        for readers, tasks in the order of columns), `runs` (one entry a model that ran), `decoders` (likewise, of
+        losses), `logs` (one a model with logs), `averages` (the printed ones), `average_counts` (verdict -> number of
         distinct rows), `cells` (printed against logs), `cell_counts` and `exchange`.
     """
     averages = printed_averages.check_averages()
@@ -58,7 +61,7 @@ def build_statistics(evidence: Evidence, decoder: LlamaEvidence | None, design: 
         "methods": {name: facts.label for name, facts in design.labels.methods.items() if name in named},
         "tasks": design.labels.tasks,
         "runs": [_own(evidence, model, design) for model in dict.fromkeys(model for model, _, _ in evidence.runs)],
-        "decoder": decoder_comparison.compare_losses(decoder, design) if decoder is not None else None,
+        "decoders": [_decoder(decoder, design)] if decoder is not None and any(decoder.runs.values()) else [],
         "logs": [_logged(model, design) for model in GLUE_TABLES],
         "averages": averages,
         "average_counts": printed_averages.counts(averages),
@@ -94,6 +97,20 @@ def _own(evidence: Evidence, model: str, design: Design) -> dict[str, Any]:
         "comparison": method_comparison.compare_methods(scores, design),
         "failed": [path for (name, _, _), paths in evidence.failed.items() if name == model for path in paths],
         "records": sorted(run.path for run in runs),
+    }
+
+
+def _decoder(evidence: LlamaEvidence, design: Design) -> dict[str, Any]:
+    """The comparison of a decoder's losses, and the trained shares of the model in percent."""
+    runs = {method: found for method, found in evidence.runs.items() if found}
+    scores = {method: {DIALOGUES: {run.seed: run.loss for run in found}} for method, found in runs.items()}
+    every = [run for found in runs.values() for run in found]
+    return {
+        "model": every[0].model,
+        "title": every[0].title,
+        "comparison": method_comparison.compare_methods(scores, design, losses=True),
+        "shares": {method: found[0].share for method, found in runs.items()},
+        "records": sorted(run.path for run in every),
     }
 
 
