@@ -81,7 +81,7 @@ def test_columns_and_types_are_openassistants(folder):
     assert len(schema) == 13
     real = ROOT / "oasst1" / "messages.parquet"
     if not real.is_file():
-        pytest.skip(f"{real} does not exist")
+        pytest.skip(f"{real} does not exist: experiments/fetch.py brings it")
     assert schema.remove_metadata().equals(pq.read_schema(real).remove_metadata())
 
 
@@ -189,7 +189,7 @@ def test_judge_prompts_have_fastchats_marks_and_words_of_their_own(folder):
         assert ("{ref_answer_1}" in text) == ("math" in name)
     real = ROOT / "mt_bench" / "judge_prompts.jsonl"
     if not real.is_file():
-        pytest.skip(f"{real} does not exist")
+        pytest.skip(f"{real} does not exist: experiments/fetch.py brings it")
     for prompt in lines(real):
         if prompt["name"] not in own:
             continue

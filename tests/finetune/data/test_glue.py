@@ -235,7 +235,7 @@ def test_the_real_cola(compose, tokenizer):
     """Checks the layout of the hub's own files; the tiny vocabulary makes most words unknown, which does not matter."""
     root = os.environ.get("SPARSEGRAD_DATA", "")
     if not os.path.isdir(os.path.join(root, "glue", "cola")):
-        pytest.skip("SPARSEGRAD_DATA names no folder with glue/cola")
+        pytest.skip("SPARSEGRAD_DATA names no folder with glue/cola: experiments/fetch.py brings it")
     data = compose(f"data.root={root}", "data.task=cola")["data"]
     task, splits = load_task(data, tokenizer, max_length=128, padding="longest")
     assert (task.num_labels, len(splits["train"]), len(splits["validation"])) == (2, 8551, 1043)

@@ -34,7 +34,7 @@ def source(request, root, compose, llama_tokenizer):
 
     model = ROOT / "models" / "stories260K"
     if not (ROOT / "oasst1").is_dir() or not model.is_dir():
-        pytest.skip(f"{ROOT} has no oasst1 and models/stories260K")
+        pytest.skip(f"{ROOT} has no oasst1 (experiments/fetch.py) or models/stories260K (conf/model/stories260k.yaml)")
     data = compose("chat=oasst1", f"chat.root={ROOT}", config_name="llama")["chat"]
     return data, AutoTokenizer.from_pretrained(model, local_files_only=True)
 
@@ -68,6 +68,7 @@ def literal_blocks(examples, length):
 def test_blocks_are_those_of_a_literal_packing(source):
     data, tokenizer = source
     splits = load_chat(data, tokenizer, LLAMA_2, length=48, loss_on="answers")
+    assert list(splits) == ["train", "validation"] and all(len(split) > 5 for split in splits.values())
     for name, messages in read_messages(data).items():
         threads, _ = threads_of(messages.rows, data)
         examples = [LLAMA_2.encode(tokenizer, thread) for thread in threads]
@@ -82,21 +83,16 @@ def test_blocks_are_those_of_a_literal_packing(source):
         assert split.sha256 == messages.sha256 != ""
 
 
-def test_prompt_ids_begin_the_trained_ids_on_every_thread(source):
+def test_labels_are_the_answers_and_their_ends_after_the_ids_of_their_prompts(source):
     data, tokenizer = source
     for messages in read_messages(data).values():
-        for thread in threads_of(messages.rows, data)[0]:
-            whole = LLAMA_2.encode(tokenizer, thread)
+        threads, _ = threads_of(messages.rows, data)
+        assert len(threads) > 5
+        for thread in threads:
+            encoded = LLAMA_2.encode(tokenizer, thread)
             for turn in range(1, len(thread), 2):
                 prompt = tokenizer(LLAMA_2.prompt(thread[:turn]), verbose=False).input_ids
-                assert whole.input_ids[: len(prompt)] == prompt
-
-
-def test_labels_are_the_answers_and_their_ends(source):
-    data, tokenizer = source
-    for messages in read_messages(data).values():
-        for thread in threads_of(messages.rows, data)[0]:
-            encoded = LLAMA_2.encode(tokenizer, thread)
+                assert encoded.input_ids[: len(prompt)] == prompt
             learned = [token for token, flag in zip(encoded.input_ids, encoded.trained, strict=True) if flag]
             answers = tokenizer.decode(learned).split(tokenizer.eos_token)
             assert answers.pop() == ""
@@ -183,7 +179,7 @@ def test_bad_options_say_what_to_do(changes, text, load):
 
 def test_the_real_file_has_its_published_counts(compose):
     if not (ROOT / "oasst1" / "messages.parquet").is_file():
-        pytest.skip(f"{ROOT} has no oasst1/messages.parquet")
+        pytest.skip(f"{ROOT} has no oasst1/messages.parquet: a sample of OpenAssistant's messages in one file")
     rows = pq.read_table(ROOT / "oasst1" / "messages.parquet").to_pylist()
     data = compose("chat=oasst1", f"chat.root={ROOT}", config_name="llama")["chat"]
     threads, facts = threads_of(rows, data)

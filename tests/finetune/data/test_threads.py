@@ -298,7 +298,7 @@ def test_the_hubs_rows_are_read_and_named_by_their_revision(tmp_path, options, m
 
 def test_the_real_trees(options):
     if not (ROOT / "oasst1").is_dir():
-        pytest.skip(f"{ROOT} has no folder oasst1")
+        pytest.skip(f"{ROOT} has no folder oasst1: experiments/fetch.py brings it")
     found = read_messages(options(ROOT))
     facts = [threads_of(split.rows, options())[1] for split in found.values()]
     total = {name: sum(part[name] for part in facts) for name in facts[0]}

@@ -237,7 +237,7 @@ def test_pins_are_those_of_the_real_files(tmp_path):
     real = Path(os.environ.get("SPARSEGRAD_DATA", ROOT / "data")) / "mt_bench"
     paths = sorted((ROOT / "conf/questions").glob("mt_bench*.yaml"))
     if not (real / "question.jsonl").is_file() or not paths:
-        pytest.skip(f"no MT-Bench files in {real}")
+        pytest.skip(f"no MT-Bench files in {real}: experiments/fetch.py brings them")
     for path in paths:
         (found,) = fetching.sources({}, {}, {}, {"real": yaml.safe_load(path.read_text())})
         copied = tmp_path / path.stem

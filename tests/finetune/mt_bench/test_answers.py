@@ -629,7 +629,7 @@ def test_a_real_model_answers_real_questions(tmp_path):
     model_folder, file = DATA / "models" / "stories260K", DATA / "mt_bench" / "mt_bench_inf.jsonl"
     for path in (model_folder, file):
         if not path.exists():
-            pytest.skip(f"{path} is not there: set SPARSEGRAD_DATA to a folder with real data")
+            pytest.skip(f"{path} is not there; experiments/fetch.py and conf/model/stories260k.yaml say how to get it")
     model, tokenizer = answer_cells.load_checkpoint(model_folder, torch.float64)
     found = []
     for size in (1, 4):

@@ -29,7 +29,7 @@ bench = sys.modules.setdefault("judge_endpoint", importlib.util.module_from_spec
 SPEC.loader.exec_module(bench)
 REAL = Path(os.environ.get("SPARSEGRAD_DATA", ROOT / "data")) / "mt_bench"
 real = pytest.mark.skipif(
-    not (REAL / "judgments/gpt-4_single.jsonl").is_file(), reason=f"no MT-Bench with judgments at {REAL}"
+    not (REAL / "judgments/gpt-4_single.jsonl").is_file(), reason=f"no {REAL}/judgments: published judgments by GPT-4"
 )
 KEY = "sk-test-0123456789abcdefghij"
 ITEMS = [(n, turn) for n in range(1, 9) for turn in (1, 2)]

@@ -21,7 +21,9 @@ SPEC = importlib.util.spec_from_file_location("judge_endpoint", ROOT / "tests/ju
 bench = sys.modules.setdefault("judge_endpoint", importlib.util.module_from_spec(SPEC))
 SPEC.loader.exec_module(bench)
 REAL = Path(os.environ.get("SPARSEGRAD_DATA", ROOT / "data")) / "mt_bench"
-real = pytest.mark.skipif(not (REAL / "mt_bench_inf.jsonl").is_file(), reason=f"no MT-Bench at {REAL}")
+real = pytest.mark.skipif(
+    not (REAL / "mt_bench_inf.jsonl").is_file(), reason=f"no MT-Bench at {REAL}: experiments/fetch.py brings it"
+)
 
 
 @pytest.fixture
