@@ -16,20 +16,20 @@ from omegaconf import DictConfig, OmegaConf
 @hydra.main(version_base=None, config_path="../conf", config_name="mt_bench")
 def main(cfg: DictConfig) -> None:
     from finetune.mt_bench.answer_cells import answer_cells, answer_one
-    from finetune.runs import cells
+    from finetune.runs import command
 
-    with cells.exit_with_message():
+    with command.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)
         if cfg.cell is None:
             place = Path(cfg.model.name) / cfg.method.name
             checkpoint = Path(cfg.checkpoint or Path(cfg.output) / place / f"seed{cfg.seed}")
             folder = Path(cfg.output) / "mt_bench" / "answers" / place
-            with cells.only_writer(folder, cfg.checkpoints):
+            with command.only_writer(folder, cfg.checkpoints):
                 answer_one(config, cfg.seed, checkpoint, folder)
             return
-        lists = cells.read_lists(cfg.cell, ["llama_seeds", *([] if cfg.methods else ["methods"])])
+        lists = command.read_lists(cfg.cell, ["llama_seeds", *([] if cfg.methods else ["methods"])])
         results = Path("results") / cfg.name
-        trained, folder = results / "llama" / "models", results / "mt_bench" / "answers"
+        trained, folder = results / "models", results / "mt_bench" / "answers"
         methods = config["methods"] or lists["methods"]
         answer_cells(config, methods, lists["llama_seeds"], trained / cfg.model.name, folder / cfg.model.name)
 

@@ -1,23 +1,19 @@
 """HOSVD bases from gradient moments, for every task of an experiment.
 
 python experiments/basis.py cell=params.yaml name=smoke model=tiny_bert
+python experiments/basis.py --config-name chat cell=params.yaml name=smoke model=tiny_llama
 """
 
-from pathlib import Path
-
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="glue")
 def main(cfg: DictConfig) -> None:
-    from finetune.runs import cells
+    from finetune.runs import cells, command
 
-    with cells.exit_with_message():
-        tasks = cells.read_lists(cfg.cell or "params.yaml")["tasks"]
-        results = Path("results") / cfg.name
-        source, folder = results / "gradients" / cfg.model.name, results / "basis" / cfg.model.name
-        cells.basis_cell(tasks, source, folder, device=cfg.device, threads=cfg.threads)
+    with command.exit_with_message():
+        cells.basis_cell(cells.Cell.of(OmegaConf.to_container(cfg, resolve=True)))
 
 
 if __name__ == "__main__":

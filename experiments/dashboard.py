@@ -15,11 +15,11 @@ log = logging.getLogger(__name__)
 @hydra.main(version_base=None, config_path="../conf", config_name="dashboard")
 def main(cfg: DictConfig) -> None:
     from finetune.efficiency.variants import VARIANTS
-    from finetune.runs import cells
+    from finetune.runs import command
     from finetune.store.files import write_atomically
     from finetune.tracking import dashboard
 
-    with cells.exit_with_message():
+    with command.exit_with_message():
         if not cfg.dry_run and cfg.entity is None:
             raise ValueError("entity is missing: give the wandb user or team that owns the project, entity=NAME.")
         workspace = dashboard.build(

@@ -13,16 +13,16 @@ from omegaconf import DictConfig, OmegaConf
 @hydra.main(version_base=None, config_path="../conf", config_name="energy")
 def main(cfg: DictConfig) -> None:
     from finetune.energy.cell import energy_cell
-    from finetune.runs import cells
+    from finetune.runs import command
 
-    with cells.exit_with_message():
+    with command.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)
         if cfg.cell is None:
             tasks, root = [cfg.data.task], Path(cfg.output)
         else:
-            tasks, root = cells.read_lists(cfg.cell, ["tasks"])["tasks"], Path("results") / cfg.name
+            tasks, root = command.read_lists(cfg.cell, ["tasks"])["tasks"], Path("results") / cfg.name
         folder = root / "energy" / cfg.model.name
-        with cells.only_writer(folder, cfg.checkpoints):
+        with command.only_writer(folder, cfg.checkpoints):
             energy_cell(config, tasks, folder)
 
 

@@ -18,12 +18,12 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     from finetune.efficiency import hosvd_cost
     from finetune.efficiency.stage import Stage
-    from finetune.runs import cells
+    from finetune.runs import command
 
-    with cells.exit_with_message():
+    with command.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)
         stage = Stage.from_config("hosvd_cost", config)
-        with cells.only_writer(stage.path, cfg.checkpoints):
+        with command.only_writer(stage.path, cfg.checkpoints):
             record = hosvd_cost.hosvd_cost(*hosvd_cost.read_config(config), stage)
         for line in hosvd_cost.summary(record):
             log.info("%s", line)

@@ -17,14 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 @hydra.main(version_base=None, config_path="../conf", config_name="mt_bench")
 def main(cfg: DictConfig) -> None:
     from finetune.mt_bench.judgment_cells import judge_cells
-    from finetune.runs import cells
+    from finetune.runs import command
 
-    with cells.exit_with_message():
+    with command.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)
         if cfg.cell is None:
             root, methods, seeds = Path(cfg.output), [cfg.method.name], [cfg.seed]
         else:
-            lists = cells.read_lists(cfg.cell, ["llama_seeds", *([] if cfg.methods else ["methods"])])
+            lists = command.read_lists(cfg.cell, ["llama_seeds", *([] if cfg.methods else ["methods"])])
             root, methods, seeds = (
                 Path("results") / cfg.name,
                 config["methods"] or lists["methods"],

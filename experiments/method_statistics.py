@@ -33,12 +33,9 @@ def main(cfg: DictConfig) -> None:
         if experiment["name"] != cfg.name:
             raise ValueError(f"{cfg.experiment} is experiment {experiment['name']!r}, not {cfg.name!r}.")
         what = {name: experiment[name] for name in ("protocol", "stands_for")} | {"experiment": cfg.name}
-        runs, dialogues = (
-            [(path.as_posix(), record) for path, record in records.iterate(results / folder)]
-            for folder in ("runs", "llama/runs")
-        )
+        runs = [(path.as_posix(), record) for path, record in records.iterate(results / "runs")]
         evidence = collect_evidence(**what, records=runs)
-        decoder = collect_llama_evidence(**what, records=dialogues)
+        decoder = collect_llama_evidence(**what, records=runs)
         labels = read_labels(experiment["data"])
         design = Design(labels, tuple(experiment["methods"]), cfg.focus, cfg.baseline, cfg.seed, cfg.samples)
         content = build_statistics(evidence, decoder, design)

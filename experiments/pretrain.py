@@ -17,7 +17,7 @@ def main(cfg: DictConfig) -> None:
     import torch
 
     from finetune.models.pretraining import Pretraining, pretrain
-    from finetune.runs.cells import exit_with_message
+    from finetune.runs.command import exit_with_message
 
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)

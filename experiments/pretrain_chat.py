@@ -18,7 +18,7 @@ def main(cfg: DictConfig) -> None:
 
     from finetune.data.chat import chat_template
     from finetune.models.pretraining import Pretraining, pretrain_causal
-    from finetune.runs.cells import exit_with_message
+    from finetune.runs.command import exit_with_message
 
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)

@@ -60,7 +60,7 @@ def _table_06(cfg: DictConfig, experiment: dict, results: Path):
         experiment=cfg.name,
         protocol=experiment["protocol"],
         stands_for=experiment["stands_for"],
-        records=[(path.as_posix(), record) for path, record in records.iterate(results / "llama" / "runs")],
+        records=[(path.as_posix(), record) for path, record in records.iterate(results / "runs")],
         judgments=read_judgments(results / "mt_bench" / "judgments"),
     )
     path, categories = Path("conf/model") / f"{PAPER_MODEL}.yaml", None

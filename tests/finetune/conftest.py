@@ -163,29 +163,25 @@ def options():
 @pytest.fixture
 def run_training(load, options):
     """``run_training(model, optimizer, **options)``: the loop on CoLA (``task=...``), no checkpoints unless given."""
-    from finetune.tracking.tracker import Tracker
     from finetune.training.evaluation import evaluate
-    from finetune.training.loop import make_accelerator, train
+    from finetune.training.loop import Training, make_accelerator, train
 
-    nothing = dict.fromkeys(("project", "run_id", "group", "job_type", "name"), "") | {"config": {}}
-
-    def make(model, optimizer, task="cola", split=None, evaluation=None, tracker=None, files=None, **changes):
-        extra = {name: changes.pop(name) for name in ("on_evaluation", "digest", "refresh") if name in changes}
+    def make(model, optimizer, task="cola", split=None, evaluation=None, files=None, **changes):
+        named = ("on_evaluation", "digest", "refresh", "tracker")
+        extra = {name: changes.pop(name) for name in named if name in changes}
         facts, splits = load(task)
-        device = torch.device("cpu")
-        return train(
+        training = Training(
             model,
             optimizer,
             splits["train"] if split is None else split,
-            evaluation or (lambda m: evaluate(m, splits["validation"], facts, 16, device)),
+            evaluation or (lambda m: evaluate(m, splits["validation"], facts, 16, torch.device("cpu"))),
             facts.metric,
             options(**changes),
             make_accelerator("cpu", "fp32"),
-            tracker=tracker or Tracker("disabled", "", **nothing),
             checkpoints=files,
-            progress_bar=False,
             **extra,
         )
+        return train(training)
 
     return make
 
@@ -217,7 +213,7 @@ def chat_config(compose, chat_root, tmp_path):
             "progress=false",
             "wandb.mode=disabled",
             *overrides,
-            config_name="llama",
+            config_name="chat",
         )
         return found | {name: str(tmp_path / name) for name in ("output", "checkpoints")}
 

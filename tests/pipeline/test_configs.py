@@ -171,7 +171,7 @@ def test_patterns_of_a_decoder_find_the_blocks_of_index_divisible_by_3(name):
     assert 0.002 <= config["k"] / size <= 0.01 and config["template"] == "llama-2"
 
 
-@pytest.mark.parametrize("entry", ["llama", "mt_bench"])
+@pytest.mark.parametrize("entry", ["chat", "mt_bench"])
 def test_choices_of_a_decoder_compose(entry):
     groups = {"model": DECODERS, "method": names("method")}
     nested = {group: [f"llama/{name}" for name in names(f"{group}/llama")] for group in ("protocol", "scale")}

@@ -15,7 +15,8 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "experiments"
 MODEL = ["model=llama2_7b", "model.name=tiny", "model.folder=models/tiny", "model.layers_to_transform=[0,3]",
          "model.lora_rank=2", "model.k=40"]  # fmt: skip
 SIZES = ["scale=llama/smoke", "scale.max_length=32", "scale.batch_size=8", "scale.micro_batch_size=8", "name=test"]
-TRAIN = [*MODEL, *SIZES, "chat=generated_chat", "protocol.preliminary.steps=3", "scale.max_steps=4", "device=cpu",
+TRAIN = ["--config-name", "chat", *MODEL, *SIZES,
+         "chat=generated_chat", "protocol.preliminary.steps=3", "scale.max_steps=4", "device=cpu",
          "scale.evaluation_steps=2", "progress=false", "wandb.mode=disabled"]  # fmt: skip
 BENCH = [*MODEL, *SIZES, "scale.answers.max_new_tokens=5", "questions=generated", "device=cpu", "progress=false"]
 
@@ -39,11 +40,11 @@ def test_from_gradients_to_table_6(script, work):
         ran = script(name, *arguments)
         assert ran.code == 0, (name, ran.err[-3000:])
 
-    basis = "results/test/llama/basis/tiny.safetensors"
-    done("llama_gradients", *TRAIN)
-    done("llama_basis", *TRAIN)
+    basis = "results/test/basis/tiny"
+    done("gradients", *TRAIN, "cell=params.yaml")
+    done("basis", *TRAIN, "cell=params.yaml")
     for method in ("full", "sparsegrad"):
-        done("llama_train", *TRAIN, f"method={method}", f"basis={basis}", "cell=params.yaml")
+        done("train", *TRAIN, f"method={method}", f"basis={basis}", "cell=params.yaml")
     done("answers", *BENCH, "cell=params.yaml")
     done("judgments", *BENCH, "judge=local", "cell=params.yaml")
     done("table", "number=6", "name=test", "questions=generated")
@@ -52,7 +53,7 @@ def test_from_gradients_to_table_6(script, work):
     results = work / "results" / "test"
     with (results / "tables" / "table_06.csv").open() as file:
         cells = {(row["row"], row["column"]): row for row in csv.DictReader(file)}
-    record = json.loads(next((results / "llama" / "runs" / "tiny" / "full").glob("oasst1-seed1-*.json")).read_text())
+    record = json.loads(next((results / "runs" / "tiny" / "full").glob("oasst1-seed1-*.json")).read_text())
     share = 100 * record["parameters"]["trainable"] / record["parameters"]["total"]
     assert float(cells["Regular FT", "#Train params"]["ours"]) == pytest.approx(share)
     loss, score = cells["SparseGrad", "Valid Loss"], cells["SparseGrad", "I-Bench Score"]
@@ -64,15 +65,15 @@ def test_from_gradients_to_table_6(script, work):
 
     before = contents(results)
     for method in ("full", "sparsegrad"):
-        done("llama_train", *TRAIN, f"method={method}", f"basis={basis}", "cell=params.yaml")
+        done("train", *TRAIN, f"method={method}", f"basis={basis}", "cell=params.yaml")
     done("answers", *BENCH, "cell=params.yaml")
     done("judgments", *BENCH, "judge=local", "cell=params.yaml")
     assert contents(results) == before  # what is finished is not done again
 
 
 def test_by_hand(script, work):
-    ran = script("llama_train", *TRAIN, "chat.root=results/test/chat", "method=sparsegrad", "seed=3")
-    assert ran.code == 0 and "validation loss" in ran.err and "(before: " in ran.err
+    ran = script("train", *TRAIN, "chat.root=results/test/chat", "method=sparsegrad", "seed=3")
+    assert ran.code == 0 and "loss = " in ran.err and "(before: " in ran.err
     assert (work / "outputs" / "test" / "tiny" / "sparsegrad" / "seed3" / "model.safetensors").is_file()
     ran = script("answers", *BENCH, "method=sparsegrad", "seed=3")
     assert ran.code == 0, ran.err
@@ -85,7 +86,7 @@ def test_two_processes_train_as_one_and_the_first_writes(work, ranks):
 
     def run(output, processes):
         own = ["method=sparsegrad", f"output={output}", f"checkpoints={output}", "scale.micro_batch_size=4"]
-        command = [sys.executable, str(SCRIPTS / "llama_train.py"), *TRAIN, "chat.root=results/test/chat", *own]
+        command = [sys.executable, str(SCRIPTS / "train.py"), *TRAIN, "chat.root=results/test/chat", *own]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         started = [
             subprocess.Popen(
@@ -111,12 +112,12 @@ def test_two_processes_train_as_one_and_the_first_writes(work, ranks):
 @pytest.mark.parametrize(
     ("name", "change", "told"),
     [
-        ("llama_train", "model.template=null", "template"),
-        ("llama_train", "model.template=nonsense", "nonsense"),
-        ("llama_train", "chat.threads=some", "threads"),
-        ("llama_train", "basis=nowhere.safetensors", "nowhere.safetensors does not exist"),
-        ("llama_train", "cell=nowhere.yaml", "nowhere.yaml does not exist"),
-        ("llama_basis", "name=other", "run the stage that writes it"),
+        ("train", "model.template=null", "template"),
+        ("train", "model.template=nonsense", "nonsense"),
+        ("train", "chat.threads=some", "threads"),
+        ("train", "basis=nowhere.safetensors", "nowhere.safetensors does not exist"),
+        ("train", "cell=nowhere.yaml", "nowhere.yaml does not exist"),
+        ("basis", "name=other", "run the stage that writes it"),
         ("answers", "seed=9", "train seed 9 first"),
         ("judgments", "seed=9", "seed9.jsonl does not exist: run the stage"),
     ],

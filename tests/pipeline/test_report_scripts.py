@@ -36,7 +36,7 @@ def results(tmp_path):
         "parameters": {"total": 1000, "trainable": 5},
         "model": {"title": "Tiny LLaMA", "random_weights": False},
     }
-    runs = root / "llama" / "runs" / "tiny" / "lora"
+    runs = root / "runs" / "tiny" / "lora"
     write(runs / "oasst1-seed1-a.json", record)
     write(runs / "cell.json", {"records": ["oasst1-seed1-a.json"]})
     name = "tiny-lora-seed1"
@@ -79,7 +79,7 @@ def test_table_6(script, results):
 
 
 def test_table_6_with_nothing_done_says_why(script, results):
-    for part in ("llama", "mt_bench"):
+    for part in ("runs", "mt_bench"):
         (results / part).rename(results.parent / part)
     (results.parents[1] / "conf" / "model").mkdir(parents=True)
     source = Path(__file__).parents[2] / "conf" / "model" / "llama2_7b.yaml"

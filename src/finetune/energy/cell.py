@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from finetune import models
 from finetune.energy.measures import MeasureOptions
 from finetune.energy.probe import Probe
 from finetune.energy.spaces import SPACES
 from finetune.energy.trajectory import Looks, follow
 from finetune.methods import Method, build_method
-from finetune.runs.execution import check_length
-from finetune.runs.glue import Inputs, for_task
+from finetune.runs.glue import GlueProblem
+from finetune.runs.problem import for_task
 from finetune.store import records
 from finetune.training import memory
 from finetune.training.evaluation import evaluate
@@ -44,7 +43,7 @@ def energy_cell(config: Mapping[str, Any], tasks: Sequence[str], folder: Path) -
         raise ValueError("the energy stage needs bases: run the gradients and basis stages, then set basis=FOLDER.")
     if config["threads"] is not None:
         torch.set_num_threads(config["threads"])
-    inputs = Inputs(config)
+    inputs = GlueProblem(config)
     wanted = [(task, name) for task in tasks for name in config["scale"]["trajectories"]]
     for task, name in tqdm(wanted, desc="trajectories", disable=not config["progress"]):
         path = folder / f"{task}-{name}.json"
@@ -63,10 +62,10 @@ def energy_cell(config: Mapping[str, Any], tasks: Sequence[str], folder: Path) -
             path.unlink()
 
 
-def identity(inputs: Inputs, task: str, trajectory: str) -> dict[str, Any]:
+def identity(inputs: GlueProblem, task: str, trajectory: str) -> dict[str, Any]:
     """Everything that decides a trajectory's numbers; paths, device and logging are left out."""
     config = inputs.config
-    _, splits = inputs.task(task)
+    splits = inputs.splits(task)
     _, facts = inputs.bases(task)
     protocol = ("density", "train", "frozen", "padding", "max_length", "weight_decay", "max_grad_norm", "schedule")
     return {
@@ -99,15 +98,14 @@ _SIZES = (
 )
 
 
-def _follow(inputs: Inputs, task: str, name: str) -> tuple[Looks, dict[str, Any]]:
+def _follow(inputs: GlueProblem, task: str, name: str) -> tuple[Looks, dict[str, Any]]:
     """Run one trajectory; returns its looks and the facts of its record."""
     config, scale, protocol = inputs.config, inputs.config["scale"], inputs.config["protocol"]
-    facts, splits = inputs.task(task)
+    facts, splits = inputs.facts(task), inputs.splits(task)
     options = _training_options(config, task)
     accelerator = make_accelerator(config["device"], options.precision)
     device, seed = accelerator.device, config["seed"]
-    model = models.load_classifier(config["model"], config["data"]["root"], facts.num_labels, seed).to(device)
-    check_length(model, splits.values())
+    model = inputs.load_model(task, seed).to(device)
     stored, _ = inputs.bases(task)
     stored = {kind: basis.to(device) for kind, basis in stored.items()}
     method = _method(inputs, name, task)
@@ -200,7 +198,7 @@ def _method_group(config: Mapping[str, Any], trajectory: str) -> Mapping[str, An
     return config["methods"][trajectory]
 
 
-def _method(inputs: Inputs, trajectory: str, task: str) -> Method:
+def _method(inputs: GlueProblem, trajectory: str, task: str) -> Method:
     config = inputs.config
     return build_method(
         _method_group(config, trajectory),

@@ -18,8 +18,7 @@ from finetune.mt_bench.answers import AnswerOptions, Speaker, answer_questions
 from finetune.mt_bench.cells import each, header, model_id, sha256
 from finetune.mt_bench.generation import sampling_settings
 from finetune.mt_bench.questions import load_questions
-from finetune.runs.cells import set_threads
-from finetune.runs.chat import MERGED
+from finetune.runs.run import MERGED
 from finetune.store import records
 from finetune.training import memory
 from finetune.training.loop import make_accelerator
@@ -81,7 +80,8 @@ def answer_one(config: Mapping[str, Any], seed: int, checkpoint: Path, folder: P
     Raises:
         ValueError: on a wrong configuration or checkpoint, and as :func:`finetune.mt_bench.answers.answer_questions`.
     """
-    set_threads(config)
+    if config["threads"] is not None:
+        torch.set_num_threads(config["threads"])
     options, dtype = _options(config["scale"]["answers"])
     place = config["questions"]
     file = Path(place["root"]) / place["folder"] / place["questions"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from finetune.runs.cells import only_writer
+from finetune.runs.command import only_writer
 from finetune.store import records
 
 

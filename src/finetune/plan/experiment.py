@@ -17,7 +17,7 @@ from finetune.plan.flops import Cost, cost_of, hosvd_operations
 from finetune.plan.inputs import chat_blocks, padded_tokens, stopping_epochs, task_rows
 from finetune.plan.memory import DTYPES, Setup, TrainingMemory, meta_model, training_memory
 from finetune.plan.work import Decoding, Decomposition, Training, Work
-from finetune.runs.glue import for_task
+from finetune.runs.problem import for_task
 from finetune.store import records
 
 Read = Callable[[str, str], Mapping[str, Any]]

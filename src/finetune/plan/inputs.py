@@ -67,7 +67,7 @@ def chat_blocks(results: Path, chat: str, model: str, assumed: Mapping[str, Any]
     Raises:
         ValueError: if neither is there.
     """
-    for path in sorted(results.glob(f"*/llama/runs/{model}/*/cell.json")):
+    for path in sorted(results.glob(f"*/runs/{model}/*/cell.json")):
         for place, record in records.iterate(path.parent):
             rows = record["data"]["rows"]
             return rows["train"], rows["validation"], str(place)

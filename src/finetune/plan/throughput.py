@@ -129,10 +129,9 @@ def recorded_facts(results: Path, cards: Sequence[Processor], planned: str) -> I
                 measured = (treatment["precision"], variant["steps_per_second"])
                 for card in _cards(cards, record["device"]):
                     yield Fact(card, run["model"], name, run["task"], *shape, *measured, str(path))
-    for kind in ("runs", "llama/runs"):
-        for folder in sorted(results.glob(f"*/{kind}")):
-            if folder.relative_to(results).parts[0] != planned:
-                yield from _of_runs(folder, cards)
+    for folder in sorted(results.glob("*/runs")):
+        if folder.parent.name != planned:
+            yield from _of_runs(folder, cards)
 
 
 _METHOD_OF_FORM = {"folded": "sparsegrad"}

@@ -1,257 +1,169 @@
-"""Cells: one (experiment, model, method), all its tasks and seeds in one process. What is finished is never done again.
+"""Cells: one (experiment, model, method), all its tasks and seeds. What is finished is never done again.
 
-Plain dictionaries in, files out; the scripts in ``experiments/`` compose the dictionaries with Hydra.
+Plain dictionaries in, files out; the scripts in ``experiments/`` compose the dictionaries with Hydra. Under
+``accelerate launch`` every process trains; the first one writes.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from tqdm import tqdm
 
-from finetune import models
-from finetune.runs.glue import Inputs, collect_for_run, for_task, identity, train_run
+from finetune.runs.chat import ChatProblem
+from finetune.runs.command import is_first_process, read_lists
+from finetune.runs.glue import GlueProblem
+from finetune.runs.problem import Problem, Run, for_task
+from finetune.runs.run import MERGED, run_once
+from finetune.runs.workers import Workers, run_all, warm_up
 from finetune.store import records
+from finetune.tracking.results import send_search
 from finetune.training import gradients
 from finetune.training.loop import NonFiniteLoss, make_accelerator
-from sparsegrad import load_tensors, save_bases, save_tensors
+from sparsegrad import Basis, load_tensors, save_bases, save_tensors
 
 log = logging.getLogger(__name__)
+PROBLEMS: dict[str, type[Problem]] = {"glue": GlueProblem, "chat": ChatProblem}
 
 
-@contextmanager
-def exit_with_message() -> Iterator[None]:
-    """Turn a user's error into one line on standard error and exit code 1; programming errors keep their traceback."""
-    try:
-        yield
-    except (ValueError, ImportError) as error:
-        log.debug("traceback", exc_info=True)
-        raise SystemExit(f"error: {error}") from None
+@dataclass(frozen=True)
+class Cell:
+    """Where a cell's files go, and what it runs.
+
+    Attributes:
+        problem: of one model and method.
+        tasks, seeds: what to run.
+        results: folder of the experiment: ``gradients``, ``basis``, ``search``, ``runs`` and ``models`` lie in it.
+    """
+
+    problem: Problem
+    tasks: Sequence[str]
+    seeds: Sequence[int]
+    results: Path
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Cell:
+        """The cell that a composed configuration and the experiment file ``cell`` name.
+
+        Raises:
+            ValueError: if the file is missing or lacks a list.
+        """
+        problem = make_problem(config)
+        lists = read_lists(config["cell"] or "params.yaml", problem.lists)
+        *tasks, seeds = lists.values()
+        return cls(problem, tasks[0] if tasks else [problem.task], seeds, Path("results") / config["name"])
+
+    def folder(self, kind: str) -> Path:
+        """A folder of this model and method: ``search``, ``runs`` or ``models``."""
+        return self.results / kind / self.problem.place
+
+    def shared(self, kind: str) -> Path:
+        """A folder that all methods of the model share: ``gradients`` or ``basis``."""
+        return self.results / kind / self.problem.config["model"]["name"]
 
 
-@contextmanager
-def only_writer(folder: Path, locks: str | Path) -> Iterator[None]:
-    """Hold a cell's folder for this process; the system frees it when the process ends, however it ends.
-
-    Of several processes of one run the first holds it.
-
-    A kill of dvc alone leaves its stage running, and the next ``dvc repro`` would start a second writer.
+def make_problem(config: Mapping[str, Any]) -> Problem:
+    """The problem that ``problem`` names.
 
     Raises:
-        ValueError: if another process holds it.
+        ValueError: if there is none of that name.
     """
-    if not is_first_process():
-        yield
-        return
-    path = Path(locks) / f"{folder.as_posix().strip('/').replace('/', '-')}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another process is working on this cell; wait for it, or end it.") from None
-        yield
+    if config.get("problem") not in PROBLEMS:
+        raise ValueError(f"problem={config.get('problem')!r}; allowed: {', '.join(PROBLEMS)}.")
+    return PROBLEMS[config["problem"]](config)
 
 
-def read_lists(path: str | Path, names: Sequence[str] = ("tasks", "seeds")) -> dict[str, list[Any]]:
-    """Lists of an experiment file.
-
-    Raises:
-        ValueError: if the file is missing or a list is missing or empty.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; a cell needs an experiment file such as params.yaml.")
-    try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, no mapping with lists {list(names)}.")
-    lists = {}
-    for name in names:
-        if not isinstance(content.get(name), list) or not content[name]:
-            raise ValueError(f"{path}: {name!r} is {content.get(name)!r}; it must be a list of at least one.")
-        lists[name] = content[name]
-    return lists
-
-
-def run_one(config: Mapping[str, Any]) -> float:
-    """A run by hand; the record lands under ``output``. Returns its score.
+def run_by_hand(config: Mapping[str, Any]) -> float:
+    """A run by hand; the record lands under ``output``, its merged model beside it. Returns its score.
 
     Raises:
         ValueError: if the run fails.
     """
-    set_threads(config)
-    inputs, task, seed = Inputs(config), config["data"]["task"], config["seed"]
-    chosen = hyperparameters(config, None)
-    folder = Path(config["output"]) / config["model"]["name"] / config["method"]["name"]
-    record, path = _run_or_reuse(inputs, task, seed, chosen, folder)
+    problem = make_problem(config)
+    run = Run(problem.task, config["seed"], problem.hyperparameters())
+    folder = Path(config["output"]) / problem.place
+    ((path, record),) = _run_missing(problem, [run], folder, folder, Workers(threads=config["threads"])).items()
     if record["status"] != "finished":
         raise ValueError(f"{path}: {record['error']}")
-    log.info("%s = %.4f  %s", record["metric"], record["score"], path)
+    before = f" (before: {record['baseline']['loss']:.4f})" if problem.baseline else ""
+    log.info("%s = %.4f%s  %s", record["metric"], record["score"], before, path)
     return record["score"]
 
 
-def train_cell(
-    config: Mapping[str, Any], tasks: Sequence[str], seeds: Sequence[int], folder: Path, search: Path
-) -> None:
-    """All runs of a cell; writes their records and ``cell.json``, which lists them.
-
-    Args:
-        config: composed configuration.
-        tasks, seeds: what to run.
-        folder: for the records of this cell.
-        search: results of the search of this cell, ``<task>.json`` each.
+def train_cell(cell: Cell) -> None:
+    """All runs of a cell, after the searches that are missing; writes records and ``cell.json``, which lists them.
 
     Raises:
         ValueError: if a seed was the search's, or any run failed (after all others are done).
     """
-    set_threads(config)
-    if config["protocol"]["search_seed"] in seeds:
-        raise ValueError(f"seed {config['protocol']['search_seed']} is the search's; seeds={seeds} must be others.")
-    inputs, listed, failed = Inputs(config), [], []
-    for task in tqdm(tasks, desc="tasks", disable=not config["progress"]):
-        chosen = hyperparameters(config, search / f"{task}.json")
-        for seed in tqdm(seeds, desc=task, disable=not config["progress"], leave=False):
-            record, path = _run_or_reuse(inputs, task, seed, chosen, folder)
-            listed.append(path.name)
-            if record["status"] != "finished":
-                failed.append(f"{path.name}: {record['error']}")
+    problem, workers = cell.problem, Workers.of(cell.problem.config)
+    protocol = problem.config["protocol"]
+    if "search" in protocol and protocol["search_seed"] in cell.seeds:
+        raise ValueError(f"seed {protocol['search_seed']} is the search's; seeds={list(cell.seeds)} must be others.")
+    for kind in ("search", "runs", "models"):  # DVC wants its outputs to exist
+        cell.folder(kind).mkdir(parents=True, exist_ok=True)
+    if problem.searches:
+        search_cell(cell)
+    runs = []
+    for task in cell.tasks:
+        best = records.read_json(cell.folder("search") / f"{task}.json")["best"] if problem.searches else None
+        runs += [Run(task, seed, problem.hyperparameters(best)) for seed in cell.seeds]
+    folder = cell.folder("runs")
+    found = _run_missing(problem, runs, folder, cell.folder("models"), workers)
     if is_first_process():
-        keep_only(folder, listed)
-        records.write_json(folder / "cell.json", {"records": listed})
+        _keep_only(folder, [path.name for path in found])
+        records.write_json(folder / "cell.json", {"records": [path.name for path in found]})
+    failed = [f"{path.name}: {record['error']}" for path, record in found.items() if record["status"] != "finished"]
     if failed:
-        raise ValueError(f"{len(failed)} of {len(listed)} runs failed; " + "; ".join(failed))
+        raise ValueError(f"{len(failed)} of {len(found)} runs failed; " + "; ".join(failed))
 
 
-def search_cell(config: Mapping[str, Any], tasks: Sequence[str], folder: Path) -> None:
-    """The hyper-parameter searches of a cell: a journal and a ``<task>.json`` with best point and all trials each."""
-    from finetune.runs.search import SearchSpace, open_storage, run_search, summary
-
-    set_threads(config)
-    inputs, protocol, settings = Inputs(config), config["protocol"], config["scale"]["search"]
-    space = SearchSpace(
-        learning_rate=tuple(protocol["search"]["learning_rate"]),
-        batch_sizes=tuple(protocol["search"]["batch_sizes"]),
-        trials=settings["trials"],
-        points=tuple(settings["points"]),
-        startup_trials=settings["pruning"]["startup_trials"],
-        warmup_steps=settings["pruning"]["warmup_steps"],
-        seed=protocol["search_seed"],
-    )
-    for task in tqdm(tasks, desc="tasks", disable=not config["progress"]):
-        steps = for_task(settings["max_steps"], task)
-        base = identity(inputs, task, protocol["search_seed"], {"max_steps": steps}, "search")
-        digest = records.config_hash(base)
-
-        def objective(
-            point: dict[str, Any], report: Any, task: str = task, steps: int | None = steps
-        ) -> tuple[float, float]:
-            chosen = point | {"max_steps": steps}
-            record = train_run(inputs, task, protocol["search_seed"], chosen, kind="search", on_evaluation=report)
-            if record["status"] != "finished":
-                raise NonFiniteLoss(record["error"])
-            return record["score"], min(evaluation["loss"] for evaluation in record["evaluations"])
-
-        study = run_search(objective, space, open_storage(folder / f"{task}.journal"), digest)
-        header = {
-            "experiment": config["name"],
-            "kind": "search",
-            "model": config["model"]["name"],
-            "method": config["method"]["name"],
-            "task": task,
-            "protocol": protocol["name"],
-            "scale": config["scale"]["name"],
-            "config_hash": digest,
-        }
-        content = {"schema": records.SCHEMA, "version": config["version"], "run": header} | summary(study, space)
-        content |= {"seed": protocol["search_seed"], "provenance": records.provenance()}
-        records.write_json(folder / f"{task}.json", content)
+def _run_missing(
+    problem: Problem, runs: Sequence[Run], folder: Path, models: Path, workers: Workers
+) -> dict[Path, dict[str, Any]]:
+    """Do what is not finished; returns records by path. One whose merged model is lost is made again."""
+    warm_up(workers)
+    found, jobs = {}, {}
+    for run in runs:
+        digest = problem.digest(run)
+        path = folder / f"{run.task}-seed{run.seed}-{digest}.json"
+        keep = models / f"seed{run.seed}" if problem.keeps_models else None
+        found[path] = _finished(path)
+        if found[path] is None or (keep is not None and not _is_of(keep, digest)):
+            jobs[path] = partial(_run_and_write, problem, run, path, keep)
+        else:
+            log.info("%s is finished, reused", path)
+    done = run_all(list(jobs.values()), workers, label="runs", bar=problem.config["progress"])
+    return found | dict(zip(jobs, done, strict=True))
 
 
-def gradients_cell(config: Mapping[str, Any], tasks: Sequence[str], folder: Path) -> None:
-    """Moments of the preliminary phase of every task, ``<task>.safetensors`` each."""
-    set_threads(config)
-    inputs = Inputs(config)
-    device = make_accelerator(config["device"], "fp32").device
-    for task in tqdm(tasks, desc="tasks", disable=not config["progress"]):
-        facts, splits = inputs.task(task)
-        seed = config["protocol"]["search_seed"]
-        model = models.load_classifier(config["model"], config["data"]["root"], facts.num_labels, seed).to(device)
-        collected = collect_for_run(inputs, model, splits["train"], seed, device)
-        metadata = collected.facts | {
-            "content": "moments",
-            "model": config["model"]["name"],
-            "model_sha256": inputs.fingerprint,
-            "task": task,
-            "data_sha256": splits["train"].sha256,
-            "preliminary": dict(config["protocol"]["preliminary"]),
-        }
-        save_tensors(folder / f"{task}.safetensors", gradients.pack(collected), metadata)
+def _finished(path: Path) -> dict[str, Any] | None:
+    """The record at a path that its hash names, if it is finished."""
+    record = records.read_json(path) if path.is_file() else {}
+    return record if record.get("status") == "finished" else None
 
 
-def basis_cell(tasks: Sequence[str], source: Path, folder: Path, *, device: str, threads: int | None) -> None:
-    """HOSVD of every task's moments: ``<task>.safetensors`` with float32 bases; times in ``hosvd.json``."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    place = make_accelerator(device, "fp32").device
-    report = {}
-    for task in tqdm(tasks, desc="hosvd", leave=False):
-        tensors, facts = load_tensors(source / f"{task}.safetensors")
-        if facts.get("content") != "moments":
-            raise ValueError(f"{source / task}.safetensors holds {facts.get('content')!r}, not moments.")
-        started = time.perf_counter()
-        collected = gradients.unpack({name: tensor.to(place) for name, tensor in tensors.items()}, facts)
-        bases = collected.bases()
-        report[task] = {"seconds": time.perf_counter() - started, "gradients": facts["gradients"]}
-        for basis in bases.values():
-            basis.to(dtype=torch.float32)
-        save_bases(folder / f"{task}.safetensors", bases, facts | {"content": "bases"})
-    records.write_json(folder / "hosvd.json", report)
+def _is_of(model: Path, digest: str) -> bool:
+    """Whether a merged model is there, whole, and of the run with this hash."""
+    return (model / MERGED).is_file() and records.read_json(model / MERGED)["config_hash"] == digest
 
 
-def hyperparameters(config: Mapping[str, Any], search: Path | None) -> dict[str, Any]:
-    """Learning rate and batch size: given by hand, else the search's best, else the scale's.
-
-    Raises:
-        ValueError: if a search result is expected and missing.
-    """
-    best = records.read_json(search)["best"] if search is not None else config["scale"]
-    return {name: config[name] if config[name] is not None else best[name] for name in ("learning_rate", "batch_size")}
-
-
-def _run_or_reuse(
-    inputs: Inputs, task: str, seed: int, chosen: Mapping[str, Any], folder: Path
-) -> tuple[dict[str, Any], Path]:
-    digest = records.config_hash(identity(inputs, task, seed, chosen, "train"))
-    path = records.find_finished(folder, digest)
-    if path is not None:
-        log.info("%s is finished, reused", path)
-        return records.read_json(path), path
-    record = train_run(inputs, task, seed, chosen)
-    path = folder / f"{task}-seed{seed}-{digest}.json"
+def _run_and_write(problem: Problem, run: Run, path: Path, keep: Path | None) -> dict[str, Any]:
+    record = run_once(problem, run, keep=keep)
     if is_first_process():
         records.write_json(path, record)
-    return record, path
+    return record
 
 
-def is_first_process() -> bool:
-    """Whether this is the process that writes, of those that ``accelerate launch`` or ``torchrun`` started."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def keep_only(folder: Path, listed: Sequence[str]) -> None:
+def _keep_only(folder: Path, listed: Sequence[str]) -> None:
     """Move records of earlier configurations aside: kept, but no longer the cell's."""
     for path in folder.glob("*-seed*-*.json"):
         if path.name not in listed:
@@ -259,7 +171,107 @@ def keep_only(folder: Path, listed: Sequence[str]) -> None:
             shutil.move(path, folder / "earlier" / path.name)
 
 
-def set_threads(config: Mapping[str, Any]) -> None:
-    """Torch's CPU threads, where ``threads`` is given."""
+def search_cell(cell: Cell) -> list[Path]:
+    """The hyper-parameter searches of a cell: a journal and a ``<task>.json`` with best point and all trials each.
+
+    Returns:
+        The files that were written now; those of finished searches stay as they are.
+
+    Raises:
+        ValueError: if the protocol has no search.
+    """
+    problem, folder = cell.problem, cell.folder("search")
+    protocol = problem.config["protocol"]
+    if "search" not in protocol:
+        raise ValueError(f"protocol={protocol['name']} searches nothing: its hyper-parameters are given.")
+    workers, jobs, paths = Workers.of(problem.config), [], []
+    warm_up(workers)
+    for task in cell.tasks:
+        steps, path = for_task(problem.config["scale"]["search"]["max_steps"], task), folder / f"{task}.json"
+        whole = Run(task, protocol["search_seed"], {"max_steps": steps}, search=True)
+        if not _is_searched(path, problem.digest(whole), problem.config["scale"]["search"]["trials"]):
+            jobs.append(partial(_search, problem, whole, path))
+            paths.append(path)
+    run_all(jobs, workers, label="searches", bar=problem.config["progress"])
+    return paths
+
+
+def _is_searched(path: Path, digest: str, trials: int) -> bool:
+    if not path.is_file():
+        return False
+    found = records.read_json(path)
+    return found["run"]["config_hash"] == digest and found["n_trials"] == trials
+
+
+def _search(problem: Problem, whole: Run, path: Path) -> None:
+    """Search one task; ``whole`` is the search as a run without a point."""
+    from finetune.runs.search import SearchSpace, open_storage, run_search, summary
+
+    config, digest = problem.config, problem.digest(whole)
+    space = SearchSpace.of(config)
+
+    def objective(point: dict[str, Any], report: Any) -> tuple[float, float]:
+        trial = Run(whole.task, whole.seed, point | whole.hyperparameters, search=True)
+        record = run_once(problem, trial, on_evaluation=report)
+        if record["status"] != "finished":
+            raise NonFiniteLoss(record["error"])
+        return record["score"], min(evaluation["loss"] for evaluation in record["evaluations"])
+
+    study = run_search(objective, space, open_storage(path.with_suffix(".journal")), digest)
+    header = {
+        "experiment": config["name"],
+        "kind": "search",
+        "model": config["model"]["name"],
+        "method": config["method"]["name"],
+        "task": whole.task,
+        "protocol": config["protocol"]["name"],
+        "scale": config["scale"]["name"],
+        "config_hash": digest,
+    }
+    content = {"schema": records.SCHEMA, "version": config["version"], "run": header} | summary(study, space)
+    content |= {"seed": whole.seed, "provenance": records.provenance()}
+    records.write_json(path, content)
+    send_search(content, config["wandb"])
+
+
+def gradients_cell(cell: Cell) -> None:
+    """Moments of the preliminary phase of every task, ``<task>.safetensors`` each."""
+    problem, config = cell.problem, cell.problem.config
+    jobs = [partial(_gradients, problem, task, cell.shared("gradients") / f"{task}.safetensors") for task in cell.tasks]
+    run_all(jobs, Workers(threads=config["threads"]), label="gradients", bar=config["progress"])
+
+
+def _gradients(problem: Problem, task: str, path: Path) -> None:
+    device, seed = make_accelerator(problem.config["device"], "fp32").device, problem.gradients_seed
+    collected = problem.collect(problem.gradient_model(task, seed), task, seed, device)
+    made = problem.made_for(task) | {"content": "moments", "model": problem.config["model"]["name"]}
+    save_tensors(path, gradients.pack(collected), collected.facts | made)
+
+
+def basis_cell(cell: Cell) -> None:
+    """HOSVD of every task's moments: ``<task>.safetensors`` with float32 bases; times by layer kind in ``hosvd.json``.
+
+    One layer kind at a time lies on the device: of LLaMa-2's matrices (11,008 x 4,096) one kind's moments take 1.1 GB,
+    its decomposition a few times that.
+    """
+    config, report = cell.problem.config, {}
     if config["threads"] is not None:
         torch.set_num_threads(config["threads"])
+    place = make_accelerator(config["device"], "fp32").device
+    for task in tqdm(cell.tasks, desc="hosvd", leave=False, disable=not config["progress"]):
+        source = cell.shared("gradients") / f"{task}.safetensors"
+        tensors, facts = load_tensors(source)
+        if facts.get("content") != "moments":
+            raise ValueError(f"{source} holds {facts.get('content')!r}, not moments.")
+        collected, bases, report[task] = gradients.unpack(tensors, facts), {}, {}
+        del tensors
+        for kind in list(collected.moments):
+            started = time.perf_counter()
+            moments = collected.moments[kind]
+            moments.left, moments.right = moments.left.to(place), moments.right.to(place)
+            basis = collected.basis(kind)
+            bases[kind] = Basis(basis.U.float().cpu(), basis.V.float().cpu())
+            del collected.moments[kind], basis
+            report[task][kind] = {"seconds": time.perf_counter() - started, "gradients": facts["gradients"][kind]}
+        save_bases(cell.shared("basis") / f"{task}.safetensors", bases, facts | {"content": "bases"})
+    records.write_json(cell.shared("basis") / "hosvd.json", report)

@@ -1,193 +1,175 @@
-"""One run on dialogues: a decoder fine-tuned on OpenAssistant threads (paper, section 4.3), from inputs to record.
-
-The GLUE runs' counterpart is :mod:`finetune.runs.glue`; training, checkpoints, tracking and records are the same code.
-"""
+"""Dialogues: a decoder fine-tuned on OpenAssistant threads (paper, section 4.3); the score is the validation loss."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from finetune import models
-from finetune.methods import Method, build_method, build_targets, needs_bases
-from finetune.methods.base import count_parameters
-from finetune.runs import record_content
-from finetune.runs.chat_inputs import DTYPES, TASK, ChatInputs, hyperparameters, identity, training_options
-from finetune.runs.execution import execute
-from finetune.runs.glue import preliminary_options
-from finetune.store import records
-from finetune.training import memory
+from finetune.data.chat import ChatTemplate, chat_template
+from finetune.data.oasst import PackedSplit, load_chat
+from finetune.methods import Method, build_targets
+from finetune.runs.problem import Problem, Run, check_length
 from finetune.training.evaluation import evaluate_causal
-from finetune.training.gradients import Collected, collect
-from finetune.training.loop import make_accelerator
+from finetune.training.gradients import Collected
 from finetune.training.options import TrainingOptions, planned_steps
-from finetune.training.refreshing import refresh_options
 
-METRIC = "loss"
-MERGED = "training.json"
+TASK = "oasst1"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-
-def collect_gradients(inputs: ChatInputs, model: nn.Module, seed: int, device: torch.device) -> Collected:
-    """The preliminary phase: moments of the gradients of SparseGrad's target matrices, in the training's precision."""
-    protocol, scale = inputs.config["protocol"], inputs.config["scale"]
-    targets = build_targets("sparsegrad", inputs.config["model"], protocol)
-    bf16 = (scale["precision"] or protocol["precision"]) == "bf16"
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        collected = collect(
-            model,
-            inputs.splits["train"],
-            targets,
-            preliminary_options(inputs.config),
-            seed=seed,
-            device=device,
-            progress_bar=inputs.config["progress"],
-        )
-    shared = [kind for kind in protocol["shared_input"] if kind in targets.target_modules]
-    if len(shared) > 1:
-        collected.share_input(shared)
-    return collected
+# What of conf/chat and conf/scale/llama decides numbers.
+_CHOICES = ("languages", "threads", "deleted", "review", "validation_share")
+_SIZES = (
+    "train_examples", "epochs", "max_steps", "warmup_steps", "evaluation_steps", "micro_batch_size", "precision",
+    "frozen_dtype", "max_length",
+)  # fmt: skip
 
 
-def load_for_gradients(inputs: ChatInputs, seed: int) -> nn.Module:
-    """The starting model as the preliminary phase needs it: what is not differentiated in its storage precision."""
-    config, model = inputs.config, inputs.load_model(seed)
-    if config["scale"]["gradient_checkpointing"]:
-        models.checkpoint_activations(model)
-    if not config["protocol"]["preliminary"]["update"]:
-        build_targets("sparsegrad", config["model"], config["protocol"]).set_trainable(model)
-        models.cast_frozen(model, DTYPES[config["scale"]["frozen_dtype"]])
-    return model
-
-
-def chat_run(inputs: ChatInputs, seed: int, save_model: Path | None = None) -> dict[str, Any]:
-    """Prepare, train and evaluate one model.
-
-    Args:
-        inputs: shared inputs of the cell.
-        seed: of data order and of a method's initial weights.
-        save_model: folder for the merged, plain model with the best weights and its tokenizer; None saves none.
-
-    Returns:
-        The record; ``score`` is the lowest validation loss, in nats a token. A run whose loss is not finite gives one
-        with status ``failed``.
+class ChatProblem(Problem):
+    """A configuration of ``conf/chat.yaml``. Scores are in nats a token; merged models are kept.
 
     Raises:
-        ValueError: on bad configuration or data.
+        ValueError: if frozen weights shall be stored in bfloat16 and the computation is in float32.
     """
-    config, splits = inputs.config, inputs.splits
-    digest = records.config_hash(identity(inputs, seed))
-    precision = config["scale"]["precision"] or config["protocol"]["precision"]
-    accelerator = make_accelerator(config["device"], precision)
-    device = accelerator.device
-    options = training_options(config, seed, accelerator.num_processes)
-    options = replace(options, warmup_steps=min(options.warmup_steps, planned_steps(len(splits["train"]), options)))
-    model = inputs.load_model(seed)
-    one_backward = options.accumulation_steps == 1 and accelerator.num_processes == 1
-    method, basis_facts = _method(inputs, model, seed, device, one_backward)
-    parameters = count_parameters(model, method)
-    model = _prepare(model, method, config["scale"], device, seed)
-    optimizer = method.optimizer(model, options.learning_rate, options.weight_decay)
 
-    def evaluate(m: nn.Module) -> dict[str, float]:
-        with accelerator.autocast():
-            return evaluate_causal(m, splits["validation"], options.evaluation_batch_size, device)
+    kind, group, lists, baseline, keeps_models = "llama", "chat", ("llama_seeds",), True, True
+    task = TASK
 
-    record = record_content.header(
-        config, inputs.fingerprint, splits, "validation", TASK, seed, hyperparameters(config), "llama", digest
-    ) | {
-        "treatment": _treatment(inputs, options, parameters["wrapped_layers"]),
-        "parameters": parameters,
-        "basis": basis_facts,
-        "device": memory.device_name(device) | {"processes": accelerator.num_processes},
-        "baseline": evaluate(model),
-    }
-    record["data"] |= {"facts": {role: split.facts for role, split in splits.items()}, "template": inputs.template.name}
-    torch.manual_seed(seed)
-    return execute(
-        config,
-        record,
-        model,
-        optimizer,
-        splits["train"],
-        evaluate,
-        METRIC,
-        options,
-        accelerator,
-        on_finished=None if save_model is None else lambda m: save_merged(inputs, method, m, save_model, digest),
-        refresh=refresh_options(config["method"]),
-    )
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        name = self.config["scale"]["frozen_dtype"]
+        if name not in DTYPES or (name == "bf16" and self.precision != "bf16"):
+            raise ValueError(
+                f"scale.frozen_dtype={name!r} with precision={self.precision!r}; "
+                "allowed: fp32, or bf16 with precision bf16."
+            )
+        self.stored_dtype = DTYPES[name]
 
+    @property
+    def gradients_seed(self) -> int:
+        return self.config["seed"]
 
-def _prepare(model: nn.Module, method: Method, scale: Mapping[str, Any], device: torch.device, seed: int) -> nn.Module:
-    """The model as the method trains it: what is frozen in its storage precision, on the device."""
-    if scale["gradient_checkpointing"]:
-        models.checkpoint_activations(model)
-    model.config.use_cache = False
-    torch.manual_seed(seed)  # LoRA draws its weights
-    model = method.prepare(model)
-    models.cast_frozen(model, DTYPES[scale["frozen_dtype"]])
-    return model.to(device)
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The model's chat template, which answering uses too."""
+        return chat_template(self.config["model"].get("template"), self.tokenizer)
 
+    def splits(self, task: str = TASK) -> dict[str, PackedSplit]:
+        return self._packed
 
-def _method(
-    inputs: ChatInputs, model: nn.Module, seed: int, device: torch.device, one_backward: bool
-) -> tuple[Method, dict[str, Any]]:
-    """The configured method; SparseGrad gets its bases from the file, or collects them here."""
-    config, bases, facts = inputs.config, None, {}
-    if needs_bases(config["method"]):
-        if config["basis"] is not None:
-            bases, facts = inputs.bases
-        else:
-            collected = collect_gradients(inputs, model, seed, device)
-            bases, facts = collected.bases(), collected.facts
-            model.to("cpu")
-        facts = {name: value for name, value in facts.items() if name != "content"}
-    parts = (config["method"], config["model"], config["protocol"])
-    return build_method(*parts, bases=bases, one_backward_a_step=one_backward), facts
+    @cached_property
+    def _packed(self) -> dict[str, PackedSplit]:
+        config = self.config
+        return load_chat(
+            config["chat"],
+            self.tokenizer,
+            self.template,
+            length=config["scale"]["max_length"] or config["protocol"]["max_length"],
+            loss_on=config["protocol"]["loss_on"],
+            limit=config["scale"]["train_examples"],
+        )
 
+    def metric(self, task: str) -> str:
+        return "loss"
 
-def _treatment(inputs: ChatInputs, options: TrainingOptions, matrices: int) -> dict[str, Any]:
-    """What all methods must share, printed in the record."""
-    scale = inputs.config["scale"]
-    return {
-        "packed_tokens": inputs.splits["train"].longest,
-        "precision": options.precision,
-        "frozen_dtype": scale["frozen_dtype"],
-        "gradient_checkpointing": scale["gradient_checkpointing"],
-        "optimizer": "AdamW",
-        "schedule": options.schedule,
-        "target_matrices": matrices,
-        "train": inputs.config["protocol"]["train"],
-        "max_steps": options.max_steps,
-        "evaluation_steps": options.evaluation_steps,
-    }
+    def evaluator(
+        self, task: str, options: TrainingOptions, accelerator: Accelerator
+    ) -> Callable[[nn.Module], dict[str, float]]:
+        split = self._packed["validation"]
 
+        def measure(model: nn.Module) -> dict[str, float]:
+            with accelerator.autocast():
+                return evaluate_causal(model, split, options.evaluation_batch_size, accelerator.device)
 
-def save_merged(inputs: ChatInputs, method: Method, model: nn.Module, folder: Path, digest: str) -> None:
-    """Write the merged model and its tokenizer, whole or not at all; ``from_pretrained`` and FastChat load them.
+        return measure
 
-    Weights are stored in the precision of the frozen ones. ``training.json`` names run and chat template.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        plain = method.merge(model).to(DTYPES[inputs.config["scale"]["frozen_dtype"]])
-        plain.config.use_cache = True
-        with models.no_file_bars():
-            plain.save_pretrained(temporary)
-        inputs.tokenizer.save_pretrained(temporary)
-        records.write_json(temporary / MERGED, {"config_hash": digest, "template": inputs.template.name})
-        os.chmod(temporary, 0o755)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    def load_model(self, task: str, seed: int) -> nn.Module:
+        model, splits = models.load_causal(self.config["model"], self.root, seed), self._packed.values()
+        check_length(model, splits)
+        rows = model.get_input_embeddings().num_embeddings
+        largest = max(int(split.input_ids.max()) for split in splits)
+        if largest >= rows:
+            raise ValueError(f"token {largest} of the data, but the model embeds {rows}: tokenizer and model differ.")
+        return model
+
+    def prepare(self, method: Method, model: nn.Module, device: torch.device, seed: int) -> nn.Module:
+        model = model.to("cpu")  # gradients may have been collected on the device
+        if self.config["scale"]["gradient_checkpointing"]:
+            models.checkpoint_activations(model)
+        model.config.use_cache = False
+        torch.manual_seed(seed)  # LoRA draws its weights
+        model = method.prepare(model)
+        models.cast_frozen(model, self.stored_dtype)
+        return model.to(device)
+
+    def gradient_model(self, task: str, seed: int) -> nn.Module:
+        """The starting model; what is not differentiated is in its storage precision."""
+        config, model = self.config, self.load_model(task, seed)
+        if config["scale"]["gradient_checkpointing"]:
+            models.checkpoint_activations(model)
+        if not config["protocol"]["preliminary"]["update"]:
+            build_targets("sparsegrad", config["model"], config["protocol"]).set_trainable(model)
+            models.cast_frozen(model, self.stored_dtype)
+        return model
+
+    def collect(self, model: nn.Module, task: str, seed: int, device: torch.device) -> Collected:
+        """The preliminary phase, in the training's precision."""
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return super().collect(model, task, seed, device)
+
+    def options(self, run: Run, processes: int) -> TrainingOptions:
+        protocol, scale = self.config["protocol"], self.config["scale"]
+        warmup = scale["warmup_steps"] if scale["warmup_steps"] is not None else protocol["warmup_steps"]
+        options = self._options(
+            run,
+            evaluation_steps=scale["evaluation_steps"] or protocol["evaluation_steps"],
+            accumulation_steps=-(-run.hyperparameters["batch_size"] // (scale["micro_batch_size"] * processes)),
+        )
+        return replace(options, warmup_steps=min(warmup, planned_steps(len(self._packed["train"]), options)))
+
+    @property
+    def data_identity(self) -> dict[str, Any]:
+        """What decides the examples."""
+        chosen = {key: self.config["chat"][key] for key in _CHOICES}
+        splits = {role: {"sha256": split.sha256, "rows": len(split)} for role, split in self._packed.items()}
+        return chosen | splits | {"template": self.template.name, "length": self._packed["train"].longest}
+
+    def made_for(self, task: str) -> dict[str, Any]:
+        return {
+            "model_sha256": self.fingerprint,
+            "task": task,
+            "preliminary": dict(self.config["protocol"]["preliminary"]),
+            "data": self.data_identity,
+        }
+
+    def identity(self, run: Run) -> dict[str, Any]:
+        config = self.config
+        return self._identity(run, self.kind, ["batch_size", "learning_rate"]) | {
+            "scale": {name: config["scale"][name] for name in _SIZES},
+            "data": self.data_identity,
+        }
+
+    def treatment(self, task: str) -> dict[str, Any]:
+        scale = self.config["scale"]
+        return {
+            "packed_tokens": self._packed["train"].longest,
+            "frozen_dtype": scale["frozen_dtype"],
+            "gradient_checkpointing": scale["gradient_checkpointing"],
+            "schedule": self.config["protocol"]["schedule"],
+        }
+
+    def data_facts(self, task: str) -> dict[str, Any]:
+        return {
+            "score_split": "validation",
+            "facts": {role: split.facts for role, split in self._packed.items()},
+            "template": self.template.name,
+        }
+
+    def kept_facts(self) -> dict[str, Any]:
+        return {"template": self.template.name}

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from finetune.data.examples import Examples
+from finetune.runs.problem import Problem, Run
 from finetune.store import records
-from finetune.training.loop import Progress, median_step_seconds
+from finetune.training.loop import Progress, Training, median_step_seconds
 from finetune.training.options import TrainingOptions, planned_steps
 
 
-def header(
-    config: Mapping[str, Any],
-    fingerprint: str,
-    splits: Mapping[str, Examples],
-    score_split: str,
-    task: str,
-    seed: int,
-    hyperparameters: Mapping[str, Any],
-    kind: str,
-    digest: str,
-) -> dict[str, Any]:
+def header(problem: Problem, run: Run) -> dict[str, Any]:
     """Who ran what, on which model and data, with which code."""
+    config, splits = problem.config, problem.splits(run.task)
     model = config["model"]
     return {
         "schema": records.SCHEMA,
@@ -31,57 +21,51 @@ def header(
         "error": None,
         "run": {
             "experiment": config["name"],
-            "kind": kind,
+            "kind": "search" if run.search else problem.kind,
             "model": model["name"],
             "method": config["method"]["name"],
-            "task": task,
-            "seed": seed,
+            "task": run.task,
+            "seed": run.seed,
             "protocol": config["protocol"]["name"],
             "scale": config["scale"]["name"],
-            "config_hash": digest,
+            "config_hash": problem.digest(run),
         },
-        "hyperparameters": dict(hyperparameters),
-        "model": {
-            "title": model["title"],
-            "checkpoint": model["checkpoint"],
-            "revision": model["revision"],
-            "sha256": fingerprint,
-            "random_weights": model["random_weights"],
-        },
+        "hyperparameters": dict(run.hyperparameters),
+        "model": {name: model[name] for name in ("title", "checkpoint", "revision", "random_weights")}
+        | {"sha256": problem.fingerprint},
         "data": {
-            "task": task,
+            "task": run.task,
             "sha256": {role: split.sha256 for role, split in splits.items()},
             "rows": {role: len(split) for role, split in splits.items()},
-            "score_split": score_split,
-        },
+        }
+        | problem.data_facts(run.task),
         "config": {key: config[key] for key in ("model", "method", "protocol", "scale")},
         "provenance": records.provenance(),
     }
 
 
-def treatment(options: TrainingOptions, config: Mapping[str, Any], matrices: int) -> dict[str, Any]:
+def treatment(problem: Problem, task: str, options: TrainingOptions, matrices: int) -> dict[str, Any]:
     """What all methods must share, printed in the record."""
-    return {
-        "padding": config["protocol"]["padding"],
+    return problem.treatment(task) | {
         "precision": options.precision,
         "optimizer": "AdamW",
         "target_matrices": matrices,
-        "train": config["protocol"]["train"],
-        "search_trials": config["scale"]["search"]["trials"],
+        "train": problem.config["protocol"]["train"],
         "max_steps": options.max_steps,
         "evaluation_steps": options.evaluation_steps,
     }
 
 
-def outcome(progress: Progress, metric: str, options: TrainingOptions, examples: int) -> dict[str, Any]:
+def outcome(progress: Progress, training: Training) -> dict[str, Any]:
     """Score, steps, times, memory and evaluations of a finished run."""
+    examples = len(training.split)
     return {
-        "metric": metric,
+        "metric": training.metric,
         "score": progress.score,
         "training": {
             "steps": progress.step,
-            "planned_steps": planned_steps(examples, options),
-            "epochs": progress.step * options.batch_size / examples,
+            "planned_steps": planned_steps(examples, training.options),
+            "epochs": progress.step * training.options.batch_size / examples,
             "best_step": progress.best_step,
             "stopped": progress.stopped,
             "resumed": progress.resumed,

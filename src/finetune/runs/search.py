@@ -52,6 +52,20 @@ class SearchSpace:
     warmup_steps: int = 0
     seed: int = 0
 
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> SearchSpace:
+        """What the protocol searches, and how long the scale says."""
+        bounds, sizes = config["protocol"]["search"], config["scale"]["search"]
+        return cls(
+            learning_rate=tuple(bounds["learning_rate"]),
+            batch_sizes=tuple(bounds["batch_sizes"]),
+            trials=sizes["trials"],
+            points=tuple(sizes["points"]),
+            startup_trials=sizes["pruning"]["startup_trials"],
+            warmup_steps=sizes["pruning"]["warmup_steps"],
+            seed=config["protocol"]["search_seed"],
+        )
+
     def __post_init__(self) -> None:
         if len(self.learning_rate) != 2 or not 0 < self.learning_rate[0] < self.learning_rate[1]:
             raise ValueError(f"search.learning_rate={list(self.learning_rate)}; allowed: [low, high], 0 < low < high.")

@@ -52,14 +52,6 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def find_finished(folder: str | Path, digest: str) -> Path | None:
-    """The finished record of a configuration in a folder, so that no run is done twice."""
-    for path in sorted(Path(folder).glob(f"*-{digest}.json")):
-        if read_json(path).get("status") == "finished":
-            return path
-    return None
-
-
 def iterate(folder: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The current records below a folder: those that each cell's ``cell.json`` lists."""
     for index in sorted(Path(folder).rglob("cell.json")):

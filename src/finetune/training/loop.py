@@ -70,36 +70,45 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
     return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
 
 
-def train(
-    model: nn.Module,
-    optimizer: Optimizer,
-    split: Examples,
-    evaluate: Callable[[nn.Module], dict[str, float]],
-    metric: str,
-    options: TrainingOptions,
-    accelerator: Accelerator,
-    *,
-    tracker: Tracker,
-    checkpoints: Path | None = None,
-    digest: str = "",
-    progress_bar: bool = True,
-    label: str = "",
-    on_evaluation: Callable[[int, float], None] | None = None,
-    refresh: RefreshOptions | None = None,
-) -> Progress:
-    """Train, evaluate, keep the best weights, and leave them in the model.
+@dataclass
+class Training:
+    """A model that a method has prepared, and everything that its training needs.
 
-    Args:
-        model: prepared by a method, on the accelerator's device.
+    Attributes:
+        model: on the accelerator's device; it is left with its best weights.
         optimizer: the method's.
         split: training rows.
         evaluate: gives loss and metrics of a model.
         metric: which of them is the score (:func:`finetune.training.metrics.improves`).
+        options: how to train.
+        accelerator: of :func:`make_accelerator`.
+        tracker: gets losses and evaluations as they come; None tracks nothing.
         checkpoints: folder for checkpoints of this run alone; None writes none. Of several processes the first writes,
             all read (their random generators are the first's then: with dropout, exact on one process only).
         digest: hash of the configuration; a checkpoint of another one is refused.
+        progress_bar: whether one is shown, under ``label``.
         on_evaluation: called with step and score; may raise :class:`Ended`.
         refresh: of the bases of truncated layers; its passes count in the time of the run, not in that of a step.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    split: Examples
+    evaluate: Callable[[nn.Module], dict[str, float]]
+    metric: str
+    options: TrainingOptions
+    accelerator: Accelerator
+    tracker: Tracker | None = None
+    checkpoints: Path | None = None
+    digest: str = ""
+    progress_bar: bool = False
+    label: str = ""
+    on_evaluation: Callable[[int, float], None] | None = None
+    refresh: RefreshOptions | None = None
+
+
+def train(training: Training) -> Progress:
+    """Train, evaluate, keep the best weights, and leave them in the model.
 
     Returns:
         Progress at the end; ``stopped`` says why it ended.
@@ -107,52 +116,81 @@ def train(
     Raises:
         NonFiniteLoss: if the loss, of training or of validation, is NaN or infinite.
     """
-    loop = Steps(model, optimizer, split, options, accelerator)
-    progress, best = Progress(), None
-    if checkpoints is not None:
-        loaded = checkpoint.load_checkpoint(checkpoints, digest, model, optimizer)
-        if loaded is not None:
-            progress, best = Progress(**loaded[0]), loaded[1]
-            progress.resumed += 1
-    total = planned_steps(len(split), options)
-    writes = checkpoints is not None and accelerator.is_main_process
+    model, optimizer, options = training.model, training.optimizer, training.options
+    loop = Steps(model, optimizer, training.split, options, training.accelerator)
+    progress, best = _resume(training)
+    total = planned_steps(len(training.split), options)
     started, saved = time.monotonic() - progress.seconds, time.monotonic()
     model.train()
-    with tqdm(total=total, initial=progress.step, desc=label, disable=not progress_bar, leave=False) as bar:
+    bar = tqdm(total=total, initial=progress.step, desc=training.label, disable=not training.progress_bar, leave=False)
+    with bar:
         while progress.step < total and not progress.stopped:
-            try:
-                if refresh is not None and refresh.due(progress.step):
-                    loop.refresh(progress.step, refresh)
-                loss, seconds = loop.step(progress.step, total, progress.memory)
-            except NonFiniteGradient:  # methods that select entries meet it before the loss is looked at
-                raise _diverged("gradient is not finite", progress.step + 1, options.learning_rate) from None
+            loss, seconds = _step(loop, training.refresh, progress, total, options.learning_rate)
             progress.step += 1
             progress.step_seconds = [*progress.step_seconds[-TIMED_STEPS + 1 :], seconds]
             bar.update()
             if progress.step % options.log_steps == 0 or progress.step == total:
                 value = _finite(loss, progress.step, options.learning_rate)
                 bar.set_postfix(loss=f"{value:.3f}", refresh=False)
-                tracker.log({TRAIN_LOSS: value, STEP_SECONDS: seconds}, progress.step)
+                if training.tracker is not None:
+                    training.tracker.log({TRAIN_LOSS: value, STEP_SECONDS: seconds}, progress.step)
             if progress.step % options.evaluation_steps == 0 or progress.step == total:
                 _finite(loss, progress.step, options.learning_rate)
-                memory.reset_peak(accelerator.device)
-                result = evaluate(model)
-                _finite(result["loss"], progress.step, options.learning_rate)
-                progress.memory["peak_evaluation"] = memory.peak(accelerator.device)
-                memory.reset_peak(accelerator.device)
-                best = _note_evaluation(progress, result, metric, model, best, options)
-                tracker.validation(result, progress.step)
-                if on_evaluation is not None:
-                    on_evaluation(progress.step, result[metric])
+                best = _evaluate(training, progress, best)
             progress.seconds = time.monotonic() - started
-            if writes and time.monotonic() - saved >= options.checkpoint_seconds:
-                checkpoint.save_checkpoint(checkpoints, progress.step, digest, model, optimizer, asdict(progress), best)
+            if _writes(training) and time.monotonic() - saved >= options.checkpoint_seconds:
+                checkpoint.save_checkpoint(
+                    training.checkpoints, progress.step, training.digest, model, optimizer, asdict(progress), best
+                )
                 saved = time.monotonic()
     progress.stopped = progress.stopped or "all steps done"
-    progress.memory |= {k: v for k, v in memory.components(model, optimizer).items() if k != "gradients"}
+    progress.memory |= memory.components(model, optimizer)
     if best is not None:
         checkpoint.restore(model, best)
     return progress
+
+
+def _resume(training: Training) -> tuple[Progress, dict[str, Tensor] | None]:
+    """Where the run stands, and its best weights so far: at the beginning, or at its newest checkpoint."""
+    if training.checkpoints is None:
+        return Progress(), None
+    loaded = checkpoint.load_checkpoint(training.checkpoints, training.digest, training.model, training.optimizer)
+    if loaded is None:
+        return Progress(), None
+    progress = Progress(**loaded[0])
+    progress.resumed += 1
+    return progress, loaded[1]
+
+
+def _writes(training: Training) -> bool:
+    return training.checkpoints is not None and training.accelerator.is_main_process
+
+
+def _step(
+    loop: Steps, refresh: RefreshOptions | None, progress: Progress, total: int, learning_rate: float
+) -> tuple[Tensor, float]:
+    try:
+        if refresh is not None and refresh.due(progress.step):
+            loop.refresh(progress.step, refresh)
+        return loop.step(progress.step, total, progress.memory)
+    except NonFiniteGradient:  # methods that select entries meet it before the loss is looked at
+        raise _diverged("gradient is not finite", progress.step + 1, learning_rate) from None
+
+
+def _evaluate(training: Training, progress: Progress, best: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """Evaluate and tell whoever listens; returns the best weights so far."""
+    device = training.accelerator.device
+    memory.reset_peak(device)
+    result = training.evaluate(training.model)
+    _finite(result["loss"], progress.step, training.options.learning_rate)
+    progress.memory["peak_evaluation"] = memory.peak(device)
+    memory.reset_peak(device)
+    best = _note_evaluation(progress, result, training, best)
+    if training.tracker is not None:
+        training.tracker.validation(result, progress.step)
+    if training.on_evaluation is not None:
+        training.on_evaluation(progress.step, result[training.metric])
+    return best
 
 
 def _finite(loss: Tensor | float, step: int, learning_rate: float) -> float:
@@ -167,22 +205,17 @@ def _diverged(what: str, step: int, learning_rate: float) -> NonFiniteLoss:
 
 
 def _note_evaluation(
-    progress: Progress,
-    result: dict[str, float],
-    metric: str,
-    model: nn.Module,
-    best: dict[str, Tensor] | None,
-    options: TrainingOptions,
+    progress: Progress, result: dict[str, float], training: Training, best: dict[str, Tensor] | None
 ) -> dict[str, Tensor] | None:
     """Add an evaluation; returns the best weights so far, and sets ``stopped`` when patience is at an end."""
-    score = result[metric]
+    score, patience = result[training.metric], training.options.patience
     progress.evaluations.append({"step": progress.step, **result})
-    if improves(metric, score, progress.score):
+    if improves(training.metric, score, progress.score):
         progress.score, progress.best_step, progress.stale = score, progress.step, 0
-        return checkpoint.snapshot(model)
+        return checkpoint.snapshot(training.model)
     progress.stale += 1
-    if options.patience is not None and progress.stale >= options.patience:
-        progress.stopped = f"no improvement in {options.patience} evaluations"
+    if patience is not None and progress.stale >= patience:
+        progress.stopped = f"no improvement in {patience} evaluations"
     return best
 
 

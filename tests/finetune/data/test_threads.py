@@ -38,7 +38,7 @@ def options(compose):
     """``options(root, ...)``: the composed group ``oasst1`` on a folder."""
 
     def make(root="nowhere", **changes):
-        return compose("chat=oasst1", f"chat.root={root}", config_name="llama")["chat"] | changes
+        return compose("chat=oasst1", f"chat.root={root}", config_name="chat")["chat"] | changes
 
     return make
 

@@ -314,8 +314,9 @@ def test_steps_out_of_order_are_refused(steps, followed):
 def energy_config(compose, tiny_checkpoint, glue_root, config, tmp_path):
     """``energy_config("scale.batches=1", ...)``: three looks in four steps; bases made as the stages make them."""
     glue = config()
-    cells.gradients_cell(glue, ["cola", "stsb"], tmp_path / "gradients")
-    cells.basis_cell(["cola", "stsb"], tmp_path / "gradients", tmp_path / "basis", device="cpu", threads=None)
+    cell = cells.Cell(cells.make_problem(glue), ["cola", "stsb"], [], tmp_path)
+    cells.gradients_cell(cell)
+    cells.basis_cell(cell)
 
     def make(*overrides):
         found = compose(
@@ -334,7 +335,7 @@ def energy_config(compose, tiny_checkpoint, glue_root, config, tmp_path):
             *overrides,
             config_name="energy",
         )
-        return found | {"basis": str(tmp_path / "basis"), "checkpoints": str(tmp_path / "checkpoints")}
+        return found | {"basis": str(tmp_path / "basis" / "tiny_bert"), "checkpoints": str(tmp_path / "checkpoints")}
 
     return make
 

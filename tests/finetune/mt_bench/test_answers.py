@@ -37,7 +37,7 @@ GREEDY = {"math", "coding", "reasoning"}  # temperature 0 in FastChat's temperat
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A LLaMA of random weights with a byte tokenizer, as llama_train leaves it: ``<folder>/seed1``. Read only."""
+    """A LLaMA of random weights with a byte tokenizer, as the train stage leaves it: ``<folder>/seed1``. Read only."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -487,7 +487,7 @@ def test_a_checkpoint_given_by_hand_is_answered_for_one_seed(checkpoint, tmp_pat
 @pytest.fixture
 def script(checkpoint, tmp_path):
     """``script("seed=3", ...)``: experiments/answers.py in a folder with two trained models and params.yaml."""
-    shutil.copytree(checkpoint, tmp_path / "results" / "mine" / "llama" / "models" / "llama2_7b" / "lora" / "seed4")
+    shutil.copytree(checkpoint, tmp_path / "results" / "mine" / "models" / "llama2_7b" / "lora" / "seed4")
     shutil.copytree(checkpoint, tmp_path / "outputs" / "mine" / "llama2_7b" / "lora" / "seed3")
     (tmp_path / "params.yaml").write_text("{llama_seeds: [4], methods: [lora]}\n")
     own = config_for(checkpoint, tmp_path)

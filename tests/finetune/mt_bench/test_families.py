@@ -10,7 +10,9 @@ import torch
 import yaml
 
 from finetune.mt_bench.answer_cells import answer_one
-from finetune.runs.chat import ChatInputs, chat_run
+from finetune.runs.chat import ChatProblem
+from finetune.runs.problem import Run
+from finetune.runs.run import run_once
 from finetune.store.records import read_json
 
 CHATML = (
@@ -73,9 +75,9 @@ def test_a_step_and_an_answer(method, family, tmp_path):
         "wandb.mode=disabled", f"checkpoints={tmp_path / 'checkpoints'}", f"output={tmp_path / 'output'}",
     ]  # fmt: skip
     with initialize_config_dir(str(conf), version_base=None):
-        config = OmegaConf.to_container(compose("llama", overrides), resolve=True)
-    inputs = ChatInputs(config)
-    record = chat_run(inputs, 1, tmp_path / "merged")
+        config = OmegaConf.to_container(compose("chat", overrides), resolve=True)
+    inputs = ChatProblem(config)
+    record = run_once(inputs, Run(inputs.task, 1, inputs.hyperparameters()), keep=tmp_path / "merged")
     assert record["status"] == "finished" and record["training"]["steps"] == 1
     assert inputs.template.name.startswith("tokenizer:") and record["data"]["template"] == inputs.template.name
     assert inputs.data_identity["template"] == inputs.template.name

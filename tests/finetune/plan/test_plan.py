@@ -257,7 +257,7 @@ def test_blocks_come_from_a_record_then_from_the_assumption(tmp_path):
     assert chat_blocks(tmp_path, "oasst1", "m", assumed) == (7, 3, "assumption")
     with pytest.raises(ValueError, match="add blocks.mine to conf/plan.yaml"):
         chat_blocks(tmp_path, "mine", "m", assumed)
-    folder = tmp_path / "e/llama/runs/m/full"
+    folder = tmp_path / "e/runs/m/full"
     records.write_json(folder / "a.json", {"data": {"rows": {"train": 90, "validation": 9}}})
     records.write_json(folder / "cell.json", {"records": ["a.json"]})
     assert chat_blocks(tmp_path, "oasst1", "m", assumed)[:2] == (90, 9)

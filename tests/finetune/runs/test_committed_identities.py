@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from finetune.data.glue import Task
-from finetune.runs import chat_inputs, glue
-from finetune.runs.glue import for_task
-from finetune.store import records
+from finetune.runs.chat import ChatProblem
+from finetune.runs.glue import GlueProblem
+from finetune.runs.problem import Run, for_task
 
 LOCAL = Path(__file__).parents[3] / "results" / "local"
 RUNS = sorted(LOCAL.glob("**/*-seed*-*.json"))
@@ -26,14 +26,14 @@ def compose_as(compose, record):
     nested = "llama/" if decoder else ""
     names = [f"model={run['model']}", f"method={run['method']}"]
     names += [f"{group}={nested}{run[group]}" for group in ("protocol", "scale")]
-    return compose(*names, config_name="llama" if decoder else "glue")
+    return compose(*names, config_name="chat" if decoder else "glue")
 
 
 def with_facts(compose, config, record):
     """A configuration with what a run adds to it: hyper-parameters, and where its bases come from."""
     group = "chat" if record["run"]["kind"] == "llama" else "data"
     basis = "a file" if "task" in record["basis"] else None
-    data = compose(config_name="llama" if group == "chat" else "glue")[group]
+    data = compose(config_name="chat" if group == "chat" else "glue")[group]
     return config | {"version": record["version"], "basis": basis, group: data} | record["hyperparameters"]
 
 
@@ -50,19 +50,18 @@ def splits_of(record):
     }
 
 
-def digest_of(config, record, kind="train", seed=None, chosen=None):
+def digest_of(config, record, **changes):
     """The hash of a run: everything that data and weights decide is the record's."""
-    sha256, splits, task = record["model"]["sha256"], splits_of(record), record["run"]["task"]
-    seed = record["run"]["seed"] if seed is None else seed
-    if record["run"]["kind"] == "llama":
-        inputs = chat_inputs.ChatInputs(config)
-        inputs.__dict__.update(fingerprint=sha256, splits=splits)
-        return records.config_hash(chat_inputs.identity(inputs, seed))
-    inputs = glue.Inputs(config, _fingerprint=sha256)
-    inputs._tasks[task] = (Task.from_config(config["data"] | {"task": task}), splits)
-    return records.config_hash(
-        glue.identity(inputs, task, seed, record["hyperparameters"] if chosen is None else chosen, kind)
-    )
+    run, splits = record["run"], splits_of(record)
+    if run["kind"] == "llama":
+        problem = ChatProblem(config)
+        problem.__dict__.update(fingerprint=record["model"]["sha256"], _packed=splits, tokenizer=None)
+    else:
+        problem = GlueProblem(config)
+        facts = Task.from_config(config["data"] | {"task": run["task"]})
+        problem.__dict__.update(fingerprint=record["model"]["sha256"], _tasks={run["task"]: (facts, splits)})
+    named = {"task": run["task"], "seed": run["seed"], "hyperparameters": problem.hyperparameters()}
+    return problem.digest(Run(**named | changes))
 
 
 def test_all_committed_records_are_here():
@@ -73,7 +72,7 @@ def test_all_committed_records_are_here():
 def test_a_run_is_named_by_its_content_and_by_todays_configuration(path, compose):
     record = READ[path]
     assert path.stem.endswith(record["run"]["config_hash"])
-    for config in (compose(config_name="llama") | record["config"], compose_as(compose, record)):
+    for config in (compose(config_name="chat") | record["config"], compose_as(compose, record)):
         assert digest_of(with_facts(compose, config, record), record) == record["run"]["config_hash"]
 
 
@@ -83,6 +82,6 @@ def test_a_search_is_named_by_todays_configuration(path, compose):
     run = next(r for r in READ.values() if all(r["run"][k] == search["run"][k] for k in ("model", "method", "task")))
     config = with_facts(compose, compose_as(compose, run), run)
     steps = for_task(config["scale"]["search"]["max_steps"], run["run"]["task"])
-    found = digest_of(config, run, "search", search["seed"], {"max_steps": steps})
+    found = digest_of(config, run, seed=search["seed"], hyperparameters={"max_steps": steps}, search=True)
     assert found == search["run"]["config_hash"]
     assert f'"{found}"' in path.with_suffix(".journal").read_text()  # the study's name: its trials are found again

@@ -113,19 +113,6 @@ def test_file_of_another_shape(tmp_path):
         records.read_json(tmp_path / "a.json")
 
 
-def test_finished_record_is_found_by_its_hash(tmp_path):
-    assert records.find_finished(tmp_path / "none", "abc") is None
-    records.write_json(tmp_path / "cola-seed1-abc.json", {"status": "finished"})
-    records.write_json(tmp_path / "cola-seed2-xyz.json", {"status": "finished"})
-    assert records.find_finished(tmp_path, "abc") == tmp_path / "cola-seed1-abc.json"
-    assert records.find_finished(tmp_path, "bc") is None
-
-
-def test_failed_record_is_not_finished(tmp_path):
-    records.write_json(tmp_path / "cola-seed1-abc.json", {"status": "failed"})
-    assert records.find_finished(tmp_path, "abc") is None
-
-
 def test_cells_list_what_is_theirs(tmp_path):
     for cell in ("a/full", "a/lora"):
         for name in ("cola-seed1-abc", "cola-seed2-xyz", "old-seed1-000"):

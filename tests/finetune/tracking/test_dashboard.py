@@ -56,14 +56,16 @@ def test_the_definition_holds_every_panel_and_comes_back_the_same(workspace):
 
 def test_what_it_names_is_what_runs_log(config, monkeypatch):
     """Names of a real run of every kind of metric, with a counting allocator in CUDA's place."""
-    from finetune.runs.glue import Inputs, train_run
+    from finetune.runs.glue import GlueProblem
+    from finetune.runs.problem import Run
+    from finetune.runs.run import run_once
     from finetune.training import memory
 
     logged, summaries = set(), set()
     monkeypatch.setattr(tracking.Tracker, "log", lambda self, values, step: logged.update(values))
     monkeypatch.setattr(memory, "peak", lambda device: 1000)
     for task in ("cola", "mrpc", "stsb"):
-        record = train_run(Inputs(config("method=full")), task, 1, {"learning_rate": 1e-3, "batch_size": 8})
+        record = run_once(GlueProblem(config("method=full")), Run(task, 1, {"learning_rate": 1e-3, "batch_size": 8}))
         summaries |= set(flat(tracking.chosen(record, tracking.SUMMARY)))
         config_keys = set(flat(tracking.chosen(record, tracking.CONFIG)))
         assert set(tracking.CONFIG_KEYS) <= config_keys

@@ -63,12 +63,14 @@ def test_missing_wandb_is_said_and_nothing_fails(mode, track, monkeypatch, tmp_p
 
 def test_a_run_trains_without_wandb(config, monkeypatch):
     """The import is blocked, the mode is left at offline: the record is the one of a disabled run."""
-    from finetune.runs.glue import Inputs, train_run
+    from finetune.runs.glue import GlueProblem
+    from finetune.runs.problem import Run
+    from finetune.runs.run import run_once
 
     monkeypatch.setitem(sys.modules, "wandb", None)
     hyperparameters = {"learning_rate": 1e-3, "batch_size": 8}
     found = [
-        train_run(Inputs(config("method=full", f"wandb.mode={mode}")), "cola", 1, hyperparameters)
+        run_once(GlueProblem(config("method=full", f"wandb.mode={mode}")), Run("cola", 1, hyperparameters))
         for mode in ("offline", "disabled")
     ]
     assert found[0]["evaluations"] == found[1]["evaluations"] and found[0]["status"] == "finished"
@@ -180,22 +182,26 @@ def test_an_online_run_does_not_wait_for_its_upload_forever(fake, track):
 
 
 def test_failed_training_closes_its_run(fake, config, tmp_path):
-    from finetune.runs.glue import Inputs, train_run
+    from finetune.runs.glue import GlueProblem
+    from finetune.runs.problem import Run
+    from finetune.runs.run import run_once
 
     found = config("method=full", "wandb.mode=offline")
     found["wandb"]["folder"] = str(tmp_path / "files")
-    record = train_run(Inputs(found), "cola", 1, {"learning_rate": 1e30, "batch_size": 8})
+    record = run_once(GlueProblem(found), Run("cola", 1, {"learning_rate": 1e30, "batch_size": 8}))
     assert record["status"] == "failed"
     assert [run.exit_code is None for run in fake.runs] == [False]
     assert fake.runs[0].summary["status"] == "failed" and fake.runs[0].summary["error"] == record["error"]
 
 
 def test_training_logs_losses_and_validation_by_step(fake, config, tmp_path):
-    from finetune.runs.glue import Inputs, train_run
+    from finetune.runs.glue import GlueProblem
+    from finetune.runs.problem import Run
+    from finetune.runs.run import run_once
 
     found = config("method=full", "wandb.mode=offline")
     found["wandb"]["folder"] = str(tmp_path / "files")
-    record = train_run(Inputs(found), "cola", 1, {"learning_rate": 1e-3, "batch_size": 8})
+    record = run_once(GlueProblem(found), Run("cola", 1, {"learning_rate": 1e-3, "batch_size": 8}))
     (run,) = fake.runs
     validation = {step: values for step, values in run.logged if "validation/loss" in values}
     assert list(validation) == [3, 6]

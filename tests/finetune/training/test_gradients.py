@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from finetune.methods import Targets
-from finetune.runs.cells import basis_cell, gradients_cell
-from finetune.runs.glue import Inputs
+from finetune.runs.cells import Cell, basis_cell, gradients_cell
+from finetune.runs.glue import GlueProblem
 from finetune.training.gradients import PreliminaryOptions, collect, pack, unpack
 from sparsegrad import load_bases, load_tensors, save_bases, save_tensors
 
@@ -228,9 +228,10 @@ def stages(config, tmp_path):
     """``stages("protocol.hosvd=tensorly", ...)``: gradients and bases of CoLA; gives the folder of the bases."""
 
     def make(*overrides, tasks=("cola",)):
-        gradients_cell(config(*overrides), tasks, tmp_path / "gradients")
-        basis_cell(tasks, tmp_path / "gradients", tmp_path / "basis", device="cpu", threads=None)
-        return tmp_path / "basis"
+        cell = Cell(GlueProblem(config(*overrides)), tasks, [], tmp_path)
+        gradients_cell(cell)
+        basis_cell(cell)
+        return tmp_path / "basis" / "tiny_bert"
 
     return make
 
@@ -238,12 +239,12 @@ def stages(config, tmp_path):
 def test_stages_leave_moments_and_bases_with_their_origin(stages, config, tmp_path):
     folder = stages(tasks=("cola", "stsb"))
     assert sorted(p.name for p in folder.iterdir()) == ["cola.safetensors", "hosvd.json", "stsb.safetensors"]
-    moments, facts = load_tensors(tmp_path / "gradients" / "cola.safetensors")
+    moments, facts = load_tensors(tmp_path / "gradients" / "tiny_bert" / "cola.safetensors")
     assert facts["content"] == "moments" and {t.dtype for t in moments.values()} == {torch.float64}
     bases, facts = load_bases(folder / "cola.safetensors")
-    inputs = Inputs(config())
+    inputs = GlueProblem(config())
     assert facts["model_sha256"] == inputs.fingerprint
-    assert facts["data_sha256"] == inputs.task("cola")[1]["train"].sha256
+    assert facts["data_sha256"] == inputs.splits("cola")["train"].sha256
     assert facts["task"] == "cola" and facts["gradients"] == {"up": 4, "down": 4}
     assert facts["preliminary"] == config()["protocol"]["preliminary"]
     assert facts["seed"] == config()["protocol"]["search_seed"]
@@ -263,7 +264,7 @@ def test_backends_of_the_stages_agree(stages, tmp_path):
 def test_run_takes_its_tasks_basis_from_a_folder_or_a_file(stages, config):
     folder = stages()
     for place in (folder, folder / "cola.safetensors"):
-        bases, facts = Inputs(config() | {"basis": str(place)}).bases("cola")
+        bases, facts = GlueProblem(config() | {"basis": str(place)}).bases("cola")
         assert set(bases) == {"up", "down"} and facts["task"] == "cola"
 
 
@@ -273,31 +274,32 @@ def test_basis_of_another_checkpoint_is_refused(stages, config):
     save_bases(folder / "cola.safetensors", bases, facts | {"model_sha256": "0" * 64})
     text = r"cola.safetensors was made for checkpoint 0{64}, this run starts from [0-9a-f]{64}: run the gradients and"
     with pytest.raises(ValueError, match=text):
-        Inputs(config() | {"basis": str(folder)}).bases("cola")
+        GlueProblem(config() | {"basis": str(folder)}).bases("cola")
 
 
 def test_basis_of_another_task_or_preliminary_phase_is_refused(stages, config):
     file = stages() / "cola.safetensors"
     with pytest.raises(ValueError, match=r"cola.safetensors was made with task=cola, this run has task=mrpc: run the"):
-        Inputs(config() | {"basis": str(file)}).bases("mrpc")
+        GlueProblem(config() | {"basis": str(file)}).bases("mrpc")
     with pytest.raises(ValueError, match=r"was made with preliminary=.*'steps': 2.*this run has .*'steps': 5"):
-        Inputs(config("protocol.preliminary.steps=5") | {"basis": str(file)}).bases("cola")
+        GlueProblem(config("protocol.preliminary.steps=5") | {"basis": str(file)}).bases("cola")
 
 
 def test_basis_that_is_missing_damaged_or_none(stages, config, tmp_path):
     folder = stages()
     with pytest.raises(ValueError, match=r"mrpc.safetensors does not exist: run the stage that writes it"):
-        Inputs(config() | {"basis": str(folder)}).bases("mrpc")
+        GlueProblem(config() | {"basis": str(folder)}).bases("mrpc")
     with pytest.raises(ValueError, match=r"cola.safetensors holds 'moments', not bases\."):
-        Inputs(config() | {"basis": str(tmp_path / "gradients")}).bases("cola")
+        GlueProblem(config() | {"basis": str(tmp_path / "gradients" / "tiny_bert")}).bases("cola")
     file = folder / "cola.safetensors"
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"cola.safetensors is damaged .*: delete it and run the stage that writes it"):
-        Inputs(config() | {"basis": str(folder)}).bases("cola")
+        GlueProblem(config() | {"basis": str(folder)}).bases("cola")
 
 
-def test_basis_stage_refuses_what_holds_no_moments(stages, tmp_path):
-    folder = stages()
+def test_basis_stage_refuses_what_holds_no_moments(stages, config, tmp_path):
+    (tmp_path / "other" / "gradients").mkdir(parents=True)
+    stages().rename(tmp_path / "other" / "gradients" / "tiny_bert")
     with pytest.raises(ValueError, match=r"cola.safetensors holds 'bases', not moments\."):
-        basis_cell(["cola"], folder, tmp_path / "again", device="cpu", threads=None)
-    assert not (tmp_path / "again").exists()
+        basis_cell(Cell(GlueProblem(config()), ["cola"], [], tmp_path / "other"))
+    assert not (tmp_path / "other" / "basis").exists()

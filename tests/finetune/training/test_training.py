@@ -455,8 +455,7 @@ PROCESSES = """
     from finetune.methods import build_method
     from finetune.models import load_classifier, load_tokenizer
     from finetune.training.refreshing import refresh_options
-    from finetune.tracking.tracker import Tracker
-    from finetune.training.loop import make_accelerator, train
+    from finetune.training.loop import Training, make_accelerator, train
     from finetune.training.options import TrainingOptions
     from sparsegrad import Basis
 
@@ -476,11 +475,9 @@ PROCESSES = """
         model = method.prepare(model)
         # 40 rows in batches of 11: the last of an epoch has 7 rows, and 3 when it is cut for two processes.
         options = TrainingOptions(1e-3, 11, 2, 4, 7, accumulation_steps=2 if accelerator.num_processes == 2 else 1)
-        nothing = dict.fromkeys(("project", "run_id", "group", "job_type", "name"), "") | {"config": {}}
-        progress = train(model, method.optimizer(model, 1e-3, 0.0), splits["train"],
+        progress = train(Training(model, method.optimizer(model, 1e-3, 0.0), splits["train"],
                          lambda m: evaluate(m, splits["validation"], facts, 16, accelerator.device), facts.metric,
-                         options, accelerator, tracker=Tracker("disabled", "", **nothing), progress_bar=False,
-                         refresh=refresh_options(group))
+                         options, accelerator, refresh=refresh_options(group)))
         assert progress.step == 8, progress
         if accelerator.is_main_process:
             save_file({k: v.clone() for k, v in model.state_dict().items()}, out / f"{name}.safetensors")

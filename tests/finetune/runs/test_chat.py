@@ -1,6 +1,5 @@
-"""Runs on dialogues: every method trains, resumes, merges; a batch may be cut over processes and micro-batches."""
+"""Runs on dialogues: every method learns and merges, only the chosen matrices move, a batch may be cut in any way."""
 
-import json
 import math
 import os
 import subprocess
@@ -16,43 +15,29 @@ from safetensors.torch import load_file
 from finetune.methods import build_method, build_targets
 from finetune.methods.base import count_parameters
 from finetune.models import cast_frozen, load_causal
-from finetune.runs import chat as chat_run
-from finetune.runs import chat_cells
-from finetune.runs.chat_inputs import ChatInputs, hyperparameters, identity, training_options
+from finetune.runs import run as running
+from finetune.runs.cells import Cell, gradients_cell
+from finetune.runs.chat import ChatProblem
 from finetune.store import records
 from finetune.training.evaluation import evaluate_causal, summed_loss
 from finetune.training.gradients import Collected
 from sparsegrad import GradientMoments, hosvd_of_unfoldings
 
-TIMES = ("seconds", "step_seconds_median", "resumed")
 METHODS = ("full", "lora", "meprop", "sparsegrad")
-
-
-class Killed(BaseException):
-    """Like a signal: nothing may catch it."""
-
-
-def numbers(record):
-    """What may not depend on time or on a kill."""
-    kept = {key: value for key, value in record.items() if key != "provenance"}
-    return kept | {"training": {key: value for key, value in record["training"].items() if key not in TIMES}}
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def run(chat_config, tmp_path):
-    """``run("method=lora", seed=1, merged=...)``: one run, its record."""
-
-    def make(*overrides, seed=1, merged=None):
-        return chat_run.chat_run(ChatInputs(chat_config(*overrides)), seed, merged)
-
-    return make
+def run(once, tmp_path):
+    """``run("method=lora", ...)``: one run, its record; the merged model lies in tmp_path / "merged"."""
+    return lambda *overrides: once(*overrides, task="oasst1", keep=tmp_path / "merged")
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_learns_and_its_merged_model_has_the_loss_of_the_record(method, run, chat_config, tmp_path):
+def test_a_run_learns_and_its_merged_model_has_the_loss_of_the_record(method, run, chat_config, chat_root, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    record = run(f"method={method}", merged=tmp_path / "merged")
+    record, merged = run(f"method={method}"), tmp_path / "merged"
     losses = [evaluation["loss"] for evaluation in record["evaluations"]]
     assert record["status"] == "finished" and record["metric"] == "loss"
     assert len(losses) == 2 and record["score"] == min(losses) < record["baseline"]["loss"]
@@ -60,57 +45,36 @@ def test_a_run_learns_and_its_merged_model_has_the_loss_of_the_record(method, ru
         "experiment": "hand", "kind": "llama", "model": "tiny", "method": method, "task": "oasst1", "seed": 1,
         "protocol": "sound", "scale": "smoke", "config_hash": "",
     }  # fmt: skip
-    inputs = ChatInputs(chat_config())
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    problem = ChatProblem(chat_config())
+    model = AutoModelForCausalLM.from_pretrained(merged)
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("a dog").input_ids == inputs.tokenizer("a dog").input_ids
-    found = evaluate_causal(model, inputs.splits["validation"], 7, torch.device("cpu"))["loss"]
+    assert AutoTokenizer.from_pretrained(merged)("a dog").input_ids == problem.tokenizer("a dog").input_ids
+    found = evaluate_causal(model, problem.splits()["validation"], 7, CPU)["loss"]
     assert found == pytest.approx(record["score"], abs=2e-6)
-    marker = json.loads((tmp_path / "merged" / "training.json").read_text())
+    marker = records.read_json(merged / "training.json")
     assert marker == {"config_hash": record["run"]["config_hash"], "template": "llama-2"}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_only_the_targets_of_the_chosen_blocks_move(method, run, chat_root, tmp_path):
-    run(f"method={method}", merged=tmp_path / "merged")
     before = load_file(chat_root / "models" / "tiny" / "model.safetensors")
-    after = load_file(tmp_path / "merged" / "model.safetensors")
+    after = load_file(merged / "model.safetensors")
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {f"model.layers.{i}.mlp.{m}_proj.weight" for i in (0, 3) for m in ("up", "down")}
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_killed_run_goes_on_bit_for_bit(method, run, tmp_path, monkeypatch):
-    change = (f"method={method}", "scale.checkpoint_seconds=0")
-    whole = run(*change, merged=tmp_path / "whole")
-    real, calls = chat_run.evaluate_causal, []
+def test_a_merged_model_is_there_whole_or_not_at_all(run, monkeypatch, tmp_path):
+    def full_disk(*_):
+        raise OSError("disk full")
 
-    def kill(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:  # before training, after 3 steps, after 6
-            raise Killed
-        return real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(chat_run, "evaluate_causal", kill)
-        with pytest.raises(Killed):
-            run(*change, merged=tmp_path / "resumed")
-    resumed = run(*change, merged=tmp_path / "resumed")
-    assert resumed["training"]["resumed"] == 1 and numbers(resumed) == numbers(whole)
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    run("method=full")
+    before = (tmp_path / "merged" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(running.records, "write_json", full_disk)
+    with pytest.raises(OSError, match="disk full"):
+        run("method=full", "learning_rate=0.01")
+    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob(".merged*"))
 
 
-def test_checkpoints_leave_frozen_parameters_out(run, monkeypatch, tmp_path):
-    def kill(*arguments):
-        raise Killed
-
-    from finetune.runs import execution
-
-    monkeypatch.setattr(execution.record_content, "outcome", kill)
-    with pytest.raises(Killed):
-        run("method=full", "scale.checkpoint_seconds=0")
+def test_checkpoints_leave_frozen_parameters_out(run, killed, tmp_path):
+    killed(3, lambda: run("method=full", "scale.checkpoint_seconds=0"))
     [state, *_] = (tmp_path / "checkpoints").glob("*/step_*/model.safetensors")
     parameters = {name for name in load_file(state) if name.endswith("weight")}
     assert parameters == {f"model.layers.{i}.mlp.{m}_proj.weight" for i in (0, 3) for m in ("up", "down")}
@@ -123,21 +87,20 @@ SCRIPT = """
     from pathlib import Path
     import torch, yaml
     from safetensors.torch import load_file, save_file
-    from finetune.runs.chat_inputs import ChatInputs
+    from finetune.runs.chat import ChatProblem
     from finetune.training.evaluation import evaluate_causal
     from finetune.methods import build_method
     from finetune.models import checkpoint_activations
-    from finetune.tracking.tracker import Tracker
-    from finetune.training.loop import make_accelerator, train
+    from finetune.training.loop import Training, make_accelerator, train
     from finetune.training.options import TrainingOptions
     from sparsegrad import Basis
 
     config, out, bases = yaml.safe_load(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), load_file(sys.argv[3])
     accumulation, checkpointing = int(sys.argv[4]), sys.argv[5] == "yes"
     bases = {kind: Basis(bases[f"{kind}.U"], bases[f"{kind}.V"]) for kind in ("up", "down")}
-    accelerator, inputs = make_accelerator("cpu", "fp32"), ChatInputs(config)
+    accelerator, problem = make_accelerator("cpu", "fp32"), ChatProblem(config)
     for name, group in config["methods"].items():
-        model = inputs.load_model(0).double()
+        model = problem.load_model("oasst1", 0).double()
         if checkpointing:
             checkpoint_activations(model)
         one = accelerator.num_processes == 1 and accumulation == 1
@@ -147,10 +110,10 @@ SCRIPT = """
         # batches of 11 of the rows: the last of an epoch is short, and no cut of it is even
         options = TrainingOptions(1e-2, 11, 2, 8, 7, accumulation_steps=accumulation, max_grad_norm=0.5,
                                   schedule="cosine", warmup_steps=2)
-        nothing = dict.fromkeys(("project", "run_id", "group", "job_type", "name"), "") | {"config": {}}
-        progress = train(model, method.optimizer(model, 1e-2, 0.0), inputs.splits["train"],
-                         lambda m: evaluate_causal(m, inputs.splits["validation"], 16, accelerator.device), "loss",
-                         options, accelerator, tracker=Tracker("disabled", "", **nothing), progress_bar=False)
+        splits = problem.splits()
+        progress = train(Training(model, method.optimizer(model, 1e-2, 0.0), splits["train"],
+                         lambda m: evaluate_causal(m, splits["validation"], 16, accelerator.device), "loss",
+                         options, accelerator))
         if accelerator.is_main_process:
             save_file({k: v.clone() for k, v in method.merge(model).state_dict().items()}, out / f"{name}.safetensors")
             (out / f"{name}.txt").write_text(f"{progress.step} {accelerator.num_processes}")
@@ -227,8 +190,8 @@ def test_two_processes_and_any_cut_of_a_batch_take_the_steps_of_one_process(trai
 
 
 def test_the_summed_loss_is_transformers_own_times_its_tokens(chat_config):
-    inputs = ChatInputs(chat_config())
-    model, split = inputs.load_model(0), inputs.splits["train"]
+    problem = ChatProblem(chat_config())
+    model, split = problem.load_model("oasst1", 0), problem.splits()["train"]
     rows = [0, 2, 3]
     batch = split.batch(rows)
     out = model(**batch)
@@ -245,9 +208,9 @@ def test_the_summed_loss_is_transformers_own_times_its_tokens(chat_config):
 
 
 def test_validation_loss_does_not_depend_on_the_batch(chat_config):
-    inputs = ChatInputs(chat_config())
-    model, split = inputs.load_model(0).double(), inputs.splits["validation"]
-    losses = [evaluate_causal(model, split, size, torch.device("cpu"))["loss"] for size in (1, 4, 100)]
+    problem = ChatProblem(chat_config())
+    model, split = problem.load_model("oasst1", 0).double(), problem.splits()["validation"]
+    losses = [evaluate_causal(model, split, size, CPU)["loss"] for size in (1, 4, 100)]
     assert max(losses) - min(losses) < 1e-12 and losses[0] == pytest.approx(math.log(400), abs=0.5)
 
 
@@ -284,9 +247,9 @@ def test_a_gate_that_the_model_does_not_name_is_refused(chat_config):
 @pytest.mark.parametrize("method", METHODS)
 def test_counted_parameters(method, chat_config):
     config = chat_config(f"method={method}", "protocol.also_train=[full,sparsegrad]")
-    inputs = ChatInputs(config)
-    model = inputs.load_model(0)
-    bases = chat_run.collect_gradients(inputs, model, 0, torch.device("cpu")).bases()
+    problem = ChatProblem(config)
+    model = problem.load_model("oasst1", 0)
+    bases = problem.collect(model, "oasst1", 0, CPU).bases()
     found = count_parameters(model, build_method(config["method"], config["model"], config["protocol"], bases=bases))
     matrix, lora = 32 * 48, 2 * (32 + 48)
     expected = {"full": 6 * matrix, "lora": 4 * lora, "meprop": 4 * 40, "sparsegrad": 4 * 40 + 2 * matrix}
@@ -312,8 +275,8 @@ def test_kinds_that_share_their_input_share_u():
 
 
 def test_bases_of_a_run_with_gate_share_u(chat_config):
-    inputs = ChatInputs(chat_config("protocol.gate=[sparsegrad]"))
-    bases = chat_run.collect_gradients(inputs, inputs.load_model(0), 0, torch.device("cpu")).bases()
+    problem = ChatProblem(chat_config("protocol.gate=[sparsegrad]"))
+    bases = problem.collect(problem.load_model("oasst1", 0), "oasst1", 0, CPU).bases()
     assert set(bases) == {"up", "gate", "down"} and torch.equal(bases["up"].U, bases["gate"].U)
 
 
@@ -322,15 +285,14 @@ def test_bases_of_a_run_with_gate_share_u(chat_config):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_frozen_weights_are_stored_in_bf16_and_trained_ones_in_float32(method, run, chat_root, tmp_path, monkeypatch):
-    seen = {}
-    real = chat_run.execute
+    seen, real = {}, running.train
 
-    def look(config, record, model, *others, **named):
-        seen.update({name: (p.requires_grad, p.dtype) for name, p in model.named_parameters()})
-        return real(config, record, model, *others, **named)
+    def look(training):
+        seen.update({name: (p.requires_grad, p.dtype) for name, p in training.model.named_parameters()})
+        return real(training)
 
-    monkeypatch.setattr(chat_run, "execute", look)
-    record = run(f"method={method}", "scale.precision=bf16", "scale.frozen_dtype=bf16", merged=tmp_path / "merged")
+    monkeypatch.setattr(running, "train", look)
+    record = run(f"method={method}", "scale.precision=bf16", "scale.frozen_dtype=bf16")
     assert {(True, torch.float32), (False, torch.bfloat16)} == set(seen.values())
     assert record["score"] < record["baseline"]["loss"]
     assert {t.dtype for t in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.bfloat16}
@@ -338,46 +300,16 @@ def test_frozen_weights_are_stored_in_bf16_and_trained_ones_in_float32(method, r
 
 def test_bf16_storage_needs_bf16_arithmetic(chat_config):
     with pytest.raises(ValueError, match="frozen_dtype='bf16' with precision='fp32'; allowed: fp32, or bf16"):
-        training_options(chat_config("scale.frozen_dtype=bf16"), 1, 1)
+        ChatProblem(chat_config("scale.frozen_dtype=bf16"))
 
 
 def test_cast_frozen_leaves_trained_parameters(chat_config):
-    model = ChatInputs(chat_config()).load_model(0)
+    model = ChatProblem(chat_config()).load_model("oasst1", 0)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("up_proj" in name)
     cast_frozen(model, torch.bfloat16)
     assert {p.dtype for n, p in model.named_parameters() if "up_proj" in n} == {torch.float32}
     assert {p.dtype for n, p in model.named_parameters() if "up_proj" not in n} == {torch.bfloat16}
-
-
-# Identity and bad input
-
-
-def test_the_hash_holds_what_decides_numbers_and_nothing_else(chat_config):
-    def digest(*overrides, seed=1):
-        return records.config_hash(identity(ChatInputs(chat_config(*overrides)), seed))
-
-    same = ["scale.evaluation_batch_size=5", "scale.gradient_checkpointing=false", "scale.threads=2", "device=auto",
-            "scale.answers.max_new_tokens=3", "chat.source=elsewhere", "model.title=Other"]  # fmt: skip
-    other = ["scale.max_steps=7", "scale.micro_batch_size=8", "learning_rate=0.1", "batch_size=4", "method=lora",
-             "chat.threads=best", "protocol.loss_on=all", "scale.max_length=48", "protocol.preliminary.steps=4",
-             "model.k=41", "model.template=vicuna_v1.1", "version=9"]  # fmt: skip
-    base = digest()
-    assert {digest(change) for change in same} == {base}
-    assert len({digest(change) for change in other} | {base, digest(seed=2)}) == len(other) + 2
-
-
-def test_hyperparameters_may_be_given_by_method(chat_config):
-    change = ("learning_rate=null", "scale.learning_rate={lora: 0.1, full: 0.2}")
-    assert hyperparameters(chat_config("method=full", *change)) == {"learning_rate": 0.2, "batch_size": 8}
-    with pytest.raises(ValueError, match="learning_rate is given for lora, full; method=meprop needs one too"):
-        hyperparameters(chat_config("method=meprop", *change))
-    by_base = ("method=truncated", "learning_rate=null", "scale.learning_rate={sparsegrad: 0.3}")
-    assert hyperparameters(chat_config(*by_base))["learning_rate"] == 0.3
-    own = chat_config(*by_base, "+scale.learning_rate.truncated=0.4")
-    assert hyperparameters(own)["learning_rate"] == 0.4
-    both = [chat_config("method=full", *change), chat_config("method=full", "learning_rate=0.2")]
-    assert len({records.config_hash(identity(ChatInputs(config), 1)) for config in both}) == 1
 
 
 def test_bad_inputs(chat_config, run):
@@ -387,75 +319,10 @@ def test_bad_inputs(chat_config, run):
         run("model.template=null")
     with pytest.raises(ValueError, match="nowhere"):
         run("model.folder=nowhere", "model.checkpoint=null")
-    inputs = ChatInputs(chat_config())
-    inputs.splits["train"].input_ids[0, 0] = 10_000
+    problem = ChatProblem(chat_config())
+    problem.splits()["train"].input_ids[0, 0] = 10_000
     with pytest.raises(ValueError, match="token 10000 of the data, but the model embeds 400"):
-        inputs.load_model(0)
-
-
-# Cells
-
-
-@pytest.fixture
-def stages(chat_config, tmp_path):
-    """``stages("method=lora")``: gradients, basis and a cell of two seeds; its folder of records."""
-
-    def make(*overrides, seeds=(1, 2)):
-        config = chat_config(*overrides)
-        moments, basis = tmp_path / "moments.safetensors", tmp_path / "basis.safetensors"
-        if not basis.exists():
-            chat_cells.gradients_cell(config, moments)
-            chat_cells.basis_cell(moments, basis, device="cpu", threads=None)
-        config["basis"] = str(basis)
-        folder = tmp_path / "runs" / config["method"]["name"]
-        chat_cells.train_cell(config, seeds, folder, tmp_path / "models" / config["method"]["name"])
-        return folder
-
-    return make
-
-
-def test_a_cell_reads_the_basis_stage_and_reuses_what_is_finished(stages, tmp_path, monkeypatch):
-    folder = stages("method=sparsegrad")
-    listed = records.read_json(folder / "cell.json")["records"]
-    assert [name.split("-")[1] for name in listed] == ["seed1", "seed2"]
-    record = records.read_json(folder / listed[0])
-    assert record["basis"]["gradients"] == {"up": 6, "down": 6} and record["config"]["method"]["name"] == "sparsegrad"
-    assert record["data"]["facts"]["train"]["threads"] > 0
-    report = records.read_json(tmp_path / "basis.json")["oasst1"]
-    assert set(report) == {"up", "down"} and report["up"]["seconds"] > 0
-    calls = []
-    monkeypatch.setattr(chat_cells, "chat_run", lambda *a: calls.append(a))
-    stages("method=sparsegrad")
-    assert not calls
-
-
-def test_a_lost_merged_model_is_made_again(stages, tmp_path):
-    folder = stages("method=full", seeds=(1,))
-    [name] = records.read_json(folder / "cell.json")["records"]
-    before = records.read_json(folder / name)
-    weights = tmp_path / "models" / "full" / "seed1" / "model.safetensors"
-    kept = load_file(weights)
-    (tmp_path / "models" / "full" / "seed1" / "training.json").unlink()
-    stages("method=full", seeds=(1,))
-    assert numbers(records.read_json(folder / name)) == numbers(before)
-    assert all(torch.equal(kept[key], value) for key, value in load_file(weights).items())
-
-
-def test_a_run_that_diverges_is_recorded_and_the_cell_fails(stages):
-    with pytest.raises(ValueError, match="2 of 2 runs failed; .*loss is"):
-        stages("method=full", "learning_rate=1e30", "protocol.max_grad_norm=null", "scale.warmup_steps=0")
-
-
-def test_bases_of_other_data_are_refused(stages):
-    stages("method=sparsegrad", seeds=(1,))
-    with pytest.raises(ValueError, match="was made with data=.*run the gradients and basis stages"):
-        stages("method=sparsegrad", "chat.threads=best", seeds=(1,))
-
-
-def test_a_file_that_holds_no_moments_is_refused(stages, tmp_path):
-    stages("method=full", seeds=(1,))
-    with pytest.raises(ValueError, match="holds 'bases', not moments"):
-        chat_cells.basis_cell(tmp_path / "basis.safetensors", tmp_path / "x.safetensors", device="cpu", threads=None)
+        problem.load_model("oasst1", 0)
 
 
 def test_gradients_are_collected_with_the_rest_in_bf16(chat_config, tmp_path):
@@ -463,11 +330,13 @@ def test_gradients_are_collected_with_the_rest_in_bf16(chat_config, tmp_path):
 
     change = ["scale.precision=bf16", "scale.frozen_dtype=bf16"]
     for name, overrides in (("fp32", []), ("bf16", change)):
-        chat_cells.gradients_cell(chat_config(*overrides), tmp_path / f"{name}.safetensors")
-    model = chat_run.load_for_gradients(ChatInputs(chat_config(*change)), 0)
+        gradients_cell(Cell(ChatProblem(chat_config(*overrides)), ["oasst1"], [], tmp_path / name))
+    model = ChatProblem(chat_config(*change)).gradient_model("oasst1", 0)
     kept = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
     assert kept == {f"model.layers.{i}.mlp.{m}_proj.weight" for i in (0, 3) for m in ("up", "down")}
-    one, two = (load_tensors(tmp_path / f"{name}.safetensors")[0] for name in ("fp32", "bf16"))
+    one, two = (
+        load_tensors(tmp_path / name / "gradients" / "tiny" / "oasst1.safetensors")[0] for name in ("fp32", "bf16")
+    )
     for key, moment in one.items():
         assert moment.dtype == torch.float64 and moment.shape[0] == moment.shape[1]
         assert float((moment - two[key]).norm() / moment.norm()) < 0.05

@@ -1,0 +1,331 @@
+"""A problem: what a run needs of its data and its model, whatever they are. GLUE and dialogues are two of them.
+
+:mod:`finetune.runs.run` trains on one, :mod:`finetune.runs.cells` loops over its tasks and seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from finetune import models
+from finetune.data.examples import Examples
+from finetune.methods import Method, base_method, build_targets, deciding, needs_bases, with_own_choices
+from finetune.store import records
+from finetune.training import gradients
+from finetune.training.options import TrainingOptions
+from sparsegrad import Basis, load_bases
+
+PLACES = ("checkpoint", "folder", "files", "title", "checksums", "tokenizer")
+"""What of a model's file decides no number: the hash of the weights does."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a problem.
+
+    Attributes:
+        task: name.
+        seed: of data order, dropout and all weights that are drawn.
+        hyperparameters: ``learning_rate``, ``batch_size``; of a trial of a search ``max_steps`` too.
+        search: whether it is a trial of a search, which has a length of its own.
+    """
+
+    task: str
+    seed: int
+    hyperparameters: Mapping[str, Any]
+    search: bool = False
+
+
+class Problem(ABC):
+    """Data, model and measure of one configuration; what several runs share is loaded once.
+
+    It travels to another process as its configuration, and is loaded there once.
+
+    Attributes:
+        kind: of its records.
+        group: of the configuration that names its data, with their ``root``.
+        lists: of an experiment file: the names of those with the seeds and, if there is more than one, the tasks.
+        baseline: whether the starting model is measured too.
+        keeps_models: whether the merged model of a finished run is kept.
+        stored_dtype: of a merged model's weights.
+        config: the composed configuration as plain dictionaries; a variant's own choices are put into its protocol.
+    """
+
+    kind: ClassVar[str]
+    group: ClassVar[str]
+    lists: ClassVar[tuple[str, ...]]
+    baseline: ClassVar[bool] = False
+    keeps_models: ClassVar[bool] = False
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = with_own_choices(config)
+        self.stored_dtype = torch.float32
+        self._bases: dict[str, tuple[dict[str, Basis], dict[str, Any]]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _loaded_once, (type(self), json.dumps(self.config))
+
+    # What a problem says of itself
+
+    @property
+    @abstractmethod
+    def task(self) -> str:
+        """The task of a run by hand."""
+
+    @property
+    @abstractmethod
+    def gradients_seed(self) -> int:
+        """Seed of the preliminary phase that all seeds of a cell share."""
+
+    @abstractmethod
+    def splits(self, task: str) -> dict[str, Any]:
+        """``train`` and ``validation``: :class:`finetune.data.examples.Examples`.
+
+        Raises:
+            ValueError: on bad configuration or data.
+        """
+
+    @abstractmethod
+    def metric(self, task: str) -> str:
+        """Which of the evaluation's numbers is the score."""
+
+    @abstractmethod
+    def evaluator(
+        self, task: str, options: TrainingOptions, accelerator: Accelerator
+    ) -> Callable[[nn.Module], dict[str, float]]:
+        """A function from a model to loss and metrics on the validation split."""
+
+    @abstractmethod
+    def load_model(self, task: str, seed: int) -> nn.Module:
+        """The starting model, on the CPU.
+
+        Raises:
+            ValueError: if there is none, or the data don't fit it.
+        """
+
+    @abstractmethod
+    def prepare(self, method: Method, model: nn.Module, device: torch.device, seed: int) -> nn.Module:
+        """The model as the method trains it, on the device."""
+
+    @abstractmethod
+    def options(self, run: Run, processes: int) -> TrainingOptions:
+        """How a run trains on so many processes."""
+
+    @abstractmethod
+    def made_for(self, task: str) -> dict[str, Any]:
+        """What gradients and bases are made for: written into their files, checked when they are read."""
+
+    @abstractmethod
+    def identity(self, run: Run) -> dict[str, Any]:
+        """Everything that decides a run's numbers, and nothing else: no path, no device. Its hash names the record."""
+
+    def treatment(self, task: str) -> dict[str, Any]:
+        """What all methods share, for the record, beside the options of every training."""
+        return {}
+
+    def data_facts(self, task: str) -> dict[str, Any]:
+        """More on the data, for the record."""
+        return {"score_split": "validation"}
+
+    def kept_facts(self) -> dict[str, Any]:
+        """What a reader of the merged model needs, beside the run's hash."""
+        return {}
+
+    # What follows
+
+    @property
+    def root(self) -> str:
+        """Folder of models and data."""
+        return self.config[self.group]["root"]
+
+    @property
+    def place(self) -> Path:
+        """Where the files of this model and method lie, in each folder of results."""
+        return Path(self.config["model"]["name"]) / self.config["method"]["name"]
+
+    @property
+    def precision(self) -> str:
+        """Of the computation: ``fp32`` or ``bf16``."""
+        return self.config["scale"]["precision"] or self.config["protocol"]["precision"]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the starting weights."""
+        return models.fingerprint(self.config["model"], self.root)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return models.load_tokenizer(self.config["model"], self.root)
+
+    @property
+    def searches(self) -> bool:
+        """Whether hyper-parameters are searched: where the protocol says how, and they aren't given by hand."""
+        given = (self.config["learning_rate"], self.config["batch_size"])
+        return "search" in self.config["protocol"] and None in given
+
+    def digest(self, run: Run) -> str:
+        """Hash of a run's identity."""
+        return records.config_hash(self.identity(run))
+
+    def hyperparameters(self, best: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Learning rate and batch size: given by hand, else the search's best, the scale's, or the protocol's.
+
+        Each may be one value, or a mapping from methods to values; a variant that it leaves out takes its base's.
+
+        Raises:
+            ValueError: if a mapping leaves the method out.
+        """
+        config, found = self.config, {}
+        names = (config["method"]["name"], base_method(config["method"]))
+        places = (config, best or {}, config["scale"], config["protocol"])
+        for name in ("learning_rate", "batch_size"):
+            value = next(place[name] for place in places if place.get(name) is not None)
+            if isinstance(value, Mapping):
+                own = next((method for method in names if method in value), None)
+                if own is None:
+                    raise ValueError(f"{name} is given for {', '.join(value)}; method={names[0]} needs one too.")
+                value = value[own]
+            found[name] = value
+        return found
+
+    @property
+    def basis_scope(self) -> str | None:
+        """Where a method's bases come from: ``task`` (a file of the basis stage) or ``run`` (collected in the run)."""
+        if not needs_bases(self.config["method"]):
+            return None
+        return "run" if self.config["basis"] is None else self.config["protocol"]["preliminary"]["scope"]
+
+    def bases(self, task: str) -> tuple[dict[str, Basis], dict[str, Any]]:
+        """Bases from ``basis``, a file or a folder of ``<task>.safetensors``, and the facts that lie in it.
+
+        Raises:
+            ValueError: if they are missing, damaged, or of another checkpoint, data or preliminary phase.
+        """
+        if task not in self._bases:
+            path = Path(self.config["basis"])
+            path = path / f"{task}.safetensors" if path.is_dir() else path
+            self._bases[task] = read_bases(path, self.made_for(task), self.config["model"]["name"])
+        return self._bases[task]
+
+    def gradient_model(self, task: str, seed: int) -> nn.Module:
+        """The starting model as the preliminary phase needs it."""
+        return self.load_model(task, seed)
+
+    def collect(self, model: nn.Module, task: str, seed: int, device: torch.device) -> gradients.Collected:
+        """The preliminary phase: moments of the gradients of SparseGrad's target matrices."""
+        protocol = self.config["protocol"]
+        group, targets = protocol["preliminary"], build_targets("sparsegrad", self.config["model"], protocol)
+        options = gradients.PreliminaryOptions(
+            steps=group["steps"],
+            batch_size=group["batch_size"],
+            update=group["update"],
+            learning_rate=group["learning_rate"],
+            backend=protocol["hosvd"],
+        )
+        collected = gradients.collect(
+            model,
+            self.splits(task)["train"],
+            targets,
+            options,
+            seed=seed,
+            device=device,
+            keep_weights=group["keep_weights"],
+            progress_bar=self.config["progress"],
+        )
+        shared = [kind for kind in protocol.get("shared_input", ()) if kind in targets.target_modules]
+        if len(shared) > 1:
+            collected.share_input(shared)
+        return collected
+
+    def _identity(self, run: Run, kind: str, left_out: Sequence[str]) -> dict[str, Any]:
+        """What the identities of all problems hold; of the protocol all but what is left out, and its sources."""
+        config = self.config
+        return {
+            "version": config["version"],
+            "kind": kind,
+            "model": {k: v for k, v in config["model"].items() if k not in PLACES} | {"sha256": self.fingerprint},
+            "method": deciding(config["method"]),
+            "protocol": {k: v for k, v in config["protocol"].items() if k not in ("sources", *left_out)},
+            "basis": self.basis_scope,
+            "hyperparameters": dict(run.hyperparameters),
+            "seed": run.seed,
+        }
+
+    def _options(self, run: Run, **own: Any) -> TrainingOptions:
+        """Options that all problems take from the same places."""
+        protocol, scale = self.config["protocol"], self.config["scale"]
+        return TrainingOptions(
+            learning_rate=run.hyperparameters["learning_rate"],
+            batch_size=run.hyperparameters["batch_size"],
+            epochs=scale["epochs"] or protocol["epochs"],
+            max_steps=run.hyperparameters.get("max_steps") or for_task(scale["max_steps"], run.task),
+            seed=run.seed,
+            evaluation_batch_size=scale["evaluation_batch_size"],
+            patience=protocol["patience"],
+            weight_decay=protocol["weight_decay"],
+            schedule=protocol["schedule"],
+            max_grad_norm=protocol["max_grad_norm"],
+            precision=self.precision,
+            checkpoint_seconds=scale["checkpoint_seconds"],
+            **own,
+        )
+
+
+@lru_cache(maxsize=1)
+def _loaded_once(problem: type[Problem], config: str) -> Problem:
+    return problem(json.loads(config))
+
+
+def for_task(value: Any, task: str) -> Any:
+    """A value of ``conf/scale`` that may be one for all tasks, or a mapping from tasks, with ``default``, to values."""
+    return value.get(task, value["default"]) if isinstance(value, Mapping) else value
+
+
+def read_bases(path: Path, expected: Mapping[str, Any], model: str) -> tuple[dict[str, Basis], dict[str, Any]]:
+    """Bases from a file, checked against what they must have been made for.
+
+    Args:
+        path: written by a basis stage.
+        expected: entries of its metadata, ``model_sha256`` among them.
+        model: name, for the message.
+
+    Raises:
+        ValueError: if they are missing, damaged, or of another checkpoint, task or preliminary phase.
+    """
+    bases, facts = load_bases(path)
+    if facts.get("model_sha256") != expected["model_sha256"]:
+        raise ValueError(
+            f"{path} was made for checkpoint {facts.get('model_sha256')}, this run starts from "
+            f"{expected['model_sha256']}: run the gradients and basis stages for model={model}."
+        )
+    for name, value in expected.items():
+        if facts.get(name) != value:
+            raise ValueError(
+                f"{path} was made with {name}={facts.get(name)}, this run has {name}={value}: "
+                "run the gradients and basis stages for this configuration."
+            )
+    return bases, facts
+
+
+def check_length(model: nn.Module, splits: Iterable[Examples]) -> None:
+    """Refuse inputs that the model has no positions for, before torch does in its own words.
+
+    Raises:
+        ValueError: if the longest row of a split is longer than the model takes.
+    """
+    longest, limit = max(split.longest for split in splits), models.positions(model)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"inputs of {longest} tokens; this model has {limit} positions: set protocol.max_length={limit} or less."
+        )

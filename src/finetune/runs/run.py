@@ -1,0 +1,147 @@
+"""One run: from a problem to a record. Cells and searches call this and nothing deeper."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune import models
+from finetune.methods import Method, build_method
+from finetune.methods.base import count_parameters
+from finetune.runs import record_content
+from finetune.runs.problem import Problem, Run
+from finetune.store import records
+from finetune.tracking.tracker import SUMMARY, Tracker, chosen
+from finetune.training import checkpoint, memory
+from finetune.training.loop import Ended, NonFiniteLoss, Training, make_accelerator, train
+from finetune.training.refreshing import refresh_options
+
+MERGED = "training.json"
+"""Beside a merged model: its run's hash, and what a reader of it needs."""
+
+
+def run_once(
+    problem: Problem,
+    run: Run,
+    *,
+    on_evaluation: Callable[[int, float], None] | None = None,
+    keep: Path | None = None,
+) -> dict[str, Any]:
+    """Prepare, train and evaluate one model.
+
+    Args:
+        problem: may be shared with other runs.
+        run: what to run.
+        on_evaluation: see :class:`finetune.training.loop.Training`.
+        keep: folder for the merged, plain model with the best weights and its tokenizer; None keeps none.
+
+    Returns:
+        The record. A run whose loss is not finite gives one with status ``failed``.
+
+    Raises:
+        ValueError: on bad configuration or data.
+    """
+    config, task = problem.config, run.task
+    accelerator = make_accelerator(config["device"], problem.precision)
+    options, device = problem.options(run, accelerator.num_processes), accelerator.device
+    model = problem.load_model(task, run.seed)
+    one_backward = options.accumulation_steps == 1 and accelerator.num_processes == 1
+    method, basis = _method(problem, run, model, device, one_backward)
+    parameters = count_parameters(model, method)
+    model = problem.prepare(method, model, device, run.seed)
+    training = Training(
+        model=model,
+        optimizer=method.optimizer(model, options.learning_rate, options.weight_decay),
+        split=problem.splits(task)["train"],
+        evaluate=problem.evaluator(task, options, accelerator),
+        metric=problem.metric(task),
+        options=options,
+        accelerator=accelerator,
+        checkpoints=Path(config["checkpoints"]) / problem.digest(run),
+        digest=problem.digest(run),
+        progress_bar=config["progress"] and accelerator.is_main_process,
+        label=f"{config['model']['name']} {config['method']['name']} {task} seed {run.seed}",
+        on_evaluation=on_evaluation,
+        refresh=refresh_options(config["method"]),
+    )
+    record = record_content.header(problem, run) | {
+        "treatment": record_content.treatment(problem, task, options, parameters["wrapped_layers"]),
+        "parameters": parameters,
+        "basis": basis,
+        "device": memory.device_name(device) | {"processes": accelerator.num_processes},
+    }
+    if problem.baseline:
+        record["baseline"] = training.evaluate(model)
+    torch.manual_seed(run.seed)
+    with Tracker.of_record(record, config["wandb"], main_process=accelerator.is_main_process) as tracker:
+        training.tracker = tracker
+        record |= _outcome(training)
+        tracker.summary(chosen(record, SUMMARY))
+    if record["status"] == "finished" and accelerator.is_main_process and keep is not None:
+        save_merged(problem, method.merge(model), keep, training.digest)
+    accelerator.wait_for_everyone()
+    _forget(training)
+    return record
+
+
+def _outcome(training: Training) -> dict[str, Any]:
+    """Train; what the record says of how it went. A run that is not wanted any more leaves no checkpoints."""
+    try:
+        return record_content.outcome(train(training), training)
+    except NonFiniteLoss as error:
+        return {"status": "failed", "error": str(error), "score": None, "metric": training.metric}
+    except Ended:
+        _forget(training)
+        raise
+
+
+def _forget(training: Training) -> None:
+    """Delete a run's checkpoints; of several processes the one that writes them does."""
+    if training.accelerator.is_main_process and training.checkpoints is not None:
+        checkpoint.remove_checkpoints(training.checkpoints)
+
+
+def _method(
+    problem: Problem, run: Run, model: nn.Module, device: torch.device, one_backward: bool
+) -> tuple[Method, dict[str, Any]]:
+    """The configured method; one that rotates gradients gets its bases from the file, or collects them here."""
+    bases, facts = None, {}
+    if problem.basis_scope == "task":
+        bases, facts = problem.bases(run.task)
+    elif problem.basis_scope == "run":
+        collected = problem.collect(model, run.task, run.seed, device)
+        bases, facts = collected.bases(), collected.facts
+    config = problem.config
+    method = build_method(
+        config["method"], config["model"], config["protocol"], bases=bases, one_backward_a_step=one_backward
+    )
+    return method, {name: value for name, value in facts.items() if name != "content"}
+
+
+def save_merged(problem: Problem, plain: nn.Module, folder: Path, digest: str) -> None:
+    """Write a merged model and its tokenizer, whole or not at all; ``from_pretrained`` and FastChat load them.
+
+    ``training.json`` names the run, so that a model of another one is not taken for this one's.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        plain = plain.to(problem.stored_dtype)
+        plain.config.use_cache = True
+        with models.no_file_bars():
+            plain.save_pretrained(temporary)
+        problem.tokenizer.save_pretrained(temporary)
+        records.write_json(temporary / MERGED, {"config_hash": digest} | problem.kept_facts())
+        os.chmod(temporary, 0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
