@@ -232,11 +232,8 @@ def _with_interval(value: float, samples: Sequence[tuple[float, int]], tasks: in
         return Difference(value, value, value, math.inf, float(value == 0))
     df = total**2 / sum(part**2 / freedom for part, freedom in parts)
     error = math.sqrt(total)
-    half, p = (
-        error * float(stats.t.ppf((1 + verdicts.CONFIDENCE) / 2, df)),
-        2 * float(stats.t.sf(abs(value) / error, df)),
-    )
-    return Difference(value, value - half, value + half, df, p)
+    half = error * float(stats.t.ppf((1 + verdicts.CONFIDENCE) / 2, df))
+    return Difference(value, value - half, value + half, df, 2 * float(stats.t.sf(abs(value) / error, df)))
 
 
 def _variance(array: np.ndarray) -> float:
