@@ -1,12 +1,10 @@
 """Printed averages against their rows: what is found in the paper's tables, and the arithmetic on tables of our own."""
 
-from fractions import Fraction
-
 import pytest
 
 from finetune.published import TASKS
 from finetune.report.paper.k_notes import explain
-from finetune.report.paper.printed_averages import Span, check_averages, counts
+from finetune.report.paper.printed_averages import check_averages, counts
 
 
 def found(verdict):
@@ -77,28 +75,24 @@ def test_rounding_and_cutting_off(average, verdict):
     assert (check.mean, check.low, check.high) == (50.0, 49.95, 50.05)
 
 
-def test_an_open_end_is_no_meeting():
-    assert Span(Fraction(1), Fraction(2)).meets(Span(Fraction(2), Fraction(3)))
-    assert not Span(Fraction(1), Fraction(2), open=True).meets(Span(Fraction(2), Fraction(3)))
-    assert not Span(Fraction(2), Fraction(3)).meets(Span(Fraction(1), Fraction(2), open=True))
-
-
 def test_a_missing_cell_is_held_against_what_else_is_printed():
-    full = table("50.0", *["50.0"] * 8)
-    seven = ["50.0"] * 7 + [""]
-    (_, near) = check_averages({9: full, 11: table("49.9", *seven, label="1")})
+    full, seven = table("50.0", *["50.0"] * 8), ["50.0"] * 7 + [""]
+
+    def second(average, *values, first=9, **changes):
+        return check_averages({first: full, 11: table(average, *values, label="1", **changes)})[1]
+
+    near = second("49.9", *seven)
     assert near.twin is None  # another average: not the same row
     assert near.verdict == "cannot be told" and near.implied == pytest.approx((48.45, 49.95))
-    (_, far) = check_averages({9: full, 11: table("49.5", *seven, label="1")})
+    far = second("49.5", *seven)
     assert far.verdict == "follows only with an odd cell" and far.elsewhere == (50.0, 50.0)
-    (_, other) = check_averages({10: full, 11: table("49.5", *seven, label="1")})
+    other = second("49.5", *seven, first=10)
     assert other.verdict == "cannot be told" and other.elsewhere is None  # of another model: tells nothing
-    (_, same) = check_averages({9: full, 11: table("50.0", *seven, label="1")})
-    assert (same.verdict, same.twin_value) == ("follows", "50.0")
+    same = second("50.0", *seven)
+    assert (same.verdict, same.twin_value, same.repeats) == ("follows", "50.0", True)
     inferred = {"SST2": {"source": "inferred"}}
-    (_, check) = check_averages({9: full, 11: table("49.5", *["50.0"] * 7, "46.0", label="1", **inferred)})
-    assert check.verdict == "follows only with an odd cell"
-    (two,) = check_averages({11: table("50.0", *["50.0"] * 6, label="1")})
+    assert second("49.5", *["50.0"] * 7, "46.0", **inferred).verdict == "follows only with an odd cell"
+    two = second("50.0", *["50.0"] * 6)
     assert (two.verdict, len(two.missing), two.implied) == ("cannot be told", 2, None)
 
 

@@ -254,34 +254,30 @@ def _chance(evidence: float, runs: tuple[int, int, int], seed: int, samples: int
 
 
 def _exchange(first: PrintedCell, second: PrintedCell, evidence: float, chance: float, corrected: float) -> Exchange:
-    cells, means, stds = (first, second), (first.mean, second.mean), (first.std, second.std)
-    printed_stds = (first.printed_std, second.printed_std)
+    cells = (first, second)
+    prints, stds = np.array([cell.printed for cell in cells]), [cell.printed_std for cell in cells]
+    means, logged_stds = np.array([cell.mean for cell in cells]), np.array([cell.std for cell in cells])
     digits = [round(-np.log10(cell.unit)) for cell in cells]
-    crossed = [round(mean, place) for mean, place in zip(reversed(means), digits, strict=True)]
+    crossed = [round(mean, place) for mean, place in zip(means[::-1], digits, strict=True)]
+    as_printed = None
+    if all(stds) and all(logged_stds):
+        apart, exchanged = (np.abs(np.log(np.divide(stds, found))).sum() for found in (logged_stds, logged_stds[::-1]))
+        as_printed = bool(apart <= exchanged)
     return Exchange(
-        first.model,
-        first.task,
-        (first.method, second.method),
-        (first.printed, second.printed),
-        means,
-        printed_stds,
-        stds,
-        distance=sum(abs(cell.printed - mean) for cell, mean in zip(cells, means, strict=True)),
-        distance_exchanged=sum(abs(cell.printed - mean) for cell, mean in zip(cells, reversed(means), strict=True)),
+        model=first.model,
+        task=first.task,
+        methods=(first.method, second.method),
+        printed=tuple(prints.tolist()),
+        logged=tuple(means.tolist()),
+        printed_std=tuple(stds),
+        logged_std=tuple(logged_stds.tolist()),
+        distance=float(np.abs(prints - means).sum()),
+        distance_exchanged=float(np.abs(prints - means[::-1]).sum()),
         evidence=evidence,
         p_chance=chance,
         p_holm=corrected,
         verdict=NOT_EXCHANGED if evidence <= 0 else EXCHANGED if corrected <= LEVEL else BY_CHANCE,
-        stds_as_printed=_ratio_of(printed_stds, stds) <= _ratio_of(printed_stds, stds[::-1])
-        if all((*printed_stds, *stds))
-        else None,
+        stds_as_printed=as_printed,
         copies=sum(cell.match == ROUNDED for cell in cells),
-        copies_exchanged=sum(
-            abs(cell.printed - mean) < cell.unit / 4 for cell, mean in zip(cells, crossed, strict=True)
-        ),
+        copies_exchanged=int((np.abs(prints - crossed) < [cell.unit / 4 for cell in cells]).sum()),
     )
-
-
-def _ratio_of(printed_stds: tuple[float, float], logged_stds: tuple[float, float]) -> float:
-    """How far two pairs of deviations are apart, in factors."""
-    return float(np.abs(np.log(np.divide(printed_stds, logged_stds))).sum())
