@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 
 from finetune.mt_bench.judged import read_judgments
 from finetune.mt_bench.questions import load_questions
-from finetune.report.evidence.llama_evidence import PAPER_MODEL
-from finetune.report.page.examples import choose_page, read_answers, to_html
+from finetune.report.labels import read_labels
+from finetune.report.page.examples import choose_parts, read_answers, to_html
 from finetune.store.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -26,16 +26,16 @@ def main(cfg: DictConfig) -> None:
     try:
         if experiment["name"] != cfg.name:
             raise ValueError(f"{cfg.experiment} is experiment {experiment['name']!r}, not {cfg.name!r}.")
-        page = choose_page(
-            experiment=cfg.name,
-            model=experiment["stands_for"].get(PAPER_MODEL),
+        parts = choose_parts(
+            experiment,
+            read_labels(experiment.get("data")),
             questions=load_questions(Path(cfg.questions.root) / cfg.questions.folder / cfg.questions.questions),
             examples=list(cfg.questions.examples),
             answers=read_answers(results / "mt_bench" / "answers"),
             judgments=read_judgments(results / "mt_bench" / "judgments"),
         )
         path = results / "examples.html"
-        write_atomically(path, to_html(page))
+        write_atomically(path, to_html(cfg.name, parts))
         log.info("%s", path)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None

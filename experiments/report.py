@@ -10,8 +10,9 @@ import hydra
 import yaml
 from omegaconf import DictConfig
 
-from finetune.report.page.page import to_html
-from finetune.report.page.page_inputs import read_inputs
+from finetune.report.labels import read_labels
+from finetune.report.page.context import to_html
+from finetune.report.page.inputs import read_inputs
 from finetune.store.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ def main(cfg: DictConfig) -> None:
         inputs = read_inputs(
             results,
             experiment=experiment,
+            labels=read_labels(experiment.get("data")),
             protocols={
                 title: {path.stem: yaml.safe_load(path.read_text()) for path in sorted(folder.glob("*.yaml"))}
                 for title, folder in PROTOCOLS.items()

@@ -30,6 +30,13 @@ class Labels:
         """Title of a task."""
         return self.tasks.get(name, name)
 
+    @property
+    def kin(self) -> dict[str, str]:
+        """Method -> whose colour it has where it has none of its own: what it extends, its base, or `control`."""
+        return {
+            name: "control" if facts.control else facts.extends or facts.base for name, facts in self.methods.items()
+        }
+
     def in_order(self, tasks: set[str]) -> list[str]:
         """Tasks in the order of columns, those that nothing names last."""
         return [*(task for task in self.tasks if task in tasks), *sorted(tasks - self.tasks.keys())]

@@ -2,48 +2,44 @@
 
 import hashlib
 import json
-import re
 from html.parser import HTMLParser
 
 import pytest
 
 from finetune.mt_bench.judged import read_judgments
-from finetune.report.page.examples import choose_page, read_answers, to_html
+from finetune.report.labels import Labels
+from finetune.report.page.examples import choose_parts, part_context, read_answers, to_html
+from finetune.store.catalog import MethodFacts
 
 QUESTIONS = [
     {"question_id": 84, "category": "writing", "turns": ["Write about <b>rain</b> & snow.", "Second turn 84"]},
     {"question_id": 95, "category": "math", "turns": ["What is 1 + 1?", "Second turn 95"]},
 ]
-LABELS = ["Regular FT", "LoRA", "SparseGrad", "MeProp"]
-METHODS = ["full", "lora", "sparsegrad", "meprop"]
+METHODS = ["full", "dora", "meprop"]
+LABELS = Labels({"full": MethodFacts("full", "Regular FT", "full"), "dora": MethodFacts("dora", "DoRA <i>", "peft")})
 
 
 def answer_of(method, seed, number):
     return f'Answer of {method} {seed} to {number}: <script>alert("x")</script> & "quotes"'
 
 
-def run_of(kind, method, seed):
-    run = {"experiment": "test", "kind": kind, "model": "tiny", "method": method, "task": "mt_bench", "seed": seed}
+def run_of(kind, model, method, seed):
+    run = {"experiment": "test", "kind": kind, "model": model, "method": method, "task": "mt_bench", "seed": seed}
     return run | {"protocol": "sound", "scale": "smoke", "config_hash": "abc"}
 
 
-def write_lines(path, lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def write_answers(root, method, seed, *, numbers=(84, 95), cut=(), refused=(), text=answer_of):
-    """As the answers stage leaves them."""
-    folder = root / "answers" / "tiny" / method
+def write(folder, name, record, lines):
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"tiny-{method}-seed{seed}"
-    model = {"title": "Tiny LLaMA"}
-    record = {"run": run_of("answers", method, seed), "template": "llama-2", "options": {}, "model": model}
     (folder / f"{name}.json").write_text(json.dumps(record))
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_answers(root, method, seed, *, model="tiny", numbers=(84, 95), cut=(), refused=(), text=answer_of):
+    """As the answers stage leaves them."""
+    record = {"run": run_of("answers", model, method, seed), "template": "llama-2", "model": {"title": "Tiny LLaMA"}}
     lines = [
         {
             "question_id": number,
-            "answer_id": "x",
-            "model_id": name,
             "choices": [{"index": 0, "turns": [text(method, seed, number), "second answer"]}],
             "config_hash": "abc",
             "cut": [number in cut, False],
@@ -51,22 +47,18 @@ def write_answers(root, method, seed, *, numbers=(84, 95), cut=(), refused=(), t
         }
         for number in numbers
     ]
-    write_lines(folder / f"{name}.jsonl", lines)
+    write(root / "answers" / model / method, f"{model}-{method}-seed{seed}", record, lines)
 
 
-def write_judgments(root, method, seed, scores, *, quality=True, repeats=3, text=answer_of):
-    """As the judgments stage leaves them; scores: (question, repeat) -> score of the first turn."""
-    folder = root / "judgments" / "tiny" / method
-    folder.mkdir(parents=True, exist_ok=True)
+def write_judgments(root, method, seed, scores, *, quality=True, text=answer_of):
+    """As the judgments stage leaves them; scores: (question, repeat) -> score of the first turn, of three repeats."""
     name = f"tiny-{method}-seed{seed}"
-    judge = {"model": "judge<1>", "measures_quality": quality, "temperature": 0, "max_tokens": 64, "repeats": repeats}
     record = {
-        "run": run_of("judgments", method, seed),
-        "judge": judge,
+        "run": run_of("judgments", "tiny", method, seed),
+        "judge": {"model": "judge<1>", "measures_quality": quality, "temperature": 0, "max_tokens": 64, "repeats": 3},
         "questions": {"file": "question.jsonl", "sha256": "0" * 64, "count": 2},
         "answers": {"cut": 0, "refused": 0},
     }
-    (folder / f"{name}.json").write_text(json.dumps(record))
     lines = [
         {
             "question_id": number,
@@ -81,26 +73,26 @@ def write_judgments(root, method, seed, scores, *, quality=True, repeats=3, text
         }
         for (number, repeat), score in scores.items()
     ]
-    write_lines(folder / f"{name}.jsonl", lines)
+    write(root / "judgments" / "tiny" / method, name, record, lines)
 
 
-def page_of(root, *, examples=(84, 95), model="tiny"):
-    return to_html(
-        choose_page(
-            experiment="test",
-            model=model,
-            questions=QUESTIONS,
-            examples=examples,
-            answers=read_answers(root / "answers"),
-            judgments=read_judgments(root / "judgments"),
-        )
+def parts_of(root, *, examples=(84, 95), model="tiny"):
+    experiment = {"name": "test", "stands_for": {"llama2_7b": model}, "methods": METHODS}
+    answers, judgments = read_answers(root / "answers"), read_judgments(root / "judgments")
+    return choose_parts(
+        experiment, LABELS, questions=QUESTIONS, examples=examples, answers=answers, judgments=judgments
     )
+
+
+def cards(root, number=84):
+    """Label -> card under a question."""
+    [part] = map(part_context, parts_of(root))
+    [question] = [one for one in part["questions"] if one["id"] == number]
+    return {card.label: card for card in question["cards"]}
 
 
 class Tree(HTMLParser):
     """Checks that tags are balanced and gathers tags, attributes and texts."""
-
-    VOID = frozenset({"meta", "!doctype"})
 
     def __init__(self, html):
         super().__init__()
@@ -112,7 +104,7 @@ class Tree(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += attrs
-        if tag not in self.VOID:
+        if tag != "meta":
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -131,109 +123,111 @@ def root(tmp_path):
     return tmp_path
 
 
-def article(html, number, label):
-    """The card of a method under a question."""
-    section = re.search(rf'<h2 id="q{number}">.*?</section>', html, re.DOTALL)[0]
-    (found,) = [card for card in re.findall(r"<article>.*?</article>", section, re.DOTALL) if f"<h3>{label}<" in card]
-    return found
+def test_answers_scores_and_words_of_every_method(root):
+    found = cards(root)
+    assert [*found] == ["Regular FT", "DoRA <i>", "meprop"]
+    card = found["DoRA <i>"]
+    assert (card.answer, card.score, card.scores, card.repeats) == (answer_of("dora", 1, 84), 7, (2, 9, 7), 3)
+    assert card.words[1] == (2, 9, "Words 1 <i>on</i> dora. Rating: [[9]]") and card.warnings == ()
+    [part] = map(part_context, parts_of(root))
+    assert part["quality"] and part["facts"] == [
+        "Tiny LLaMA (tiny) stands in the place of LLaMa-2 (llama2_7b).",
+        "Seeds shown: DoRA <i> 1, Regular FT 1, meprop 1.",
+        "Conversation template: llama-2.",
+        "Prompts longer than the model's window in all its answers: 0 cut, 6 refused.",
+        "Judge: judge<1>, median of 3 repeats.",
+    ]
 
 
-def test_questions_answers_scores_and_words(root):
-    html = page_of(root)
+def test_the_page_is_whole_escaped_and_needs_nothing_from_outside(root):
+    html = to_html("test <b>", parts_of(root))
     tree = Tree(html)
-    assert tree.tags.count("section") == 2 and tree.tags.count("article") == 8 and tree.tags.count("details") == 24
-    assert [text for text in tree.texts if text in LABELS] == LABELS * 2
-    assert QUESTIONS[0]["turns"][0] in tree.texts
-    for method in METHODS:
-        assert answer_of(method, 1, 84) in tree.texts and answer_of(method, 1, 95) in tree.texts
-    card = Tree(article(html, 84, "LoRA"))
-    assert "7" in card.texts and "median of 2, 9, 7" in card.texts
-    assert "Words 1 <i>on</i> lora. Rating: [[9]]" in card.texts
+    assert tree.tags.count("article") == 2 * len(METHODS) and tree.tags.count("details") == 6 * len(METHODS)
+    for text in (
+        QUESTIONS[0]["turns"][0],
+        answer_of("dora", 1, 95),
+        "Words 1 <i>on</i> dora. Rating: [[9]]",
+        "DoRA <i>",
+    ):
+        assert text in tree.texts, text
+    assert any("test <b>" in text for text in tree.texts) and "<script" not in html and "<i>" not in html
     assert "Second turn" not in html and "second answer" not in html
-    assert "Tiny LLaMA (tiny) stands in the place of LLaMa-2 (llama2_7b)." in tree.texts
-    assert "Judge: judge<1>, median of 3 repeats." in tree.texts
-    assert "Conversation template: llama-2." in tree.texts
-    assert "Seeds shown: Regular FT 1, LoRA 1, SparseGrad 1, MeProp 1." in tree.texts
-
-
-def test_every_text_is_escaped(root):
-    html = page_of(root)
-    assert "<script" not in html and "<i>" not in html and "<b>rain" not in html
-    assert "&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt; &amp; &quot;quotes&quot;" in html
-
-
-def test_nothing_from_outside(root):
-    html = page_of(root)
-    tree = Tree(html)
-    assert not {"link", "script", "img", "iframe", "object"} & set(tree.tags)
     assert not {"src", "href", "srcset", "onclick", "onload"} & {name for name, _ in tree.attributes}
-    assert not re.search(r"https?:|url\(|@import", html)
+    assert not {"link", "script", "iframe"} & set(tree.tags) and "https:" not in html and "@import" not in html
+    assert "prefers-color-scheme: dark" in html and 'name="viewport"' in html
 
 
-def test_for_a_phone_and_in_the_dark(root):
-    html = page_of(root)
-    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in html
-    assert "prefers-color-scheme: dark" in html and "auto-fit" in html
+def test_a_second_decoder_is_a_part_of_its_own(root):
+    write_answers(root, "full", 5, model="second")
+    first, second = map(part_context, parts_of(root))
+    assert (first["model"], second["model"]) == ("tiny", "second")
+    assert second["facts"][0] == "Tiny LLaMA (second) is a decoder that the paper has not."
+    assert [card.answer is None for card in second["questions"][0]["cards"]] == [False, True, True]
+    ids = [value for name, value in Tree(to_html("test", parts_of(root))).attributes if name == "id"]
+    assert len(ids) == len(set(ids)) == 4
 
 
 def test_scores_that_measure_no_quality(tmp_path):
     write_answers(tmp_path, "full", 1)
-    write_judgments(tmp_path, "full", 1, {(84, 0): 5}, quality=False)
-    assert "not a measure of quality" in page_of(tmp_path)
-    write_judgments(tmp_path, "full", 1, {(84, 0): 5}, quality=True)
-    assert "not a measure of quality" not in page_of(tmp_path)
+    for quality in (False, True):
+        write_judgments(tmp_path, "full", 1, {(84, 0): 5}, quality=quality)
+        assert ("not a measure of quality" in to_html("test", parts_of(tmp_path))) is not quality
 
 
 def test_what_is_missing_is_said(tmp_path):
     write_answers(tmp_path, "full", 1, numbers=(84,))
-    write_answers(tmp_path, "lora", 1, text=lambda *_: " ")
+    write_answers(tmp_path, "dora", 1, text=lambda *_: " ")
     write_judgments(tmp_path, "full", 1, {(84, 0): 5})
-    html = page_of(tmp_path)
-    assert "2 of 3 repeats failed" in article(html, 84, "Regular FT")
-    assert "this question was not answered" in article(html, 95, "Regular FT")
-    assert "not judged" in article(html, 84, "LoRA") and "an empty answer" in article(html, 84, "LoRA")
-    assert "no answers of this method" in article(html, 84, "MeProp")
+    assert (cards(tmp_path)["Regular FT"].scores, cards(tmp_path)["Regular FT"].repeats) == ((5,), 3)
+    assert cards(tmp_path, 95)["Regular FT"].why == "this question was not answered"
+    assert cards(tmp_path)["DoRA <i>"].score is None and cards(tmp_path)["meprop"].why == "no answers of this method"
+    html = to_html("test", parts_of(tmp_path))
+    assert all(text in html for text in ("2 of 3 repeats failed", "not judged", "an empty answer"))
 
 
 def test_cut_and_refused_prompts(tmp_path):
     write_answers(tmp_path, "full", 1, cut=(84,), refused=(95,))
-    html = page_of(tmp_path)
-    assert "and was cut" in article(html, 84, "Regular FT") and "and was refused" not in article(html, 84, "Regular FT")
-    assert "and was refused" in article(html, 95, "Regular FT")
+    [cut], [refused] = (cards(tmp_path, number)["Regular FT"].warnings for number in (84, 95))
+    assert cut.endswith("was cut.") and refused.endswith("was refused.")
     # Second turns were refused too: the sum is over all answers, the cards show first turns.
-    assert "1 cut, 3 refused." in html
+    assert "1 cut, 3 refused." in part_context(parts_of(tmp_path)[0])["facts"][-2]
 
 
 def test_judgments_of_another_answer_are_not_shown(tmp_path):
     write_answers(tmp_path, "full", 1)
     write_judgments(tmp_path, "full", 1, {(84, 0): 5}, text=lambda *_: "an older answer")
-    card = article(page_of(tmp_path), 84, "Regular FT")
-    assert "not judged" in card and "Judgments of another answer" in card and "Rating" not in card
+    card = cards(tmp_path)["Regular FT"]
+    assert card.score is None and card.words == () and "Judgments of another answer" in card.warnings[0]
 
 
 def test_seed_that_all_methods_have(tmp_path):
-    for method, seeds in (("full", (1, 2, 3)), ("lora", (2, 3))):
+    for method, seeds in (("full", (1, 2, 3)), ("dora", (2, 3))):
         for seed in seeds:
             write_answers(tmp_path, method, seed)
-    assert "Seeds shown: Regular FT 2, LoRA 2." in page_of(tmp_path)
+    assert {name: one.record["run"]["seed"] for name, one in parts_of(tmp_path)[0].answers.items()} == {
+        "full": 2,
+        "dora": 2,
+    }
     write_answers(tmp_path, "meprop", 7)
-    assert "Seeds shown: Regular FT 1, LoRA 2, MeProp 7." in page_of(tmp_path)
+    seeds = {one.record["run"]["seed"] for one in parts_of(tmp_path)[0].answers.values()}
+    assert seeds == {1, 2, 7}
 
 
 def test_lines_of_an_older_configuration_are_no_answers(tmp_path):
     write_answers(tmp_path, "full", 1)
     path = tmp_path / "answers" / "tiny" / "full" / "tiny-full-seed1.jsonl"
     path.write_text(path.read_text().replace('"config_hash": "abc"', '"config_hash": "old"'))
-    assert "this question was not answered" in article(page_of(tmp_path), 84, "Regular FT")
+    assert cards(tmp_path)["Regular FT"].why == "this question was not answered"
 
 
 def test_no_model_and_no_answers(tmp_path):
-    assert "Nothing ran in the place of LLaMa-2 (llama2_7b)." in page_of(tmp_path, model=None)
-    html = page_of(tmp_path)
-    assert html.count("no answers of this method") == 8 and "Nothing was judged." in html
+    for model, fact in ((None, "Nothing ran in the place of LLaMa-2 (llama2_7b)."), ("tiny", "Nothing was judged.")):
+        [part] = map(part_context, parts_of(tmp_path, model=model))
+        assert part["facts"][-1] == fact
+        assert all(card.why == "no answers of this method" for one in part["questions"] for card in one["cards"])
 
 
 @pytest.mark.parametrize("examples", [(), (84, 159)])
 def test_unknown_examples(root, examples):
     with pytest.raises(ValueError, match=r"name at least one question, each of them of \[84, 95\]"):
-        page_of(root, examples=examples)
+        parts_of(root, examples=examples)

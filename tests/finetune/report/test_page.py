@@ -12,10 +12,11 @@ import yaml
 
 from finetune.published import discrepancies, table_numbers
 from finetune.report.figures.figure_style import Words, new_figure, save_figure
-from finetune.report.page.page import to_html
-from finetune.report.page.page_inputs import read_inputs
-from finetune.report.tables.rows import COLUMNS
-from finetune.report.tables.writers import Context, write_table
+from finetune.report.labels import Labels
+from finetune.report.model import Cell, Note, Reason, Table, write_table
+from finetune.report.page.context import page_context, to_html
+from finetune.report.page.inputs import read_inputs
+from finetune.store.catalog import MethodFacts
 
 ROOT = Path(__file__).parents[3]
 EVIL = '<script>alert("x")</script> & <b>'
@@ -24,35 +25,41 @@ EXPERIMENT = {
     "protocol": "sound",
     "scale": "smoke",
     "tasks": ["cola", "mrpc"],
+    "methods": ["full", "dora"],
     "stands_for": {"bert_base": "tiny", "roberta_base": None, "roberta_large": None, "llama2_7b": None},
     "tables": {f"table_{number:02d}": ["test"] for number in (1, 9)} | {"table_10": []},
 }
 EXPECTED = {"figure_02": "gradients before and after", "figure_03": "stripes"}
-VOID = {"meta", "br", "hr", "!doctype"}
+LABELS = Labels(
+    {"dora": MethodFacts("dora", f"DoRA {EVIL}", "peft"), "full": MethodFacts("full", "Regular FT", "full")}
+)
+NOT_RUN = Reason("no_run", "no finished run of tiny")
+OTHER = Reason("other_model", "tiny is not bert")
 
 
-def row(label, column, ours=None, **given):
-    values = dict.fromkeys(COLUMNS, "") | {"row": label, "column": column, "ours": ours}
-    values |= {"ours_low": None, "ours_high": None, "n": None, "released": None, "protocol": "sound"}
-    values |= {"verdict": "not run" if ours is None else "not comparable"}
-    values |= {"source": "no finished run of tiny" if ours is None else "ours: x; not comparable: tiny is not bert"}
-    return values | given
+def cell(row, column, value=None, **given):
+    """Not comparable if it has a value, else not run."""
+    state = {"verdict": "not comparable", "reasons": (OTHER,), "model": "tiny"}
+    state = state if value is not None else {"verdict": "not run", "reasons": (NOT_RUN,)}
+    return Cell(row, column, **{"quantity": "score", "value": value} | state | given)
 
 
-def write_scores(results, **context):
-    """Table 9 with two methods and four columns: run, not run, not printed, logged."""
-    rows = [
-        row("Regular FT", "CoLA", 61.25, ours_low=60.0, ours_high=62.5, n=3, paper="59.0", paper_std="1.9"),
-        row("Regular FT", "MRPC", paper="86.2", released=86.18),
-        row("Regular FT", "#Trainable Model", 1234567, paper="109 mln"),
-        row("Regular FT", "AVG", 60.0, paper="82.5", released=82.0),
-        row(EVIL, "CoLA", 50.0, ours_low=49.0, ours_high=51.0, n=3),
-        row(EVIL, "MRPC", paper="83.8"),
-        row(EVIL, "#Trainable Model", 1000),
-        row(EVIL, "AVG", 55.0),
-    ]
-    given = {"experiment": "test", "protocol": "sound", "title": f"BERT {EVIL}", "models": ("Tiny stands in.",)}
-    return write_table(results / "tables", 9, rows, Context(**given | context))
+SCORES = (
+    cell("Regular FT", "CoLA", 61.25, method="full", low=60.0, high=62.5, n=3, paper="59.0", paper_std="1.9"),
+    cell("Regular FT", "MRPC", method="full", paper="86.2", released=86.18),
+    cell("Regular FT", "#Trainable Model", 1234567, method="full", quantity="trainable", paper="109 mln"),
+    cell("Regular FT", EVIL, 60.0, method="full", paper="82.5", released=82.0, flags=("inferred",)),
+    cell(f"DoRA {EVIL}", "CoLA", 50.0, method="dora", low=49.0, high=51.0, n=3),
+    cell(f"DoRA {EVIL}", "MRPC", method="dora", paper="83.8"),
+    cell(f"DoRA {EVIL}", "#Trainable Model", 1000, method="dora", quantity="trainable"),
+    cell(f"DoRA {EVIL}", EVIL, 55.0, method="dora"),
+)
+
+
+def write_cells(results, name, cells, **given):
+    number = int(name[-2:]) if name[-2:].isdigit() else None
+    given = {"title": f"BERT {EVIL}", "experiment": "test", "protocol": "sound"} | given
+    write_table(results / "tables" / f"{name}.json", Table(number, name, cells=tuple(cells), **given))
 
 
 def record(method="full", seed=1, **changes):
@@ -82,12 +89,9 @@ def write_record(results, name, content):
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
-    """A folder with two figures that share matplotlib's ids and style."""
     folder = tmp_path_factory.mktemp("figures")
-    with new_figure(4, 3, 1, 2) as (figure, axes):
-        axes[0, 0].plot([0, 1], [0, 1], marker="o")
+    with new_figure(2, 2) as (figure, axes):
         axes[0, 0].set_xlabel("k & <entries>")
-        axes[0, 1].imshow([[0, 1], [2, 3]])
         for name in ("figure_02", "another"):
             words = Words(f"Title of {name} {EVIL}", f"Caption {EVIL}", (f"Note {EVIL}",), ("results/test/a.json",))
             save_figure(figure, folder, name, words)
@@ -98,7 +102,8 @@ def figures(tmp_path_factory):
 def results(figures, tmp_path):
     """An experiment's folder with one table, two figures, two records and the examples."""
     results = tmp_path / "results" / "test"
-    write_scores(results)
+    notes = (Note("warning", f"load {EVIL}"), Note("rule", "A rule of D2."))
+    write_cells(results, "table_09", SCORES, models=(f"Tiny stands in {EVIL}.",), notes=notes)
     shutil.copytree(figures, results / "figures")
     write_record(results, "cola-seed1.json", record())
     write_record(results, "cola-seed2.json", record(seed=2))
@@ -106,21 +111,32 @@ def results(figures, tmp_path):
     return results
 
 
-def protocols():
-    folder = ROOT / "conf" / "protocol"
-    return {
-        title: {path.stem: yaml.safe_load(path.read_text()) for path in sorted(where.glob("*.yaml"))}
-        for title, where in {"GLUE": folder, "LLaMa-2": folder / "llama"}.items()
+def inputs(results, **changes):
+    folders = {"GLUE": ROOT / "conf" / "protocol", "LLaMa-2": ROOT / "conf" / "protocol" / "llama"}
+    protocols = {
+        title: {path.stem: yaml.safe_load(path.read_text()) for path in sorted(folder.glob("*.yaml"))}
+        for title, folder in folders.items()
     }
+    given = {"experiment": EXPERIMENT, "labels": LABELS, "protocols": protocols, "expected": EXPECTED}
+    return read_inputs(results, **given | changes)
 
 
-def page(results, **changes):
-    given = {"experiment": EXPERIMENT, "protocols": protocols(), "expected": EXPECTED}
-    return to_html(read_inputs(results, **given | changes))
+def context(results, **changes):
+    return page_context(inputs(results, **changes))
+
+
+def texts(context, name):
+    """Every text of a section's blocks."""
+    [section] = [one for one in (*context["before"], *context["after"]) if one.id == name]
+    found = []
+    for block in section.blocks:
+        rows = [[getattr(text, "text", text) for text in row] for row in getattr(block, "rows", ())]
+        found += [*itertools.chain(*rows), *getattr(block, "texts", ()), getattr(block, "text", "")]
+    return found
 
 
 class Tree(HTMLParser):
-    """Checks that tags are balanced; keeps tags with attributes, texts by the section they are in, and table cells."""
+    """Checks that tags are balanced; keeps tags with attributes, texts, and the text of table cells."""
 
     def __init__(self, html):
         super().__init__()
@@ -131,14 +147,10 @@ class Tree(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag in VOID:
-            return
-        self.open.append(tag)
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
         if tag in ("td", "th"):
             self.cells.append("")
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -152,226 +164,198 @@ class Tree(HTMLParser):
         return [attributes[name] for _, attributes in self.tags if name in attributes]
 
 
-def section(html, name):
-    """The part of the page below a heading."""
-    return re.search(
-        rf'<section aria-labelledby="{name}".*?(?=<section aria-labelledby="[a-z]+" class="part">|</main>)', html, re.S
-    )[0]
+@pytest.fixture(params=["whole", "empty"])
+def html(request, results):
+    """The page of an experiment that has something, and of one that has nothing."""
+    if request.param == "empty":
+        shutil.rmtree(results)
+        results.mkdir()
+    return to_html(inputs(results))
 
 
-def test_nothing_is_loaded_and_nothing_runs(results):
-    html = page(results)
+def test_the_page_is_well_formed_and_loads_and_runs_nothing(html):
     tree = Tree(html)
-    assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in tree.tags}
-    assert not {"src", "srcset", "data", "poster", "background"} & {name for _, attrs in tree.tags for name in attrs}
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form", "svg"} & {tag for tag, _ in tree.tags}
     assert not [name for _, attributes in tree.tags for name in attributes if name.startswith("on")]
-    assert not re.search(r"@import|url\((?!#)", html)
-    for tag, attributes in tree.tags:
-        target = attributes.get("href", "#")
-        assert tag == "a" or target.startswith(("#", "data:image/png;base64,")), (tag, target)
-        assert not target.startswith("javascript")
-
-
-def test_ids_are_unique_and_every_inner_link_leads_somewhere(results):
-    tree = Tree(page(results))
-    ids = tree.values("id")
-    assert len(ids) == len(set(ids)) > 60
-    inner = [target[1:] for target in tree.values("href") if target.startswith("#")]
-    assert inner and set(inner) <= set(ids)
-    assert set(tree.values("aria-labelledby")) <= set(ids)
-
-
-def test_headings_are_in_order_and_there_is_one_title(results):
-    levels = [int(tag[1]) for tag, _ in Tree(page(results)).tags if re.fullmatch(r"h[1-6]", tag)]
+    assert not re.search(r"@import|url\(", html)
+    pictures = [attributes for tag, attributes in tree.tags if tag == "img"]
+    assert all(one["src"].startswith("data:image/svg+xml;base64,") and one["alt"] for one in pictures)
+    levels = [int(tag[1]) for tag, _ in tree.tags if re.fullmatch(r"h[1-6]", tag)]
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+    assert "prefers-color-scheme: dark" in html and 'name="viewport"' in html
 
 
-def test_no_cell_is_empty_and_headers_have_a_scope(results):
-    tree = Tree(page(results))
-    assert len(tree.cells) > 200 and all(cell.strip() for cell in tree.cells)
+def test_every_link_leads_somewhere(html, results):
+    tree = Tree(html)
+    ids, targets = tree.values("id"), tree.values("href")
+    assert len(ids) == len(set(ids)) > 45
+    inner = {target[1:] for target in targets if target.startswith("#")}
+    assert inner and inner | set(tree.values("aria-labelledby")) <= set(ids)
+    (results / "tables" / "table_09.csv").parent.mkdir(exist_ok=True)
+    (results / "tables" / "table_09.csv").touch()  # the table's stage writes it beside its JSON
+    files = [target for target in targets if not target.startswith(("#", "https://arxiv.org/"))]
+    assert all((results / target).exists() for target in files), files
+
+
+def test_tables_are_readable_by_keyboard_and_screen_reader(html):
+    tree = Tree(html)
+    assert len(tree.cells) > 150 and all(cell.strip() for cell in tree.cells)
     assert all(attributes.get("scope") for tag, attributes in tree.tags if tag == "th")
-    tables = sum(tag == "table" for tag, _ in tree.tags)
-    assert tables == sum(tag == "caption" for tag, _ in tree.tags) > 5
-    # A table never widens the page: each has a box of its own, which the keyboard reaches.
     boxes = [attributes for _, attributes in tree.tags if attributes.get("class") == "scroll"]
-    assert len(boxes) == tables and all(box["tabindex"] == "0" and box["aria-label"] for box in boxes)
+    for tag in ("table", "caption"):
+        assert sum(one == tag for one, _ in tree.tags) == len(boxes) > 1
+    assert all(box["tabindex"] == "0" and box["aria-label"] for box in boxes)
 
 
 def test_every_text_is_escaped(results):
-    html = page(results)
-    texts = "".join(Tree(html).texts)
-    assert "<script" not in html and texts.count(EVIL) >= 8
+    write_record(results, "cola-seed3.json", record("dora", 3, status="failed", error=EVIL))
+    tree = Tree(to_html(inputs(results)))
+    shown = "".join(tree.texts)
+    # Title, row and column of the table, its model and warning; title, caption and note of figures; record and failure.
+    for part in ("BERT", "DoRA", "Tiny stands in", "Warning: load", "Title of another", "Caption", "Note", "failed ("):
+        assert f"{part}{'' if part.endswith('(') else ' '}{EVIL}" in shown, part
+    assert shown.count(EVIL) > 12 and any(EVIL in one for one in tree.values("alt"))
+
+
+def test_a_small_page_is_the_golden_one(results):
+    """The section of a table, markup and all."""
+    write_cells(results, "table_13", [cell("CoLA", "batch size", 16, quantity="batch_size", paper="32", released=32)],
+                title="settings", notes=(Note("warning", "busy."), Note("rule", "See D14.")))  # fmt: skip
+    html = to_html(inputs(results))
+    found = re.search(r'<section aria-labelledby="table-13".*?</section>', html, re.S)[0]
+    assert found + "\n" == Path(__file__).with_name("golden_table.html").read_text()
 
 
 def test_every_table_of_the_paper_is_there_or_says_why_not(results):
-    html = section(page(results), "tables")
-    for number in table_numbers():
-        assert f'id="table-{number:02d}"' in html
-    assert "Table 1: not run; results/test/tables/table_01.csv is missing: dvc repro table_01@test." in html
-    assert "Table 10: not run; experiment test leaves it out; nothing runs in the place of RoBERTa-base" in html
-    assert "Table 12: not run; experiment test has no stage table_12." in html
+    write_cells(results, "decoder_two", SCORES[:1])
+    built = {one.anchor: one for one in context(results)["tables"]}
+    assert [*built] == [*(f"table-{number:02d}" for number in table_numbers()), "decoder-two"]
+    assert built["table-09"].view and built["decoder-two"].heading == "Decoder two"
+    assert all((one.view is None) == bool(one.why) for one in built.values())
+    reasons = {anchor: one.why for anchor, one in built.items()}
+    assert "results/test/tables/table_01.json is missing: dvc repro table_01@test" in reasons["table-01"]
+    assert "leaves it out; nothing runs in the place of RoBERTa-base" in reasons["table-10"]
+    assert "no stage table_12" in reasons["table-12"]
+    assert texts(context(results), "missing").count(reasons["table-12"]) == 1
 
 
 def test_a_table_has_ours_the_papers_and_the_logs_numbers(results):
-    html = section(page(results), "tables")
-    table = re.search(r'<table class="cells">.*?</table>', html, re.S)[0]
-    bodies = re.findall(r"<tbody>(.*?)</tbody>", table, re.S)
-    cells = [re.findall(r"<td[^>]*>(.*?)</td>", line, re.S) for line in re.findall(r"<tr.*?</tr>", bodies[0], re.S)]
-    plain = [[re.sub(r"<[^>]+>", "", cell) for cell in line] for line in cells]
-    assert plain[0] == ["61.25 n/c[60.00, 62.50]", "not run", "1,234,567 n/c", "60.00 n/c"]
-    assert plain[1] == ["59.0 ± 1.9", "86.2", "109 mln", "82.5"]
-    assert plain[2] == ["no log", "86.18", "no log", "82.00"]
-    assert bodies[1].count("<tr") == 2  # nothing logged of the second label: no line
-    assert "not run: no finished run of tiny: " in html and "all rows (MRPC)" in html
-    assert "not comparable: tiny is not bert" in html and "Tiny stands in." in html
+    [table] = [one.view for one in context(results)["tables"] if one.view]
+    first, second = table.rows
+    assert (first.kinds, second.kinds) == (("ours", "paper", "logs"), ("ours", "paper"))
+    assert [(one.ours, one.interval, one.paper, one.logs, one.inferred) for one in first.cells] == [
+        ("61.25", "[60.00, 62.50]", "59.0 ± 1.9", "", False),
+        ("", "", "86.2", "86.18", False),
+        ("1,234,567", "", "109 mln", "", False),
+        ("60.00", "", "82.5", "82.00", True),
+    ]
+    assert table.counts == (("not comparable", 6), ("not run", 2)) and not table.across and not table.long
+    assert table.reasons[1] == ("not run: no finished run of tiny", "all rows (MRPC)")
+    assert table.warnings == (f"load {EVIL}",) and table.notes == ("A rule of D2.",)
 
 
-def test_few_columns_stand_side_by_side(results):
-    rows = [row("CoLA", "batch size", 16, paper="32", released=32), row("CoLA", "learning rate", 1e-4, paper="3e-5")]
-    write_table(results / "tables", 13, rows, Context("test", "sound", "settings"))
-    table = re.search(r'<table class="cells across">.*?</table>', page(results), re.S)[0]
-    assert [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<th.*?</th>", table)] == [
-        "row", "batch size", "learning rate", "ours", "paper", "logs", "ours", "paper", "CoLA",
-    ]  # fmt: skip
-    cells = [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<td.*?</td>", table)]
-    assert cells == ["16 n/c", "32", "32", "1.00e-04 n/c", "3e-5"]
+def test_few_columns_stand_side_by_side_and_a_long_table_is_folded_away(results):
+    write_cells(results, "table_08", [cell(f"method {place}", "CoLA", 1.5, paper="2") for place in range(15)])
+    write_cells(results, "table_09", SCORES[:3])
+    tables = {one.anchor: one.view for one in context(results)["tables"]}
+    assert tables["table-08"].long and tables["table-08"].across
+    assert tables["table-08"].columns == (("CoLA", ("ours", "paper")),)
+    html = to_html(inputs(results))
+    assert "Show the 15 rows of Table 8" in html and '<td class="paper">2</td>' in html
 
 
-def test_a_long_table_is_folded_away(results):
-    rows = [row(f"method {place}", "CoLA", 1.5) for place in range(30)]
-    write_table(results / "tables", 8, rows, Context("test", "sound", "memory"))
-    assert "<summary>Show the 30 rows of Table 8</summary>" in page(results)
+def test_a_table_with_intervals_is_drawn(results):
+    [(heading, table, panels)] = context(results)["charts"]
+    assert heading == "Table 9" and table.name == "table_09"
+    assert [(panel.title, panel.printed) for panel in panels] == [("CoLA", False)]
 
 
-def test_the_rows_of_differences_stand_by_their_tables(results):
-    html = page(results)
-    assert html.count("<article>") >= len(discrepancies()) == 30
-    bearing = re.search(r'<section aria-labelledby="table-09".*?</section>', html, re.S)[0]
+def test_figures_come_in_the_order_asked_for_with_the_differences_that_bear_on_them(results):
+    found = context(results)
+    assert [figure.name for figure, _ in found["figures"]] == ["figure_02", "another"]
+    assert [bool(bearing) for _, bearing in found["figures"]] == [True, False]
+    assert found["undrawn"] == ["figure_03 (stripes)"]
+    places = dict(itertools.chain.from_iterable(card.places for card in found["cards"]))
+    assert places["Figure 2"] == "figure-02" and places["Figure 3"] == "" and places["Table 9"] == "table-09"
+    by_table = {one.anchor: {row for row, _ in one.bearing} for one in found["tables"]}
     for one in discrepancies():
-        assert (f'href="#{one["row"].lower()}"' in bearing) == ("9" in one["tables"].split()), one["row"]
-    assert '<a href="#figure-02">Figure 2</a>' in html and '<a href="#figure-03">' not in html
+        assert (one["row"] in by_table["table-09"]) == ("9" in one["tables"].split()), one["row"]
 
 
-def test_figures_are_inlined_in_the_order_asked_for(results):
-    html = section(page(results), "plots")
-    titles = re.findall(r'<h3 id="figure-([\w-]+)">', html)
-    assert titles == ["02", "another"]
-    assert html.count('<svg viewBox="0 0 288 216"') == 2 and "k &amp; &lt;entries&gt;" in html
-    assert html.count("data:image/png;base64,") == 2 and "currentColor" in html and "#6b7280" not in html
-    assert "Figures not run: figure_03 (stripes)." in html
-
-
-def test_scores_are_drawn_as_dots_with_their_intervals(results):
-    chart = re.search(r'<figure class="chart">.*?</figure>', page(results), re.S)[0]
-    assert chart.count('class="ours"') == 2 and chart.count('class="interval"') == 2
-    assert "CoLA, %: Regular FT 61.25, 95 % interval 60.00 to 62.50" in chart
-    assert 'class="paper"' not in chart and "printed values stand in the table alone" in chart
-
-
-def test_printed_values_are_drawn_where_the_papers_own_model_ran(results):
-    rows = [row("LoRA", "CoLA", 60.0, ours_low=59.0, ours_high=61.0, paper="58.4", released=58.37, model="bert_base")]
-    write_table(results / "tables", 9, rows, Context("test", "printed", "BERT"))
-    chart = re.search(r'<figure class="chart">.*?</figure>', page(results), re.S)[0]
-    assert chart.count('class="paper"') == 2 and "Diamonds: printed" in chart
-
-
-def test_protocol_choices_have_values_sources_and_links(results):
-    html = section(page(results), "protocol")
-    line = re.search(r'<tr><th scope="row">orientation</th>.*?</tr>', html)[0]
-    assert re.sub(r"<[^>]+>", "|", line).split("|")[2:] and ">hosvd<" in line and 'href="#d2"' in line
-    assert "preliminary: steps" in html and "sound (used)" in html
-    assert "As run, GLUE" in html and "tiny, cola: full" in html
-
-
-def test_environment_and_cost_come_from_the_records(results):
-    write_record(results, "cola-seed3.json", record("lora", 3, status="failed", error=f"out of memory {EVIL}"))
-    html = page(results)
-    environment, cost = section(html, "environment"), section(html, "cost")
-    assert "a" * 12 in environment and "<b>yes</b>" in environment and "2.13.0" in environment
-    assert "2 CPU threads" in environment and "100 train rows" in environment
-    assert re.search(r"GLUE training: full</th><td>tiny</td><td>2</td><td>3.0 min</td><td>0.25</td>", cost)
-    assert "<td>4.00</td><td>1.50</td>" in cost and "not counted" in cost
-    assert "cola-seed3.json: failed (out of memory" in section(html, "missing")
+def test_protocol_environment_and_cost_come_from_files_and_records(results):
+    write_record(results, "cola-seed3.json", record("dora", 3, status="failed", error="out of memory"))
+    stale = results / "runs" / "tiny" / "full" / "cola-seed9.json"  # no cell lists it
+    stale.write_text(json.dumps(record(seed=9)))
+    found = context(results)
+    assert dict(found["facts"])["Finished records"] == "2" and dict(found["facts"])["Cells with a value"] == "6 of 8"
+    assert {"orientation", "hosvd", "D2: U and V are called HOSVD factors", "preliminary: steps"} <= set(
+        texts(found, "protocol")
+    )
+    assert f"tiny, cola: DoRA {EVIL}, Regular FT" in texts(found, "protocol")
+    environment = texts(found, "environment")
+    assert {"a" * 12, "yes", "2.13.0", "cpu, 2 CPU threads", "100 train rows"} <= set(environment)
+    cost = texts(found, "cost")
+    place = cost.index("GLUE training: Regular FT")
+    assert cost[place : place + 5] == ["GLUE training: Regular FT", "tiny", "2", "3.0 min", "0.25"]
+    place = cost.index("Regular FT")
+    assert cost[place : place + 7] == ["Regular FT", "tiny", "4.00", "1.50", *["not counted"] * 3]
+    assert any(text.endswith("cola-seed3.json: failed (out of memory)") for text in texts(found, "missing"))
 
 
 def test_cost_of_the_hosvd_is_measured_or_calculated(results):
-    assert "Cost of the HOSVD: not run." in page(results)
+    assert "Cost of the HOSVD: not run." in texts(context(results), "cost")
     entry = {"way": "streaming", "gradients": 30, "seconds": {"total": 1.25}, "peak_bytes": 2_000_000, "reason": None}
     other = {"way": "unfoldings", "gradients": 30, "reason": "over 1 GB", "calculated": {"seconds": 9.5, "bytes": 5e9}}
     case = {"name": "tiny", "shape": [256, 64], "entries": [entry, other]}
     content = record() | {"run": {"experiment": "test", "kind": "hosvd_cost"}, "cases": [case]}
     (results / "hosvd_cost.json").write_text(json.dumps(content))
-    cost = section(page(results), "cost")
-    assert "<td>streaming</td><td>30</td><td>1.25</td><td>2.00</td><td>measured</td>" in cost
-    assert "<td>9.5</td><td>5,000.00</td><td>calculated: over 1 GB</td>" in cost
-    assert "hosvd cost" in section(page(results), "environment")
-
-
-def test_stale_records_do_not_count(results):
-    stale = results / "runs" / "tiny" / "full" / "cola-seed9.json"
-    stale.write_text(json.dumps(record(seed=9)))
-    assert re.search(r"GLUE training: full</th><td>tiny</td><td>2</td>", page(results))
+    cost = texts(context(results), "cost")
+    for cells in (["streaming", "30", "1.25", "2.00", "measured"], ["unfoldings", "30", "9.5", "5,000.00"]):
+        place = cost.index(cells[0])
+        assert cost[place : place + len(cells)] == cells
+    assert "calculated: over 1 GB" in cost
 
 
 def test_what_was_not_run_is_said(results):
-    html = section(page(results), "missing")
+    for path in (results / "figures" / "figure_02.json", results / "examples.html"):
+        path.unlink()
+    found = texts(context(results), "missing")
     for text in (
         "BERT itself: not run; tiny runs in its place",
-        "RoBERTa-base: not run; no model of experiment test stands in its place.",
-        "GLUE tasks not run: STSB, MNLI, QNLI, QQP, RTE, SST2",
-        "Table 2: formulas",
+        "LLaMa-2: not run; no model of experiment test stands in its place",
+        "GLUE tasks not run: STSB, MNLI, QNLI",
         "Table 9: 2 of 8 cells not run",
-        "Figure 'figure_03' (stripes): not run",
-        "Statistics: not run; results/test/statistics.json is missing.",
-        "GLUE training of LoRA, SparseGrad, MeProp: not run",
+        "Figure 'figure_02' (gradients before and after): not run",
+        "Statistics: not run; results/test/statistics.json is missing",
+        "Answers side by side (Appendix E): not run",
+        f"GLUE training of DoRA {EVIL}: not run",
     ):
-        assert text in html, text
-
-
-def test_an_experiment_without_anything_still_has_a_page(tmp_path):
-    folder = tmp_path / "test"
-    folder.mkdir()
-    html = page(folder)
-    tree = Tree(html)
-    assert all(cell.strip() for cell in tree.cells) and len(tree.values("id")) == len(set(tree.values("id")))
-    assert "Answers side by side (Appendix E): not run" in html and "there is no record" in html
-    with pytest.raises(ValueError, match="does not exist: run the experiment's stages first"):
-        page(tmp_path / "none")
+        assert sum(line.startswith(text) for line in found) == 1, text
 
 
 def test_the_same_inputs_give_the_same_bytes(results):
-    assert page(results) == page(results)
-    assert not re.search(r"20\d\d-\d\d-\d\dT", page(results))
-
-
-def test_phone_dark_and_print(results):
-    html = page(results)
-    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in html
-    assert "prefers-color-scheme: dark" in html and "@media print" in html and "overflow-x: auto" in html
+    html = to_html(inputs(results))
+    assert html == to_html(inputs(results)) and not re.search(r"20\d\d-\d\d-\d\dT", html)
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (
-            lambda folder: (folder / "tables" / "table_09.md").unlink(),
-            "table_09.md is not: run the stage table_09 again",
-        ),
-        (lambda folder: (folder / "tables" / "table_09.md").write_text("words\n"), "is not a table's page"),
-        (lambda folder: (folder / "tables" / "table_09.csv").write_text("a,b\n1,2\n"), "are needed"),
+        (lambda folder: (folder / "tables" / "table_09.json").write_text('{"schema": 0}'), "no table of schema 1"),
         (lambda folder: (folder / "figures" / "another.svg").unlink(), "no another.svg"),
         (lambda folder: (folder / "statistics.json").write_text("{"), "statistics.json is damaged"),
+        (lambda folder: shutil.rmtree(folder), "does not exist: run the experiment's stages first"),
     ],
 )
 def test_damaged_inputs_are_refused(change, text, results):
     change(results)
     with pytest.raises(ValueError, match=re.escape(text)):
-        page(results)
+        inputs(results)
 
 
 def test_an_experiment_without_a_key_or_protocol_is_refused(results):
     with pytest.raises(ValueError, match="lacks scale"):
-        page(results, experiment={key: value for key, value in EXPERIMENT.items() if key != "scale"})
-    with pytest.raises(ValueError, match="protocol 'nope'"):
-        page(results, experiment=EXPERIMENT | {"protocol": "nope"})
+        inputs(results, experiment={key: value for key, value in EXPERIMENT.items() if key != "scale"})
+    with pytest.raises(ValueError, match="protocol 'nope'; there are"):
+        context(results, experiment=EXPERIMENT | {"protocol": "nope"})

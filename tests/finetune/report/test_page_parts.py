@@ -1,90 +1,21 @@
-"""Parts of the report page: markup, drawings put into a page, protocol files, Markdown, axes, and findings."""
+"""Parts of the report page: protocol files, differences, findings, pictures."""
 
-import re
+from base64 import b64decode
 
 import pytest
 
 from finetune.published import discrepancies, table_numbers
-from finetune.report.page.markup import Html, grid, items, join, tag
-from finetune.report.page.page_charts import ticks
-from finetune.report.page.page_figures import inline_svg
-from finetune.report.page.page_findings import findings, pair_sentence
-from finetune.report.page.page_inputs import PageInputs
-from finetune.report.page.page_markdown import headings, markdown_html
-from finetune.report.page.page_protocol import Choice, linked, read_choices
-from finetune.report.page.page_records import Found
-from finetune.report.page.page_tables import BuiltTable
+from finetune.report.labels import Labels
+from finetune.report.model import Cell, Note, Table
+from finetune.report.page.findings import findings, pair_sentence
+from finetune.report.page.inputs import Found, PageInputs
+from finetune.report.page.protocol import Choice, read_choices
+from finetune.report.page.render import linked, picture
+from finetune.report.page.scores import statistics_blocks
+from finetune.store.catalog import MethodFacts
 
-SPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-
-
-def svg(body, width="144pt"):
-    return f'<svg {SPACES} width="{width}" height="72pt">{body}</svg>'
-
-
-# ---- markup ----
-
-
-def test_texts_are_escaped_and_markup_is_not():
-    assert tag("p", "a < b & c", tag("b", ">")) == "<p>a &lt; b &amp; c<b>&gt;</b></p>"
-    assert (
-        tag("a", "x", href='"&', class_="y", aria_label=None, hidden=True)
-        == '<a href="&quot;&amp;" class="y" hidden>x</a>'
-    )
-    assert tag("hr") == "<hr>" and join(["<", Html("<i>")], ", ") == "&lt;, <i>"
-    assert items(["<"]) == "<ul>\n<li>&lt;</li>\n</ul>"
-
-
-def test_a_grid_has_scopes_a_caption_and_a_box():
-    html = grid(["what", "n"], [["<a>", "1"]], "Caption")
-    assert '<th scope="row">&lt;a&gt;</th><td>1</td>' in html and '<th scope="col">what</th>' in html
-    assert html.startswith('<div class="scroll" role="region" aria-label="Caption" tabindex="0">')
-
-
-# ---- drawings ----
-
-
-def test_ids_references_and_rules_become_the_figures_own():
-    body = (
-        '<defs><style>*{stroke-linejoin: round} .a, text{fill: red}</style><path id="m1" d="M0 0"/></defs>'
-        '<metadata/><g clip-path="url(#c1)"><use xlink:href="#m1" style="fill: #6b7280; clip-path: url(#c1)"/></g>'
-        '<clipPath id="c1"><rect/></clipPath><text>a &lt; b</text>'
-    )
-    html = inline_svg('<?xml version="1.0"?>' + svg(body), "fig", "A & B")
-    assert set(re.findall(r' id="([^"]+)"', html)) == {"fig", "fig-m1", "fig-c1"}
-    assert '<use href="#fig-m1" style="fill: currentColor; clip-path: url(#fig-c1)"' in html
-    assert 'clip-path="url(#fig-c1)"' in html
-    assert "#fig * {stroke-linejoin: round}" in html and "#fig .a, #fig text {fill: red}" in html
-    assert 'viewBox="0 0 144 72"' in html and 'aria-label="A &amp; B"' in html and "--natural: 144pt" in html
-    assert "xmlns" not in html and "metadata" not in html and " width=" not in html and "a &lt; b" in html
-
-
-@pytest.mark.parametrize(
-    ("body", "text"),
-    [
-        ("<script>1</script>", "'script' element"),
-        ('<image xlink:href="https://example.org/a.png"/>', "a page loads nothing"),
-        ('<image xlink:href="data:image/svg+xml;base64,AA"/>', "a page loads nothing"),
-        ('<g onclick="1"/>', "attribute 'onclick'"),
-        ('<g style="fill: url(https://example.org)"/>', "a page loads nothing"),
-        ("<style>@import 'a.css';</style>", "plain rules are taken only"),
-        ("<style>*{fill: url(a)}</style>", "plain rules are taken only"),
-        ("<g>", "no SVG"),
-    ],
-)
-def test_a_drawing_that_loads_or_runs_is_refused(body, text):
-    with pytest.raises(ValueError, match=re.escape(text)):
-        inline_svg(svg(body), "fig", "x")
-
-
-def test_a_drawing_without_a_size_or_of_another_kind_is_refused():
-    with pytest.raises(ValueError, match="points are needed"):
-        inline_svg(svg("", width="50%"), "fig", "x")
-    with pytest.raises(ValueError, match="outermost element is html"):
-        inline_svg("<html/>", "fig", "x")
-
-
-# ---- protocol ----
+NAMES = {"full": "Regular FT", "lora": "LoRA", "meprop": "MeProp", "sparsegrad": "SparseGrad", "dora": "DoRA"}
+LABELS = Labels({name: MethodFacts(name, label, name) for name, label in NAMES.items()})
 
 
 def test_choices_of_a_protocol_carry_their_sources():
@@ -102,8 +33,14 @@ def test_choices_of_a_protocol_carry_their_sources():
         read_choices("z", protocols)
 
 
-def test_rows_in_a_text_become_links():
-    assert linked("D2 & D31") == '<a href="#d2">D2</a> &amp; D31'
+def test_rows_in_a_text_become_links_and_the_rest_is_escaped():
+    assert linked("D2 & D31 <b>") == '<a href="#d2">D2</a> &amp; D31 &lt;b&gt;'
+
+
+def test_a_picture_follows_the_readers_scheme():
+    body = b64decode(picture(b"<svg><text>a</text></svg>\n").removeprefix("data:image/svg+xml;base64,")).decode()
+    assert body.startswith("<svg><text>a</text><style>") and body.endswith("</style></svg>")
+    assert "prefers-color-scheme:dark" in body
 
 
 def test_the_differences_are_whole():
@@ -115,137 +52,156 @@ def test_the_differences_are_whole():
         assert set(row["figures"].split()) <= {"2", "3"}, row
 
 
-# ---- Markdown and axes ----
-
-
-def test_markdown_of_the_writers():
-    text = "# Title\n\nWords & more.\n\n## One\n\n| | a |\n| --- | --- |\n| x \\| y | |\n\n- p\n- q\n\n## Two\n"
-    html = markdown_html(text, "s")
-    assert headings(text, "s") == [("s-1", "One"), ("s-2", "Two")]
-    assert '<h3 id="s-1">One</h3>' in html and '<h3 id="s-2">Two</h3>' in html and "Title" not in html
-    assert '<th scope="row">x | y</th><td>none</td>' in html and "<li>p</li>\n<li>q</li>" in html
-    assert "<p>Words &amp; more.</p>" in html and 'class="hidden">row</span>' in html
-
-
-@pytest.mark.parametrize(("low", "high", "expected"), [(0, 10, [0, 5, 10]), (3.37, 3.77, [3.4, 3.5, 3.6, 3.7])])
-def test_ticks_are_round_and_inside(low, high, expected):
-    assert ticks(low, high) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("span", [1e-9, 0.013, 1.0, 7.7, 12345.0])
-def test_there_are_a_few_ticks_at_any_size(span):
-    found = ticks(-0.3 * span, 0.7 * span)
-    assert 2 <= len(found) <= 5 and -0.3 * span <= found[0] and found[-1] <= 0.7 * span * (1 + 1e-12)
-
-
-def test_an_empty_axis_is_refused():
-    with pytest.raises(ValueError, match="upper end must be above"):
-        ticks(1.0, 1.0)
-
-
 # ---- findings ----
 
 
 def pair(verdict="not separated", first="sparsegrad", second="lora", least=0.03, tasks=None):
-    test = {"difference": {"value": 1.5, "low": -1.0, "high": 4.0}, "pairs": 6, "p_holm": 0.25, "least": least}
-    return {"first": first, "second": second, "mean": test | {"verdict": verdict}, "tasks": tasks or {}}
+    test = {
+        "difference": {"value": 1.5, "low": -1.0, "high": 4.0},
+        "pairs": 6,
+        "p": 0.125,
+        "p_holm": 0.25,
+        "least": least,
+    }
+    other = {"bootstrap": {"mean": 1.5, "low": 0.5, "high": 2.5}, "iqm": None, "unpaired": 1}
+    other["improvement"] = {"mean": 0.75, "low": 0.5, "high": 1.0}
+    return {"first": first, "second": second, "mean": test | {"verdict": verdict}, "tasks": tasks or {}} | other
 
 
-def test_a_sentence_claims_what_its_test_says():
-    expected = "SparseGrad − LoRA: +1.50 [-1.00, +4.00] points, not separated (p 0.25, 6 pairs)."
-    assert pair_sentence(pair()) == expected
-    assert "SparseGrad is better (" in pair_sentence(pair("first is better"))
-    assert "LoRA is better (" in pair_sentence(pair("second is better"))
-    assert "so few pairs separate nothing" in pair_sentence(pair(least=0.25))
+def inputs(statistics=None, tables=(), found=()):
+    built = {table.name: table for table in tables}
+    return PageInputs({"name": "test"}, LABELS, built, (), {}, statistics, tuple(found), {}, False)
 
 
-def inputs(statistics=None, tables=None, found=()):
-    return PageInputs({"name": "test"}, tables or {}, (), {}, statistics, None, tuple(found), {}, False)
-
-
-def statistics(pairs, name="methods"):
-    entry = {"title": "Tiny", "model": "tiny", "stands_for": ["bert_base"]}
-    comparison = {"families": [{"name": name, "pairs": pairs}, {"name": "empty", "pairs": []}]}
-    averages = [
-        {"table": 9, "row": "MeProp", "printed": "82.1", "verdict": "does not follow", "mean": 81.47},
-        {"table": 9, "row": "LoRA", "printed": "81.6", "verdict": "follows", "mean": 81.6},
-        {"table": 12, "row": "100", "printed": "83.6", "verdict": "does not follow", "mean": None}
-        | {"implied": [91.1, 92.7], "missing": ["SST2"], "twin": "table 10, SparseGrad", "twin_value": "94.2"},
+def statistics(pairs, kind="methods", of=""):
+    means = {"tasks": {"cola": {"mean": 50.0, "low": 49.0, "high": 51.0, "n": 3}}, "mean": None, "iqm": None}
+    families = [
+        {"name": f"{kind} {of}".strip(), "kind": kind, "of": of, "pairs": pairs},
+        {"name": "variants of lora", "kind": "variants of", "of": "lora", "pairs": []},
     ]
+    methods = {name: means for one in pairs for name in (one["first"], one["second"])}
+    entry = {"title": "Tiny", "model": "tiny", "stands_for": ["bert_base"]}
+    row = {"table": 9, "repeats": False, "missing": [], "twin": None}
+    averages = [
+        row | {"row": "MeProp", "printed": "82.1", "verdict": "does not follow", "mean": 81.47},
+        row | {"row": "LoRA", "printed": "81.6", "verdict": "follows", "mean": 81.6},
+        row | {"row": "LoRA again", "printed": "1", "verdict": "does not follow", "mean": 2.0, "repeats": True},
+        row | {"table": 12, "row": "100", "printed": "83.6", "verdict": "does not follow", "mean": None}
+        | {"implied": [91.1, 92.7], "missing": ["SST2"], "twin": "table 10, SparseGrad", "twin_value": "94.2"},
+    ]  # fmt: skip
     cell = {"model": "bert_base", "printed": [83.8, 86.6], "logged": [86.5, 84.2], "distance": 5.1}
     cell |= {"distance_exchanged": 0.5, "p_chance": 0.01}
     cells = [
-        cell | {"task": "mrpc", "evidence": 8.0, "p_holm": 0.001},
-        cell | {"task": "rte", "evidence": 2.0, "p_holm": 0.5},
-        cell | {"task": "cola", "evidence": 9.0, "p_holm": 0.001},
+        cell | {"task": task, "evidence": evidence, "p_holm": p}
+        for task, evidence, p in (("mrpc", 8.0, 0.001), ("rte", 2.0, 0.5), ("stsb", -1.0, 1.0), ("cola", 9.0, 0.001))
     ]
-    asked = {"model": "bert_base", "methods": ["lora", "sparsegrad"], "tasks": ["mrpc", "rte"]}
+    asked = {"model": "bert_base", "methods": ["lora", "sparsegrad"], "tasks": ["mrpc", "rte", "stsb"]}
+    printed = {"model": "bert_base", "method": "lora", "task": "cola", "match": "other", "printed": 59.0, "mean": 58.0}
+    counts = [{"better": 2, "tasks": 8, "p": 0.5}]
+    settings = {"samples": 10_000, "exact_pairs": 16, "level": 0.05}
     return {
-        "runs": [entry | {"comparison": comparison}],
+        "settings": settings,
+        "runs": [entry | {"comparison": {"methods": methods, "families": families}}],
+        "decoders": [],
         "logs": [],
         "averages": averages,
-        "exchange": {"asked": asked, "cells": cells},
+        "cells": [printed],
+        "exchange": {"asked": asked, "cells": cells, "counts": counts},
     }
+
+
+@pytest.mark.parametrize(
+    ("verdict", "least", "words"),
+    [
+        ("not separated", 0.03, "not separated (p 0.25, 6 pairs)"),
+        ("first is better", 0.03, "SparseGrad is better (p 0.25, 6 pairs)"),
+        ("second is better", 0.03, "LoRA is better (p 0.25, 6 pairs)"),
+        ("not separated", 0.25, "not separated (p 0.25, 6 pairs, so few pairs separate nothing)"),
+    ],
+)
+def test_a_sentence_claims_what_its_test_says(verdict, least, words):
+    assert (
+        pair_sentence(pair(verdict, least=least), LABELS) == f"SparseGrad − LoRA: +1.50 [-1.00, +4.00] points, {words}."
+    )
 
 
 def test_findings_of_the_statistics():
     task = {"difference": {"value": -2.0, "low": -3.0, "high": -1.0}, "pairs": 5, "p_holm": 0.01}
-    single = {"cola": task | {"verdict": "second is better"}, "mrpc": task | {"verdict": "not separated"}}
-    pairs = [pair(tasks=single), pair("first is better", "lora", "full", tasks=single), pair("x", "lora", "meprop")]
-    pairs[2]["mean"]["verdict"] = "not separated"
+    single = {"ninth": task | {"verdict": "second is better"}, "mrpc": task | {"verdict": "not separated"}}
+    pairs = [
+        pair(tasks=single),
+        pair("first is better", "dora", "full", tasks=single),
+        pair(first="lora", second="dora"),
+    ]
     own, averages, exchange = findings(inputs(statistics(pairs)))
     assert own.title == "Methods on Tiny: 1 of 3 pairs separated"
     assert [line.partition(":")[0] for line in own.lines] == [
         "SparseGrad − LoRA",
-        "LoRA − Regular FT",
-        "On CoLA alone, SparseGrad − LoRA",
-        "On CoLA alone, LoRA − Regular FT",
+        "DoRA − Regular FT",
+        "On ninth alone, SparseGrad − LoRA",
+        "On ninth alone, DoRA − Regular FT",
     ]
-    assert "Mean over CoLA, MRPC, 5 paired seeds a task" in own.after and "in the place of BERT" in own.after
+    assert "Mean over MRPC, ninth, 5 paired seeds a task" in own.after and "in the place of BERT" in own.after
     assert averages.title == "2 of 3 printed averages do not follow from their rows"
-    assert averages.lines == (
-        "Table 9, MeProp: printed 82.1, its cells give 81.47.",
-        "Table 12, 100: printed 83.6, so SST2, not printed here, would be 91.1 to 92.7; table 10, SparseGrad, the same "
-        "row, prints 94.2.",
-    )
-    assert exchange.title.endswith("exchanged? MRPC yes; RTE not beyond chance") and len(exchange.lines) == 2
+    assert averages.lines[0] == "Table 9, MeProp: printed 82.1, its cells give 81.47."
+    assert "SST2, not printed here, would be 91.1 to 92.7; table 10, SparseGrad" in averages.lines[1]
+    assert exchange.title.endswith("exchanged? MRPC yes; RTE not beyond chance; STSB no") and len(exchange.lines) == 3
 
 
 def test_nothing_separated_is_said_so():
-    (own, *_) = findings(inputs(statistics([pair(tasks={"cola": pair()["mean"]})], "variants of sparsegrad")))
-    assert own.title == "Variants of sparsegrad on Tiny: no pair separated"
+    (own, *_) = findings(inputs(statistics([pair(tasks={"cola": pair()["mean"]})], "variants of", "sparsegrad")))
+    assert own.title == "Variants of SparseGrad on Tiny: no pair separated"
 
 
-def built(number, rows, notes=()):
-    blank = {"ours_low": None, "ours_high": None, "verdict": "not comparable", "model": "tiny", "n": "3"}
-    return {number: BuiltTable(number, "t", (), tuple(notes), tuple(blank | row for row in rows))}
+def test_the_statistics_are_shown_from_their_fields():
+    task = {"difference": {"value": -2.0, "low": -3.0, "high": -1.0}, "pairs": 5, "p_holm": 0.01, "verdict": "x"}
+    blocks = list(statistics_blocks(statistics([pair("second is better", tasks={"cola": task})]), LABELS))
+    grids = {block.caption: block for block in blocks if block.block == "grid"}
+    [line] = grids["Differences in points: methods"].rows
+    plain = [text.replace("\N{NO-BREAK SPACE}", " ") for text in line]
+    assert plain == [
+        "SparseGrad − LoRA", "LoRA is better", "+1.50 [-1.00, +4.00]", "+1.50 [+0.50, +2.50]", "-",
+        "0.75 [0.50, 1.00]", "6, 1 runs without partner", "0.12", "0.25", "0.03",
+    ]  # fmt: skip
+    assert grids["Printed cells against the logs"].rows == [["BERT", "LoRA", "+1.00"]]
+    follows = [line[3] for line in grids["Printed averages and what rounding of cells and average can explain"].rows]
+    assert follows[-1] == "follows" and len(follows) == 4
+
+
+LOSS = {"quantity": "loss", "model": "tiny", "n": 3}
 
 
 @pytest.mark.parametrize(
     ("high", "title"), [(3.5, "full has the lowest"), (3.9, "no lowest validation loss stands apart")]
 )
 def test_a_lowest_loss_needs_an_interval_of_its_own(high, title):
-    rows = [
-        {"row": "full", "column": "Valid Loss", "ours": 3.4, "ours_low": 3.3, "ours_high": high},
-        {"row": "lora", "column": "Valid Loss", "ours": 3.7, "ours_low": 3.6, "ours_high": 3.8},
-        {"row": "full", "column": "#Train params", "ours": 16.9},
-    ]
-    (found,) = findings(inputs(tables=built(6, rows)))
-    assert title in found.title and found.lines[0].endswith("nats a token, trains 16.90%.")
+    cells = (
+        Cell("lora", "Valid Loss", value=3.7, low=3.6, high=3.8, **LOSS),
+        Cell("full", "Valid Loss", value=3.4, low=3.3, high=high, **LOSS),
+        Cell("full", "#Train params", "trained_share", value=16.9, model="tiny"),
+        Cell("full, another", "Valid Loss", value=1.0, low=0.9, high=1.1, **LOSS | {"model": "another"}),
+    )
+    (found,) = findings(inputs(tables=[Table(6, "table_06", "t", "test", "sound", cells)]))
+    assert title in found.title and found.lines[0] == f"full: 3.4000 [3.3000, {high:.4f}] nats a token, trains 16.90%."
 
 
 def test_speed_is_read_from_ratios_and_warnings_go_with_it():
-    rows = [
-        {"row": f"{name} / Regular FT", "column": column, "ours": ours, "ours_low": low, "ours_high": ours + 0.05}
-        for name, column, ours, low in (
-            ("LoRA", "Steps/Sec.", 1.1, 1.05),
-            ("SparseGrad", "Steps/Sec.", 1.02, 0.97),
-            ("LoRA", "Peak in training, MB", 0.9, None),
-        )
-    ]
-    (found,) = findings(inputs(tables=built(3, rows, ["Warning: load average 3."])))
+    given = {"flags": ("over_full",), "model": "tiny"}
+    cells = (
+        *(Cell(label, "Steps/Sec.", "speed", method=name, value=1.0) for name, label in NAMES.items()),
+        Cell("a", "Steps/Sec.", "speed", method="sparsegrad", value=1.02, low=0.97, high=1.05, **given),
+        Cell("b", "Steps/Sec.", "speed", method="lora", value=1.1, low=1.05, high=1.15, **given),
+        Cell("b", "Peak", "training", method="lora", value=0.9, **given),
+        Cell("b", "CoLA", "speed", method="meprop", task="cola", value=9.0, low=8.0, high=9.0, **given),
+    )
+    table = Table(3, "table_03", "t", "test", "sound", cells, notes=(Note("warning", "load average 3."),))
+    (found,) = findings(inputs(tables=[table]))
     assert found.title == "Faster than full fine-tuning a step: LoRA"
-    assert found.lines[0].endswith("peak in training × 0.90.") and "Warning: load average 3." in found.after
+    assert found.lines == (
+        "LoRA: speed × 1.10 [1.05, 1.15], peak in training × 0.90.",
+        "SparseGrad: speed × 1.02 [0.97, 1.05].",
+    )
+    assert found.after.endswith("Warning: load average 3.")
 
 
 def test_findings_of_a_stale_basis_are_means_over_layers():
@@ -267,4 +223,4 @@ def test_findings_of_a_stale_basis_are_means_over_layers():
         "RTE, full fine-tuning: 0.40 at step 0, 0.20 at step 50, 0.40 if renewed there; "
         "a basis made under another head starts at 0.20."
     )
-    assert "0.10 at step 50, 0.50 if renewed" in found.lines[1] and "mean over a BERT's layers" in found.after
+    assert "0.10 at step 50, 0.50 if renewed" in found.lines[1]

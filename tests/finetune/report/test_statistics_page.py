@@ -10,8 +10,8 @@ from finetune.report.evidence.evidence import collect_evidence
 from finetune.report.evidence.llama_evidence import collect_llama_evidence
 from finetune.report.figures.scores_figure import draw_scores
 from finetune.report.labels import read_labels
-from finetune.report.page.page_findings import findings
-from finetune.report.page.page_inputs import PageInputs
+from finetune.report.page.findings import findings
+from finetune.report.page.inputs import PageInputs
 from finetune.report.statistics.families import Design
 from finetune.report.statistics.statistics_page import to_markdown
 from finetune.report.statistics.statistics_record import build_statistics, plain
@@ -135,7 +135,7 @@ def test_figure(content, tmp_path):
 
 
 def test_the_findings_say_the_losses(content):
-    inputs = PageInputs({"name": "test"}, {}, (), {}, content, to_markdown(content), (), {}, False)
+    inputs = PageInputs({"name": "test"}, LABELS, {}, (), {}, content, (), {}, False)
     card = next(one for one in findings(inputs) if one.title.startswith("Decoder"))
-    assert card.title == "Decoder, variants of sparsegrad: 1 of 1 pairs separated"
+    assert card.title == "Decoder, variants of SparseGrad: 1 of 1 pairs separated"
     assert "+0.102" in card.lines[0] and "SparseGrad is better" in card.lines[0]

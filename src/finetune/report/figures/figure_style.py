@@ -31,6 +31,7 @@ COLOURS = {
     "sparsegrad": "#009e73",
     "rotated": "#0072b2",
     "truncated": "#d55e00",
+    "control": GREY,
 }
 """Method or form -> its colour in every figure; the folded form is SparseGrad's default and has its colour."""
 

@@ -53,7 +53,7 @@ def looks_of(names: Iterable[str], labels: Labels) -> dict[str, VariantLook]:
     """How each variant is drawn, in the order of figures."""
     known = list(_FORMS)
     found = sorted(set(names), key=lambda name: (known.index(name) if name in _FORMS else len(known), name))
-    kin = {name: facts.base for name, facts in labels.methods.items()} | {name: of for name, (_, of) in _FORMS.items()}
+    kin = labels.kin | {name: of for name, (_, of) in _FORMS.items()}
     return {
         name: VariantLook(
             _FORMS[name][0] if name in _FORMS else labels.method(name), GREY if name == "floor" else colour, marker

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.report.figures.figure_style import COLOURS, GREY, Words, new_figure, save_figure
+from finetune.report.figures.figure_style import GREY, Words, new_figure, save_figure, styles
 from finetune.report.labels import Labels
 
 NAME = "methods_scores"
@@ -124,11 +124,7 @@ def _lines(pair: Mapping[str, Any], colour: str, labels: Labels) -> list[Line]:
 def _colour(pair: Mapping[str, Any], labels: Labels) -> str:
     """Of the method that the second one is or varies, or of the first where the second is SparseGrad."""
     name = pair["second"] if pair["second"] != FOCUS else pair["first"]
-    facts = labels.methods.get(name)
-    if facts is not None and facts.control:
-        return GREY
-    bases = (name, *((facts.extends, facts.base) if facts is not None else ()))
-    return next((COLOURS[base] for base in bases if base in COLOURS), GREY)
+    return styles([name], labels.kin)[name][0]
 
 
 def _draw(axis, panel: Panel) -> bool:

@@ -1,0 +1,167 @@
+"""The protocol on the page: each choice with its source, and the rows D1 to D30 where paper and code differ."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.published import discrepancies
+from finetune.report.page.blocks import Grid, Text
+from finetune.report.page.inputs import PageInputs
+
+AS_RUN = {"train": "GLUE", "llama": "decoder"}
+"""Kind of a record -> its name in the title of its treatment."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One choice of a protocol.
+
+    Attributes:
+        key: Its name; `preliminary.steps` where it stands inside another.
+        value: For readers.
+        source: Where it comes from; empty where none is given.
+    """
+
+    key: str
+    value: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """One row of the differences.
+
+    Attributes:
+        row, topic: "D1" and what it is about.
+        lines: (who, what they say or do).
+        places: (name, anchor or "") of the tables and figures that it bears on.
+    """
+
+    row: str
+    topic: str
+    lines: tuple[tuple[str, str], ...]
+    places: tuple[tuple[str, str], ...]
+
+
+def read_choices(name: str, protocols: Mapping[str, Mapping[str, Any]]) -> list[Choice]:
+    """A protocol's choices with their sources, in the order of its file.
+
+    Args:
+        name: The protocol.
+        protocols: Protocol -> content of its file; `sources` holds a text a choice, or `like`, whose sources hold too.
+
+    Raises:
+        ValueError: If the protocol is not among them.
+    """
+    if name not in protocols:
+        raise ValueError(f"protocol {name!r}; there are {', '.join(protocols)}.")
+    own = protocols[name].get("sources", {})
+    sources = protocols[own["like"]]["sources"] | own if "like" in own else own
+    choices = []
+    for key, value in protocols[name].items():
+        source = sources.get(key, "")
+        if key in ("name", "sources"):
+            continue
+        if isinstance(source, Mapping):
+            choices += [Choice(f"{key}.{part}", _text(one), source.get(part, "")) for part, one in value.items()]
+        else:
+            choices.append(Choice(key, _text(value), source))
+    return choices
+
+
+def choices_grid(title: str, name: str, protocols: Mapping[str, Mapping[str, Any]]) -> Grid:
+    """The choices of the protocol in use beside the others'.
+
+    Args:
+        title: What it is the protocol of.
+        name: The protocol in use.
+        protocols: Protocol -> content of its file.
+
+    Raises:
+        ValueError: As `read_choices`.
+    """
+    others = {other: {c.key: c.value for c in read_choices(other, protocols)} for other in protocols if other != name}
+    rows = [
+        [
+            choice.key.replace("_", " ").replace(".", ": "),
+            Text(choice.value, "strong"),
+            *(_beside(values.get(choice.key), choice.value) for values in others.values()),
+            choice.source or Text("none given", "none"),
+        ]
+        for choice in read_choices(name, protocols)
+    ]
+    return Grid(f"{title}: protocol {name}", ["choice", f"{name} (used)", *others, "source"], rows)
+
+
+def bearing(kind: str, number: int) -> list[tuple[str, str]]:
+    """The rows (row, topic) that bear on a table or a figure: `kind` is `tables` or `figures`."""
+    return [(row["row"], row["topic"]) for row in discrepancies() if str(number) in row[kind].split()]
+
+
+def difference_cards(protocol: str, anchors: Collection[str]) -> list[Card]:
+    """All rows: paper, code, what is done here, and what they bear on.
+
+    Args:
+        protocol: The protocol in use.
+        anchors: Ids of the page's tables and figures; what is not among them is named without a link.
+    """
+    return [_card(row, protocol, anchors) for row in discrepancies()]
+
+
+def _card(row: Mapping[str, str], protocol: str, anchors: Collection[str]) -> Card:
+    here = {name: row[name] for name in ("printed", "released", "sound")}
+    lines = [("Paper", row["paper"]), ("Released code", row["code"])]
+    if len(set(here.values())) == 1:
+        lines.append(("Here", here["sound"]))
+    else:
+        lines += [(f"Here, {name}{' (used)' if name == protocol else ''}", text) for name, text in here.items()]
+    places = []
+    for kind in ("table", "figure"):
+        for number in map(int, row[f"{kind}s"].split()):
+            anchor = f"{kind}-{number:02d}"
+            places.append((f"{kind.capitalize()} {number}", anchor if anchor in anchors else ""))
+    return Card(row["row"], row["topic"], tuple(lines), tuple(places))
+
+
+def as_run(inputs: PageInputs) -> Iterator[Grid]:
+    """What the records say was really used: a grid a kind of run, a line for each distinct treatment."""
+    for kind, title in AS_RUN.items():
+        found: dict[tuple[tuple[str, str], ...], dict[str, dict[str, None]]] = {}
+        for one in inputs.of_kind(kind):
+            if treatment := one.content.get("treatment"):
+                shown = tuple((key, _text(value)) for key, value in treatment.items())
+                place = f"{one.run['model']}, {one.run['task']}"
+                found.setdefault(shown, {}).setdefault(place, {})[inputs.labels.method(one.run["method"])] = None
+        if found:
+            yield _treatments(title, found)
+
+
+def _treatments(title: str, found: Mapping[Sequence[tuple[str, str]], Mapping[str, Mapping[str, None]]]) -> Grid:
+    keys = list(dict.fromkeys(key for shown in found for key, _ in shown))
+    rows = [
+        [
+            "; ".join(f"{place}: {', '.join(sorted(methods))}" for place, methods in runs.items()),
+            *(dict(shown).get(key) or Text("not recorded", "none") for key in keys),
+        ]
+        for shown, runs in found.items()
+    ]
+    return Grid(f"As run, {title}: what the records say", ["runs", *(key.replace("_", " ") for key in keys)], rows)
+
+
+def _beside(value: str | None, used: str) -> str | Text:
+    if value is None:
+        return Text("no such choice", "none")
+    return Text("same", "none") if value == used else value
+
+
+def _text(value: Any) -> str:
+    """A value in YAML's short form."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_text(one)}" for key, one in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(_text, value)) or "none"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
