@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsegrad import Basis, GradientMoments, hosvd, hosvd_of_unfoldings, hosvd_tensorly
+from sparsegrad import Basis, FoldedLinear, GradientMoments, hosvd, hosvd_of_unfoldings, hosvd_tensorly
 from sparsegrad.basis import ORIENTATIONS
 
 SHAPES = [(12, 5), (5, 12), (7, 7)]
@@ -262,3 +262,17 @@ def test_a_gram_matrix_by_blocks_is_the_whole_one_and_stays_symmetric(n, m):
         expected += A @ A.T
     torch.testing.assert_close(moment, expected, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(moment, moment.T, rtol=1e-14, atol=1e-14)
+
+
+def test_a_basis_of_the_input_side_rotates_that_side_alone(random_basis):
+    full, W = random_basis(11, 7), torch.randn(11, 7, dtype=torch.float64)
+    basis = full.input_side()
+    assert basis.ranks == (11, 7) and not basis.is_full and not basis.rotates_output
+    torch.testing.assert_close(basis.rotate(W), W @ full.U.T)
+    torch.testing.assert_close(basis.rotate_back(basis.rotate(W)), W)
+    assert basis.orthogonality_error() < 1e-12
+    assert basis.leading(11, 2).ranks == (11, 2) and basis.leading(11, 7) is basis
+    with pytest.raises(ValueError, match="orientation='released'"):
+        basis.oriented("released")
+    with pytest.raises(ValueError, match="a basis of the input side is for form 'truncated'"):
+        FoldedLinear(W, None, basis, 9)

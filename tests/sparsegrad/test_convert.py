@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from literal import assert_unchanged, snapshot
 from torch import nn
 
 from sparsegrad import (
@@ -33,17 +34,6 @@ def logits(model, tokens):
 
 def loss(model, tokens):
     return torch.log_softmax(model(input_ids=tokens).logits, dim=-1)[..., 0].square().sum()
-
-
-def snapshot(model):
-    return dict(model.named_modules()), {name: t.clone() for name, t in model.state_dict().items()}
-
-
-def assert_unchanged(model, before):
-    modules, state = before
-    assert dict(model.named_modules()) == modules  # the same objects
-    after = model.state_dict()
-    assert after.keys() == state.keys() and all(torch.equal(after[name], state[name]) for name in state)
 
 
 # ---- targets ----

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from literal import assert_unchanged, snapshot
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -30,17 +31,6 @@ FORMS = ["folded", "rotated", "truncated"]
 def logits(model, tokens):
     with torch.no_grad():
         return model(input_ids=tokens).logits
-
-
-def snapshot(model):
-    return dict(model.named_modules()), {name: t.clone() for name, t in model.state_dict().items()}
-
-
-def assert_unchanged(model, before):
-    modules, state = before
-    assert dict(model.named_modules()) == modules
-    after = model.state_dict()
-    assert after.keys() == state.keys() and all(torch.equal(after[name], state[name]) for name in state)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Both forms of the layer against nn.Linear, the formulas of Table 2, and a literal loop over W_rot.
+"""The layers against nn.Linear, the formulas of Table 2, and a literal loop over W_rot.
 
 The literal loop uses autograd on a plain nn.Linear, a Python sort, torch.optim.SparseAdam and torch.optim.AdamW; it
 shares no code with the library.
@@ -7,8 +7,10 @@ shares no code with the library.
 import copy
 import itertools
 
+import literal
 import pytest
 import torch
+from literal import IN, OUT, K, batches, loss_of, plain
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,6 +21,7 @@ from sparsegrad import (
     GradientMoments,
     RotatedLinear,
     SparseGradAdamW,
+    TruncatedLinear,
     folded,
     hosvd,
     param_groups,
@@ -26,49 +29,47 @@ from sparsegrad import (
 )
 from sparsegrad.folded import rotated_product
 
-OUT, IN, K = 11, 7, 9
 FOLDED = [("folded", {"select_in": s}) for s in ("step", "backward")]
 ROTATED = [
     ("rotated", {"select_in": s, "matmul": m})
     for s, m in itertools.product(("step", "backward"), ("regular", "sparse_by_dense"))
 ]
-FORMS = [pytest.param(form, options, id="-".join((form, *options.values()))) for form, options in FOLDED + ROTATED]
-STEP_FORMS = [p for p in FORMS if p.values[1]["select_in"] == "step"]
-BACKWARD_FORMS = [p for p in FORMS if p.values[1]["select_in"] == "backward"]
+TRUNCATED = [  # cores of 3 x 3 and, with a basis of the input side alone, of 11 x 3
+    ("truncated", {"side": side, "update": update} | keep)
+    for side, update, keep in itertools.product(("both", "input"), ("in_place", "side"), ({}, {"keep": 5}))
+]
 
 
-def build(form, linear, basis, k=K, **options):
-    layer_class = {"folded": FoldedLinear, "rotated": RotatedLinear}[form]
+def forms(cases):
+    return pytest.mark.parametrize(
+        ("form", "options"), [pytest.param(f, o, id="-".join((f, *map(str, o.values())))) for f, o in cases]
+    )
+
+
+in_step = [case for case in FOLDED + ROTATED if case[1]["select_in"] == "step"]
+in_backward = forms(case for case in FOLDED + ROTATED if case[1]["select_in"] == "backward")
+selecting, every = forms(FOLDED + ROTATED), forms(FOLDED + ROTATED + TRUNCATED)
+
+
+def build(form, linear, basis, k=K, side="both", **options):
+    layer_class = {"folded": FoldedLinear, "rotated": RotatedLinear, "truncated": TruncatedLinear}[form]
+    basis, k = (basis.input_side(), 3 * OUT) if side == "input" else (basis, k)
     return layer_class(linear.weight, linear.bias, basis, k, **options)
 
 
-def plain(bias=True, out_features=OUT, in_features=IN, dtype=torch.float64, seed=0):
-    torch.manual_seed(seed)
-    return nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
+def expected(form, options, basis, G):
+    """Indices and values of what a step takes of the gradient of a plain linear: V G U^T, or its leading block."""
+    G = G @ basis.U.T if options.get("side") == "input" else basis.V @ G @ basis.U.T
+    if form == "truncated":
+        G = G[:, :3] if options["side"] == "input" else G[:3, :3]
+    indices = literal.top_k(G, options.get("keep", G.numel() if form == "truncated" else K))
+    return indices, G.flatten()[indices]
 
 
-def batches(n, dims, in_features=IN, out_features=OUT, seed=1):
-    """Inputs, targets and a mask of rows (tokens) that take no part in the loss."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (15,) if dims == 2 else (3, 5)
-    for _ in range(n):
-        x = torch.randn(*shape, in_features, generator=generator, dtype=torch.float64)
-        target = torch.randn(*shape, out_features, generator=generator, dtype=torch.float64)
-        yield x, target, torch.rand(*shape, 1, generator=generator) < 0.6
-
-
-def loss_of(layer, x, target, mask):
-    return ((torch.tanh(layer(x)) - target) ** 2 * mask).sum()
-
-
-def literal_top_k(G, k=K):
-    flat = G.flatten().tolist()
-    return torch.tensor(sorted(sorted(range(len(flat)), key=lambda j: (-abs(flat[j]), j))[:k]))
-
-
-def coo(indices, values, shape):
-    rows_columns = torch.stack((indices // shape[1], indices % shape[1]))
-    return torch.sparse_coo_tensor(rows_columns, values, shape, check_invariants=True).coalesce()
+def assert_takes(layer, form, options, basis, G):
+    indices, values = layer.take_gradient()
+    assert indices.dtype == torch.int64 and torch.equal(indices, expected(form, options, basis, G)[0])
+    torch.testing.assert_close(values, expected(form, options, basis, G)[1])
 
 
 def literal_trajectory(linear, basis, update, lr, data):
@@ -83,14 +84,14 @@ def literal_trajectory(linear, basis, update, lr, data):
         linear.zero_grad()
         loss_of(linear, *batch).backward()
         G_rot = V @ linear.weight.grad @ U.T
-        indices = literal_top_k(G_rot)
+        indices = literal.top_k(G_rot)
         if update == "sgd":
             with torch.no_grad():
                 W_rot.view(-1)[indices] -= lr * G_rot.flatten()[indices]
                 if linear.bias is not None:
                     linear.bias -= lr * linear.bias.grad
         else:
-            W_rot.grad = coo(indices, G_rot.flatten()[indices], G_rot.shape)
+            W_rot.grad = literal.coo(indices, G_rot.flatten()[indices], G_rot.shape)
             rotated_adam.step()
             if adam is not None:
                 adam.step()
@@ -114,7 +115,7 @@ def trajectory(layer, update, lr, data):
         yield layer.original_weight().clone(), None if layer.bias is None else layer.bias.detach().clone()
 
 
-@pytest.mark.parametrize(("form", "options"), FORMS)
+@selecting
 @pytest.mark.parametrize("update", ["sgd", "adam"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("dims", [2, 3])
@@ -166,50 +167,50 @@ def test_d23_the_printed_input_gradient_is_not_the_input_gradient(random_basis):
         torch.randn(15, OUT) @ torch.randn(IN, IN).T @ torch.randn(OUT, IN).T
 
 
-@pytest.mark.parametrize(("form", "options"), FORMS)
+@every
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-def test_forward_input_and_bias_gradient_equal_linear(form, options, dims, bias, random_basis):
-    linear, basis = plain(bias), random_basis(OUT, IN)
-    layer = build(form, linear, basis, **options)
-    (x, target, mask), *_ = batches(1, dims)
-    x_layer, x_linear = x.clone().requires_grad_(), x.clone().requires_grad_()
-    torch.testing.assert_close(layer(x), linear(x))
-    loss_of(layer, x_layer, target, mask).backward()
-    loss_of(linear, x_linear, target, mask).backward()
-    torch.testing.assert_close(x_layer.grad, x_linear.grad)
-    assert (x_layer.grad[~mask.squeeze(-1)] == 0).all() and not mask.all()
-    if bias:
-        torch.testing.assert_close(layer.bias.grad, linear.bias.grad)
-        # D7: the released code returns the gradient after its rotation by V.
-        assert not torch.allclose(layer.bias.grad, basis.V @ linear.bias.grad)
+def test_function_and_gradients_are_those_of_linear(form, options, dims, bias, random_basis):
+    """Before and after the weight has moved."""
+    basis = random_basis(OUT, IN)
+    layer = build(form, plain(bias), basis, **options)
+    for x, target, mask in batches(2, dims):
+        linear = layer.to_linear()
+        x_layer, x_linear = x.clone().requires_grad_(), x.clone().requires_grad_()
+        layer.zero_grad()
+        torch.testing.assert_close(layer(x), linear(x))
+        loss_of(layer, x_layer, target, mask).backward()
+        loss_of(linear, x_linear, target, mask).backward()
+        torch.testing.assert_close(x_layer.grad, x_linear.grad)
+        assert (x_layer.grad[~mask.squeeze(-1)] == 0).all() and not mask.all()
+        assert_takes(layer, form, options, basis, linear.weight.grad)
+        assert layer.take_gradient() is None
+        if bias:
+            torch.testing.assert_close(layer.bias.grad, linear.bias.grad)
+            # D7: the released code returns the gradient after its rotation by V.
+            assert not torch.allclose(layer.bias.grad, basis.V @ linear.bias.grad)
+        layer.add_(torch.arange(K), torch.randn(K, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("form", "options"), FORMS)
-@pytest.mark.parametrize("k", [1, K, OUT * IN])
-def test_the_gradient_is_the_top_k_of_the_rotated_gradient_of_linear(form, options, k, random_basis):
+@selecting
+@pytest.mark.parametrize("k", [1, OUT * IN])
+def test_k_entries_are_taken(form, options, k, random_basis):
     linear, basis = plain(), random_basis(OUT, IN)
     layer = build(form, linear, basis, k=k, **options)
-    batch = next(batches(1, 3))
-    loss_of(layer, *batch).backward()
-    loss_of(linear, *batch).backward()
-    G_rot = basis.V @ linear.weight.grad @ basis.U.T
-    indices, values = layer.take_gradient()
-    assert indices.dtype == torch.int64 and torch.equal(indices, literal_top_k(G_rot, k))
-    torch.testing.assert_close(values, G_rot.flatten()[indices])
-    assert layer.take_gradient() is None
+    for module in (layer, linear):
+        loss_of(module, *next(batches(1))).backward()
+    assert torch.equal(layer.take_gradient()[0], literal.top_k(basis.V @ linear.weight.grad @ basis.U.T, k))
 
 
-@pytest.mark.parametrize(("form", "options"), FORMS)
+@selecting
 def test_no_basis_is_the_original_space(form, options):
     """MeProp's space: the top k of the gradient of linear itself."""
     linear = plain()
     layer = build(form, linear, None, **options)
-    batch = next(batches(1, 3))
-    loss_of(layer, *batch).backward()
-    loss_of(linear, *batch).backward()
+    for module in (layer, linear):
+        loss_of(module, *next(batches(1))).backward()
     indices, values = layer.take_gradient()
-    assert torch.equal(indices, literal_top_k(linear.weight.grad))
+    assert torch.equal(indices, literal.top_k(linear.weight.grad))
     torch.testing.assert_close(values, linear.weight.grad.flatten()[indices])
     layer.add_(indices, -values)
     expected = linear.weight.detach().clone()
@@ -217,7 +218,7 @@ def test_no_basis_is_the_original_space(form, options):
     torch.testing.assert_close(layer.original_weight(), expected, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize(("form", "options"), FORMS)
+@selecting
 def test_add_moves_the_named_entries_of_the_rotated_weight_only(form, options, random_basis):
     linear, basis = plain(), random_basis(OUT, IN)
     layer = build(form, linear, basis, **options)
@@ -232,17 +233,20 @@ def test_add_moves_the_named_entries_of_the_rotated_weight_only(form, options, r
     torch.testing.assert_close(layer.rotated_weight().flatten(), expected)
 
 
-@pytest.mark.parametrize(("form", "options"), FORMS)
+@every
 def test_autograd_agrees_with_finite_differences(form, options, random_basis):
-    layer = build(form, plain(), random_basis(OUT, IN), **(options | {"select_in": "step"}))
+    options = options if form == "truncated" else options | {"select_in": "step"}
+    layer = build(form, plain(), random_basis(OUT, IN), **options)
+    layer.add_(torch.arange(K), torch.randn(K, dtype=torch.float64))
     x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(layer, (x,))
+    unread = options.get("update") == "in_place"  # no forward reads the core
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, layer.bias, *(() if unread else (layer.trained,))))
 
 
 # ---- what a step is ----
 
 
-@pytest.mark.parametrize(("form", "options"), STEP_FORMS)
+@forms(in_step + TRUNCATED)
 def test_four_micro_batches_equal_one_batch(form, options, random_basis):
     """The sum is selected, not the parts: the control shows that the parts have other leading entries."""
     linear, basis = plain(), random_basis(OUT, IN)
@@ -259,13 +263,13 @@ def test_four_micro_batches_equal_one_batch(form, options, random_basis):
     assert torch.equal(indices, cut_indices)
     torch.testing.assert_close(values, cut_values)
     torch.testing.assert_close(whole.bias.grad, cut.bias.grad)
-    assert any(not torch.equal(part, indices) for part in parts)
+    assert any(not torch.equal(part, indices) for part in parts) == whole.selects
 
 
-@pytest.mark.parametrize(("form", "options"), BACKWARD_FORMS)
+@in_backward
 def test_select_in_backward_refuses_a_second_backward(form, options, random_basis):
     layer = build(form, plain(), random_basis(OUT, IN), **options)
-    first, second, third = batches(3, 3)
+    first, second, third = batches(3)
     loss_of(layer, *first).backward()
     with pytest.raises(RuntimeError, match="a second backward pass met a gradient that no optimizer step has taken"):
         loss_of(layer, *second).backward()
@@ -275,34 +279,31 @@ def test_select_in_backward_refuses_a_second_backward(form, options, random_basi
     assert layer.take_gradient() is None
 
 
-@pytest.mark.parametrize(("form", "options"), BACKWARD_FORMS)
+@in_backward
 def test_select_in_backward_refuses_a_layer_that_is_used_twice_in_one_pass(form, options, random_basis):
     """Two selected gradients would add up to as many as 2k entries."""
     layer = build(form, plain(), random_basis(OUT, IN), **options)
-    first, second = batches(2, 3)
+    first, second = batches(2)
     with pytest.raises(RuntimeError, match="use select_in='step'"):
         (loss_of(layer, *first) + loss_of(layer, *second)).backward()
         layer.take_gradient()
 
 
-@pytest.mark.parametrize(("form", "options"), STEP_FORMS)
-def test_select_in_step_sums_a_layer_that_is_used_twice_in_one_pass(form, options, random_basis):
+@forms(in_step + TRUNCATED)
+def test_a_layer_that_is_used_twice_or_on_no_rows_in_one_pass_sums(form, options, random_basis):
     linear, basis = plain(), random_basis(OUT, IN)
     layer = build(form, linear, basis, **options)
-    first, second = batches(2, 3)
+    first, second = batches(2)
     for module in (layer, linear):
-        (loss_of(module, *first) + loss_of(module, *second)).backward()
-    G_rot = basis.V @ linear.weight.grad @ basis.U.T
-    indices, values = layer.take_gradient()
-    assert torch.equal(indices, literal_top_k(G_rot))
-    torch.testing.assert_close(values, G_rot.flatten()[indices])
+        (loss_of(module, *first) + loss_of(module, *second) + module(first[0][:0]).sum()).backward()
+    assert_takes(layer, form, options, basis, linear.weight.grad)
 
 
-@pytest.mark.parametrize(("form", "options"), STEP_FORMS)
+@forms(in_step)
 def test_a_backward_after_selection_is_refused(form, options, random_basis):
     """Clipping selects; a micro-batch after that would be added to a part of the sum, or replace it."""
     layer = build(form, plain(), random_basis(OUT, IN), **options)
-    first, second = batches(2, 3)
+    first, second = batches(2)
     loss_of(layer, *first).backward()
     layer.select()
     with pytest.raises(RuntimeError, match="clip after the last micro-batch"):
@@ -310,10 +311,10 @@ def test_a_backward_after_selection_is_refused(form, options, random_basis):
         layer.take_gradient()
 
 
-@pytest.mark.parametrize(("form", "options"), FORMS)
+@every
 def test_selecting_twice_changes_nothing_and_scaling_scales(form, options, random_basis):
     layer, other = (build(form, plain(), random_basis(OUT, IN), **options) for _ in range(2))
-    batch = next(batches(1, 3))
+    batch = next(batches(1))
     for module in (layer, other):
         loss_of(module, *batch).backward()
     layer.select()
@@ -327,7 +328,7 @@ def test_selecting_twice_changes_nothing_and_scaling_scales(form, options, rando
     assert layer.take_gradient() is None
 
 
-@pytest.mark.parametrize(("form", "options"), FORMS)
+@selecting
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_is_refused(form, options, bad, random_basis):
     layer = build(form, plain(), random_basis(OUT, IN), **options)
@@ -341,10 +342,10 @@ def test_a_gradient_that_is_not_finite_is_refused(form, options, bad, random_bas
 # ---- surroundings ----
 
 
-@pytest.mark.parametrize(("form", "options"), FORMS)
+@every
 def test_gradient_checkpointing_gives_the_same_gradients(form, options, random_basis):
     linear, basis = plain(), random_basis(OUT, IN)
-    x, target, mask = next(batches(1, 3))
+    x, target, mask = next(batches(1))
     taken = []
     for checkpointed in (False, True):
         layer = build(form, linear, basis, **options)
@@ -360,21 +361,22 @@ def test_gradient_checkpointing_gives_the_same_gradients(form, options, random_b
         assert torch.equal(without, with_checkpoint)
 
 
-@pytest.mark.parametrize(("form", "options"), FORMS)
+@every
 def test_a_frozen_weight_gets_no_gradient_and_passes_one_on(form, options, random_basis):
-    linear, basis = plain(), random_basis(OUT, IN)
-    layer = build(form, linear, basis, **options)
-    layer.weight.requires_grad_(False)
-    (x, target, mask), *_ = batches(1, 3)
+    linear = plain()
+    layer = build(form, linear, random_basis(OUT, IN), **options)
+    layer.trained.requires_grad_(False)
+    x, target, mask = next(batches(1))
     x_layer, x_linear = x.clone().requires_grad_(), x.clone().requires_grad_()
     loss_of(layer, x_layer, target, mask).backward()
     loss_of(linear, x_linear, target, mask).backward()
     torch.testing.assert_close(x_layer.grad, x_linear.grad)
     torch.testing.assert_close(layer.bias.grad, linear.bias.grad)
     assert layer.take_gradient() is None and not [g for g in param_groups(layer) if "layers" in g]
+    assert not layer.to_linear().weight.requires_grad
 
 
-@pytest.mark.parametrize(("form", "options"), FORMS)
+@every
 def test_without_gradients_the_forward_is_the_same_and_keeps_nothing(form, options, random_basis):
     linear = plain()
     layer = build(form, linear, random_basis(OUT, IN), **options)
@@ -385,7 +387,7 @@ def test_without_gradients_the_forward_is_the_same_and_keeps_nothing(form, optio
     assert not y.requires_grad and layer.take_gradient() is None
 
 
-@pytest.mark.parametrize(("form", "options"), FORMS)
+@every
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 def test_to_linear_is_the_same_function_and_freezes_what_was_frozen(form, options, bias, random_basis):
     linear = plain(bias)
@@ -408,7 +410,7 @@ def test_a_truncated_basis_in_the_folded_form_moves_the_leading_block_only():
     for batch in batches(6, 2):
         moments.update(torch.autograd.grad(loss_of(linear, *batch), linear.weight)[0])
     basis = hosvd(moments, rank=3)
-    batch = next(batches(1, 3, seed=9))
+    batch = next(batches(1, seed=9))
     G = torch.autograd.grad(loss_of(linear, *batch), linear.weight)[0]
     projected = (basis.V.T @ basis.V) @ G @ (basis.U.T @ basis.U)
     for select_in in ("step", "backward"):
@@ -423,46 +425,30 @@ def test_a_truncated_basis_in_the_folded_form_moves_the_leading_block_only():
         RotatedLinear(linear.weight, linear.bias, basis, 9)
 
 
-@pytest.mark.parametrize(("form", "options"), FORMS)
-@pytest.mark.parametrize("orientation", ["hosvd", "released"])
-def test_both_orientations_leave_the_forward_unchanged(form, options, orientation, random_basis):
-    """D2: forward equivalence holds either way; the gradient of the released one is V G U."""
+@selecting
+def test_the_released_orientation_leaves_the_function_and_takes_v_g_u(form, options, random_basis):
+    """D2."""
     linear, basis = plain(), random_basis(OUT, IN)
-    layer = build(form, linear, basis.oriented(orientation), **options)
-    batch = next(batches(1, 3))
+    layer, batch = build(form, linear, basis.oriented("released"), **options), next(batches(1))
     torch.testing.assert_close(layer(batch[0]), linear(batch[0]))
-    loss_of(layer, *batch).backward()
-    loss_of(linear, *batch).backward()
-    U = basis.U if orientation == "hosvd" else basis.U.T
-    G_rot = basis.V @ linear.weight.grad @ U.T
-    indices, values = layer.take_gradient()
-    assert torch.equal(indices, literal_top_k(G_rot))
-    torch.testing.assert_close(values, G_rot.flatten()[indices])
+    for module in (layer, linear):
+        loss_of(module, *batch).backward()
+    assert_takes(layer, form, options, Basis(basis.U.T, basis.V), linear.weight.grad)
 
 
-@pytest.mark.parametrize("form", ["folded", "rotated"])
+@pytest.mark.parametrize("form", ["folded", "rotated", "truncated"])
 def test_two_models_with_different_bases_do_not_disturb_each_other(form, blocks, block_bases, block_patterns):
     """Steps of two models in turn equal the steps of each alone, though both come from one process."""
 
-    def model(seed):
-        return sparsify(blocks(seed=seed), block_bases(seed), 5, block_patterns, form=form)
-
-    def step(net, optimizer, i):
-        x = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
-        optimizer.zero_grad()
-        net(x).square().sum().backward()
-        optimizer.step()
-
-    def run(nets):
+    def run(*seeds):
+        nets = [sparsify(blocks(seed=seed), block_bases(seed), 5, block_patterns, form=form) for seed in seeds]
         optimizers = [SparseGradAdamW(param_groups(net), lr=1e-2) for net in nets]
         for i in range(4):
             for net, optimizer in zip(nets, optimizers, strict=True):
-                step(net, optimizer, i)
-        return [{name: p.detach() for name, p in net.named_parameters()} for net in nets]
+                literal.train(net, optimizer, [i])
+        return [net.state_dict() for net in nets]
 
-    together = run([model(0), model(1)])
-    alone = run([model(0)]) + run([model(1)])
-    for mixed, single in zip(together, alone, strict=True):
+    for mixed, single in zip(run(0, 1), run(0) + run(1), strict=True):
         assert all(torch.equal(mixed[name], single[name]) for name in single)
 
 
@@ -559,7 +545,7 @@ def test_refusals_say_what_was_received_and_what_is_allowed(form, random_basis):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("update", ["sgd", "adam"])
-@pytest.mark.parametrize(("form", "options"), FORMS)
+@selecting
 def test_forms_on_cuda_follow_the_literal_algorithm_of_the_cpu(form, options, update, random_basis):
     linear, basis, data = plain(), random_basis(OUT, IN), list(batches(20, 3))
     layer = build(form, linear, basis, **options).to("cuda")

@@ -3,8 +3,10 @@
 import copy
 import io
 
+import literal
 import pytest
 import torch
+from literal import IN, OUT, K, train
 from torch import nn
 
 from sparsegrad import (
@@ -20,22 +22,12 @@ from sparsegrad import (
 )
 from sparsegrad.optim import insert_sorted
 
-OUT, IN, K = 11, 7, 9
 FORMS = [FoldedLinear, RotatedLinear]
-
-
-def coo(indices, values, shape):
-    rows_columns = torch.stack((indices // shape[1], indices % shape[1]))
-    return torch.sparse_coo_tensor(rows_columns, values, shape, check_invariants=True).coalesce()
+by_fused = pytest.mark.parametrize("fused", [False, True], ids=["default", "fused"])
 
 
 def written_out(indices, values, shape):
     return torch.zeros(shape, dtype=values.dtype).view(-1).index_copy_(0, indices, values).view(shape)
-
-
-def literal_top_k(G, k):
-    flat = G.flatten().tolist()
-    return torch.tensor(sorted(sorted(range(len(flat)), key=lambda j: (-abs(flat[j]), j))[:k]))
 
 
 def gradients(n, *shape, seed=0, dtype=torch.float64):
@@ -58,7 +50,7 @@ def state_of(optimizer, layer):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("fused", [False, True], ids=["default", "fused"])
+@by_fused
 def test_dense_groups_equal_torch_adamw_bit_for_bit(weight_decay, fused, blocks):
     mine, theirs = blocks(dtype=torch.float32), blocks(dtype=torch.float32)
     options = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6}
@@ -122,8 +114,8 @@ def test_kept_entries_equal_sparse_adam(layer_class, random_basis):
             opt.param_groups[0]["lr"] = 0.05 / (1 + i)  # as a scheduler would
         if i % 5 != 3:
             give_gradient(layer, basis, G_rot)
-            indices = literal_top_k(G_rot, K)
-            W_rot.grad = coo(indices, G_rot.flatten()[indices], G_rot.shape)
+            indices = literal.top_k(G_rot, K)
+            W_rot.grad = literal.coo(indices, G_rot.flatten()[indices], G_rot.shape)
         optimizer.step()
         sparse_adam.step()
         torch.testing.assert_close(layer.rotated_weight(), W_rot.detach(), rtol=0, atol=1e-12)
@@ -198,9 +190,9 @@ def test_state_is_as_large_as_the_entries_touched(layer_class, random_basis):
     kept = set()
     for i, G_rot in enumerate(gradients(6, OUT, IN), start=1):
         give_gradient(layer, basis, G_rot)
-        indices = literal_top_k(G_rot, 4)
+        indices = literal.top_k(G_rot, 4)
         kept |= set(indices.tolist())
-        dense_copy.grad = coo(indices, G_rot.flatten()[indices], G_rot.shape)
+        dense_copy.grad = literal.coo(indices, G_rot.flatten()[indices], G_rot.shape)
         optimizer.step()
         sparse_adam.step()
         assert optimizer.touched(layer).tolist() == sorted(kept)
@@ -220,48 +212,49 @@ def test_insert_sorted_equals_python_sets(seed):
     assert torch.equal(union[place_old], old) and torch.equal(union[place_new], new)
 
 
-def train(model, optimizer, steps, dtype):
-    for i in steps:
-        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(i)).to(dtype)
-        optimizer.zero_grad()
-        model(x).float().square().sum().backward()
-        clip_grad_norm_(model, 1.0)
-        optimizer.step()
+SELECTING = [{"form": f, "select_in": s} for f in ("folded", "rotated") for s in ("step", "backward")]
+CORES = [{"form": "truncated", "update": u, "keep": k} for u in ("in_place", "side") for k in (None, 4)]
 
 
-@pytest.mark.parametrize("form", ["folded", "rotated"])
-@pytest.mark.parametrize("select_in", ["step", "backward"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "cast to bfloat16 after sparsify"])
-@pytest.mark.parametrize("fused", [False, True], ids=["default", "fused"])
+def of_form(options):
+    return "-".join(map(str, options.values()))
+
+
+@pytest.mark.parametrize(
+    ("options", "precision"),
+    [(o, p) for o in SELECTING for p in ("float32", "bfloat16", "cast to bfloat16 after sparsify")]
+    + [(o, "float32") for o in CORES],
+    ids=lambda value: of_form(value) if isinstance(value, dict) else value,
+)
+@by_fused
 def test_a_state_dict_in_the_middle_of_training_continues_bit_for_bit(
-    form, select_in, precision, fused, blocks, block_bases, block_patterns
+    options, precision, fused, blocks, block_bases, block_patterns
 ):
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
 
     def build(seed):
         model = blocks(dtype=dtype if precision == "bfloat16" else torch.float32, seed=seed)
-        model = sparsify(model, block_bases(seed), 5, block_patterns, form=form, select_in=select_in).to(dtype)
+        model = sparsify(model, block_bases(seed), 9, block_patterns, **options).to(dtype)
         return model, SparseGradAdamW(param_groups(model, weight_decay=0.1), lr=1e-2, fused=fused)
 
     whole, whole_optimizer = build(0)
-    train(whole, whole_optimizer, range(10), dtype)
+    train(whole, whole_optimizer, range(10), dtype, clip_grad_norm_)
 
     first, first_optimizer = build(0)
-    train(first, first_optimizer, range(5), dtype)
-    first_optimizer.param_groups[0]["lr"] = 1e-2
+    train(first, first_optimizer, range(5), dtype, clip_grad_norm_)
     file = io.BytesIO()
     torch.save({"model": first.state_dict(), "optimizer": first_optimizer.state_dict()}, file)
-    train(first, first_optimizer, range(5, 8), dtype)  # what was saved is not tied to what goes on
+    train(first, first_optimizer, range(5, 8), dtype, clip_grad_norm_)  # what was saved is not tied to what goes on
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     second, second_optimizer = build(1)
     second.load_state_dict(saved["model"])
     second_optimizer.load_state_dict(saved["optimizer"])
     for layer in sparsegrad_layers(second).values():
-        state = state_of(second_optimizer, layer)
-        assert state["indices"].dtype == torch.int64
+        state = second_optimizer.state[layer.trained]
+        assert second_optimizer.touched(layer).dtype == torch.int64
         assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32
-    train(second, second_optimizer, range(5, 10), dtype)
+    train(second, second_optimizer, range(5, 10), dtype, clip_grad_norm_)
 
     expected = whole.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in second.state_dict().items())
@@ -321,19 +314,16 @@ def test_dense_bfloat16_parameters_step_a_float32_master():
 # ---- gradients that are held in compact form ----
 
 
-@pytest.mark.parametrize("form", ["folded", "rotated"])
-@pytest.mark.parametrize("select_in", ["step", "backward"])
-def test_zero_grad_forgets_compact_gradients_too(form, select_in, blocks, block_bases, block_patterns):
-    model = sparsify(blocks(), block_bases(), 5, block_patterns, form=form, select_in=select_in)
-    optimizer = SparseGradAdamW(param_groups(model))
-    x = torch.randn(4, 8, dtype=torch.float64)
+@pytest.mark.parametrize("options", SELECTING + CORES, ids=of_form)
+def test_zero_grad_forgets_compact_gradients_too(options, blocks, block_bases, block_patterns):
+    model = sparsify(blocks(), block_bases(), 9, block_patterns, **options)
+    optimizer, before = SparseGradAdamW(param_groups(model)), literal.snapshot(model)
     for _ in range(2):  # a second pass is welcome after it
-        model(x).sum().backward()
+        model(torch.randn(4, 8, dtype=torch.float64)).sum().backward()
         clip_grad_norm_(model, 1.0)
         optimizer.zero_grad()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer.step()
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    literal.assert_unchanged(model, before)
     assert not optimizer.state
 
 
@@ -362,7 +352,7 @@ def test_clipping_equals_torchs_on_gradients_written_out_densely(
         kind = name.rsplit(".")[-1]
         if kind in bases:
             G_rot = bases[kind].V @ module.weight.grad @ bases[kind].U.T
-            keep = literal_top_k(G_rot, 5)
+            keep = literal.top_k(G_rot, 5)
             module.weight.grad = written_out(keep, G_rot.flatten()[keep], G_rot.shape)
     expected_norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), max_norm)
 
@@ -385,17 +375,22 @@ def test_clipping_without_any_gradient_is_zero(blocks, block_bases, block_patter
     assert clip_grad_norm_(sparsify(blocks(), block_bases(), 5, block_patterns), 1.0) == 0
 
 
-@pytest.mark.parametrize("form", ["folded", "rotated"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_steps_and_clipping_refuse_a_gradient_that_is_not_finite(form, bad, random_basis):
-    layer_class = {"folded": FoldedLinear, "rotated": RotatedLinear}[form]
-    layer = layer_class(torch.randn(OUT, IN), None, random_basis(OUT, IN, dtype=torch.float32), K)
-    before, optimizer = layer.weight.detach().clone(), SparseGradAdamW(param_groups(layer))
-    for act in (optimizer.step, lambda: clip_grad_norm_(layer, 1.0)):
-        layer.weight.grad = torch.randn(OUT, IN).index_put_((torch.tensor(3), torch.tensor(2)), torch.tensor(bad))
+@pytest.mark.parametrize("options", [*SELECTING[::2], *CORES[:2]], ids=of_form)
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_a_gradient_that_is_not_finite_is_refused_before_anything_moves(
+    options, bad, blocks, block_bases, block_patterns
+):
+    model = sparsify(blocks(), block_bases(), 9, block_patterns, **options)
+    optimizer, before = SparseGradAdamW(param_groups(model)), literal.snapshot(model)
+    for act in (optimizer.step, lambda: clip_grad_norm_(model, 1.0)):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        model.layers[1].down.trained.grad[1, 2] = bad
         with pytest.raises(ValueError, match="gradient holds non-finite values: lower the learning rate"):
             act()
-    assert torch.equal(layer.weight, before) and not optimizer.state
+        optimizer.zero_grad()
+    literal.assert_unchanged(model, before)
+    assert not optimizer.state
 
 
 # ---- groups ----
@@ -434,7 +429,7 @@ def test_d8_the_layer_norms_of_bert_base_are_38400_trained_parameters(hub_model,
     assert len(sparse["params"]) == 24 and sum(p.numel() for p in sparse["params"]) == 24 * 768 * 3072
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["default", "fused"])
+@by_fused
 def test_a_step_without_any_gradient_changes_nothing(fused, blocks, block_bases, block_patterns):
     model = sparsify(blocks(), block_bases(), 5, block_patterns)
     before, optimizer = copy.deepcopy(model.state_dict()), SparseGradAdamW(param_groups(model), fused=fused)
@@ -491,32 +486,26 @@ def test_refuses_a_sparsegrad_weight_without_its_layer(blocks, block_bases, bloc
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("fused", [False, True], ids=["default", "fused"])
-@pytest.mark.parametrize("form", ["folded", "rotated"])
-def test_a_state_from_the_cpu_continues_on_cuda(form, fused, blocks, block_bases, block_patterns):
+@by_fused
+@pytest.mark.parametrize("options", [*SELECTING[::2], *CORES], ids=of_form)
+def test_a_state_from_the_cpu_continues_on_cuda(options, fused, blocks, block_bases, block_patterns):
     """The step counters go where the kernel wants them; indices and moments go where the weight is."""
 
-    def step(model, optimizer, i):
-        x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
-        optimizer.zero_grad()
-        model(x.to(model.head.weight.device)).square().sum().backward()
-        optimizer.step()
+    def build(seed, device):
+        model = sparsify(blocks(seed=seed), block_bases(seed), 9, block_patterns, **options).to(device)
+        return model, SparseGradAdamW(param_groups(model), lr=1e-2, fused=fused)
 
-    model = sparsify(blocks(), block_bases(), 5, block_patterns, form=form)
-    optimizer = SparseGradAdamW(param_groups(model), lr=1e-2, fused=fused)
-    for i in range(3):
-        step(model, optimizer, i)
-    on_cuda = sparsify(blocks(seed=1), block_bases(1), 5, block_patterns, form=form).cuda()
+    (model, optimizer), (on_cuda, cuda_optimizer) = build(0, "cpu"), build(1, "cuda")
+    train(model, optimizer, range(3))
     on_cuda.load_state_dict(model.state_dict())
-    cuda_optimizer = SparseGradAdamW(param_groups(on_cuda), lr=1e-2, fused=fused)
     cuda_optimizer.load_state_dict(optimizer.state_dict())
-    for i in range(3, 6):
-        step(model, optimizer, i)
-        step(on_cuda, cuda_optimizer, i)
+    train(model, optimizer, range(3, 6))
+    train(on_cuda, cuda_optimizer, range(3, 6))
     for p, q in zip(model.parameters(), on_cuda.parameters(), strict=True):
         torch.testing.assert_close(q.cpu(), p, rtol=0, atol=1e-10)
     for layer in sparsegrad_layers(on_cuda).values():
-        assert all(state_of(cuda_optimizer, layer)[key].is_cuda for key in ("indices", "exp_avg", "exp_avg_sq"))
+        state = cuda_optimizer.state[layer.trained]
+        assert all(state[key].is_cuda for key in ("indices", "exp_avg", "exp_avg_sq") if key in state)
 
 
 # ---- dropping stale entries ----

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from literal import IN, OUT, assert_unchanged, batches, loss_of, plain, snapshot, train
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,29 +28,18 @@ from sparsegrad import (
     sparsify,
 )
 
-OUT, IN, R, C = 11, 7, 4, 3
+R, C = 4, 3
 UPDATES = ["in_place", "side"]
 update_modes = pytest.mark.parametrize("update", UPDATES)
-
-
-def plain(bias=True, dtype=torch.float64):
-    torch.manual_seed(0)
-    return nn.Linear(IN, OUT, bias=bias, dtype=dtype)
+both_sides = pytest.mark.parametrize("side", ["both", "input"])
 
 
 def build(linear, basis, **options):
     return TruncatedLinear(linear.weight, linear.bias, basis, R * C, **({"ranks": (R, C)} | options))
 
 
-def batches(n, dims=3, seed=1, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    shape = (15,) if dims == 2 else (3, 5)
-    for _ in range(n):
-        yield tuple(torch.randn(*shape, f, generator=generator, dtype=torch.float64).to(dtype) for f in (IN, OUT))
-
-
-def loss_of(layer, x, target):
-    return ((torch.tanh(layer(x)) - target) ** 2).sum()
+def of_side(side, bases):
+    return {kind: basis.input_side() if side == "input" else basis for kind, basis in bases.items()}
 
 
 def steps(layer, data, loss=loss_of, **options):
@@ -68,39 +58,6 @@ def perturb(layer):
 
 
 # ---- the same function and the same steps ----
-
-
-@update_modes
-@pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-def test_function_and_gradients_are_those_of_linear(update, dims, bias, random_basis):
-    """The core's gradient is the leading block of V G U^T, before and after the weights have moved."""
-    linear, basis = plain(bias), random_basis(OUT, IN)
-    layer = build(linear, basis, update=update)
-    for _ in range(2):
-        linear = layer.to_linear()
-        (x, target), *_ = batches(1, dims)
-        x_layer, x_linear = x.clone().requires_grad_(), x.clone().requires_grad_()
-        layer.zero_grad()
-        torch.testing.assert_close(layer(x), linear(x))
-        loss_of(layer, x_layer, target).backward()
-        loss_of(linear, x_linear, target).backward()
-        torch.testing.assert_close(x_layer.grad, x_linear.grad)
-        G_rot = basis.V @ linear.weight.grad @ basis.U.T
-        torch.testing.assert_close(layer.core.grad, G_rot[:R, :C])
-        assert layer.core.grad.abs().min() > 0 and layer.weight.grad is None
-        if bias:
-            torch.testing.assert_close(layer.bias.grad, linear.bias.grad)
-        perturb(layer)
-
-
-@update_modes
-def test_autograd_agrees_with_finite_differences(update, random_basis):
-    layer = build(plain(), random_basis(OUT, IN), update=update)
-    perturb(layer)
-    x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
-    inputs = (x, layer.bias) + ((layer.core,) if update == "side" else ())  # in place, no forward reads the core
-    assert torch.autograd.gradcheck(lambda x, *_: layer(x), inputs)
 
 
 def in_leading_block(basis, n):
@@ -169,21 +126,43 @@ def test_a_whole_core_follows_torchs_adamw_without_weight_decay(update, fused, r
     assert torch.equal(optimizer.touched(layer), torch.arange(R * C))
 
 
+@update_modes
+def test_with_all_outputs_the_steps_are_those_of_a_trained_factor_beside_the_input_directions(update, random_basis):
+    """y = x (W + S U_c)^T + b, S and b trained by torch's AdamW."""
+    linear, basis = plain(), random_basis(OUT, IN)
+    layer = TruncatedLinear(linear.weight, linear.bias, basis.input_side(), OUT * C + 2, update=update)
+    assert layer.ranks == (OUT, C) and layer.basis.V.shape == (0, OUT)
+    S, b = torch.zeros(OUT, C, dtype=torch.float64, requires_grad=True), linear.bias.detach().clone().requires_grad_()
+    adamw = torch.optim.AdamW([S, b], lr=1e-2, weight_decay=0.0)
+    data = list(batches(12))
+    for batch, (W, bias) in zip(data, steps(layer, data, lr=1e-2), strict=True):
+        adamw.zero_grad()
+        loss_of(lambda x: F.linear(x, linear.weight.detach() + S @ basis.U[:C], b), *batch).backward()
+        adamw.step()
+        torch.testing.assert_close(W, (linear.weight + S @ basis.U[:C]).detach(), rtol=0, atol=1e-10)
+        torch.testing.assert_close(bias, b.detach(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(layer.rotated_weight(), layer.original_weight() @ basis.U[:C].T)
+
+
 # ---- what is saved, held and formed ----
 
 
 @update_modes
+@both_sides
 @pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
-def test_exactly_n_times_c_numbers_are_saved_and_the_input_is_let_go(update, precision, random_basis):
+def test_exactly_n_times_c_numbers_are_saved_and_the_input_is_let_go(update, side, precision, random_basis):
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     if dtype == torch.bfloat16 and update == "in_place":
         pytest.skip("bfloat16 weights take the side path")
-    layer = build(plain(dtype=dtype), random_basis(OUT, IN, dtype=torch.float32), update=update)
+    linear, basis = plain(dtype=dtype), of_side(side, {"": random_basis(OUT, IN, dtype=torch.float32)})[""]
+    layer = TruncatedLinear(
+        linear.weight, linear.bias, basis, OUT * C, ranks=(len(basis.V[:R]) or OUT, C), update=update
+    )
     own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
     saved = []
 
     def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in own:
+        if tensor.untyped_storage().data_ptr() not in own and tensor.numel():
             saved.append(tensor)
         return tensor
 
@@ -276,24 +255,6 @@ def test_the_side_path_shares_the_frozen_weight_and_in_place_copies_it(random_ba
     assert torch.equal(linear.weight, before)
 
 
-# ---- sums before the step ----
-
-
-@update_modes
-@pytest.mark.parametrize("keep", [None, 5], ids=["whole", "top_5"])
-def test_four_micro_batches_equal_one_batch(update, keep, random_basis):
-    linear, basis = plain(), random_basis(OUT, IN)
-    whole, cut = (build(linear, basis, update=update, keep=keep) for _ in range(2))
-    x, target = next(batches(1, 2))
-    loss_of(whole, x, target).backward()
-    for rows in torch.arange(15).tensor_split(4):
-        loss_of(cut, x[rows], target[rows]).backward()
-    torch.testing.assert_close(cut.core.grad, whole.core.grad)
-    for layer in (whole, cut):
-        SparseGradAdamW(param_groups(layer), lr=0.1).step()
-    torch.testing.assert_close(cut.original_weight(), whole.original_weight())
-
-
 @update_modes
 @pytest.mark.parametrize("keep", [None, 5], ids=["whole", "top_5"])
 def test_clipping_counts_what_the_step_will_take(update, keep, random_basis):
@@ -307,22 +268,6 @@ def test_clipping_counts_what_the_step_will_take(update, keep, random_basis):
     torch.testing.assert_close(layer.take_gradient()[1], kept * (0.1 / (norm + 1e-6)))
 
 
-@pytest.mark.parametrize("keep", [None, 5], ids=["whole", "top_5"])
-@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
-def test_a_gradient_that_is_not_finite_is_refused_before_anything_moves(keep, bad, blocks, block_bases, block_patterns):
-    model = sparsify(blocks(), block_bases(), 9, block_patterns, form="truncated", keep=keep)
-    optimizer = SparseGradAdamW(param_groups(model))
-    before = copy.deepcopy(model.state_dict())
-    for act in (optimizer.step, lambda: clip_grad_norm_(model, 1.0)):
-        for p in model.parameters():
-            p.grad = torch.ones_like(p) if p.requires_grad else None
-        model.layers[1].down.core.grad[1, 2] = bad
-        with pytest.raises(ValueError, match="gradient holds non-finite values: lower the learning rate"):
-            act()
-        optimizer.zero_grad()
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items()) and not optimizer.state
-
-
 # ---- precision ----
 
 
@@ -333,40 +278,6 @@ def test_defaults_by_precision_and_refusals(random_basis):
         assert layer.update == update and layer.core.dtype == torch.promote_types(dtype, torch.float32)
     with pytest.raises(ValueError, match="update='in_place' would lose small steps in torch.bfloat16: use update='si"):
         build(plain(dtype=torch.bfloat16), basis, update="in_place")
-
-
-@pytest.mark.parametrize("cast_later", [False, True], ids=["made in bfloat16", "cast to bfloat16"])
-def test_small_bfloat16_steps_follow_float32(cast_later, random_basis):
-    """Each step is below bfloat16's spacing; in place, the control, nearly all of them vanish."""
-    generator, basis = torch.Generator().manual_seed(0), random_basis(OUT, IN, dtype=torch.float32)
-    start = (0.1 * torch.randn(OUT, IN, generator=generator)).bfloat16()
-    S = torch.randn(R, C, generator=generator).sign() * 2
-    target = start.float() + basis.V[:R].T @ S @ basis.U[:C]
-
-    def train(layer):
-        optimizer = SparseGradAdamW(param_groups(layer), lr=1e-4)
-        for i in range(20):
-            x = torch.randn(64, IN, generator=torch.Generator().manual_seed(i))
-            optimizer.zero_grad()
-            F.mse_loss(layer(x.to(layer.weight.dtype)).float(), x @ target.T).backward()
-            optimizer.step()
-            yield layer.original_weight().double()
-
-    def make(dtype):
-        return TruncatedLinear(start.to(dtype), None, basis, R * C, ranks=(R, C))
-
-    exact = list(train(make(torch.float32)))
-    layer = make(torch.float32 if cast_later else torch.bfloat16).bfloat16()
-    *_, rounded = train(layer)
-    change = exact[-1] - start
-    assert layer.update == "side" and layer.core.dtype == torch.float32 and layer.weight.dtype == torch.bfloat16
-    assert torch.equal(layer.weight, start)
-    assert (rounded - start - change).norm() < 1e-2 * change.norm()
-    in_place = start.clone()
-    for before, after in zip([start.double(), *exact[:-1]], exact, strict=True):
-        in_place += (after - before).bfloat16()
-    assert (in_place.double() - start - change).norm() > 0.5 * change.norm()
-    assert torch.equal(layer.to_linear().weight, layer.original_weight().bfloat16())  # rounded once
 
 
 def test_casts_leave_core_and_bases_in_float32_and_the_function_alone(random_basis):
@@ -386,66 +297,41 @@ def test_casts_leave_core_and_bases_in_float32_and_the_function_alone(random_bas
     assert layer.core.dtype == torch.float64 and torch.equal(layer.core, core.double())
 
 
-@update_modes
-def test_autocast_gives_linears_function_and_gradients_to_bfloat16(update, random_basis):
-    linear, basis = plain(dtype=torch.float32), random_basis(OUT, IN, dtype=torch.float32)
-    layer = build(linear, basis, update=update)
-    x = torch.randn(64, IN)
-    outputs = []
-    for module in (layer, linear):
-        with torch.autocast("cpu", torch.bfloat16):
-            outputs.append(module(x))
-        outputs[-1].float().sin().sum().backward()
-    assert outputs[0].dtype == outputs[1].dtype == torch.bfloat16
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-2, atol=1e-2)
-    G = (basis.V @ linear.weight.grad @ basis.U.T)[:R, :C]
-    assert layer.core.grad.dtype == layer.bias.grad.dtype == torch.float32
-    assert (layer.core.grad - G).norm() < 2e-2 * G.norm()
-    double = build(plain(), random_basis(OUT, IN), update=update)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert double(x.double()).dtype == torch.float64
-
-
 # ---- refresh ----
 
 
-def training_model(blocks, block_bases, block_patterns, dtype=torch.float64, **options):
-    basis_type = torch.promote_types(dtype, torch.float32)
-    model = sparsify(blocks(dtype=dtype), block_bases(dtype=basis_type), 9, block_patterns, form="truncated", **options)
+def training_model(blocks, block_bases, block_patterns, dtype=torch.float64, side="both", k=9, **options):
+    bases = of_side(side, block_bases(dtype=torch.promote_types(dtype, torch.float32)))
+    model = sparsify(blocks(dtype=dtype), bases, k, block_patterns, form="truncated", **options)
     return model, SparseGradAdamW(param_groups(model), lr=1e-2)
 
 
-def train_blocks(model, optimizer, places, dtype=torch.float64):
-    for i in places:
-        x = torch.randn(6, 8, generator=torch.Generator().manual_seed(i), dtype=torch.float64).to(dtype)
-        optimizer.zero_grad()
-        model(x).float().square().sum().backward()
-        optimizer.step()
-    optimizer.zero_grad()
-
-
 @update_modes
+@both_sides
 @pytest.mark.parametrize("state", ["reset", "carry"])
-def test_a_refresh_leaves_the_function_and_changes_the_block(update, state, blocks, block_bases, block_patterns):
-    model, optimizer = training_model(blocks, block_bases, block_patterns, update=update)
-    train_blocks(model, optimizer, range(3))
+def test_a_refresh_leaves_the_function_and_changes_the_block(update, side, state, blocks, block_bases, block_patterns):
+    model, optimizer = training_model(blocks, block_bases, block_patterns, side=side, k=25, update=update)
+    train(model, optimizer, range(3))
     x = torch.randn(5, 8, dtype=torch.float64)
     y, weights = model(x), {n: layer.original_weight().clone() for n, layer in sparsegrad_layers(model).items()}
-    new = block_bases(7)
+    layer, new = model.layers[0].up, block_bases(7)  # with a V: an input side does not need it
+    in_original = layer.basis.rotate_back(optimizer.state[layer.core]["exp_avg"])
     assert refresh(model, new, optimizer, state=state) is model
     torch.testing.assert_close(model(x), y, rtol=0, atol=1e-12)
-    for i in range(2):
-        assert model.layers[i].up.basis is model.layers[0].up.basis
-        assert torch.equal(model.layers[i].up.basis.U, new["up"].U[:3])
-    train_blocks(model, optimizer, range(3, 6))
+    assert model.layers[1].up.basis is layer.basis and torch.equal(layer.basis.U, new["up"].U[: layer.ranks[1]])
+    if state == "carry":
+        torch.testing.assert_close(optimizer.state[layer.core]["exp_avg"], layer.basis.rotate(in_original))
+    else:
+        assert layer.core not in optimizer.state
+    train(model, optimizer, range(3, 6))
     for name, layer in sparsegrad_layers(model).items():
-        V, U = new[layer.kind].V, new[layer.kind].U
-        moved = V @ (layer.original_weight() - weights[name]) @ U.T
-        assert moved[:3, :3].abs().min() > 1e-4
-        moved[:3, :3] = 0
+        r, c = layer.ranks
+        basis = of_side(side, new)[layer.kind]
+        moved = basis.rotate(layer.original_weight() - weights[name])
+        assert moved[:r, :c].abs().min() > 1e-6
+        moved[:r, :c] = 0
         assert moved.abs().max() < 1e-12  # nowhere else in the new coordinates
-    plain_model = merge(copy.deepcopy(model))
-    torch.testing.assert_close(plain_model(x), model(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(merge(copy.deepcopy(model))(x), model(x), rtol=0, atol=1e-12)
 
 
 def test_carried_moments_turn_with_the_basis_and_a_refresh_to_the_same_basis_is_none(
@@ -453,11 +339,11 @@ def test_carried_moments_turn_with_the_basis_and_a_refresh_to_the_same_basis_is_
 ):
     models = [training_model(blocks, block_bases, block_patterns) for _ in range(2)]
     for model, optimizer in models:
-        train_blocks(model, optimizer, range(4))
+        train(model, optimizer, range(4))
     (one, first), (other, second) = models
     refresh(other, block_bases(), second, state="carry")
     for model, optimizer in models:
-        train_blocks(model, optimizer, range(4, 8))
+        train(model, optimizer, range(4, 8))
     for p, q in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
 
@@ -478,7 +364,7 @@ def test_a_refresh_in_bfloat16_keeps_what_rounding_would_lose(blocks, block_base
     """Within the new block nothing is lost; without the residual, the control, small steps would be."""
     model, optimizer = training_model(blocks, block_bases, block_patterns, dtype=torch.bfloat16)
     optimizer.param_groups[1]["lr"] = 1e-5
-    train_blocks(model, optimizer, range(3), torch.bfloat16)
+    train(model, optimizer, range(3), torch.bfloat16)
     layer, new = model.layers[0].up, block_bases(dtype=torch.float32)["up"]
     exact = layer.original_weight()
     change = (new.V @ (exact - layer.weight) @ new.U.T)[:3, :3]
@@ -502,8 +388,8 @@ def test_a_refresh_that_does_not_fit_is_refused(
     bases, options, text, random_basis, blocks, block_bases, block_patterns
 ):
     model, optimizer = training_model(blocks, block_bases, block_patterns, keep=4)
-    train_blocks(model, optimizer, range(2))
-    before = copy.deepcopy(model.state_dict())
+    train(model, optimizer, range(2))
+    before = snapshot(model)
 
     def make(out_features, in_features, rank=None):
         full = random_basis(out_features, in_features)
@@ -518,39 +404,16 @@ def test_a_refresh_that_does_not_fit_is_refused(
         refresh(model, block_bases(1), optimizer)
     with pytest.raises(ValueError, match="truncated layers: none"):
         refresh(nn.Linear(2, 2), {})
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert_unchanged(model, before)
 
 
 # ---- states and files ----
 
 
-@update_modes
-@pytest.mark.parametrize("keep", [None, 4], ids=["whole", "top_4"])
-@pytest.mark.parametrize("fused", [False, True], ids=["default", "fused"])
-def test_a_state_dict_in_the_middle_of_training_continues_bit_for_bit(
-    update, keep, fused, blocks, block_bases, block_patterns
-):
-    def make(seed):
-        options = {"form": "truncated", "update": update, "keep": keep}
-        model = sparsify(blocks(dtype=torch.float32, seed=seed), block_bases(seed), 9, block_patterns, **options)
-        return model, SparseGradAdamW(param_groups(model), lr=1e-2, fused=fused)
-
-    whole, whole_optimizer = make(0)
-    train_blocks(whole, whole_optimizer, range(6), torch.float32)
-    first, first_optimizer = make(0)
-    train_blocks(first, first_optimizer, range(3), torch.float32)
-    second, second_optimizer = make(1)
-    second.load_state_dict(first.state_dict())
-    second_optimizer.load_state_dict(first_optimizer.state_dict())
-    train_blocks(second, second_optimizer, range(3, 6), torch.float32)
-    expected = whole.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in second.state_dict().items())
-
-
 @pytest.mark.parametrize(("saved", "loaded"), [("in_place", "side"), ("side", "in_place")])
 def test_a_state_of_one_update_loads_into_the_other(saved, loaded, blocks, block_bases, block_patterns):
     model, optimizer = training_model(blocks, block_bases, block_patterns, update=saved)
-    train_blocks(model, optimizer, range(3))
+    train(model, optimizer, range(3))
     other, _ = training_model(blocks, block_bases, block_patterns, update=loaded)
     other.load_state_dict(model.state_dict())
     x = torch.randn(4, 8, dtype=torch.float64)
@@ -560,37 +423,34 @@ def test_a_state_of_one_update_loads_into_the_other(saved, loaded, blocks, block
 
 @update_modes
 @pytest.mark.parametrize("refreshed", [False, True], ids=["one_basis", "refreshed"])
-@pytest.mark.parametrize("keep", [None, 4], ids=["whole", "top_4"])
-def test_an_adapter_comes_back(update, refreshed, keep, blocks, block_bases, block_patterns, tmp_path):
+@pytest.mark.parametrize(
+    ("k", "side", "options"),
+    [
+        (9, "both", {}),
+        (9, "both", {"keep": 4}),
+        (24, "both", {"ranks": {"up": [6, 2], "down": [2, 5]}}),  # the budget alone would make another core
+        (24, "input", {}),
+    ],
+    ids=["whole", "top_4", "oblong", "input"],
+)
+def test_an_adapter_comes_back(update, refreshed, k, side, options, blocks, block_bases, block_patterns, tmp_path):
     """It holds the core and not the matrix, unless earlier bases have moved the matrix elsewhere."""
-    config = {"k": 9, "target_modules": block_patterns, "form": "truncated", "update": update, "keep": keep}
-    model = sparsify(blocks(), block_bases(), **config)
+    config = {"k": k, "target_modules": block_patterns, "form": "truncated", "update": update, **options}
+    model = sparsify(blocks(), of_side(side, block_bases()), **config)
     optimizer = SparseGradAdamW(param_groups(model), lr=1e-2)
-    train_blocks(model, optimizer, range(3))
+    train(model, optimizer, range(3))
     if refreshed:
         refresh(model, block_bases(3), optimizer)
-        train_blocks(model, optimizer, range(3, 5))
+        train(model, optimizer, range(3, 5))
     save_adapter(tmp_path / "a", model, optimizer, config)
     tensors = load_tensors(tmp_path / "a")[0]
-    assert {t.numel() for name, t in tensors.items() if name.startswith("values.")} == {9}
+    assert max(t.numel() for name, t in tensors.items() if name.startswith("values.")) <= k
     assert any(t.shape in ((12, 8), (8, 12)) for t in tensors.values()) == refreshed
     base = load_adapter(tmp_path / "a", blocks())
+    assert base.layers[1].down.ranks == model.layers[1].down.ranks
     x = torch.randn(4, 8, dtype=torch.float64)
     torch.testing.assert_close(base(x), model(x), rtol=0, atol=1e-10)
     torch.testing.assert_close(merge(base)(x), model(x), rtol=0, atol=1e-10)
-
-
-def test_an_adapter_of_an_oblong_core_comes_back(blocks, block_bases, block_patterns, tmp_path):
-    """Ranks come from the file: the budget alone would make another core."""
-    config = {"k": 24, "target_modules": block_patterns, "form": "truncated", "ranks": {"up": [6, 2], "down": [2, 5]}}
-    model = sparsify(blocks(), block_bases(), **config)
-    optimizer = SparseGradAdamW(param_groups(model), lr=1e-2)
-    train_blocks(model, optimizer, range(3))
-    save_adapter(tmp_path / "a", model, optimizer, config)
-    base = load_adapter(tmp_path / "a", blocks())
-    assert base.layers[1].up.ranks == (6, 2) and base.layers[1].down.ranks == (2, 5)
-    x = torch.randn(4, 8, dtype=torch.float64)
-    torch.testing.assert_close(base(x), model(x), rtol=0, atol=1e-10)
 
 
 # ---- quantised weights ----
@@ -643,7 +503,7 @@ def test_a_quantised_model_trains_like_its_dequantised_copy(keep, blocks, block_
     sparsify(reference, bases, update="side", **config)
     for one in (model, reference):
         optimizer = SparseGradAdamW(param_groups(one), lr=1e-2)
-        train_blocks(one, optimizer, range(5), torch.float32)
+        train(one, optimizer, range(5), torch.float32)
     x = torch.randn(4, 8)
     torch.testing.assert_close(model(x), reference(x), rtol=0, atol=1e-5)
     assert model.layers[0].up.core.abs().max() > 1e-2
@@ -709,6 +569,14 @@ def test_core_shape_refuses_what_is_no_budget():
         core_shape(5, (OUT, IN), 0)
 
 
+def test_a_core_of_all_outputs_refuses_what_does_not_fit(random_basis):
+    basis, linear = random_basis(OUT, IN).input_side(), plain()
+    with pytest.raises(ValueError, match=r"k=10; a core of all outputs needs at least 11 entries"):
+        TruncatedLinear(linear.weight, linear.bias, basis, 10)
+    with pytest.raises(ValueError, match=r"ranks=\(4, 3\); a basis of the input side leaves all 11 outputs"):
+        TruncatedLinear(linear.weight, linear.bias, basis, 33, ranks=(4, 3))
+
+
 # ---- surroundings ----
 
 
@@ -726,37 +594,12 @@ def test_one_graph_is_captured_and_agrees_with_eager(update, backend, random_bas
     results = []
     for module in (layer, compiled):
         layer.zero_grad()
-        x, target = next(batches(1))
+        x, *rest = next(batches(1))
         x.requires_grad_()
-        loss_of(module, x, target).backward()
+        loss_of(module, x, *rest).backward()
         results.append((x.grad, layer.core.grad.clone(), layer.bias.grad.clone()))
     for eager, graph in zip(*results, strict=True):
         torch.testing.assert_close(graph, eager, rtol=0, atol=1e-12)
-
-
-@update_modes
-def test_a_frozen_core_gets_no_gradient_and_passes_one_on(update, random_basis):
-    linear = plain()
-    layer = build(linear, random_basis(OUT, IN), update=update)
-    layer.core.requires_grad_(False)
-    x, target = next(batches(1))
-    x_layer, x_linear = x.clone().requires_grad_(), x.clone().requires_grad_()
-    loss_of(layer, x_layer, target).backward()
-    loss_of(linear, x_linear, target).backward()
-    torch.testing.assert_close(x_layer.grad, x_linear.grad)
-    torch.testing.assert_close(layer.bias.grad, linear.bias.grad)
-    assert layer.take_gradient() is None and not [g for g in param_groups(layer) if "layers" in g]
-    assert not layer.to_linear().weight.requires_grad
-
-
-@update_modes
-def test_a_layer_that_is_used_twice_or_on_no_rows_sums(update, random_basis):
-    linear, basis = plain(), random_basis(OUT, IN)
-    layer = build(linear, basis, update=update)
-    first, second = batches(2)
-    for module in (layer, linear):
-        (loss_of(module, *first) + loss_of(module, *second) + module(first[0][:0]).sum()).backward()
-    torch.testing.assert_close(layer.core.grad, (basis.V @ linear.weight.grad @ basis.U.T)[:R, :C])
 
 
 # ---- CUDA ----
@@ -789,32 +632,3 @@ def test_a_refresh_on_cuda_leaves_the_function(update, blocks, block_bases, bloc
     y = model(x)
     refresh(model, block_bases(4), optimizer, state="carry")
     torch.testing.assert_close(model(x), y, rtol=0, atol=1e-12)
-
-
-@pytest.mark.cuda
-@update_modes
-@pytest.mark.parametrize("keep", [None, 4], ids=["whole", "top_4"])
-@pytest.mark.parametrize("fused", [False, True], ids=["default", "fused"])
-def test_a_state_from_the_cpu_continues_on_cuda(update, keep, fused, blocks, block_bases, block_patterns):
-    def make(seed, device):
-        options = {"form": "truncated", "update": update, "keep": keep}
-        model = sparsify(blocks(seed=seed), block_bases(seed), 9, block_patterns, **options).to(device)
-        return model, SparseGradAdamW(param_groups(model), lr=1e-2, fused=fused)
-
-    def step(model, optimizer, i):
-        x = torch.randn(6, 8, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
-        optimizer.zero_grad()
-        model(x.to(model.head.weight.device)).square().sum().backward()
-        optimizer.step()
-
-    model, optimizer = make(0, "cpu")
-    for i in range(3):
-        step(model, optimizer, i)
-    on_cuda, cuda_optimizer = make(1, "cuda")
-    on_cuda.load_state_dict(model.state_dict())
-    cuda_optimizer.load_state_dict(optimizer.state_dict())
-    for i in range(3, 6):
-        step(model, optimizer, i)
-        step(on_cuda, cuda_optimizer, i)
-    for p, q in zip(model.parameters(), on_cuda.parameters(), strict=True):
-        torch.testing.assert_close(q.cpu(), p, rtol=0, atol=1e-10)
