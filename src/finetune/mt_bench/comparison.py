@@ -110,7 +110,7 @@ def bootstrap_score(
     questions = sorted({question for found in seeds for question, _ in found})
     sums, counts = (np.stack(tables) for tables in zip(*(_by_question(f, questions) for f in seeds), strict=True))
     mean = float(np.mean(sums.sum(axis=1) / counts.sum(axis=1)))
-    return Estimate(mean, *_interval(sums, counts, _groups(questions, categories), seed, samples), int(counts.sum()))
+    return Estimate(mean, *_interval(sums, counts, questions, categories, seed, samples), int(counts.sum()))
 
 
 def paired_bootstrap(
@@ -141,7 +141,7 @@ def paired_bootstrap(
     pairs = {item: _mean_of(first, item) - _mean_of(second, item) for item in sorted(common)}
     questions = sorted({question for question, _ in pairs})
     sums, counts = _by_question(pairs, questions)
-    ends = _interval(sums[None], counts[None], _groups(questions, categories), seed, samples)
+    ends = _interval(sums[None], counts[None], questions, categories, seed, samples)
     return Comparison(float(sums.sum() / counts.sum()), *ends, len(questions), len(common), len(union) - len(common))
 
 
@@ -181,31 +181,29 @@ def _by_question(items: Mapping[Item, float], questions: Sequence[int]) -> tuple
     return np.bincount(index, [*items.values()], size), np.bincount(index, minlength=size).astype(np.float64)
 
 
-def _groups(questions: Sequence[int], categories: Mapping[int, str] | None) -> list[np.ndarray]:
-    """Places of the questions that are drawn together: those of a category, or all."""
+def _interval(
+    sums: np.ndarray,
+    counts: np.ndarray,
+    questions: Sequence[int],
+    categories: Mapping[int, str] | None,
+    seed: int,
+    samples: int,
+) -> tuple[float, float] | tuple[None, None]:
+    """Percentile interval of the mean score over seeds; sums and counts have the shape (seeds, questions)."""
     if categories is not None and (unknown := [q for q in questions if q not in categories]):
         raise ValueError(f"questions {unknown} have no category; pass the question file that they are from")
     names = np.array([categories[question] if categories is not None else "" for question in questions])
-    return [np.flatnonzero(names == name) for name in dict.fromkeys(names)]
-
-
-def _interval(
-    sums: np.ndarray, counts: np.ndarray, groups: Sequence[np.ndarray], seed: int, samples: int
-) -> tuple[float, float] | tuple[None, None]:
-    """Percentile interval of the mean score over seeds; sums and counts have the shape (seeds, questions)."""
+    groups = [np.flatnonzero(names == name) for name in dict.fromkeys(names)]
     drawn = [group for group in groups if len(group) > 1]
-    fixed = np.array([place for group in groups if len(group) == 1 for place in group], dtype=int)
     if not drawn:
         return None, None
+    alone = [int(group[0]) for group in groups if len(group) == 1]
 
     def score(*places: np.ndarray, axis: int) -> np.ndarray:
         index = np.concatenate(places, axis=axis).astype(int)
-        total, number = (
-            table[:, index].sum(axis=-1) + table[:, fixed].sum(axis=1).reshape(-1, *[1] * (index.ndim - 1))
-            for table in (sums, counts)
-        )
+        index = np.concatenate([index, np.broadcast_to(alone, (*index.shape[:-1], len(alone))).astype(int)], axis=axis)
         # A resample may miss all questions that a seed has answers to: that seed is not in its mean then.
         with np.errstate(invalid="ignore"):
-            return np.nanmean(total / number, axis=0)
+            return np.nanmean(sums[:, index].sum(axis=-1) / counts[:, index].sum(axis=-1), axis=0)
 
     return percentiles(drawn, score, seed=seed, samples=samples)

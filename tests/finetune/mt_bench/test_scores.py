@@ -146,6 +146,13 @@ def test_stratified_bootstrap_draws_within_categories():
         bootstrap_score([items], seed=0, categories=dict.fromkeys(range(79), "a"))
 
 
+def test_a_question_alone_in_its_category_is_in_every_resample():
+    items, categories = {(1, 1): 0.0, (2, 1): 10.0, (3, 1): 4.0}, {1: "a", 2: "a", 3: "b"}
+    found = bootstrap_score([items], seed=0, categories=categories)
+    assert (found.low, found.high) == pytest.approx(((0 + 0 + 4) / 3, (10 + 10 + 4) / 3))
+    assert bootstrap_score([items], seed=0, categories={1: "a", 2: "b", 3: "c"}).low is None
+
+
 def test_same_seed_same_interval():
     generator = np.random.default_rng(0)
     items = [{(question, 1): float(score) for question, score in enumerate(generator.integers(1, 11, 30))}]
