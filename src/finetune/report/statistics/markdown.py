@@ -3,11 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from finetune.report.paper.layouts import METHODS
-
-LABELS = {method: label for label, method in METHODS.items()}
-"""Method -> the paper's name for it; a variant keeps its own."""
-
 
 def row(cells: Iterable[Any]) -> str:
     """Lay out a line of a Markdown table."""
@@ -17,11 +12,6 @@ def row(cells: Iterable[Any]) -> str:
 def head(cells: Sequence[Any]) -> str:
     """Lay out the head of a Markdown table."""
     return f"{row(cells)}\n{row(['---'] * len(cells))}"
-
-
-def label(method: str) -> str:
-    """Name a method for readers."""
-    return LABELS.get(method, method)
 
 
 def interval(estimate: Mapping[str, Any] | None, sign: str = "", places: int = 2) -> str:
