@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from finetune.mt_bench.judged import read_judgments
 from finetune.mt_bench.questions import load_questions
 from finetune.report.labels import read_labels
-from finetune.report.page.examples import choose_parts, read_answers, to_html
+from finetune.report.page.examples import parts_of, read_answers, to_html
 from finetune.store.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def main(cfg: DictConfig) -> None:
     try:
         if experiment["name"] != cfg.name:
             raise ValueError(f"{cfg.experiment} is experiment {experiment['name']!r}, not {cfg.name!r}.")
-        parts = choose_parts(
+        parts = parts_of(
             experiment,
             read_labels(experiment.get("data")),
             questions=load_questions(Path(cfg.questions.root) / cfg.questions.folder / cfg.questions.questions),

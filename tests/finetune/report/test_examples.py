@@ -8,7 +8,8 @@ import pytest
 
 from finetune.mt_bench.judged import read_judgments
 from finetune.report.labels import Labels
-from finetune.report.page.examples import choose_parts, part_context, read_answers, to_html
+from finetune.report.page.examples import parts_of as build_parts
+from finetune.report.page.examples import read_answers, to_html
 from finetune.store.catalog import MethodFacts
 
 QUESTIONS = [
@@ -79,14 +80,12 @@ def write_judgments(root, method, seed, scores, *, quality=True, text=answer_of)
 def parts_of(root, *, examples=(84, 95), model="tiny"):
     experiment = {"name": "test", "stands_for": {"llama2_7b": model}, "methods": METHODS}
     answers, judgments = read_answers(root / "answers"), read_judgments(root / "judgments")
-    return choose_parts(
-        experiment, LABELS, questions=QUESTIONS, examples=examples, answers=answers, judgments=judgments
-    )
+    return build_parts(experiment, LABELS, questions=QUESTIONS, examples=examples, answers=answers, judgments=judgments)
 
 
 def cards(root, number=84):
     """Label -> card under a question."""
-    [part] = map(part_context, parts_of(root))
+    [part] = parts_of(root)
     [question] = [one for one in part["questions"] if one["id"] == number]
     return {card.label: card for card in question["cards"]}
 
@@ -129,10 +128,10 @@ def test_answers_scores_and_words_of_every_method(root):
     card = found["DoRA <i>"]
     assert (card.answer, card.score, card.scores, card.repeats) == (answer_of("dora", 1, 84), 7, (2, 9, 7), 3)
     assert card.words[1] == (2, 9, "Words 1 <i>on</i> dora. Rating: [[9]]") and card.warnings == ()
-    [part] = map(part_context, parts_of(root))
+    [part] = parts_of(root)
     assert part["quality"] and part["facts"] == [
         "Tiny LLaMA (tiny) stands in the place of LLaMa-2 (llama2_7b).",
-        "Seeds shown: DoRA <i> 1, Regular FT 1, meprop 1.",
+        "Seeds shown: Regular FT 1, DoRA <i> 1, meprop 1.",
         "Conversation template: llama-2.",
         "Prompts longer than the model's window in all its answers: 0 cut, 6 refused.",
         "Judge: judge<1>, median of 3 repeats.",
@@ -159,7 +158,7 @@ def test_the_page_is_whole_escaped_and_needs_nothing_from_outside(root):
 
 def test_a_second_decoder_is_a_part_of_its_own(root):
     write_answers(root, "full", 5, model="second")
-    first, second = map(part_context, parts_of(root))
+    first, second = parts_of(root)
     assert (first["model"], second["model"]) == ("tiny", "second")
     assert second["facts"][0] == "Tiny LLaMA (second) is a decoder that the paper has not."
     assert [card.answer is None for card in second["questions"][0]["cards"]] == [False, True, True]
@@ -190,7 +189,7 @@ def test_cut_and_refused_prompts(tmp_path):
     [cut], [refused] = (cards(tmp_path, number)["Regular FT"].warnings for number in (84, 95))
     assert cut.endswith("was cut.") and refused.endswith("was refused.")
     # Second turns were refused too: the sum is over all answers, the cards show first turns.
-    assert "1 cut, 3 refused." in part_context(parts_of(tmp_path)[0])["facts"][-2]
+    assert "1 cut, 3 refused." in parts_of(tmp_path)[0]["facts"][-2]
 
 
 def test_judgments_of_another_answer_are_not_shown(tmp_path):
@@ -204,13 +203,9 @@ def test_seed_that_all_methods_have(tmp_path):
     for method, seeds in (("full", (1, 2, 3)), ("dora", (2, 3))):
         for seed in seeds:
             write_answers(tmp_path, method, seed)
-    assert {name: one.record["run"]["seed"] for name, one in parts_of(tmp_path)[0].answers.items()} == {
-        "full": 2,
-        "dora": 2,
-    }
+    assert parts_of(tmp_path)[0]["facts"][1] == "Seeds shown: Regular FT 2, DoRA <i> 2."
     write_answers(tmp_path, "meprop", 7)
-    seeds = {one.record["run"]["seed"] for one in parts_of(tmp_path)[0].answers.values()}
-    assert seeds == {1, 2, 7}
+    assert parts_of(tmp_path)[0]["facts"][1] == "Seeds shown: Regular FT 1, DoRA <i> 2, meprop 7."
 
 
 def test_lines_of_an_older_configuration_are_no_answers(tmp_path):
@@ -222,7 +217,7 @@ def test_lines_of_an_older_configuration_are_no_answers(tmp_path):
 
 def test_no_model_and_no_answers(tmp_path):
     for model, fact in ((None, "Nothing ran in the place of LLaMa-2 (llama2_7b)."), ("tiny", "Nothing was judged.")):
-        [part] = map(part_context, parts_of(tmp_path, model=model))
+        [part] = parts_of(tmp_path, model=model)
         assert part["facts"][-1] == fact
         assert all(card.why == "no answers of this method" for one in part["questions"] for card in one["cards"])
 

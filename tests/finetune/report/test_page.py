@@ -229,38 +229,40 @@ def test_a_small_page_is_the_golden_one(results):
 
 def test_every_table_of_the_paper_is_there_or_says_why_not(results):
     write_cells(results, "decoder_two", SCORES[:1])
-    built = {one.anchor: one for one in context(results)["tables"]}
-    assert [*built] == [*(f"table-{number:02d}" for number in table_numbers()), "decoder-two"]
-    assert built["table-09"].view and built["decoder-two"].heading == "Decoder two"
-    assert all((one.view is None) == bool(one.why) for one in built.values())
-    reasons = {anchor: one.why for anchor, one in built.items()}
-    assert "results/test/tables/table_01.json is missing: dvc repro table_01@test" in reasons["table-01"]
-    assert "leaves it out; nothing runs in the place of RoBERTa-base" in reasons["table-10"]
-    assert "no stage table_12" in reasons["table-12"]
-    assert texts(context(results), "missing").count(reasons["table-12"]) == 1
+    found = context(results)
+    listed = {name: layout if table is None else table.title for name, table, layout, _ in found["tables"]}
+    assert [*listed] == [*(f"table_{number:02d}" for number in table_numbers()), "decoder_two"]
+    assert listed["table_09"] == listed["decoder_two"] == f"BERT {EVIL}"
+    assert "results/test/tables/table_01.json is missing: dvc repro table_01@test" in listed["table_01"]
+    assert "leaves it out; nothing runs in the place of RoBERTa-base" in listed["table_10"]
+    assert "no stage table_12" in listed["table_12"] and listed["table_12"] in texts(found, "missing")
+    shown = Tree(to_html(inputs(results))).texts
+    assert all(f"Table {number} " in shown for number in table_numbers()) and "Decoder two " in shown
+    assert listed["table_12"] in shown
 
 
 def test_a_table_has_ours_the_papers_and_the_logs_numbers(results):
-    [table] = [one.view for one in context(results)["tables"] if one.view]
-    first, second = table.rows
-    assert (first.kinds, second.kinds) == (("ours", "paper", "logs"), ("ours", "paper"))
-    assert [(one.ours, one.interval, one.paper, one.logs, one.inferred) for one in first.cells] == [
-        ("61.25", "[60.00, 62.50]", "59.0 ± 1.9", "", False),
-        ("", "", "86.2", "86.18", False),
-        ("1,234,567", "", "109 mln", "", False),
-        ("60.00", "", "82.5", "82.00", True),
+    [(table, found)] = [(table, found) for _, table, found, _ in context(results)["tables"] if table]
+    kinds = [kinds for _, kinds, _ in found["rows"]]
+    assert kinds == [["ours", "paper", "logs"], ["ours", "paper"]] and not found["across"] and not found["long"]
+    assert found["rows"][0][2] == list(table.cells[:4])
+    assert found["counts"] == [("not comparable", 6), ("not run", 2)]
+    assert found["reasons"][1] == ("not run: no finished run of tiny", "all rows (MRPC)")
+    assert found["warnings"] == [f"load {EVIL}"] and found["notes"] == ["A rule of D2."]
+    html = to_html(inputs(results))
+    lines = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in re.findall(r"<tr class=.*?</tr>", html, re.S)]
+    plain = [[re.sub(r"<[^>]+>", "", cell) for cell in line] for line in lines]
+    assert plain[:3] == [
+        ["61.25 n/c[60.00, 62.50]", "not run", "1,234,567 n/c", "60.00 n/c"],
+        ["59.0 ± 1.9", "86.2", "109 mln", "82.5 inferred"],
+        ["no log", "86.18", "no log", "82.00"],
     ]
-    assert table.counts == (("not comparable", 6), ("not run", 2)) and not table.across and not table.long
-    assert table.reasons[1] == ("not run: no finished run of tiny", "all rows (MRPC)")
-    assert table.warnings == (f"load {EVIL}",) and table.notes == ("A rule of D2.",)
 
 
 def test_few_columns_stand_side_by_side_and_a_long_table_is_folded_away(results):
     write_cells(results, "table_08", [cell(f"method {place}", "CoLA", 1.5, paper="2") for place in range(15)])
-    write_cells(results, "table_09", SCORES[:3])
-    tables = {one.anchor: one.view for one in context(results)["tables"]}
-    assert tables["table-08"].long and tables["table-08"].across
-    assert tables["table-08"].columns == (("CoLA", ("ours", "paper")),)
+    found = {name: layout for name, table, layout, _ in context(results)["tables"] if table}["table_08"]
+    assert found["long"] and found["across"] and found["columns"] == [("CoLA", ["ours", "paper"])]
     html = to_html(inputs(results))
     assert "Show the 15 rows of Table 8" in html and '<td class="paper">2</td>' in html
 
@@ -276,11 +278,11 @@ def test_figures_come_in_the_order_asked_for_with_the_differences_that_bear_on_t
     assert [figure.name for figure, _ in found["figures"]] == ["figure_02", "another"]
     assert [bool(bearing) for _, bearing in found["figures"]] == [True, False]
     assert found["undrawn"] == ["figure_03 (stripes)"]
-    places = dict(itertools.chain.from_iterable(card.places for card in found["cards"]))
-    assert places["Figure 2"] == "figure-02" and places["Figure 3"] == "" and places["Table 9"] == "table-09"
-    by_table = {one.anchor: {row for row, _ in one.bearing} for one in found["tables"]}
+    bearing = {name: {row for row, _ in rows} for name, _, _, rows in found["tables"]}
     for one in discrepancies():
-        assert (one["row"] in by_table["table-09"]) == ("9" in one["tables"].split()), one["row"]
+        assert (one["row"] in bearing["table_09"]) == ("9" in one["tables"].split()), one["row"]
+    html = to_html(inputs(results))
+    assert '<a href="#figure-02">Figure 2</a>' in html and '<a href="#figure-03">' not in html
 
 
 def test_protocol_environment_and_cost_come_from_files_and_records(results):

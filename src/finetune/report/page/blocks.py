@@ -3,60 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """A text with a look: ``none`` (missing), ``strong`` or ``code``."""
 
     text: str
     kind: str
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A plain table; the first cell of a row is its header.
-
-    Attributes:
-        caption: Read first by a screen reader, and the name of the scrolling box.
-        head: Column labels.
-        rows: Cells of each row.
-        quiet: Whether the caption is for screen readers alone.
-    """
+class Grid(NamedTuple):
+    """A plain table; the caption names its scrolling box, the first cell of a row is its header."""
 
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[str | Text]]
-    quiet: bool = False
-    block: ClassVar[str] = "grid"
+    block: str = "grid"
 
 
-@dataclass(frozen=True)
-class Paragraph:
+class Paragraph(NamedTuple):
     """A text; ``kind`` is its class."""
 
     text: str
     kind: str = ""
-    block: ClassVar[str] = "paragraph"
+    block: str = "paragraph"
 
 
-@dataclass(frozen=True)
-class Items:
+class Items(NamedTuple):
     """A list."""
 
     texts: Sequence[str]
-    block: ClassVar[str] = "items"
+    block: str = "items"
 
 
-@dataclass(frozen=True)
-class Heading:
+class Heading(NamedTuple):
     """A heading of the third level, which the contents list."""
 
     id: str
     title: str
-    block: ClassVar[str] = "heading"
+    block: str = "heading"
 
 
 Block = Grid | Paragraph | Items | Heading

@@ -7,45 +7,28 @@ protocol, differences between paper and code, what was not run, environment, cos
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from finetune.published import discrepancies
 from finetune.report.figures.table_panels import table_panels
 from finetune.report.page import protocol, records
-from finetune.report.page.blocks import Block, Heading, Items, Paragraph
+from finetune.report.page.blocks import Block, Items, Paragraph
 from finetune.report.page.findings import findings
 from finetune.report.page.inputs import PageInputs
 from finetune.report.page.missing import missing, why_no_table
 from finetune.report.page.render import render
 from finetune.report.page.scores import statistics_blocks
-from finetune.report.page.tables import TableView, anchor_of, heading_of, view
+from finetune.report.page.tables import anchor_of, heading_of, layout
 from finetune.report.paper.layouts import PAPER_MODELS
 from finetune.stats import verdicts
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """A part of the page that is blocks alone."""
 
     id: str
     title: str
     blocks: Sequence[Block]
-
-    @property
-    def parts(self) -> list[tuple[str, str]]:
-        """(id, title) of what the contents list below it."""
-        return [(block.id, block.title) for block in self.blocks if isinstance(block, Heading)]
-
-
-@dataclass(frozen=True)
-class Built:
-    """A table of the page: its view, or why there is none, and the differences that bear on it."""
-
-    anchor: str
-    heading: str
-    view: TableView | None
-    why: str
-    bearing: Sequence[tuple[str, str]]
 
 
 def to_html(inputs: PageInputs) -> str:
@@ -66,13 +49,12 @@ def to_html(inputs: PageInputs) -> str:
 def page_context(inputs: PageInputs) -> dict[str, Any]:
     """All that the template shows, as data."""
     experiment = inputs.experiment
-    known = [table for table in inputs.tables.values() if table is not None]
-    tables = _tables(inputs)
+    built = {name: table for name, table in inputs.tables.items() if table is not None}
     drawn = [figure.name for figure in inputs.figures]
-    anchors = {anchor_of(name) for name in (*inputs.tables, *drawn)}
-    charts = [(heading_of(table), table, table_panels(table, inputs.labels)) for table in known]
+    charts = [(heading_of(name), table, table_panels(table, inputs.labels)) for name, table in built.items()]
     return {
         "experiment": experiment["name"],
+        "protocol": experiment["protocol"],
         "facts": _facts(inputs),
         "places": [
             f"{PAPER_MODELS[paper]}: {model if model != paper else 'the paper’s own'}"
@@ -84,24 +66,27 @@ def page_context(inputs: PageInputs) -> dict[str, Any]:
         "charts": [chart for chart in charts if chart[2]],
         "figures": [(figure, _bearing("figures", figure.name)) for figure in inputs.figures],
         "undrawn": [f"{name} ({what})" for name, what in inputs.expected.items() if name not in drawn],
-        "drawn": [(anchor_of(figure.name), figure.title) for figure in inputs.figures],
-        "tables": tables,
-        "listed": [
-            (built.anchor, f"{built.heading} · {built.view.title if built.view else 'not run'}") for built in tables
+        "tables": [
+            (name, table, layout(table) if table is not None else why_no_table(inputs, name), _bearing("tables", name))
+            for name, table in inputs.tables.items()
         ],
-        "cards": protocol.difference_cards(experiment["protocol"], anchors),
         "before": [_statistics(inputs), _protocol(inputs)],
+        "differences": discrepancies(),
+        "anchors": [anchor_of(name) for name in (*inputs.tables, *drawn)],
         "after": [
             Section("missing", "What was not run", [Items(missing(inputs))]),
-            _records("environment", "Environment", records.environment(inputs) or [None], ["Not run: no record."]),
-            _records(
+            Section(
+                "environment",
+                "Environment",
+                records.environment(inputs) or [Paragraph("Not run: there is no record.", "none")],
+            ),
+            Section(
                 "cost",
                 "Cost",
-                [records.time_grid(inputs), records.memory_grid(inputs), records.hosvd_grid(inputs)],
                 [
-                    "Time: no record says how long it took.",
-                    "Memory: no record of a training run.",
-                    "Cost of the HOSVD: not run.",
+                    records.time_grid(inputs) or Paragraph("Time: no record says how long it took.", "none"),
+                    records.memory_grid(inputs) or Paragraph("Memory: no record of a training run.", "none"),
+                    records.hosvd_grid(inputs) or Paragraph("Cost of the HOSVD: not run.", "none"),
                 ],
             ),
         ],
@@ -120,19 +105,6 @@ def _facts(inputs: PageInputs) -> list[tuple[str, str]]:
         ("Tables", f"{len(built)} of {len(inputs.tables)}"),
         ("Cells with a value", f"{run} of {len(cells)}"),
         ("Finished records", str(finished)),
-    ]
-
-
-def _tables(inputs: PageInputs) -> list[Built]:
-    return [
-        Built(
-            anchor_of(name),
-            heading_of(table) if table is not None else name.replace("_", " ").capitalize().replace(" 0", " "),
-            view(table) if table is not None else None,
-            "" if table is not None else why_no_table(inputs, name),
-            _bearing("tables", name),
-        )
-        for name, table in inputs.tables.items()
     ]
 
 
@@ -158,12 +130,3 @@ def _protocol(inputs: PageInputs) -> Section:
     grids = [protocol.choices_grid(title, used, found) for title, found in inputs.protocols.items()]
     run = list(protocol.as_run(inputs)) or [Paragraph("As run: no training record.", "none")]
     return Section("protocol", "Protocol", [Paragraph(words), *grids, *run])
-
-
-def _records(name: str, title: str, grids: Sequence[Block | None], instead: Sequence[str]) -> Section:
-    """Grids, each with what stands in its place where there is none."""
-    return Section(
-        name,
-        title,
-        [grid or Paragraph(instead[min(place, len(instead) - 1)], "none") for place, grid in enumerate(grids)],
-    )

@@ -10,9 +10,8 @@ import hashlib
 import json
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune.mt_bench.journal import read_items
 from finetune.mt_bench.judged import Judged, current_records
@@ -30,8 +29,7 @@ _CUT = {
 }
 
 
-@dataclass(frozen=True)
-class Answers:
+class Answers(NamedTuple):
     """The answers of one fine-tuned model.
 
     Attributes:
@@ -43,37 +41,23 @@ class Answers:
     lines: Mapping[int, Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
-class Part:
-    """What the page shows of one decoder.
+class Shown(NamedTuple):
+    """One method of a page: its label, and the answers and judgments of one seed, where there are any."""
 
-    Attributes:
-        model: Its name; `None`: none ran.
-        stands_in: Whether it stands in LLaMa-2-7B's place.
-        questions: FastChat's question lines to show, in order.
-        methods: Method -> its label, in the order of the page.
-        answers: Method -> answers of one seed, where there are any.
-        judged: Method -> judgments of the same seed's answers, where there are any.
-    """
-
-    model: str | None
-    stands_in: bool
-    questions: Sequence[Mapping[str, Any]]
-    methods: Mapping[str, str]
-    answers: Mapping[str, Answers]
-    judged: Mapping[str, Judged]
+    label: str
+    answers: Answers | None
+    judged: Judged | None
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     """One method's answer to one question.
 
     Attributes:
         label: Of the method.
         answer: `None`: there is none, for the reason `why`.
         why: Says so.
-        score: Median of the scores, `None` if it was not judged.
-        scores: All of them.
+        scores: Of all judgments of this answer.
+        score: Their median, `None` if it was not judged.
         repeats: Judgments that there should be.
         warnings: What is wrong with the answer or its judgments.
         words: (repeat, score, the judge's words).
@@ -82,8 +66,8 @@ class Card:
     label: str
     answer: str | None
     why: str = ""
-    score: float | None = None
     scores: tuple[float, ...] = ()
+    score: float | None = None
     repeats: int = 0
     warnings: tuple[str, ...] = ()
     words: tuple[tuple[int, float, str], ...] = ()
@@ -103,7 +87,7 @@ def read_answers(folder: str | Path) -> Iterator[Answers]:
             yield Answers(record, {one["question_id"]: one for one in lines if one.get("config_hash") == digest})
 
 
-def choose_parts(
+def parts_of(
     experiment: Mapping[str, Any],
     labels: Labels,
     *,
@@ -111,10 +95,10 @@ def choose_parts(
     examples: Sequence[int],
     answers: Iterable[Answers],
     judgments: Iterable[Judged],
-) -> list[Part]:
-    """Choose what the page shows: of each method the lowest seed that all methods with answers have, or its lowest.
+) -> list[dict[str, Any]]:
+    """What the page shows of each decoder, the one in LLaMa-2-7B's place first.
 
-    The decoder in LLaMa-2-7B's place comes first, then all others with answers.
+    Of each method the lowest seed is shown that all methods with answers have, or its lowest.
 
     Args:
         experiment: The experiment's file: `name`, `stands_for`, `methods`; answers and judgments of other experiments
@@ -125,6 +109,10 @@ def choose_parts(
         answers: What `read_answers` found.
         judgments: What `finetune.mt_bench.judged.read_judgments` found.
 
+    Returns:
+        Dicts with `model`, `facts`, `quality` (whether scores measure any) and `questions` (`id`, `category`, `text`,
+        `cards`).
+
     Raises:
         ValueError: If no example is named, or one is not among the questions.
     """
@@ -133,57 +121,37 @@ def choose_parts(
         raise ValueError(f"examples={[*examples]}; name at least one question, each of them of {sorted(by_id)}")
     found, judged = (_by_model(of, experiment["name"]) for of in (answers, judgments))
     first = experiment["stands_for"].get(PAPER_MODEL)
-    models = dict.fromkeys([first, *found] if first or not found else found)
-    shown = [by_id[number] for number in examples]
-    known = {name: labels.method(name) for name in experiment.get("methods", ())}
-    return [
-        _part(model, model == first, shown, known, labels, found.get(model, {}), judged.get(model, {}))
-        for model in models
-    ]
-
-
-def _part(
-    model: str | None,
-    stands_in: bool,
-    questions: Sequence[Mapping[str, Any]],
-    methods: Mapping[str, str],
-    labels: Labels,
-    found: Mapping[str, Mapping[int, Answers]],
-    judged: Mapping[str, Mapping[int, Judged]],
-) -> Part:
-    common = set.intersection(*map(set, found.values())) if found else set()
-    seeds = {method: min(common or of) for method, of in found.items()}
-    return Part(
-        model=model,
-        stands_in=stands_in,
-        questions=questions,
-        methods=methods | {name: labels.method(name) for name in found},
-        answers={method: found[method][seed] for method, seed in seeds.items()},
-        judged={method: judged[method][seed] for method, seed in seeds.items() if seed in judged.get(method, {})},
-    )
-
-
-def to_html(experiment: str, parts: Sequence[Part]) -> str:
-    """Render the page of an experiment."""
-    return render("examples.html.j2", experiment=experiment, parts=[part_context(part) for part in parts])
-
-
-def part_context(page: Part) -> dict[str, Any]:
-    """All that the template shows of a decoder, as data."""
-    return {
-        "model": page.model or "none",
-        "facts": _facts(page),
-        "quality": all(one.record["judge"]["measures_quality"] for one in page.judged.values()),
-        "questions": [
+    parts = []
+    for model in dict.fromkeys([first, *found] if first or not found else found):
+        own, scored = found.get(model, {}), judged.get(model, {})
+        common = set.intersection(*map(set, own.values())) if own else set()
+        shown = {}
+        for method in dict.fromkeys((*experiment.get("methods", ()), *own)):
+            seed = min(common or own[method]) if method in own else None
+            answers_of, judged_of = (of.get(method, {}).get(seed) for of in (own, scored))
+            shown[method] = Shown(labels.method(method), answers_of, judged_of)
+        parts.append(
             {
-                "id": question["question_id"],
-                "category": question["category"],
-                "text": question["turns"][TURN - 1],
-                "cards": [_card(page, method, question["question_id"]) for method in page.methods],
+                "model": model or "none",
+                "facts": _facts(model, model == first, [*shown.values()]),
+                "quality": all(one.judged.record["judge"]["measures_quality"] for one in shown.values() if one.judged),
+                "questions": [
+                    {
+                        "id": number,
+                        "category": by_id[number]["category"],
+                        "text": by_id[number]["turns"][TURN - 1],
+                        "cards": [_card(one, number) for one in shown.values()],
+                    }
+                    for number in examples
+                ],
             }
-            for question in page.questions
-        ],
-    }
+        )
+    return parts
+
+
+def to_html(experiment: str, parts: Sequence[Mapping[str, Any]]) -> str:
+    """Render the page of an experiment."""
+    return render("examples.html.j2", experiment=experiment, parts=parts)
 
 
 def _by_model(found: Iterable[Any], experiment: str) -> dict[str, dict[str, dict[int, Any]]]:
@@ -196,36 +164,33 @@ def _by_model(found: Iterable[Any], experiment: str) -> dict[str, dict[str, dict
     return by_model
 
 
-def _facts(page: Part) -> list[str]:
+def _facts(model: str | None, stands_in: bool, shown: Sequence[Shown]) -> list[str]:
     """Say whose answers these are, and who judged them."""
     paper = f"{PAPER_MODELS[PAPER_MODEL]} ({PAPER_MODEL})"
-    if not page.model:
+    if not model:
         return [f"Nothing ran in the place of {paper}."]
-    titles = [title for one in page.answers.values() if (title := one.record.get("model", {}).get("title"))]
-    name = f"{titles[0]} ({page.model})" if titles else page.model
-    own = page.model == PAPER_MODEL
-    place = f"stands in the place of {paper}" if page.stands_in else "is a decoder that the paper has not"
-    facts = [f"{paper} is the paper's own model." if own else f"{name} {place}."]
-    if page.answers:
-        seeds = [f"{page.methods[method]} {one.record['run']['seed']}" for method, one in page.answers.items()]
-        templates = sorted({str(one.record.get("template")) for one in page.answers.values()})
+    there = [(one.label, one.answers) for one in shown if one.answers is not None]
+    titles = [title for _, answers in there if (title := answers.record.get("model", {}).get("title"))]
+    name = f"{titles[0]} ({model})" if titles else model
+    place = f"stands in the place of {paper}" if stands_in else "is a decoder that the paper has not"
+    facts = [f"{paper} is the paper's own model." if model == PAPER_MODEL else f"{name} {place}."]
+    if there:
+        seeds = [f"{label} {answers.record['run']['seed']}" for label, answers in there]
+        templates = sorted({str(answers.record.get("template")) for _, answers in there})
         facts += [f"Seeds shown: {', '.join(seeds)}.", f"Conversation template: {', '.join(templates)}."]
-    lines = [line for one in page.answers.values() for line in one.lines.values()]
+    lines = [line for _, answers in there for line in answers.lines.values()]
     cut, refused = (sum(sum(map(bool, line.get(name, ()))) for line in lines) for name in _CUT)
     facts.append(f"Prompts longer than the model's window in all its answers: {cut} cut, {refused} refused.")
-    judges = dict.fromkeys(
-        f"{judge['model']}, median of {judge['repeats']} repeats"
-        for judge in (one.record["judge"] for one in page.judged.values())
-    )
-    return [*facts, f"Judge: {'; '.join(judges)}." if judges else "Nothing was judged."]
+    judges = [one.judged.record["judge"] for one in shown if one.judged is not None]
+    names = dict.fromkeys(f"{judge['model']}, median of {judge['repeats']} repeats" for judge in judges)
+    return [*facts, f"Judge: {'; '.join(names)}." if names else "Nothing was judged."]
 
 
-def _card(page: Part, method: str, number: int) -> Card:
+def _card(shown: Shown, number: int) -> Card:
     """One method's answer, its score, and the judge's words on it."""
-    label, answers, judged = page.methods[method], page.answers.get(method), page.judged.get(method)
+    label, answers, judged = shown
     if answers is None or number not in answers.lines:
-        why = "no answers of this method" if answers is None else "this question was not answered"
-        return Card(label, None, why)
+        return Card(label, None, "no answers of this method" if answers is None else "this question was not answered")
     line = answers.lines[number]
     text = line["choices"][0]["turns"][TURN - 1]
     mine = [one for one in (judged.lines if judged else ()) if (one["question_id"], one["turn"]) == (number, TURN)]
@@ -237,8 +202,8 @@ def _card(page: Part, method: str, number: int) -> Card:
     return Card(
         label,
         text,
-        score=statistics.median(scores) if scores else None,
         scores=scores,
+        score=statistics.median(scores) if scores else None,
         repeats=judged.record["judge"]["repeats"] if judged else 0,
         warnings=(
             *([other] if len(found) < len(mine) else []),

@@ -14,7 +14,7 @@ from finetune.report.figures.energy_evidence import TRAJECTORIES
 from finetune.report.labels import Labels
 from finetune.report.model import Table, format_value
 from finetune.report.page.inputs import PageInputs
-from finetune.report.page.scores import family_title, pair_name, said
+from finetune.report.page.scores import NATS, POINTS, family_title, pair_name, said
 from finetune.report.page.tables import heading_of, shown
 from finetune.report.paper.layouts import PAPER_MODELS
 from finetune.report.paper.printed_averages import CONTRADICTED, CUT_OFF
@@ -47,12 +47,13 @@ def findings(inputs: PageInputs) -> Iterator[Finding]:
     tables = [table for table in inputs.tables.values() if table is not None]
     if content is not None:
         for entry in content["runs"]:
-            yield from _own(entry, labels)
+            yield from _compared(entry, entry["comparison"]["families"], labels)
     yield from _stale([one.content for one in inputs.of_kind("energy")])
     for table in tables:
         yield from _loss(table)
-    for decoder in content["decoders"] if content is not None else ():
-        yield from _losses(decoder, labels)
+    for entry in content["decoders"] if content is not None else ():
+        families = [family for family in entry["comparison"]["families"] if family["kind"] != METHODS]
+        yield from _compared(entry, families, labels, NATS)
     yield from _speed(tables)
     if content is not None:
         yield from _logs(content["logs"], labels)
@@ -60,34 +61,41 @@ def findings(inputs: PageInputs) -> Iterator[Finding]:
         yield from _exchange(content["exchange"], labels)
 
 
-def pair_sentence(pair: Mapping[str, Any], labels: Labels) -> str:
+def pair_sentence(pair: Mapping[str, Any], labels: Labels, unit: tuple[str, int] = POINTS) -> str:
     """Say what a paired test of two methods over all their tasks says.
 
     Args:
         pair: An entry of a family's `pairs` in `statistics.json`.
         labels: Of methods.
+        unit: Of the difference, and its decimal places.
     """
-    test = pair["mean"]
-    few = ", so few pairs separate nothing" if test["least"] > LEVEL else ""
+    test, (name, places) = pair["mean"], unit
+    few = ", so few pairs separate nothing" if (test["least"] or 0) > LEVEL else ""
     numbers = f"p {p_value(test['p_holm'])}, {test['pairs']} pairs{few}"
-    verdict, name = said(test["verdict"], pair, labels), pair_name(pair, labels)
-    return f"{name}: {interval(test['difference'], '+')} points, {verdict} ({numbers})."
+    difference = f"{interval(test['difference'], '+', places)} {name}"
+    return f"{pair_name(pair, labels)}: {difference}, {said(test['verdict'], pair, labels)} ({numbers})."
 
 
-def _own(entry: Mapping[str, Any], labels: Labels) -> Iterator[Finding]:
-    """Methods against each other, then each family of variants."""
-    for family in entry["comparison"]["families"]:
+def _compared(
+    entry: Mapping[str, Any], families: Sequence[Mapping[str, Any]], labels: Labels, unit: tuple[str, int] = POINTS
+) -> Iterator[Finding]:
+    """Families of pairs; of all methods only those that are separated, and the focus'."""
+    for family in (one for one in families if one["pairs"]):
         pairs = family["pairs"]
-        if not pairs:
-            continue
         apart = [pair for pair in pairs if pair["mean"]["verdict"] != NOT_SEPARATED]
         lines = [
-            pair_sentence(pair, labels)
+            pair_sentence(pair, labels, unit)
             for pair in pairs
             if pair in apart or family["kind"] != METHODS or FOCUS in (pair["first"], pair["second"])
         ]
-        title = f"{_capital(family_title(family, labels))} on {entry['title']}: {_separated(len(apart), len(pairs))}"
-        yield Finding(title, (*lines, *_single(pairs, labels)), _limits(entry, pairs, labels))
+        separated = f"{len(apart)} of {len(pairs)} pairs separated" if apart else "no pair separated"
+        title = family_title(family, labels)
+        single = _single(pairs, labels) if unit == POINTS else ()
+        yield Finding(
+            f"{title[:1].upper()}{title[1:]} on {entry['title']}: {separated}",
+            (*lines, *single),
+            _limits(entry, pairs, labels, unit),
+        )
 
 
 def _single(pairs: Iterable[Mapping[str, Any]], labels: Labels) -> Iterator[str]:
@@ -99,16 +107,16 @@ def _single(pairs: Iterable[Mapping[str, Any]], labels: Labels) -> Iterator[str]
                 yield f"On {labels.task(task)} alone, {pair_name(pair, labels)}: {numbers}."
 
 
-def _limits(entry: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]], labels: Labels) -> str:
+def _limits(entry: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]], labels: Labels, unit: tuple[str, int]) -> str:
     tasks = labels.in_order({task for pair in pairs for task in pair["tasks"]})
     counts = {test["pairs"] for pair in pairs for test in pair["tasks"].values()}
     seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
-    paper = [PAPER_MODELS[name] for name in entry["stands_for"] if name != entry["model"]]
+    paper = [PAPER_MODELS[name] for name in entry.get("stands_for", ()) if name != entry["model"]]
     place = f" {entry['title']} stands in the place of {', '.join(paper)}." if paper else ""
-    return (
-        f"Mean over {', '.join(map(labels.task, tasks))}, {seeds} paired seeds a task, 95 % t intervals; sign-flip "
-        f"test, p corrected for the family (Holm).{place}"
-    )
+    what, test = f"Mean over {', '.join(map(labels.task, tasks))}, {seeds} paired seeds a task", "sign-flip test"
+    if unit == NATS:
+        what, test = f"Validation loss, lower is better, {seeds} paired seeds", "paired t test"
+    return f"{what}, 95 % t intervals; {test}, p corrected for the family (Holm).{place}"
 
 
 def _stale(energies: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
@@ -155,26 +163,7 @@ def _loss(table: Table) -> Iterator[Finding]:
         best = f"{cells[0].row} has the lowest validation loss" if apart else "no lowest validation loss stands apart"
         counts = " to ".join(map(str, sorted({cell.n for cell in cells})))
         after = f"mean over {counts} seeds, 95 % t intervals; where two overlap, neither is said to be lower."
-        yield Finding(f"Decoder: {best}", tuple(lines), f"{heading_of(table)}, {model}: {after}")
-
-
-def _losses(decoder: Mapping[str, Any], labels: Labels) -> Iterator[Finding]:
-    """Variants of the methods on the decoder, by validation loss."""
-    for family in (one for one in decoder["comparison"]["families"] if one["kind"] != METHODS):
-        pairs, lines = family["pairs"], []
-        for pair in pairs:
-            test = pair["mean"]
-            p = "" if test["p_holm"] is None else f" (p {p_value(test['p_holm'])})"
-            numbers = f"{interval(test['difference'], '+', 3)} nats, {said(test['verdict'], pair, labels)}{p}"
-            lines.append(f"{pair_name(pair, labels)}: {numbers}.")
-        apart = sum(pair["mean"]["verdict"] != NOT_SEPARATED for pair in pairs)
-        seeds = max(pair["mean"]["pairs"] for pair in pairs)
-        yield Finding(
-            f"Decoder, {family_title(family, labels)}: {_separated(apart, len(pairs))}",
-            tuple(lines),
-            f"Validation loss of {decoder['title']} after fine-tuning the selected MLP matrices alone, {seeds} paired "
-            "seeds, 95 % t intervals, paired t test, p corrected for the family (Holm).",
-        )
+        yield Finding(f"Decoder: {best}", tuple(lines), f"{heading_of(table.name)}, {model}: {after}")
 
 
 def _speed(tables: Sequence[Table]) -> Iterator[Finding]:
@@ -197,8 +186,8 @@ def _speed(tables: Sequence[Table]) -> Iterator[Finding]:
         yield Finding(
             f"Faster than full fine-tuning a step: {'; '.join(faster) or 'no method'}",
             tuple(lines),
-            f"{heading_of(table)}, {speeds[0].model}: ratios to full fine-tuning on the same batches of one machine, "
-            f"95 % intervals.{warnings}",
+            f"{heading_of(table.name)}, {speeds[0].model}: ratios to full fine-tuning on the same batches of one "
+            f"machine, 95 % intervals.{warnings}",
         )
 
 
@@ -259,11 +248,3 @@ def _exchange(exchange: Mapping[str, Any], labels: Labels) -> Iterator[Finding]:
     title = f"Are {PAPER_MODELS[asked['model']]}’s cells of {methods} exchanged? {'; '.join(answers)}"
     if lines:
         yield Finding(title, tuple(lines), f"Pairs of numbers: {methods}.")
-
-
-def _separated(apart: int, of: int) -> str:
-    return f"{apart} of {of} pairs separated" if apart else "no pair separated"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -19,7 +19,7 @@ def missing(inputs: PageInputs) -> list[str]:
 
 def why_no_table(inputs: PageInputs, name: str) -> str:
     """Say why a table of the paper is not on the page."""
-    experiment, table = inputs.experiment["name"], name.replace("_", " ").capitalize().replace(" 0", " ")
+    experiment, table = inputs.experiment["name"], heading_of(name)
     listed = inputs.experiment["tables"]
     if name not in listed:
         return f"{table}: not run; experiment {experiment} has no stage {name}."
@@ -49,7 +49,7 @@ def _tables(inputs: PageInputs) -> Iterator[str]:
         if table is None:
             yield why_no_table(inputs, name)
         elif count := sum(cell.verdict == verdicts.NOT_RUN for cell in table.cells):
-            yield f"{heading_of(table)}: {count} of {len(table.cells)} cells not run; the reasons stand under it."
+            yield f"{heading_of(name)}: {count} of {len(table.cells)} cells not run; the reasons stand under it."
 
 
 def _others(inputs: PageInputs) -> Iterator[str]:

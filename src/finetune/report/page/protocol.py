@@ -1,8 +1,8 @@
-"""The protocol on the page: each choice with its source, and the rows D1 to D30 where paper and code differ."""
+"""The protocol on the page: each choice with its source, and what the records say was really done."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,22 +27,6 @@ class Choice:
     key: str
     value: str
     source: str
-
-
-@dataclass(frozen=True)
-class Card:
-    """One row of the differences.
-
-    Attributes:
-        row, topic: "D1" and what it is about.
-        lines: (who, what they say or do).
-        places: (name, anchor or "") of the tables and figures that it bears on.
-    """
-
-    row: str
-    topic: str
-    lines: tuple[tuple[str, str], ...]
-    places: tuple[tuple[str, str], ...]
 
 
 def read_choices(name: str, protocols: Mapping[str, Mapping[str, Any]]) -> list[Choice]:
@@ -100,31 +84,6 @@ def bearing(kind: str, number: int) -> list[tuple[str, str]]:
     return [(row["row"], row["topic"]) for row in discrepancies() if str(number) in row[kind].split()]
 
 
-def difference_cards(protocol: str, anchors: Collection[str]) -> list[Card]:
-    """All rows: paper, code, what is done here, and what they bear on.
-
-    Args:
-        protocol: The protocol in use.
-        anchors: Ids of the page's tables and figures; what is not among them is named without a link.
-    """
-    return [_card(row, protocol, anchors) for row in discrepancies()]
-
-
-def _card(row: Mapping[str, str], protocol: str, anchors: Collection[str]) -> Card:
-    here = {name: row[name] for name in ("printed", "released", "sound")}
-    lines = [("Paper", row["paper"]), ("Released code", row["code"])]
-    if len(set(here.values())) == 1:
-        lines.append(("Here", here["sound"]))
-    else:
-        lines += [(f"Here, {name}{' (used)' if name == protocol else ''}", text) for name, text in here.items()]
-    places = []
-    for kind in ("table", "figure"):
-        for number in map(int, row[f"{kind}s"].split()):
-            anchor = f"{kind}-{number:02d}"
-            places.append((f"{kind.capitalize()} {number}", anchor if anchor in anchors else ""))
-    return Card(row["row"], row["topic"], tuple(lines), tuple(places))
-
-
 def as_run(inputs: PageInputs) -> Iterator[Grid]:
     """What the records say was really used: a grid a kind of run, a line for each distinct treatment."""
     for kind, title in AS_RUN.items():
@@ -134,20 +93,17 @@ def as_run(inputs: PageInputs) -> Iterator[Grid]:
                 shown = tuple((key, _text(value)) for key, value in treatment.items())
                 place = f"{one.run['model']}, {one.run['task']}"
                 found.setdefault(shown, {}).setdefault(place, {})[inputs.labels.method(one.run["method"])] = None
-        if found:
-            yield _treatments(title, found)
-
-
-def _treatments(title: str, found: Mapping[Sequence[tuple[str, str]], Mapping[str, Mapping[str, None]]]) -> Grid:
-    keys = list(dict.fromkeys(key for shown in found for key, _ in shown))
-    rows = [
-        [
-            "; ".join(f"{place}: {', '.join(sorted(methods))}" for place, methods in runs.items()),
-            *(dict(shown).get(key) or Text("not recorded", "none") for key in keys),
+        keys = list(dict.fromkeys(key for shown in found for key, _ in shown))
+        rows = [
+            [
+                "; ".join(f"{place}: {', '.join(sorted(methods))}" for place, methods in runs.items()),
+                *(dict(shown).get(key) or Text("not recorded", "none") for key in keys),
+            ]
+            for shown, runs in found.items()
         ]
-        for shown, runs in found.items()
-    ]
-    return Grid(f"As run, {title}: what the records say", ["runs", *(key.replace("_", " ") for key in keys)], rows)
+        if found:
+            head = ["runs", *(key.replace("_", " ") for key in keys)]
+            yield Grid(f"As run, {title}: what the records say", head, rows)
 
 
 def _beside(value: str | None, used: str) -> str | Text:

@@ -11,7 +11,8 @@ import jinja2
 from markupsafe import Markup, escape
 
 from finetune.published import discrepancies
-from finetune.report.page.tables import anchor_of
+from finetune.report.model import format_value
+from finetune.report.page.tables import anchor_of, heading_of, interval_of
 from finetune.stats.verdicts import MARKS, MEANINGS
 
 _ROW = re.compile(r"\bD\d+\b")
@@ -36,10 +37,12 @@ def render(template: str, **context: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"linked": linked, "picture": picture, "anchor": anchor_of}
+    environment.filters |= {"linked": linked, "picture": picture, "anchor": anchor_of, "heading": heading_of}
     environment.globals |= {
         "marks": MARKS,
         "meanings": MEANINGS,
+        "value": format_value,
+        "interval": interval_of,
         "style": Markup(resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")),
     }
     return environment.get_template(template).render(context)
