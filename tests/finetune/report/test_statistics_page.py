@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from finetune.report.evidence.evidence import collect_evidence
 from finetune.report.evidence.llama_evidence import collect_llama_evidence
 from finetune.report.figures.scores_figure import draw_scores
-from finetune.report.labels import read_labels
+from finetune.report.labels import Labels, read_labels
 from finetune.report.page.findings import findings
 from finetune.report.page.inputs import PageInputs
 from finetune.report.statistics.families import Design
@@ -112,6 +113,27 @@ def test_page_holds_the_record(content):
         ("BERT RTE", "fits better exchanged, but not beyond chance"),
         ("RoBERTa-base STSB", "fits better exchanged, but not beyond chance"),
     ]
+
+
+def test_a_fifth_method_and_a_ninth_task_are_in_record_page_and_figure(tmp_path):
+    found = [run(method, "rte", seed, 0.5 + seed / 10) for method in ("full", "sparsegrad") for seed in (1, 2, 3)]
+    evidence = collect_evidence(**WHAT, records=found)
+    known = evidence.runs["minilm", "full", "rte"]
+    more = {("minilm", m, t): known for m in ("dora", "sparsegrad") for t in ("rte", "news")}
+    labels = Labels(LABELS.methods, LABELS.tasks | {"news": "News"})
+    design = Design(labels, ("full", "dora", "sparsegrad"), samples=200)
+    content = build_statistics(replace(evidence, runs=evidence.runs | more), None, design)
+    (family,) = content["runs"][0]["comparison"]["families"]
+    pairs = {(pair["first"], pair["second"]): list(pair["tasks"]) for pair in family["pairs"]}
+    assert pairs == {
+        ("sparsegrad", "dora"): ["rte", "news"],
+        ("sparsegrad", "full"): ["rte"],
+        ("dora", "full"): ["rte"],
+    }
+    head, _, *rows = rows_of(to_markdown(content), "## Our runs: MiniLM-L6 (minilm)")
+    assert head[-2:] == ["RTE", "News"] and {row[0] for row in rows} == {"Regular FT", "DoRA", "SparseGrad"}
+    svg = draw_scores(content, tmp_path, ["statistics.json"], labels)[0].read_text()
+    assert ">DoRA, AVG<" in svg and ">News<" in svg
 
 
 def test_too_few_pairs_and_nothing_run_are_said():
