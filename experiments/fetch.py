@@ -33,7 +33,7 @@ def read(path: Path) -> Mapping[str, Any]:
     return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
 
 
-def wanted(experiment: Mapping[str, Any]) -> list[fetching.Source | fetching.GitHubSource]:
+def wanted(experiment: Mapping[str, Any]) -> list[fetching.AnySource]:
     """The folders behind the names in an experiment file (`data`, `chat` and `questions`: one name or a list)."""
     groups = {
         "model": ("models", "llama_models", "efficiency_models"),

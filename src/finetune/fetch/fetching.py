@@ -23,28 +23,24 @@ from typing import Any
 
 from finetune.fetch.github import GitHub, GitHubSource
 from finetune.fetch.hub import FetchError, Hub, HubFile, Source, size_of
+from finetune.store.files import write_atomically
 
 log = logging.getLogger(__name__)
 
 SUMS = "SHA256SUMS"
 
+AnySource = Source | GitHubSource
+
 
 @dataclass(frozen=True)
 class Servers:
-    """Both servers behind one interface: a source is asked of the server that has it."""
+    """Both servers; a source is asked of the server that has it."""
 
     hub: Hub
     github: GitHub
 
-    def files(self, source: Source | GitHubSource) -> tuple[HubFile, ...]:
-        """The files of a source; see the server's own method."""
-        return self._of(source).files(source)
-
-    def download(self, source: Source | GitHubSource, file: HubFile, partial: Path) -> None:
-        """Downloads what `partial` does not hold yet; see the server's own method."""
-        self._of(source).download(source, file, partial)
-
-    def _of(self, source: Source | GitHubSource) -> Any:
+    def of(self, source: AnySource) -> Any:
+        """The server of a source, with ``files(source)`` and ``download(source, file, partial)``."""
         return self.github if isinstance(source, GitHubSource) else self.hub
 
 
@@ -52,7 +48,7 @@ class Servers:
 class Item:
     """One line of the plan: a source, its folder on disk, its files, and why it can't be fetched (or None)."""
 
-    source: Source | GitHubSource
+    source: AnySource
     folder: Path
     files: tuple[HubFile, ...] = ()
     complete: bool = False
@@ -77,7 +73,7 @@ def sources(
     models: Mapping[str, Mapping],
     data: Mapping[str, Mapping],
     questions: Mapping[str, Mapping] | None = None,
-) -> list[Source | GitHubSource]:
+) -> list[AnySource]:
     """The folders that an experiment needs.
 
     Args:
@@ -90,7 +86,7 @@ def sources(
     Raises:
         ValueError: An unknown task, an unpinned revision or file, or two sources for one folder.
     """
-    found: list[Source | GitHubSource] = []
+    found: list[AnySource] = []
     lists = (experiment.get(key) or [] for key in ("models", "llama_models", "efficiency_models"))
     for name in dict.fromkeys(itertools.chain.from_iterable(lists)):
         model = models[name]
@@ -103,7 +99,7 @@ def sources(
     for config in (questions or {}).values():
         if config.get("sources"):
             found.append(GitHubSource.read(config["folder"], config["sources"]))
-    by_folder: dict[str, Source | GitHubSource] = {}
+    by_folder: dict[str, AnySource] = {}
     for source in found:
         other = by_folder.setdefault(source.folder, source)
         if other != source:
@@ -126,14 +122,14 @@ def _dataset(config: Mapping[str, Any], tasks: Sequence[str]) -> list[Source]:
     return found
 
 
-def plan(wanted: Sequence[Source | GitHubSource], root: Path, hub: Hub | Servers) -> list[Item]:
+def plan(wanted: Sequence[AnySource], root: Path, servers: Servers) -> list[Item]:
     """What every source consists of and what is missing; asks the servers about incomplete folders only."""
     items = []
     for source in wanted:
         folder = Path(root) / source.folder
         try:
             kept = _kept(source, folder)
-            items.append(Item(source, folder, kept or hub.files(source), complete=bool(kept)))
+            items.append(Item(source, folder, kept or servers.of(source).files(source), complete=bool(kept)))
         except FetchError as error:
             items.append(Item(source, folder, error=str(error)))
     return items
@@ -154,20 +150,18 @@ def check_room(items: Sequence[Item], root: Path) -> None:
         )
 
 
-def _kept(source: Source | GitHubSource, folder: Path) -> tuple[HubFile, ...]:
+def _kept(source: AnySource, folder: Path) -> tuple[HubFile, ...]:
     """The files of a folder that is complete; empty if it is not."""
     if not (folder / SUMS).is_file():
         return ()
-    label, sums = _read_sums(folder)
-    if label not in (None, str(source)):
-        raise FetchError(f"{folder} holds {label}, not {source}: move the folder away or choose another data.root")
+    label, sums = _read_sums(source, folder)
     matched = all(fnmatch.filter([source.prefix + name for name in sums], pattern) for pattern in source.files)
     if label is None or not matched or not all((folder / name).is_file() for name in sums):
         return ()
     return tuple(HubFile(name, size_of(folder / name), sha) for name, sha in sums.items())
 
 
-def fetch(items: Sequence[Item], hub: Hub | Servers) -> list[str]:
+def fetch(items: Sequence[Item], servers: Servers) -> list[str]:
     """Downloads and verifies every item; one that fails does not stop the others.
 
     Returns:
@@ -181,14 +175,14 @@ def fetch(items: Sequence[Item], hub: Hub | Servers) -> list[str]:
             if item.complete:
                 verify(item.source, item.folder)
             else:
-                _complete(item, hub)
+                _complete(item, servers.of(item.source))
         except FetchError as error:
             log.error("%s", error)
             errors.append(str(error))
     return errors
 
 
-def _complete(item: Item, hub: Hub | Servers) -> None:
+def _complete(item: Item, server: Any) -> None:
     _unfinish(item.folder)
     sums = {}
     missing = item.missing
@@ -198,14 +192,15 @@ def _complete(item: Item, hub: Hub | Servers) -> None:
             sums[file.path] = _verified(target, file, target)
         else:
             partial = file.partial(item.folder)
-            hub.download(item.source, file, partial)
+            server.download(item.source, file, partial)
             sums[file.path] = _verified(partial, file, target)
             os.replace(partial, target)
-    _write_sums(item.folder, item.source, sums)
+    text = f"# {item.source}\n" + "".join(f"{sha}  {name}\n" for name, sha in sums.items())
+    write_atomically(item.folder / SUMS, text)
     log.info("%s: %s downloaded, %d files verified", item.folder, human(missing), len(sums))
 
 
-def verify(source: Source | GitHubSource, folder: Path) -> None:
+def verify(source: AnySource, folder: Path) -> None:
     """Re-checks a complete folder against its SHA256SUMS and the pinned checksums; needs no network.
 
     Raises:
@@ -213,9 +208,7 @@ def verify(source: Source | GitHubSource, folder: Path) -> None:
     """
     if not (folder / SUMS).is_file():
         raise FetchError(f"{folder} is not complete, it has no {SUMS}: run fetch without verify=true")
-    label, sums = _read_sums(folder)
-    if label not in (None, str(source)):
-        raise FetchError(f"{folder} holds {label}, not {source}: move the folder away or choose another data.root")
+    _, sums = _read_sums(source, folder)
     bad = [f"{folder / name} is missing" for name in {**sums, **source.checksums} if not (folder / name).is_file()]
     for name, sha in sums.items():
         try:
@@ -256,7 +249,8 @@ def _digest(path: Path, state: Any) -> str:
     return state.hexdigest()
 
 
-def _read_sums(folder: Path) -> tuple[str | None, dict[str, str]]:
+def _read_sums(source: AnySource, folder: Path) -> tuple[str | None, dict[str, str]]:
+    """The source that a folder's sums name, if any, which must be this one; and sha256 by path."""
     label, sums = None, {}
     for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
         if line.startswith("# "):
@@ -265,16 +259,9 @@ def _read_sums(folder: Path) -> tuple[str | None, dict[str, str]]:
             sums[match[2]] = match[1]
         elif line:
             raise FetchError(f"{folder / SUMS}: not a line of sha256sum: {line!r}; move the file away and fetch again")
+    if label not in (None, str(source)):
+        raise FetchError(f"{folder} holds {label}, not {source}: move the folder away or choose another data.root")
     return label, sums
-
-
-def _write_sums(folder: Path, source: Source | GitHubSource, sums: Mapping[str, str]) -> None:
-    temporary = folder / f"{SUMS}.tmp"
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(f"# {source}\n" + "".join(f"{sha}  {name}\n" for name, sha in sums.items()))
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, folder / SUMS)
 
 
 def human(size: float) -> str:

@@ -13,11 +13,11 @@ import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from finetune.fetch.hub import FetchError, HubFile, size_of
+from finetune.fetch.hub import FetchError, HubFile, check_below, size_of
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +45,7 @@ class GitHubFile:
             if not isinstance(given, str) or not re.fullmatch(pattern, given):
                 raise ValueError(f"{self.repo}: {self.path}: {name} is {given!r}; give {wanted}")
         for name in ("path", "file"):
-            place = PurePosixPath(str(getattr(self, name) or "/"))
-            if place.is_absolute() or ".." in place.parts:
-                raise ValueError(f"{self.repo}: {name} is {getattr(self, name)!r}; give a relative path without '..'")
+            check_below(getattr(self, name), f"{self.repo}: {name}", "a relative path without '..'")
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,7 @@ class GitHubSource:
     prefix = ""
 
     def __post_init__(self):
-        if Path(self.folder).is_absolute() or ".." in Path(self.folder).parts:
-            raise ValueError(f"{self}: folder is {self.folder!r}; give a path below data.root")
+        check_below(self.folder, f"{self}: folder", "a path below data.root")
         twice = sorted({name for name in self.files if self.files.count(name) > 1})
         if twice or not self.entries:
             raise ValueError(f"{self.folder}: sources name {twice or 'no file'} {'twice' if twice else ''}".rstrip())

@@ -46,8 +46,7 @@ class Source:
     def __post_init__(self):
         if not re.fullmatch(r"[0-9a-f]{40}", str(self.revision)):
             raise ValueError(f"{self.repo}: revision is {self.revision!r}; pin a commit (40 hexadecimal digits)")
-        if Path(self.folder).is_absolute() or ".." in Path(self.folder).parts:
-            raise ValueError(f"{self.repo}: folder is {self.folder!r}; give a path below data.root")
+        check_below(self.folder, f"{self.repo}: folder", "a path below data.root")
         for path in self.checksums:
             if not any(fnmatch.fnmatchcase(self.prefix + path, pattern) for pattern in self.files):
                 raise ValueError(f"{self.repo}: {path!r} has a pinned checksum but is not among files {self.files}")
@@ -199,6 +198,13 @@ def _hub_file(source: Source, listed: Any) -> HubFile:
         raise FetchError(f"{source}: the hub gives no checksum for {path}, and none is pinned")
     # For an LFS file the blob id is that of its pointer.
     return HubFile(path, listed.size, pinned or (lfs.sha256 if lfs else None), None if lfs else listed.blob_id)
+
+
+def check_below(path: Any, what: str, wanted: str) -> None:
+    """Refuse a path that is empty or leaves the folder that it is below."""
+    place = Path(str(path or "/"))
+    if place.is_absolute() or ".." in place.parts:
+        raise ValueError(f"{what} is {path!r}; give {wanted}")
 
 
 def size_of(path: Path) -> int:

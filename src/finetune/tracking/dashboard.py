@@ -67,10 +67,10 @@ _OF_RUNS: Sections = (
         (
             Panel("bar", "Best validation score", ["score"]),
             Panel("line", "Validation loss", [f"{VALIDATION}loss"]),
-            Panel("line", "Matthews correlation (CoLA)", [f"{VALIDATION}matthews_correlation"]),
-            Panel("line", "Pearson correlation (STS-B)", [f"{VALIDATION}pearson"]),
-            Panel("line", "Accuracy (all other tasks)", [f"{VALIDATION}accuracy"]),
-            Panel("line", "F1 (two classes)", [f"{VALIDATION}f1"]),
+            Panel("line", "Matthews correlation", [f"{VALIDATION}matthews_correlation"]),
+            Panel("line", "Pearson correlation", [f"{VALIDATION}pearson"]),
+            Panel("line", "Accuracy", [f"{VALIDATION}accuracy"]),
+            Panel("line", "F1, of two classes", [f"{VALIDATION}f1"]),
         ),
     ),
     (

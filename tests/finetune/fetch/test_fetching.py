@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from finetune.fetch import fetching
+from finetune.fetch.github import GitHub
 from finetune.fetch.hub import FetchError, Hub, HubFile, Source
 
 SPEC = importlib.util.spec_from_file_location("hub_mirror", Path(__file__).parents[2] / "hub_mirror.py")
@@ -57,8 +58,12 @@ def tiny(**changes) -> Source:
     return fetching.sources({"models": ["tiny"]}, {"tiny": MODEL_CONFIG | changes}, {})[0]
 
 
+def servers(endpoint, token=None):
+    return fetching.Servers(Hub(endpoint, token), GitHub("http://127.0.0.1:9"))
+
+
 def run(mirror, root, sources=None, token=None):
-    hub = Hub(mirror.endpoint, token)
+    hub = servers(mirror.endpoint, token)
     sources = (
         fetching.sources(EXPERIMENT, {"tiny": MODEL_CONFIG}, {"glue": DATA_CONFIG}) if sources is None else sources
     )
@@ -114,7 +119,7 @@ def test_files_that_are_there_are_verified_and_kept(mirror, tmp_path):
     folder = tmp_path / "models/tiny"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(WEIGHTS)
-    items = fetching.plan([tiny()], tmp_path, Hub(mirror.endpoint))
+    items = fetching.plan([tiny()], tmp_path, servers(mirror.endpoint))
     assert items[0].missing == len(MODEL["config.json"])
     assert run(mirror, tmp_path, [tiny()])[1] == []
     assert [path for path, _, _ in mirror.bodies] == ["config.json"]
@@ -295,13 +300,13 @@ def test_offline_flag(mirror, tmp_path, monkeypatch):
 
 
 def test_unreachable_hub(tmp_path, mirror):
-    hub = Hub("http://127.0.0.1:9")
+    hub = servers("http://127.0.0.1:9")
     (item,) = fetching.plan([tiny()], tmp_path, hub)
     assert "http://127.0.0.1:9 can't be reached" in item.error
 
 
 def test_the_disk_must_have_room(mirror, tmp_path, monkeypatch):
-    items = fetching.plan([tiny()], tmp_path / "not" / "there", Hub(mirror.endpoint))
+    items = fetching.plan([tiny()], tmp_path / "not" / "there", servers(mirror.endpoint))
     fetching.check_room(items, tmp_path / "not" / "there")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
     with pytest.raises(FetchError, match=r"262.2 kB to download, but .* has room for 1.0 kB"):
@@ -309,7 +314,7 @@ def test_the_disk_must_have_room(mirror, tmp_path, monkeypatch):
 
 
 def test_plan_says_what_is_missing(mirror, tmp_path):
-    hub = Hub(mirror.endpoint)
+    hub = servers(mirror.endpoint)
     source = tiny()
     assert str(fetching.plan([source], tmp_path, hub)[0]) == (
         f"models/tiny: acme/tiny@{COMMIT}, 2 files, 262.2 kB: 262.2 kB to download"

@@ -59,9 +59,13 @@ def chat(mirror) -> "hub_mirror.Repo":
 
 
 def run(mirror, root, *wanted):
-    servers = fetching.Servers(Hub("http://127.0.0.1:9"), GitHub(mirror.raw_endpoint))
-    items = fetching.plan(wanted or [source()], root, servers)
-    return items, fetching.fetch(items, servers)
+    both = servers(mirror.raw_endpoint)
+    items = fetching.plan(wanted or [source()], root, both)
+    return items, fetching.fetch(items, both)
+
+
+def servers(endpoint):
+    return fetching.Servers(Hub("http://127.0.0.1:9"), GitHub(endpoint))
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -80,7 +84,7 @@ def test_files_of_several_repositories_make_one_folder(mirror, tmp_path):
 
 
 def test_the_plan_knows_sizes_and_downloads_nothing(mirror, tmp_path):
-    (item,) = fetching.plan([source()], tmp_path, GitHub(mirror.raw_endpoint + "/"))
+    (item,) = fetching.plan([source()], tmp_path, servers(mirror.raw_endpoint + "/"))
     assert item.missing == sum(len(content) for *_, content in WHERE.values())
     assert mirror.bodies == [] and tree(tmp_path) == {} and all("HEAD" in line for line in mirror.requests)
 
@@ -146,9 +150,9 @@ def test_a_file_that_is_not_there_is_named_by_its_address_while_planning(mirror,
 
 
 def test_a_server_that_is_not_there(tmp_path):
-    (item,) = fetching.plan([source()], tmp_path, GitHub("http://127.0.0.1:9"))
+    (item,) = fetching.plan([source()], tmp_path, servers("http://127.0.0.1:9"))
     assert "http://127.0.0.1:9 can't be reached, run again to go on" in item.error and "\n" not in item.error
-    (item,) = fetching.plan([source()], tmp_path, GitHub("nonsense"))
+    (item,) = fetching.plan([source()], tmp_path, servers("nonsense"))
     assert "nonsense can't be reached" in item.error
 
 
