@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from finetune.data.glue import Split, Task, load_task
+from finetune.data.glue import Split, load_task
 
 ALL = {
     "cola": (["sentence"], 2, "matthews_correlation"),
@@ -37,17 +37,13 @@ def test_every_task_of_the_paper_loads_in_the_hubs_layout(name, tmp_path, write_
     write_task(tmp_path, name, train=12, validation=6)
     task, splits = load(name, root=tmp_path)
     assert (list(task.columns), task.num_labels, task.metric) == ALL[name]
+    assert task.label_range == ((0, 5) if name == "stsb" else None) and task.title.lower() == name
     assert (len(splits["train"]), len(splits["validation"])) == (12, 6)
     assert splits["train"].labels.dtype == (torch.float32 if name == "stsb" else torch.int64)
     assert task.validation == ("validation_matched" if name == "mnli" else "validation")
     batch = splits["train"].batch([0, 5])
     assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "labels"}
     assert batch["token_type_ids"].any() == (len(task.columns) == 2)
-
-
-def test_configuration_holds_the_papers_eight_tasks_and_no_other(compose):
-    found = compose()["data"]["tasks"]
-    assert {n: (f["columns"], f["num_labels"], f["metric"]) for n, f in found.items()} == ALL
 
 
 def test_labels_and_rows_are_the_files(glue_root, load):
@@ -66,7 +62,7 @@ def test_second_sentence_is_the_second_segment(load, tokenizer, glue_root):
     assert batch["token_type_ids"][0].tolist() == [0] * (len(first) + 2) + [1] * (len(second) + 1)
 
 
-def test_longest_pads_to_the_longest_row_of_the_batch(load, tokenizer):
+def test_rows_are_padded_to_the_longest_of_the_batch_or_to_max_length(load, tokenizer):
     _, splits = load("cola")
     split = splits["train"]
     rows = [0, 1, 2, 3]
@@ -75,9 +71,6 @@ def test_longest_pads_to_the_longest_row_of_the_batch(load, tokenizer):
     assert batch["input_ids"].shape == (4, max(lengths))
     assert batch["attention_mask"].sum(dim=1).tolist() == lengths
     assert (batch["input_ids"][batch["attention_mask"] == 0] == tokenizer.pad_token_id).all()
-
-
-def test_max_length_pads_every_batch_to_it(load):
     _, splits = load("cola", padding="max_length", max_length=20)
     assert splits["train"].batch([0])["input_ids"].shape == (1, 20)
     assert splits["validation"].batch([0, 1])["attention_mask"].shape == (2, 20)
@@ -135,25 +128,22 @@ def test_tokenizer_without_segments_gives_batches_without_them():
     assert batch["input_ids"].tolist() == [[5, 6, 1], [5, 6, 7]]
 
 
-def test_unknown_task_names_those_there_are(load):
-    with pytest.raises(ValueError, match=r"data.task='wnli'; glue has: cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb\."):
-        load("wnli")
-
-
-def test_unknown_padding_names_the_allowed(load):
-    with pytest.raises(ValueError, match=r"padding='left'; allowed: longest, max_length\."):
-        load("cola", padding="left")
-
-
-def test_missing_folder_offline_says_where_it_looked_and_what_to_set(load, tmp_path):
-    with pytest.raises(ValueError, match=r"cola does not exist and nyu-mll/glue could not be loaded") as caught:
-        load("cola", root=tmp_path)
-    assert str(tmp_path) in str(caught.value) and "Set data.root (or SPARSEGRAD_DATA)" in str(caught.value)
-
-
-def test_missing_folder_of_generated_data_names_the_stage(load, tmp_path):
-    with pytest.raises(ValueError, match=r"does not exist; the stage that generates made writes it\."):
-        load("cola", root=tmp_path, source=None, name="made")
+@pytest.mark.parametrize(
+    ("task", "changes", "message"),
+    [
+        ("wnli", {}, "data.task='wnli'; glue has: cola, mnli, mrpc"),
+        ("cola", {"padding": "left"}, "padding='left'; allowed: longest, max_length"),
+        (
+            "cola",
+            {"root": "nowhere"},
+            r"nowhere/glue/cola does not exist and nyu-mll/glue .* Set data.root",
+        ),
+        ("cola", {"root": "nowhere", "source": None, "name": "made"}, "the stage that generates made writes it"),
+    ],
+)
+def test_what_there_is_not_is_named_with_what_there_is(task, changes, message, load):
+    with pytest.raises(ValueError, match=message):
+        load(task, **changes)
 
 
 def test_folder_without_the_split_states_the_layout(load, tmp_path):
@@ -224,11 +214,6 @@ def test_shards_of_unequal_columns_are_refused(cola, load):
     pq.write_table(pa.table({"other": [1]}), root / "glue" / "cola" / "train-00001-of-00002.parquet")
     with pytest.raises(ValueError, match="fetch it again"):
         load("cola", root=root)
-
-
-def test_task_facts_come_from_the_configuration(compose):
-    task = Task.from_config(compose("data.task=stsb")["data"])
-    assert task.label_range == (0, 5) and task.title == "STSB" and task.columns == ("sentence1", "sentence2")
 
 
 def test_the_real_cola(compose, tokenizer):

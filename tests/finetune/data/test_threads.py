@@ -74,17 +74,13 @@ def test_the_best_ranked_reply_is_followed(options):
     assert threads_of(last, options(threads="best"))[0] == [("q1", "a11", "qq21", "aaa21")]
 
 
-def test_a_thread_that_equals_another_once_cut_is_kept_once(options):
+def test_questions_without_answers_are_cut_and_counted(options):
     rows = [message("q1"), message("a11", "q1"), message("qq21", "a11"), message("qq22", "a11")]
     threads, facts = threads_of(rows, options())
-    assert threads == [("q1", "a11")]
+    assert threads == [("q1", "a11")]  # once, though two threads are that once cut
     assert (facts["threads"], facts["cut_prompts"], facts["repeated_threads"]) == (2, 2, 1)
-
-
-def test_a_question_without_an_answer_is_counted(options):
     threads, facts = threads_of([message("q1"), message("q2")], options())
-    assert threads == []
-    assert facts["unanswered_threads"] == facts["threads"] == 2
+    assert threads == [] and facts["unanswered_threads"] == facts["threads"] == 2
 
 
 CUT = {"cut_prompts": 1, "unanswered_threads": 1}  # the question that lost its only answer
@@ -157,12 +153,7 @@ def test_layouts_of_the_hub(name, write, options):
         "validation": {"two"},
     }
     assert found["train"].sha256 != found["validation"].sha256
-
-
-def test_several_files_are_one_split(write, options):
-    write(tree("one"), "data/train-00000-of-00002.parquet")
-    write([row | {"message_id": f"x{row['message_id']}"} for row in tree("three")], "data/train-00001-of-00002.parquet")
-    root = write(tree("two"), "data/validation-0.parquet")
+    write([row | {"message_id": f"x{row['message_id']}"} for row in tree("three")], name.format("train-more"))
     assert len(read_messages(options(root))["train"].rows) == 14
 
 
@@ -190,15 +181,16 @@ def test_trees_of_one_file_are_split_whole_by_a_hash(write, options):
     assert {row["message_tree_id"] for row in larger} >= {name for name in validation if int(name[1:]) < 100}
 
 
-@pytest.mark.parametrize("share", [None, 0, 1, 1.5])
-def test_a_share_that_splits_nothing_is_refused(share, write, options):
-    with pytest.raises(ValueError, match=rf"validation_share={share}; messages.parquet is one file"):
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        *((share, f"validation_share={share}; messages.parquet is one file") for share in (None, 0, 1, 1.5)),
+        (0.01, "the validation split has no messages; chat.validation_share"),
+    ],
+)
+def test_a_share_that_splits_nothing_is_refused(share, message, write, options):
+    with pytest.raises(ValueError, match=message):
         read_messages(options(write(tree()), validation_share=share))
-
-
-def test_one_tree_cannot_be_split(write, options):
-    with pytest.raises(ValueError, match="the validation split has no messages; chat.validation_share"):
-        read_messages(options(write(tree()), validation_share=0.01))
 
 
 def test_a_tree_in_both_splits_is_refused(write, options):
@@ -267,33 +259,22 @@ def test_an_empty_folder_and_a_torn_file_say_what_to_do(tmp_path, options):
 def test_without_a_folder_a_source_is_asked_or_the_stage_named(tmp_path, options, monkeypatch):
     import datasets
 
-    asked = {}
+    parts = {"train": tree("one"), "validation": tree("two")}
 
     def load_dataset(source, split, revision):
-        asked[split] = (source, revision)
-        if split == "validation":
+        if not parts:
             raise ConnectionError("no network")
-        return datasets.Dataset(pa.Table.from_pylist(tree()))
+        return datasets.Dataset(pa.Table.from_pylist(parts[split]))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    found = options(tmp_path)
-    with pytest.raises(ValueError, match=r"could not be loaded from the hub \(ConnectionError: no network\). Set data"):
-        read_messages(found)
-    assert asked == dict.fromkeys(("train", "validation"), ("OpenAssistant/oasst1", found["revision"]))
-    with pytest.raises(ValueError, match="the stage that generates oasst1 writes it"):
-        read_messages(found | {"source": None})
-
-
-def test_the_hubs_rows_are_read_and_named_by_their_revision(tmp_path, options, monkeypatch):
-    import datasets
-
-    parts = {"train": tree("one"), "validation": tree("two")}
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda source, split, revision: datasets.Dataset(pa.Table.from_pylist(parts[split]))
-    )
     found = read_messages(options(tmp_path))
     assert len(found["train"].rows) == 7
     assert found["train"].sha256 == "OpenAssistant/oasst1@fdf72ae0827c1cda404aff25b6603abec9e3399b"
+    parts.clear()
+    with pytest.raises(ValueError, match=r"could not be loaded from the hub \(ConnectionError: no network\). Set data"):
+        read_messages(options(tmp_path))
+    with pytest.raises(ValueError, match="the stage that generates oasst1 writes it"):
+        read_messages(options(tmp_path, source=None))
 
 
 def test_the_real_trees(options):

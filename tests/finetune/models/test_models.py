@@ -20,21 +20,14 @@ def copy(tiny_checkpoint, tmp_path):
     return shutil.copytree(tiny_checkpoint, tmp_path / "copy")
 
 
-def test_folder_given_as_checkpoint_comes_first(group, tiny_checkpoint, tmp_path):
-    (tmp_path / "models" / "tiny_bert").mkdir(parents=True)
-    assert models.resolve(group(), tmp_path) == (str(tiny_checkpoint), {"local_files_only": True})
-
-
-def test_folder_under_the_root_comes_before_the_hub(group, tmp_path):
+def test_a_folder_comes_before_the_hub_and_a_given_one_first(group, tiny_checkpoint, tmp_path):
+    named = group(checkpoint="acme/tiny", revision="abc")
+    assert models.resolve(named, tmp_path) == ("acme/tiny", {"revision": "abc"})
+    assert models.fingerprint(named, tmp_path) == "acme/tiny@abc"
     local = tmp_path / "models" / "tiny_bert"
     local.mkdir(parents=True)
-    found = models.resolve(group(checkpoint="acme/tiny", revision="abc"), tmp_path)
-    assert found == (str(local), {"local_files_only": True})
-
-
-def test_hub_name_keeps_its_revision(group, tmp_path):
-    found = models.resolve(group(checkpoint="acme/tiny", revision="abc"), tmp_path)
-    assert found == ("acme/tiny", {"revision": "abc"})
+    assert models.resolve(named, tmp_path) == (str(local), {"local_files_only": True})
+    assert models.resolve(group(), tmp_path) == (str(tiny_checkpoint), {"local_files_only": True})
 
 
 def test_model_of_a_stage_that_did_not_run(group, tmp_path):
@@ -76,17 +69,13 @@ def test_random_weights_follow_architecture_and_seed(group):
     assert models.fingerprint(random, "") == "random"
 
 
-def test_loading_says_nothing(group, capfd, caplog):
-    models.load_classifier(group(), "", 2, 0)
-    models.load_tokenizer(group(), "")
-    assert capfd.readouterr() == ("", "") and not caplog.records
-
-
-def test_loading_leaves_transformers_logging_as_it_was(group):
+def test_loading_says_nothing_and_leaves_transformers_logging_as_it_was(group, capfd, caplog):
     from transformers.utils import logging
 
     before = (logging.get_verbosity(), logging.is_progress_bar_enabled())
     models.load_classifier(group(), "", 2, 0)
+    models.load_tokenizer(group(), "")
+    assert capfd.readouterr() == ("", "") and not caplog.records
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
@@ -114,16 +103,11 @@ def test_hub_name_offline_says_what_to_set(group, tmp_path):
         models.load_tokenizer(group(checkpoint="acme/tiny", revision=None), tmp_path)
 
 
-def test_folder_without_tokenizer(group, copy):
+def test_a_folder_without_a_tokenizer_may_name_another(group, copy, tiny_checkpoint):
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
         (copy / name).unlink()
     with pytest.raises(ValueError, match=f"no tokenizer at {copy}: "):
         models.load_tokenizer(group(checkpoint=str(copy)), "")
-
-
-def test_tokenizer_of_another_folder(group, copy, tiny_checkpoint):
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
-        (copy / name).unlink()
     tokenizer = models.load_tokenizer(group(checkpoint=str(copy), tokenizer=str(tiny_checkpoint)), "")
     assert tokenizer.tokenize("The cat sees") == ["the", "cat", "sees"]
 
@@ -149,13 +133,6 @@ def test_fingerprint_is_of_the_weights_alone(group, copy):
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert models.fingerprint(group(checkpoint=str(copy)), "") != before
-
-
-def test_fingerprint_of_a_hub_model_is_its_revision(group, tmp_path):
-    assert models.fingerprint(group(checkpoint="acme/tiny", revision="abc"), tmp_path) == "acme/tiny@abc"
-
-
-def test_fingerprint_of_a_folder_without_safetensors(group, copy):
-    (copy / "model.safetensors").unlink()
+    weights.unlink()
     with pytest.raises(ValueError, match=r"has no \*.safetensors file; weights in other formats are not read\."):
         models.fingerprint(group(checkpoint=str(copy)), "")

@@ -222,11 +222,8 @@ def test_a_long_prompt_is_cut_or_refused(length, options, expected):
         assert prompt.input_ids[0] == 1 and prompt.input_ids[1:] == ids[length - len(prompt.input_ids) + 1 :]
 
 
-def test_without_a_limit_nothing_is_cut():
+def test_without_a_limit_nothing_is_cut_and_without_bos_none_is_kept():
     assert fit(range(10_000), None, 1, AnswerOptions(max_new_tokens=7)).limit == 7
-
-
-def test_a_cut_prompt_without_bos_gets_none():
     assert fit(range(5, 200), 100, 1, AnswerOptions(reserve=10)).input_ids == list(range(110, 200))
 
 
@@ -479,43 +476,6 @@ def test_a_checkpoint_given_by_hand_is_answered_for_one_seed(checkpoint, tmp_pat
     assert (tmp_path / "answers" / "lora" / "tiny_llama-lora-seed7.jsonl").exists()
     with pytest.raises(ValueError, match=r"is one model, received \['lora'\] with seeds \[1, 2\]"):
         answer_cells.answer_cells(config, ["lora"], [1, 2], tmp_path / "none", tmp_path / "answers")
-
-
-# ---- the script ----
-
-
-@pytest.fixture
-def script(checkpoint, tmp_path):
-    """``script("seed=3", ...)``: experiments/answers.py in a folder with two trained models and params.yaml."""
-    shutil.copytree(checkpoint, tmp_path / "results" / "mine" / "models" / "llama2_7b" / "lora" / "seed4")
-    shutil.copytree(checkpoint, tmp_path / "outputs" / "mine" / "llama2_7b" / "lora" / "seed3")
-    (tmp_path / "params.yaml").write_text("{llama_seeds: [4], methods: [lora]}\n")
-    own = config_for(checkpoint, tmp_path)
-    place = [f"questions.{name}={own['questions'][name]}" for name in ("root", "folder", "questions")]
-    sizes = [f"scale.answers.{name}={value}" for name, value in own["scale"]["answers"].items()]
-    common = ["name=mine", "model=llama2_7b", "++model.template=llama-2", "method=lora", "device=cpu", "progress=false"]
-
-    def run(*arguments):
-        file = Path(__file__).parents[3] / "experiments" / "answers.py"
-        command = [sys.executable, str(file), *common, *place, *sizes, *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-
-    return run
-
-
-def test_the_script_answers_for_one_seed_by_hand(script, tmp_path):
-    done = script("seed=3")
-    assert done.returncode == 0 and "7 answers in" in done.stderr, done.stderr
-    folder = tmp_path / "outputs" / "mine" / "mt_bench" / "answers" / "llama2_7b" / "lora"
-    assert files(folder) == ["llama2_7b-lora-seed3.json", "llama2_7b-lora-seed3.jsonl"]
-    assert read_json(folder / "llama2_7b-lora-seed3.json")["run"]["protocol"] == "sound"
-
-
-def test_the_script_answers_for_a_cell(script, tmp_path):
-    done = script("cell=params.yaml")
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "results" / "mine" / "mt_bench" / "answers" / "llama2_7b" / "lora"
-    assert files(folder) == ["cell.json", "llama2_7b-lora-seed4.json", "llama2_7b-lora-seed4.jsonl"]
 
 
 # ---- bad input ----

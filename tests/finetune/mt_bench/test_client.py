@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import logging
 import socket
 import sys
@@ -225,7 +224,3 @@ def test_wrong_options_are_named(changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         JudgeOptions(**{"model": "judge", "base_url": "http://127.0.0.1:8000/v1"} | changes)
     assert KEY not in str(caught.value)
-
-
-def test_options_have_no_place_for_a_key():
-    assert KEY not in json.dumps(dataclasses.asdict(JudgeOptions("judge", "http://h/v1", api_key_env="JUDGE_KEY")))
