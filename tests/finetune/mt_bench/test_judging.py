@@ -372,6 +372,13 @@ def test_faults_lose_nothing_the_rest_is_judged_and_the_next_run_completes(judge
     assert all(server.count(item) == asked[item] for item in ITEMS if item not in FAULTS)
 
 
+def test_the_first_rating_counts_as_in_fastchat(judge, lines, server):
+    said = {(1, 1): "[[3]], not [[9]]", (1, 2): "Rating: [[7.5]]", (2, 1): "[4] then [[6]]", (2, 2): "only [2], [8]"}
+    server.answer = lambda item, times: bench.says(said.get(item, "[[5]]"))
+    assert judge()["judged"] == 16
+    assert [line["score"] for line in lines()][:5] == [3, 7.5, 6, 2, 5]
+
+
 def test_a_judgment_cut_at_max_tokens_says_so(judge, lines, server):
     cut = bench.says("Let me think")
     cut.body["choices"][0]["finish_reason"] = "length"
