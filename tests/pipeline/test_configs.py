@@ -125,7 +125,7 @@ def test_primary_files_begin_by_saying_what_they_are(path):
     assert path.read_text().startswith("# ")
 
 
-DECODERS = [name for name in names("model") if read(f"conf/model/{name}.yaml")["architecture"]["model_type"] == "llama"]
+DECODERS = [name for name in names("model") if "template" in read(f"conf/model/{name}.yaml")]
 
 
 @pytest.mark.parametrize("name", [name for name in names("model") if name not in DECODERS])
@@ -162,13 +162,14 @@ def test_patterns_of_a_decoder_find_the_blocks_of_index_divisible_by_3(name):
     with torch.device("meta"):
         architecture = AutoConfig.for_model(**config["architecture"])
         model = AutoModelForCausalLM.from_config(architecture)
-    patterns = config["target_modules"] | config["optional_modules"]
+    patterns = config["target_modules"] | config.get("optional_modules", {})
     found = find_targets(model, patterns, config["layers_to_transform"])
     blocks = range(0, architecture.num_hidden_layers, 3)  # paper, section 4.3
-    expected = {f"model.layers.{i}.mlp.{m}_proj" for i in blocks for m in ("up", "down", "gate")}
-    assert {target.name for target in found} == expected
+    assert sorted((target.kind, target.layer) for target in found) == sorted((k, i) for k in patterns for i in blocks)
+    if architecture.model_type == "llama":
+        assert {target.name for target in found} == {f"model.layers.{i}.mlp.{k}_proj" for k in patterns for i in blocks}
     size = architecture.hidden_size * architecture.intermediate_size
-    assert 0.002 <= config["k"] / size <= 0.01 and config["template"] == "llama-2"
+    assert 0.002 <= config["k"] / size <= 0.01
 
 
 @pytest.mark.parametrize("entry", ["chat", "mt_bench"])
