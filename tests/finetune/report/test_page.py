@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -271,6 +272,9 @@ def test_a_table_with_intervals_is_drawn(results):
     [(heading, table, panels)] = context(results)["charts"]
     assert heading == "Table 9" and table.name == "table_09"
     assert [(panel.title, panel.printed) for panel in panels] == [("CoLA", False)]
+    assert "Diamonds: printed" not in to_html(inputs(results))
+    write_cells(results, "table_09", [replace(one, model="bert_base", paper="59.0") for one in SCORES])
+    assert "Diamonds: printed" in to_html(inputs(results))
 
 
 def test_figures_come_in_the_order_asked_for_with_the_differences_that_bear_on_them(results):

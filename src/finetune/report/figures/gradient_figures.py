@@ -10,16 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.report.figures.energy_evidence import (
-    ANOTHER_HEAD,
-    SPACES,
-    Look,
-    fully_tuned,
-    of_model,
-    percent,
-    setting,
-    spread,
-)
+from finetune.report.figures import energy_evidence as energy
+from finetune.report.figures.energy_evidence import SPACES, Look, percent, setting, spread
 from finetune.report.figures.figure_style import (
     COLOURS,
     GREY,
@@ -45,7 +37,7 @@ def draw_figure_02(looks: Sequence[Look], model: str, folder: Path) -> list[Path
     Raises:
         ValueError: if heat maps are missing.
     """
-    look = fully_tuned(looks)
+    look = energy.fully_tuned(looks)
     maps, step = look.maps(), look.steps[0]
     spaces = ("original", "initial", "released")
     with new_figure(11, 5.2, len(look.kinds), len(spaces) + 1, width_ratios=[1, 1, 1, 1.35]) as (figure, axes):
@@ -102,10 +94,10 @@ def _words_02(look: Look, model: str, maps: dict[str, Any]) -> Words:
             f"largest entries, mean over the batches. In the largest 1 %: {'; '.join(found)}."
         ),
         notes=(
-            of_model(look, model),
+            energy.of_model(look, model),
             "The paper draws the fifth block of BERT; this is the middle block of this model.",
             "Colours of the maps saturate below a thousandth of the largest entry.",
-            ANOTHER_HEAD,
+            energy.ANOTHER_HEAD,
         ),
         source=relative_paths([look.path, look.path.with_suffix(".safetensors")]),
     )
@@ -120,7 +112,7 @@ def draw_figure_03(looks: Sequence[Look], model: str, folder: Path) -> list[Path
     Raises:
         ValueError: if heat maps are missing.
     """
-    look = fully_tuned(looks)
+    look = energy.fully_tuned(looks)
     maps, step = look.maps(), look.steps[0]
     with new_figure(12, 5.8, len(look.kinds), 4, width_ratios=[1, 1, 1.1, 1.3]) as (figure, axes):
         for row, kind in zip(axes, look.kinds, strict=True):
@@ -208,7 +200,7 @@ def _words_03(look: Look, model: str) -> Words:
             "that are large against the largest of their matrix; line: mean over blocks, band: their range."
         ),
         notes=(
-            of_model(look, model),
+            energy.of_model(look, model),
             f"No weight gradient has a zero worth the name: share of exactly zero entries {spread(zero)}, over blocks.",
             "Counts of non-zero entries are of the original output gradient. The rotation keeps which rows are zero "
             "and fills single zeros, such as those of the dropout behind the down layers.",
