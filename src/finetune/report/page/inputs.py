@@ -138,7 +138,6 @@ def _records(results: Path) -> Iterator[Found]:
     """The current records below an experiment's folder: those with a provenance."""
     folders = sorted(path for path in results.iterdir() if path.is_dir() and path.name not in _NOT_RECORDS)
     for path in (*(path for folder in folders for path in current_records(folder)), *sorted(results.glob("*.json"))):
-        if "models" not in path.relative_to(results).parts[:2]:
-            content = records.read_json(path)
-            if "provenance" in content:
-                yield Found(path.as_posix(), content)
+        content = records.read_json(path)
+        if "provenance" in content:
+            yield Found(path.as_posix(), content)
