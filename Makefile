@@ -21,7 +21,7 @@ help: ## what can be made
 	touch $@
 
 repro: .venv/installed ## run EXPERIMENT (smoke, local, paper, paper_released): every stage that is not up to date
-	cmp -s experiments/$(EXPERIMENT).yaml params.yaml || cp experiments/$(EXPERIMENT).yaml params.yaml
+	python -m finetune.store.experiment experiments/$(EXPERIMENT).yaml params.yaml
 	dvc repro
 
 plan: .venv/installed ## time by kind of card, memory, disk and judge calls that EXPERIMENT needs; after it, what it took

@@ -1,6 +1,7 @@
-"""Pretrain a tiny model of the smoke experiment.
+"""Pretrain a tiny model of the smoke experiment: an encoder on its text, or a decoder on its dialogues.
 
 python experiments/pretrain.py name=smoke model=tiny_bert
+python experiments/pretrain.py --config-name pretrain_chat name=smoke model=tiny_llama
 """
 
 import logging
@@ -11,33 +12,31 @@ from omegaconf import DictConfig, OmegaConf
 
 log = logging.getLogger(__name__)
 
+OPTIONS = ("vocab_size", "steps", "batch_size", "learning_rate", "seed", "warmup", "beta2")
 
-@hydra.main(version_base=None, config_path="../conf", config_name="pretrain")
+
+@hydra.main(version_base=None, config_path="../conf", config_name="pretrain_glue")
 def main(cfg: DictConfig) -> None:
     import torch
 
-    from finetune.models.pretraining import Pretraining, pretrain
+    from finetune.data.chat import chat_template
+    from finetune.models.pretraining import Pretraining, pretrain, pretrain_causal
     from finetune.runs.command import exit_with_message
 
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    folder = Path("results") / cfg.name / "data"
     options = Pretraining(
-        vocab_size=cfg.vocab_size,
-        steps=cfg.steps,
-        batch_size=cfg.batch_size,
-        learning_rate=cfg.learning_rate,
-        seed=cfg.seed,
-        device=torch.device(cfg.device),
-        progress_bar=cfg.progress,
+        **{name: cfg[name] for name in OPTIONS}, device=torch.device(cfg.device), progress_bar=cfg.progress
     )
+    architecture, results = OmegaConf.to_container(cfg.model.architecture, resolve=True), Path("results") / cfg.name
     with exit_with_message():
-        facts = pretrain(
-            folder / "text" / "corpus.txt",
-            folder / cfg.model.folder,
-            OmegaConf.to_container(cfg.model.architecture, resolve=True),
-            options,
-        )
+        if cfg.problem == "chat":
+            folder, template = results / "chat", chat_template(cfg.model.get("template"))
+            text, checkpoint = folder / "text" / "dialogues.txt", folder / cfg.model.folder
+            facts = pretrain_causal(text, checkpoint, architecture, template, cfg.length, options)
+        else:
+            folder = results / "data"
+            facts = pretrain(folder / "text" / "corpus.txt", folder / cfg.model.folder, architecture, options)
     log.info("%s: %s", cfg.model.name, facts)
 
 

@@ -1,90 +1,97 @@
-"""The DVC graph of every experiment: it resolves, its stages are the expected ones, its configurations compose."""
+"""The DVC graph of every experiment: its stages, what they depend on, and that every command composes."""
 
+import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from finetune.store.experiment import write_params
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ("smoke", "local", "paper", "paper_released")
 
 
-@pytest.fixture(params=EXPERIMENTS)
-def experiment(request, tmp_path):
-    """A copy of the pipeline with one experiment in place, outside the repository; its name and its content."""
-    for name in ("conf", ".dvc/config"):
-        source = ROOT / name
-        target = tmp_path / name
-        target.parent.mkdir(exist_ok=True)
-        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
-    shutil.copy(ROOT / "dvc.yaml", tmp_path)
-    shutil.copy(ROOT / "experiments" / f"{request.param}.yaml", tmp_path / "params.yaml")
-    (tmp_path / ".dvc" / "config").write_text("[core]\n    analytics = false\n    no_scm = true\n")
-    return tmp_path, request.param, yaml.safe_load((tmp_path / "params.yaml").read_text())
+@pytest.fixture(scope="module", params=EXPERIMENTS)
+def graph(request, tmp_path_factory):
+    """The stages of an experiment by name, resolved outside the repository, and its parameters."""
+    from dvc.repo import Repo
+
+    folder = tmp_path_factory.mktemp(request.param)
+    shutil.copytree(ROOT / "conf", folder / "conf")
+    shutil.copy(ROOT / "dvc.yaml", folder)
+    (folder / ".dvc").mkdir()
+    (folder / ".dvc" / "config").write_text("[core]\n    analytics = false\n    no_scm = true\n")
+    write_params(ROOT / "experiments" / f"{request.param}.yaml", folder / "params.yaml", folder / "conf")
+    with Repo(str(folder)) as repo:
+        stages = {stage.name: stage for stage in repo.index.stages}
+        yield stages, yaml.safe_load((folder / "params.yaml").read_text()), folder
 
 
-def stages(folder: Path) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "stage", "list", "--name-only"], cwd=folder, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+def paths(entries, folder):
+    """Of dependencies or outputs that are files, relative to the folder."""
+    return {Path(entry.fs_path).relative_to(folder).as_posix() for entry in entries if not hasattr(entry, "params")}
 
 
-def test_graph_resolves_into_the_expected_cells(experiment):
-    folder, name, content = experiment
-    found = stages(folder)
-    assert len(found) == len(set(found))
-    cells = {f"{model}-{method}" for model in content["models"] for method in content["methods"]}
-    for kind in ("search", "train"):
-        assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{cell}" for cell in cells}
-    variants = {f"{model}-{method}" for model in content["ablation_models"] for method in content["ablations"]}
-    for kind in ("ablation_search", "ablation"):
-        assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{cell}" for cell in variants}
-    for kind in ("gradients", "basis", "energy"):
-        assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{m}" for m in content["models"]}
-    for kind in ("hosvd_cost", "cost_curves"):
-        assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}"}
-    measured = {f"efficiency@{name}-{model}" for model in content["efficiency_models"]}
-    assert {s for s in found if s.startswith("efficiency@")} == measured
-    decoders = content["llama_models"]
-    for kind in ("llama_gradients", "llama_basis"):
-        assert {s for s in found if s.startswith(f"{kind}@")} == {f"{kind}@{name}-{m}" for m in decoders}
-    for kind in ("llama_train", "answers", "judgments"):
-        expected = {f"{kind}@{name}-{model}-{method}" for model in decoders for method in content["methods"]}
-        assert {s for s in found if s.startswith(f"{kind}@")} == expected
-    expected = {f"llama_ablation@{name}-{m}-{variant}" for m in decoders for variant in content["llama_ablations"]}
-    assert {s for s in found if s.startswith("llama_ablation@")} == expected
-    assert {s for s in found if s.startswith("examples@")} == {f"examples@{name}"}
-    tables = {f"{table}@{name}" for table, where in content["tables"].items() if where}
-    assert {s for s in found if s.startswith("table_")} == tables
-    figures = {f"{figure}@{name}" for figure, where in content["figures"].items() if where}
-    assert {s for s in found if s.startswith("figure_")} == figures
-    if name == "smoke":
-        assert len(found) <= 90
-
-
-def test_commands_name_existing_configurations(experiment):
-    folder, name, content = experiment
-    for group, values in (
-        ("model", content["models"] + content["llama_models"] + content["pretrain_chat"]),
-        ("model", content["efficiency_models"]),
-        ("scale/efficiency", [content["scale"]]),
-        ("scale/energy", [content["scale"]]),
-        ("scale/hosvd_cost", [content["scale"]]),
-        ("scale/cost_curves", [content["scale"]]),
-        ("method", content["methods"] + content["ablations"] + content["llama_ablations"]),
-        ("protocol", [content["protocol"]]),
-        ("scale", [content["scale"]]),
-        ("data", [content["data"]]),
-        ("chat", [content["chat"]]),
-        ("questions", [content["questions"]]),
-        ("judge", [content["judge"]]),
-        ("protocol/llama", [content["protocol"]]),
-        ("scale/llama", [content["scale"]]),
+def test_every_cell_is_a_stage(graph):
+    stages, lists, _ = graph
+    name, decoders, encoders = lists["name"], lists["decoders"], lists["models"]
+    cells = {(m, method) for m in encoders + decoders for method in lists["methods"]}
+    cells |= {(m, method) for m in lists["ablation_models"] for method in lists["ablations"]}
+    cells |= {(m, method) for m in decoders for method in lists["decoder_ablations"]}
+    expected = {f"train@{name}-{model}-{method}" for model, method in cells}
+    for kinds, models in (
+        (("gradients", "basis"), encoders + decoders),
+        (("energy",), encoders),
+        (("efficiency",), lists["efficiency_models"]),
+        (("answers", "judgments"), decoders),
+        (("pretrain",), lists["pretrain"]),
     ):
-        for value in values:
-            assert (folder / "conf" / group / f"{value}.yaml").is_file(), f"{name}: {group}={value}"
+        expected |= {f"{kind}@{name}-{model}" for kind in kinds for model in models}
+    once = ["hosvd_cost", "cost_curves", "statistics", "tables", "figures", "examples", "report"]
+    once += ["generate"] if lists["generate"] else []
+    assert set(stages) == expected | {f"{kind}@{name}" for kind in once}
+
+
+def test_what_a_stage_needs_is_configured_committed_fetched_or_made_before_it(graph):
+    stages, lists, folder = graph
+    made = {path for stage in stages.values() for path in paths(stage.outs, folder)}
+    for name, stage in stages.items():
+        for path in paths(stage.deps, folder):
+            inside = any(f"{out}/".startswith(f"{path}/") or path.startswith(f"{out}/") for out in made)
+            assert inside or path.startswith("conf/") or (path.startswith("data/") and not lists["generate"]), name
+        for entry in stage.deps:
+            if hasattr(entry, "params"):
+                assert entry.exists and entry.get_hash(), f"{name}: {entry}"  # raises where the file lacks a key
+
+
+def test_the_report_comes_last_and_everything_is_behind_it(graph):
+    stages, lists, folder = graph
+    behind, todo = set(), [f"report@{lists['name']}"]
+    while todo:
+        needed = paths(stages[todo.pop()].deps, folder)
+        found = {
+            name for name, stage in stages.items() for out in paths(stage.outs, folder) for path in needed
+            if f"{out}/".startswith(f"{path}/") or path.startswith(f"{out}/")
+        }  # fmt: skip
+        todo += found - behind
+        behind |= found
+    assert behind == set(stages) - {f"report@{lists['name']}"}
+
+
+def test_every_command_names_a_script_and_composes(graph):
+    stages, lists, folder = graph
+    default = {"train": "glue", "gradients": "glue", "basis": "glue", "answers": "mt_bench", "judgments": "mt_bench"}
+    default |= {"method_statistics": "statistics"}
+    with initialize_config_dir(str(folder / "conf"), version_base=None):
+        for name, stage in stages.items():
+            words = shlex.split(stage.cmd)
+            assert words[0] == "python" and (ROOT / words[1]).is_file(), name
+            script, overrides = Path(words[1]).stem, [word for word in words[2:] if "=" in word]
+            entry = words[3] if words[2] == "--config-name" else default.get(script, script)
+            config = OmegaConf.to_container(compose(entry, overrides), resolve=True)
+            assert config["name"] == lists["name"], name
+            assert not {word for word in words[2:] if "=" not in word} - {"--config-name", entry}, name

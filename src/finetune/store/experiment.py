@@ -1,0 +1,254 @@
+"""Experiments: a file of ``experiments/`` says what is its own, ``base.yaml`` there what holds otherwise.
+
+    python -m finetune.store.experiment experiments/smoke.yaml params.yaml
+
+writes the whole of it: every list, and below ``stages`` what dvc.yaml loops over, an entry a stage. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.store.catalog import CONF, read_methods, read_models, read_tasks
+from finetune.store.files import write_atomically
+
+TABLES = {
+    "bert_base": (5, 9, 11, 13, 14),
+    "roberta_base": (5, 10, 12, 15),
+    "roberta_large": (4, 5),
+    "llama2_7b": (6,),
+}
+"""The paper's models, and the tables that a model in their place fills."""
+
+_ENCODERS, _DECODERS = ("models", "ablation_models", "efficiency_models"), ("decoders",)
+_METHODS = ("methods", "ablations", "decoder_ablations")
+_GROUPS = ("data", "chat", "questions", "judge", "protocol", "protocol/llama", "scale", "scale/llama")
+_HEAD = "# Written by `make repro EXPERIMENT={name}` from experiments/{name}.yaml; a change belongs there.\n"
+
+
+def read_experiment(path: str | Path) -> dict[str, Any]:
+    """What an experiment names, defaults filled in; of a params.yaml all that it holds.
+
+    Args:
+        path: a file of ``experiments/``, with ``base.yaml`` beside it, or a params.yaml.
+
+    Raises:
+        ValueError: if there is no such file, it is no YAML mapping, or a key or its kind of value is another than
+            base.yaml's.
+    """
+    path = Path(path)
+    content = _read(path)
+    if "stages" in content:
+        return content
+    defaults = {"name": path.stem, "extends": None, **_read(path.parent / "base.yaml")}
+    unknown = sorted(map(str, content.keys() - defaults.keys()))
+    if unknown:
+        raise ValueError(f"{path}: unknown key {', '.join(unknown)}; allowed: {', '.join(defaults)}.")
+    for key, value in content.items():
+        kind = str if key == "extends" else list if defaults[key] is None else type(defaults[key])
+        if not isinstance(value, kind) and not (value is None and defaults[key] is None):
+            raise ValueError(f"{path}: {key} is {value!r}; it must be a {kind.__name__}.")
+    parent = content.get("extends")
+    inherited = read_experiment(path.parent / f"{parent}.yaml") | {"name": path.stem} if parent else {}
+    return defaults | inherited | content | {"extends": None}
+
+
+def expand(experiment: Mapping[str, Any], conf: Path = CONF) -> dict[str, Any]:
+    """An experiment as params.yaml holds it: checked, every list given, and ``stages``.
+
+    Args:
+        experiment: of `read_experiment`.
+        conf: the configuration's folder.
+
+    Raises:
+        ValueError: if it names what ``conf`` lacks, something twice, a model where it cannot stand, or a table or
+            figure that it cannot fill.
+    """
+    given = {key: value for key, value in experiment.items() if key not in ("extends", "stages")}
+    for key, default in (("ablation_models", "models"), ("decoder_seeds", "seeds")):
+        given[key] = given[default] if given[key] is None else given[key]
+    known = read_models(conf)
+    _check_names(given, known, conf)
+    there = {*given["models"], *given["decoders"]}
+    stands = {paper: given["stands_for"].get(paper, paper if paper in there else None) for paper in TABLES}
+    given["stands_for"] = stands
+    if given["efficiency_models"] is None:
+        given["efficiency_models"] = [stands["roberta_base"]] if stands["roberta_base"] else given["models"][:1]
+    given |= {key: _those(key, given[key], can) for key, can in _fillable(given).items()}
+    return given | {"stages": _Stages(given, known, conf).all()}
+
+
+def _check_names(given: Mapping[str, Any], known: Mapping[str, Any], conf: Path) -> None:
+    for key, value in given.items():
+        if isinstance(value, list) and len(value) != len({*value}):
+            raise ValueError(f"{key}: {value} has something twice.")
+    for group in _GROUPS:
+        there = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+        _check(group, [given[group.split("/")[0]]], there)
+    decoders = {name for name, model in known.items() if "template" in model}
+    for keys, allowed in ((_ENCODERS, known.keys() - decoders), (_DECODERS, decoders), (("pretrain",), known.keys())):
+        for key in keys:
+            _check(key, given[key] or [], sorted(allowed))
+    methods = read_methods(conf)
+    for key in _METHODS:
+        _check(key, given[key], methods)
+    for key, listed in (("ablations", "methods"), ("decoder_ablations", "methods")):
+        _check(key, given[key], [name for name in methods if name not in given[listed]])
+    _check("ablation_models", given["ablation_models"], given["models"])
+    _check("tasks", given["tasks"], read_tasks(given["data"], conf))
+    _check("stands_for", given["stands_for"], TABLES)
+    _check("stands_for", filter(None, given["stands_for"].values()), [*given["models"], *given["decoders"]])
+    if not given["models"] and not given["decoders"]:
+        raise ValueError("an experiment needs models (encoders) or decoders.")
+    for model, list_ in (("models", "tasks"), ("models", "seeds"), ("decoders", "decoder_seeds")):
+        if given[model] and not given[list_]:
+            raise ValueError(f"{list_}: {model} need at least one.")
+
+
+def _check(key: str, names: Any, allowed: Any) -> None:
+    unknown = [str(name) for name in names if name not in allowed]
+    if unknown:
+        raise ValueError(f"{key}: {', '.join(unknown)}; allowed: {', '.join(map(str, allowed)) or 'none'}.")
+
+
+def _fillable(given: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The tables and figures that there can be, in order."""
+    measured = bool(given["efficiency_models"])
+    tables = {1, *((3, 7, 8) if measured else ())}
+    tables |= {number for paper, own in given["stands_for"].items() if own for number in TABLES[paper]}
+    energy = ["figure_02", "figure_03", "figure_energy"] if given["stands_for"]["bert_base"] else []
+    figures = [*energy, *(["figure_efficiency"] if measured else []), "figure_cost_curves", "methods_scores"]
+    return {"tables": sorted(tables), "figures": figures}
+
+
+def _those(key: str, asked: Sequence[Any] | None, can: list[Any]) -> list[Any]:
+    _check(key, asked or [], can)
+    return can if asked is None else list(asked)
+
+
+class _Stages:
+    """What dvc.yaml loops over: the entry of a stage holds all that its command and dependencies are made from."""
+
+    def __init__(self, given: Mapping[str, Any], known: Mapping[str, Any], conf: Path) -> None:
+        self.given, self.known, self.conf = given, known, conf
+        self.results = f"results/{given['name']}"
+
+    def all(self) -> dict[str, Any]:
+        given, name = self.given, self.given["name"]
+        encoders, decoders = ({m: self._model(m) for m in given[key]} for key in ("models", "decoders"))
+        models = encoders | decoders
+        cells = {f"{m}-{method}": self._cell(models[m], method) for m, method in self._pairs()}
+        answered = {m: self._answered(m) for m in decoders}
+        entries = {"bases": models, "train": cells, "energy": encoders, "answers": answered}
+        entries["efficiency"] = {m: self._model(m) for m in given["efficiency_models"]}
+        entries["pretrain"] = {m: self._pretrained(m) for m in given["pretrain"]}
+        named = {stage: {f"{name}-{key}": entry for key, entry in found.items()} for stage, found in entries.items()}
+        made, shown = ([name] if condition else [] for condition in (given["generate"], given["stands_for"]["llama2_7b"]))
+        return {"generate": made, "examples": shown, "evidence": self._evidence(), **named}
+
+    def _pairs(self) -> list[tuple[str, str]]:
+        given = self.given
+        lists = [("models", "methods"), ("ablation_models", "ablations")]
+        lists += [("decoders", "methods"), ("decoders", "decoder_ablations")]
+        return [(model, method) for models, methods in lists for model in given[models] for method in given[methods]]
+
+    def _model(self, model: str) -> dict[str, Any]:
+        given, chat = self.given, model in self.given["decoders"]
+        group, within = ("chat", "llama/") if chat else ("data", "")
+        choices = {group: given[group], "protocol": within + given["protocol"], "scale": within + given["scale"]}
+        return {
+            "model": model,
+            "problem": "chat" if chat else "glue",
+            "choices": " ".join(f"{key}={value}" for key, value in choices.items()),
+            "data": f"{group}/{given[group]}",
+            "protocol": choices["protocol"],
+            "scale": choices["scale"],
+            "tasks": ["oasst1"] if chat else given["tasks"],
+            "checkpoint": f"{self._folder(group)[0]}/{self.known[model]['folder']}",
+            "examples": "/".join(self._folder(group)),
+        }
+
+    def _cell(self, model: Mapping[str, Any], method: str) -> dict[str, Any]:
+        chat = model["problem"] == "chat"
+        seeds, kept = ("decoder_seeds", "models") if chat else ("seeds", "search")
+        launch = self.given["launch"] if chat else "python"
+        return {**model, "method": method, "seeds": self.given[seeds], "launch": launch, "kept": kept}
+
+    def _answered(self, model: str) -> dict[str, Any]:
+        given = self.given
+        return {"model": model, "methods": given["methods"], "seeds": given["decoder_seeds"]}
+
+    def _pretrained(self, model: str) -> dict[str, Any]:
+        made = self._model(model)
+        text = f"{made['checkpoint'].removesuffix(self.known[model]['folder'])}text"
+        return {"model": model, "problem": made["problem"], "text": text, "checkpoint": made["checkpoint"]}
+
+    def _evidence(self) -> dict[str, str]:
+        """What the report is made from. Where an experiment has none of a kind, its runs stand in: it always has some."""
+        given, runs = self.given, f"{self.results}/runs"
+        there = {"search": given["models"], "energy": given["models"], "efficiency": given["efficiency_models"]}
+        there |= {"mt_bench": given["decoders"], "examples.html": given["stands_for"]["llama2_7b"]}
+        found = {kind.split(".")[0]: f"{self.results}/{kind}" if some else runs for kind, some in there.items()}
+        questions = "/".join(self._folder("questions")) if given["decoders"] else runs
+        return {"runs": runs, **found, "questions": questions}
+
+    def _folder(self, group: str) -> tuple[str, str]:
+        """Root and folder of a choice of a data group; SPARSEGRAD_DATA is for runs by hand."""
+        content = _read(self.conf / group / f"{self.given[group]}.yaml")
+        root = re.sub(r"\$\{oc\.env:\w+,([^}]*)\}", r"\1", content["root"]).replace("${name}", self.given["name"])
+        return root, content["folder"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        there = ", ".join(sorted(found.name for found in path.parent.glob("*.yaml"))) or "no YAML file"
+        raise ValueError(f"there is no {path}; its folder has {there}.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, no mapping.")
+    return content
+
+
+def write_params(source: str | Path, target: str | Path, conf: Path = CONF) -> bool:
+    """Expand an experiment's file into a params.yaml, if that holds something else; whether it was written.
+
+    Raises:
+        ValueError: as `read_experiment` and `expand`.
+    """
+    experiment = expand(read_experiment(source), conf)
+    text = _HEAD.format(name=experiment["name"])
+    text += yaml.dump(experiment, Dumper=_OneLine, sort_keys=False, default_flow_style=None, width=10_000)
+    target = Path(target)
+    if target.is_file() and target.read_text() == text:
+        return False
+    write_atomically(target, text)
+    return True
+
+
+class _OneLine(yaml.SafeDumper):
+    """An entry of a stage is a line, whole, without anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
+        return super().represent_mapping(tag, mapping, flow_style or ("model" in mapping or None))
+
+
+_OneLine.add_representer(dict, _OneLine.represent_dict)
+
+
+if __name__ == "__main__":
+    try:
+        write_params(*sys.argv[1:3])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
