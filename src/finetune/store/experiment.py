@@ -149,7 +149,9 @@ class _Stages:
         entries["efficiency"] = {m: self._model(m) for m in given["efficiency_models"]}
         entries["pretrain"] = {m: self._pretrained(m) for m in given["pretrain"]}
         named = {stage: {f"{name}-{key}": entry for key, entry in found.items()} for stage, found in entries.items()}
-        made, shown = ([name] if condition else [] for condition in (given["generate"], given["stands_for"]["llama2_7b"]))
+        made, shown = (
+            [name] if condition else [] for condition in (given["generate"], given["stands_for"]["llama2_7b"])
+        )
         return {"generate": made, "examples": shown, "evidence": self._evidence(), **named}
 
     def _pairs(self) -> list[tuple[str, str]]:
@@ -190,7 +192,7 @@ class _Stages:
         return {"model": model, "problem": made["problem"], "text": text, "checkpoint": made["checkpoint"]}
 
     def _evidence(self) -> dict[str, str]:
-        """What the report is made from. Where an experiment has none of a kind, its runs stand in: it always has some."""
+        """What the report is made from. Where there is none of a kind, the runs stand in: there always are some."""
         given, runs = self.given, f"{self.results}/runs"
         there = {"search": given["models"], "energy": given["models"], "efficiency": given["efficiency_models"]}
         there |= {"mt_bench": given["decoders"], "examples.html": given["stands_for"]["llama2_7b"]}

@@ -58,7 +58,8 @@ def test_an_entry_of_a_stage_holds_all_that_its_command_needs():
     decoder = stages["train"]["local-stories260k-lora"]
     assert decoder["choices"] == "chat=oasst1 protocol=llama/sound scale=llama/local" and decoder["kept"] == "models"
     assert (decoder["problem"], decoder["tasks"]) == ("chat", ["oasst1"])
-    assert stages["answers"] == {"local-stories260k": {"model": "stories260k", "methods": ["full", "lora", "meprop", "sparsegrad"], "seeds": [1, 2, 3]}}  # fmt: skip
+    answered = {"model": "stories260k", "methods": ["full", "lora", "meprop", "sparsegrad"], "seeds": [1, 2, 3]}
+    assert stages["answers"] == {"local-stories260k": answered}
     assert stages["generate"] == [] and stages["pretrain"] == {} and stages["examples"] == ["local"]
 
 
