@@ -16,6 +16,7 @@ from finetune.report.figures.energy_evidence import PAPER_MODEL, read_looks
 from finetune.report.figures.energy_figure import draw_figure_energy
 from finetune.report.figures.figures_efficiency import draw_figure_cost_curves, draw_figure_efficiency
 from finetune.report.figures.gradient_figures import draw_figure_02, draw_figure_03
+from finetune.report.figures.scores_figure import draw_scores
 from finetune.report.labels import Labels, read_labels
 from finetune.store import records
 
@@ -29,11 +30,11 @@ def main(cfg: DictConfig) -> None:
     experiment = yaml.safe_load(Path(cfg.experiment).read_text())
     results = Path("results") / cfg.name
     drawers = dict.fromkeys(GRADIENTS, _gradients) | {"figure_efficiency": _efficiency, "figure_cost_curves": _costs}
+    drawers["methods_scores"] = _scores
     try:
         if experiment["name"] != cfg.name:
             raise ValueError(f"{cfg.experiment} is experiment {experiment['name']!r}, not {cfg.name!r}.")
-        listed = [name for name, used in experiment.get("figures", {}).items() if used]
-        wanted = listed if cfg.figure == "all" else [cfg.figure]
+        wanted = experiment.get("figures") or [] if cfg.figure == "all" else [cfg.figure]
         if unknown := [name for name in wanted if name not in drawers]:
             raise ValueError(f"figure={unknown[0]!r}; allowed: all, {', '.join(drawers)}.")
         labels = read_labels(experiment.get("data"))
@@ -67,6 +68,11 @@ def _efficiency(name: str, experiment: dict, results: Path, labels: Labels) -> l
 def _costs(name: str, experiment: dict, results: Path, labels: Labels) -> list[Path]:
     path = results / "cost_curves.json"
     return draw_figure_cost_curves(records.read_json(path), path.as_posix(), results / "figures", labels)
+
+
+def _scores(name: str, experiment: dict, results: Path, labels: Labels) -> list[Path]:
+    path = results / "statistics.json"
+    return draw_scores(records.read_json(path), results / "figures", [path.as_posix()], labels)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 
 from finetune.report.evidence.evidence import collect_evidence
 from finetune.report.evidence.llama_evidence import collect_llama_evidence
-from finetune.report.figures.scores_figure import draw_scores
 from finetune.report.labels import read_labels
 from finetune.report.statistics.families import Design
 from finetune.report.statistics.statistics_page import to_markdown
@@ -42,7 +41,7 @@ def main(cfg: DictConfig) -> None:
         json, page = results / "statistics.json", results / "statistics.md"
         records.write_json(json, content)
         write_atomically(page, to_markdown(content))
-        for path in (json, page, *draw_scores(content, results / "figures", [json.as_posix()], labels)):
+        for path in (json, page):
             log.info("%s", path)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None

@@ -1,4 +1,4 @@
-"""Table 6 and the page of Appendix E as their stages make them, from files in the folders of an experiment."""
+"""Table 6, statistics, the page of Appendix E and the report as their stages make them, from an experiment's files."""
 
 import csv
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+ROOT = Path(__file__).parents[2]
 RUN = {"experiment": "test", "model": "tiny", "method": "lora", "seed": 1, "protocol": "sound", "scale": "smoke"}
 
 
@@ -82,7 +83,7 @@ def test_table_6_with_nothing_done_says_why(script, results):
     for part in ("runs", "mt_bench"):
         (results / part).rename(results.parent / part)
     (results.parents[1] / "conf" / "model").mkdir(parents=True)
-    source = Path(__file__).parents[2] / "conf" / "model" / "llama2_7b.yaml"
+    source = ROOT / "conf" / "model" / "llama2_7b.yaml"
     (results.parents[1] / "conf" / "model" / "llama2_7b.yaml").write_text(source.read_text())
     done = script("table", "number=6", "name=test")
     assert done.code == 0, done.err
@@ -118,37 +119,63 @@ def test_wrong_input(name, overrides, text, script, results):
     assert not (results / "tables").exists() and not (results / "examples.html").exists()
 
 
-def test_statistics(script, tmp_path):
+def test_statistics_and_the_figure_of_scores(script, tmp_path):
     root = tmp_path / "work" / "results" / "test"
     experiment = {"name": "test", "protocol": "sound", "stands_for": {"bert_base": "tiny"}}
     experiment |= {"data": "glue", "methods": ["full", "sparsegrad"]}
     (tmp_path / "work" / "params.yaml").write_text(yaml.safe_dump(experiment))
     (tmp_path / "work" / "conf").symlink_to(Path(__file__).parents[2] / "conf")
     for method, shift in (("full", 0.0), ("sparsegrad", 0.05)):
-        names = []
+        folder = root / "runs" / "tiny" / method
+        record = {"schema": 1, "version": 1, "status": "finished", "metric": "accuracy"}
+        record |= {"parameters": {"trainable": 5, "trainable_per_layer": 1.0}}
+        record |= {"model": {"title": "T", "random_weights": False}}
         for seed in (1, 2, 3):
-            names.append(f"cola-seed{seed}.json")
-            record = {
-                "schema": 1,
-                "version": 1,
-                "status": "finished",
-                "metric": "accuracy",
-                "score": 0.5 + shift * seed,
-            }
-            record |= {"run": RUN | {"kind": "train", "method": method, "task": "cola", "seed": seed}}
-            record |= {"parameters": {"trainable": 5, "trainable_per_layer": 1.0}}
-            write(
-                root / "runs" / "tiny" / method / names[-1], record | {"model": {"title": "T", "random_weights": False}}
-            )
-        write(root / "runs" / "tiny" / method / "cell.json", {"records": names})
+            run = RUN | {"kind": "train", "method": method, "task": "cola", "seed": seed}
+            write(folder / f"cola-seed{seed}.json", record | {"run": run, "score": 0.5 + shift * seed})
+        write(folder / "cell.json", {"records": [f"cola-seed{seed}.json" for seed in (1, 2, 3)]})
     done = script("method_statistics", "name=test", "samples=500")
     assert done.code == 0 and done.out == "", done.err
     content = json.loads((root / "statistics.json").read_text())
     (pair,) = content["runs"][0]["comparison"]["families"][0]["pairs"]
     assert pair["mean"]["difference"]["value"] == pytest.approx(10.0) and pair["mean"]["p"] == 0.25
     assert "## Our runs: T (tiny)" in (root / "statistics.md").read_text()
-    assert sorted(path.name for path in (root / "figures").iterdir()) == [
-        f"methods_scores.{suffix}" for suffix in ("json", "png", "svg")
-    ]
+    done = script("figure", "figure=methods_scores", "name=test")
+    assert done.code == 0 and done.out == "", done.err
+    assert {path.suffix for path in (root / "figures").glob("methods_scores.*")} == {".json", ".png", ".svg"}
     done = script("method_statistics", "name=other")
     assert done.code != 0 and "params.yaml is experiment 'test', not 'other'" in done.err
+
+
+# The page
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A folder with the project's configuration, an experiment, and one record."""
+    work = tmp_path / "work"
+    work.mkdir(exist_ok=True)
+    (work / "conf").symlink_to(ROOT / "conf")
+    experiment = {"name": "test", "protocol": "sound", "scale": "smoke", "tasks": ["cola"], "tables": []}
+    (work / "params.yaml").write_text(yaml.safe_dump(experiment | {"stands_for": {"bert_base": "tiny"}}))
+    record = {"run": {"kind": "judgments", "model": "tiny"}, "provenance": {"commit": "abc", "packages": {}}}
+    write(work / "results" / "test" / "mt_bench" / "a.json", record)
+    return work
+
+
+def test_the_script_writes_one_page(script, work):
+    done = script("report", "name=test")
+    assert done.code == 0 and done.out == "", done.err
+    path = work / "results" / "test" / "report.html"
+    first = path.read_bytes()
+    assert b"<h1>SparseGrad, reproduced</h1>" in first and b"figure_02 (weight gradients" in first
+    assert script("report", "name=test").code == 0 and path.read_bytes() == first
+
+
+def test_wrong_input_of_the_page_is_one_line(script, work):
+    done = script("report", "name=other")
+    assert done.code != 0 and "is experiment 'test', not 'other'" in done.err and "Traceback" not in done.err
+    (work / "results" / "test" / "mt_bench" / "a.json").write_text("{")
+    done = script("report", "name=test")
+    assert done.code != 0 and "a.json is damaged" in done.err and "Traceback" not in done.err
+    assert not (work / "results" / "test" / "report.html").exists()
