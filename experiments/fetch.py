@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from finetune.fetch import fetching
 from finetune.fetch.github import GitHub
 from finetune.fetch.hub import FetchError, Hub
+from finetune.store.experiment import read_experiment
 
 log = logging.getLogger("fetch")
 
@@ -35,12 +36,12 @@ def read(path: Path) -> Mapping[str, Any]:
 
 def wanted(experiment: Mapping[str, Any]) -> list[fetching.AnySource]:
     """The folders behind the names in an experiment file (`data`, `chat` and `questions`: one name or a list)."""
-    groups = {
-        "model": ("models", "llama_models", "efficiency_models"),
-        "data": ("data",),
-        "chat": ("chat",),
-        "questions": ("questions",),
-    }
+    encoders, decoders = (("models", "efficiency_models"), ("decoders",))
+    groups: dict[str, tuple[str, ...]] = {"model": encoders + decoders, "data": (), "chat": (), "questions": ()}
+    if any(experiment[key] for key in encoders):
+        groups["data"] = ("data",)
+    if experiment["decoders"]:
+        groups |= {"chat": ("chat",), "questions": ("questions",)}
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
     for group, keys in groups.items():
         given = [experiment.get(key) or [] for key in keys]
@@ -54,7 +55,7 @@ def run(cfg: DictConfig) -> list[str]:
     """One fetch, dry run or verification; returns its errors, one line each, already logged."""
     if OmegaConf.is_missing(cfg, "experiment"):
         raise ValueError("name an experiment file: experiment=experiments/local.yaml")
-    root, sources = Path(cfg.data.root).expanduser(), wanted(read(Path(cfg.experiment)))
+    root, sources = Path(cfg.data.root).expanduser(), wanted(read_experiment(cfg.experiment))
     if not sources:
         log.info("nothing to fetch: the pipeline makes every model and dataset of %s itself", cfg.experiment)
         return []

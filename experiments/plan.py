@@ -20,13 +20,13 @@ from finetune.plan.estimate import plan_experiment
 from finetune.plan.experiment import Experiment
 from finetune.plan.text import plan_lines
 from finetune.plan.throughput import Processor
+from finetune.store.experiment import expand, read_experiment
 from finetune.store.files import write_atomically
 
 log = logging.getLogger(__name__)
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-PLANNED = ("gradients", "basis", "search", "train", "ablation_search", "ablation", "efficiency", "llama_gradients")
-PLANNED += ("llama_basis", "llama_train", "answers")
+PLANNED = ("gradients", "basis", "train", "efficiency", "answers")
 
 
 def read(group: str, name: str) -> Mapping[str, Any]:
@@ -46,14 +46,8 @@ def unplanned(folder: Path) -> list[str]:
 
 def plan(cfg: DictConfig) -> dict[str, Any]:
     """The plan, logged and returned."""
-    path = Path(cfg.experiment)
-    if not path.is_file():
-        raise ValueError(f"there is no {path}; give an experiment file: experiment=experiments/paper.yaml.")
-    lists = yaml.safe_load(path.read_text())
+    lists = expand(read_experiment(cfg.experiment) | ({"decoders": list(cfg.models)} if cfg.models else {}), CONF)
     settings = OmegaConf.to_container(cfg, resolve=True)
-    lists |= {"llama_models": cfg.models} if cfg.models else {}
-    if not lists.get("models") and not lists.get("llama_models"):
-        raise ValueError(f"{path} names no models and no llama_models; give some: models=[llama2_7b].")
     cards = [Processor(name=name, **values) for name, values in settings["cards"].items()]
     experiment = Experiment(lists, read, settings, Path(cfg.results), cfg.data_root)
     found = plan_experiment(experiment, cards, settings)

@@ -49,8 +49,7 @@ CHAT = {
         ],
     },
     "experiments/llama.yaml": {
-        **{"name": "llama", "models": [], "data": "generated", "tasks": []},
-        **{"llama_models": ["tiny", "made"], "chat": "oasst1", "questions": ["mt_bench"]},
+        **{"name": "llama", "decoders": ["tiny", "made"], "questions": "mt_bench"},
     },
 }
 GLUE = {"root": "${oc.env:SPARSEGRAD_DATA,data}", "folder": "glue", "source": "acme/glue", "revision": COMMIT}
@@ -76,7 +75,7 @@ def mirror():
 @pytest.fixture
 def project(tmp_path):
     """The script in a project of its own: other models, so that the real ones' pins and sizes don't matter."""
-    for name in ("experiments/fetch.py", "conf/fetch.yaml", "conf/script.yaml"):
+    for name in ("experiments/fetch.py", "conf/fetch.yaml", "conf/script.yaml", "experiments/base.yaml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     files = {f"conf/model/{name}.yaml": config for name, config in MODELS.items()}
@@ -208,7 +207,7 @@ def test_gated_model(project, mirror):
     [
         ([], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: unset it"),
         (["dry_run=true"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "http://127.0.0.1:9 can't be reached"),
-        (["experiment=experiments/none.yaml"], {}, "its folder has real.yaml, smoke.yaml"),
+        (["experiment=experiments/none.yaml"], {}, "its folder has base.yaml, real.yaml, smoke.yaml"),
         (["verify=true"], {}, "has no SHA256SUMS: run fetch without verify=true"),
         (["experiment=???"], {}, "name an experiment file"),
     ],

@@ -77,7 +77,7 @@ def sources(
     """The folders that an experiment needs.
 
     Args:
-        experiment: `models`, `llama_models`, `efficiency_models` and `tasks`, lists of names.
+        experiment: `models`, `decoders`, `efficiency_models` and `tasks`, lists of names.
         models: Name -> content of conf/model/<name>.yaml. Without a checkpoint on a hub there is nothing to fetch.
         data: Name -> content of conf/data/<name>.yaml or conf/chat/<name>.yaml. Without a `source` there is nothing to
             fetch; with `tasks` each of the experiment's tasks is one folder, otherwise `files` gives the patterns.
@@ -87,7 +87,7 @@ def sources(
         ValueError: An unknown task, an unpinned revision or file, or two sources for one folder.
     """
     found: list[AnySource] = []
-    lists = (experiment.get(key) or [] for key in ("models", "llama_models", "efficiency_models"))
+    lists = (experiment.get(key) or [] for key in ("models", "decoders", "efficiency_models"))
     for name in dict.fromkeys(itertools.chain.from_iterable(lists)):
         model = models[name]
         if model.get("checkpoint") and not Path(model["checkpoint"]).is_dir():

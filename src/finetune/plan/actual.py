@@ -35,8 +35,7 @@ class Taken:
 def taken(results: Path, experiment: str, cards: Sequence[Processor]) -> dict[Key, Taken]:
     """(stage, model, method) -> what it took; empty before anything ran.
 
-    An ablation's cells are told from the others by the plan, not here: both are ``search`` and ``train``. Of judgments
-    no time is recorded.
+    Of judgments no time is recorded.
     """
     place, found = results / experiment, {}
     for key, seconds, steps, record in _seconds(place):

@@ -13,7 +13,6 @@ from finetune.plan.memory import Setup
 from finetune.plan.throughput import Processor, Throughput, published_facts, recorded_facts
 from finetune.plan.work import Work
 
-_ABLATIONS = {"ablation": "train", "ablation_search": "search"}
 CHECKPOINTS = 3  # of a run, two and one being written
 
 
@@ -68,7 +67,7 @@ def _stages(
     """One row for each stage, model and method, tasks summed up."""
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for piece in work:
-        method = "" if piece.stage in ("efficiency", "gradients", "llama_gradients") else piece.method
+        method = "" if piece.stage in ("efficiency", "gradients") else piece.method
         row = rows.setdefault((piece.stage, piece.model, method), _empty(piece, method, cards))
         if not piece.inside:
             row["runs"] += piece.runs
@@ -126,7 +125,7 @@ def _totals(rows: Sequence[Mapping[str, Any]], cards: Sequence[Processor]) -> di
 def _memory(experiment: Experiment, touched: float) -> list[dict[str, Any]]:
     """Of every encoder and method at the largest batch that its search may try, and the longest rows."""
     found, seen = [], set()
-    for _, _, model, method in experiment.cells():
+    for model, method in experiment.cells():
         if (model, method) in seen:
             continue
         seen.add((model, method))
@@ -145,17 +144,17 @@ def _memory(experiment: Experiment, touched: float) -> list[dict[str, Any]]:
 def _decoders(experiment: Experiment, cards: Sequence[Processor], settings: Mapping[str, Any]) -> dict[str, Any]:
     lists = experiment.lists
     limited = next((card for card in cards if card.memory is not None), None)
-    if not lists.get("llama_models") or limited is None:
+    if not lists.get("decoders") or limited is None:
         return {}
-    methods = lists.get("llama_methods") or lists["methods"]
+    methods = lists["methods"]
     found = {}
-    for name in lists["llama_models"]:
+    for name in lists["decoders"]:
         plan = plan_model(
             experiment.model(name),
             {method: experiment.method(method) for method in methods},
             experiment.chat_protocol,
             experiment.chat_scale,
-            seeds=len(lists.get("llama_seeds") or lists["seeds"]),
+            seeds=len(lists.get("decoder_seeds") or lists["seeds"]),
             questions=settings["questions"],
             turns=settings["turns"],
             touched=settings["touched"],
@@ -204,8 +203,7 @@ def _beside(
     default = next((card.name for card in cards if card.match == "cpu"), None)
     everywhere = {name for entry in found.values() for name in entry.devices}
     for row in rows:
-        stage = _ABLATIONS.get(row["stage"], row["stage"])
-        entry = found.get((stage, row["model"], row["method"]))
+        entry = found.get((row["stage"], row["model"], row["method"]))
         if entry is None:
             continue
         devices = entry.devices or everywhere or {default}

@@ -69,10 +69,9 @@ class Experiment:
     def model(self, name: str) -> Mapping[str, Any]:
         """A model's group; one that the pipeline pretrains gets the vocabulary that its tokenizer will have."""
         found = dict(self.read("model", name))
-        for key in ("pretrain", "pretrain_chat"):
-            if name in (self.lists.get(key) or ()):
-                vocabulary = {"vocab_size": self.read("", key)["vocab_size"]}
-                found["architecture"] = vocabulary | found["architecture"]
+        if name in self._list("pretrain"):
+            made = self.read("", "pretrain_chat" if name in self._list("decoders") else "pretrain_glue")
+            found["architecture"] = {"vocab_size": made["vocab_size"]} | found["architecture"]
         return found
 
     def method(self, name: str) -> Mapping[str, Any]:
@@ -83,22 +82,18 @@ class Experiment:
                 return {"name": name, "base": variant.method} | form
         return self.read("method", name)
 
-    def cells(self) -> list[tuple[str, str, str, str]]:
-        """(search stage, train stage, model, method) of every GLUE cell."""
-        found = [("search", "train", m, method) for m in self._list("models") for method in self._list("methods")]
-        ablations = self._list("ablations")
-        return found + [
-            ("ablation_search", "ablation", m, method) for m in self._list("ablation_models") for method in ablations
-        ]
+    def cells(self) -> list[tuple[str, str]]:
+        """(model, method) of every GLUE cell."""
+        lists = (("models", "methods"), ("ablation_models", "ablations"))
+        return [(model, method) for one, other in lists for model in self._list(one) for method in self._list(other)]
 
     def decoders(self) -> list[tuple[str, str]]:
         """(model, method) of every decoder's cell."""
-        methods = self._list("llama_methods") or self._list("methods")
-        return [(model, method) for model in self._list("llama_models") for method in methods]
+        return [(model, method) for model in self._list("decoders") for method in self._list("methods")]
 
     def tokens(self, model: str, task: str) -> float:
         """Tokens of a padded row."""
-        if model in self._list("llama_models") or task == "oasst1":
+        if model in self._list("decoders") or task == "oasst1":
             return self.chat_scale["max_length"] or self.chat_protocol["max_length"]
         found, source = padded_tokens(self.results, self.model(model), self.protocol, task)
         if model in (*self._list("models"), *self._list("ablation_models"), *self._list("efficiency_models")):
@@ -107,7 +102,7 @@ class Experiment:
 
     def is_decoder(self, model: str) -> bool:
         """Whether a model writes answers, by its configuration group."""
-        return model in self._list("llama_models") or "optional_modules" in self.model(model)
+        return model in self._list("decoders") or "optional_modules" in self.model(model)
 
     def groups(self, model: str, method: str) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
         """Method, model and protocol, a variant's own choices put into the protocol."""
@@ -141,9 +136,9 @@ class Experiment:
     def work(self) -> Iterator[Work]:
         """Every piece of work, stage by stage."""
         yield from self._preliminary()
-        for search, train, model, method in self.cells():
+        for model, method in self.cells():
             for task in self._list("tasks"):
-                for stage in (search, train):
+                for stage in ("search", "train"):
                     piece = self._training(stage, model, method, task)
                     yield piece
                     yield from self._inside(piece)
@@ -165,7 +160,7 @@ class Experiment:
     def _rows(self, task: str) -> tuple[int, int]:
         sizes = self.settings["rows"]
         if self.lists["data"] == "generated":
-            made = self.read("", "generate")
+            made = self.read("", "generate")["glue"]
             sizes = {task: made, "source": "conf/generate.yaml"}
         train, held, self.sources[f"rows of {task}"] = task_rows(self.data, sizes, task)
         return min(train, self.scale["train_examples"] or train), held
@@ -186,7 +181,7 @@ class Experiment:
         group = self.method(method)
         protocol, scale = with_own_choices({"method": group, "protocol": self.protocol})["protocol"], self.scale
         batch, (train, held) = self.batch_size(model, method, task), self._rows(task)
-        searched = stage.endswith("search")
+        searched = stage == "search"
         planned = (scale["epochs"] or protocol["epochs"]) * math.ceil(train / batch)
         limit = for_task((scale["search"] if searched else scale)["max_steps"], task)
         planned = planned if limit is None else min(planned, limit)
@@ -237,19 +232,19 @@ class Experiment:
                     )  # fmt: skip
 
     def _decoders(self) -> Iterator[Work]:
-        models = self._list("llama_models")
+        models = self._list("decoders")
         if not models:
             return
         protocol, scale = self.chat_protocol, self.chat_scale
-        seeds = len(self._list("llama_seeds") or self._list("seeds"))
+        seeds = len(self._list("decoder_seeds") or self._list("seeds"))
         precision, tokens = scale["precision"] or protocol["precision"], scale["max_length"] or protocol["max_length"]
         for model in models:
             options = protocol["preliminary"]
             yield Training(
-                "llama_gradients", model, "full", "oasst1", 1, options["steps"], None, options["batch_size"],
+                "gradients", model, "full", "oasst1", 1, options["steps"], None, options["batch_size"],
                 tokens, None, 0, precision, self.cost(model, "full"),
             )  # fmt: skip
-            yield Decomposition("llama_basis", model, "", "oasst1", 1, hosvd_operations(self.shapes(model)))
+            yield Decomposition("basis", model, "", "oasst1", 1, hosvd_operations(self.shapes(model)))
         for model, method in self.decoders():
             train, held, source = chat_blocks(self.results, self.lists["chat"], model, self.settings["blocks"])
             self.sources[f"blocks of {self.lists['chat']}, {model}"] = source
@@ -259,7 +254,7 @@ class Experiment:
             )
             cost = self.cost(model, method)
             yield Training(
-                "llama_train", model, method, "oasst1", seeds, min(steps, scale["max_steps"] or steps), None, batch,
+                "train", model, method, "oasst1", seeds, min(steps, scale["max_steps"] or steps), None, batch,
                 tokens, scale["evaluation_steps"] or protocol["evaluation_steps"], held, precision, cost,
             )  # fmt: skip
             answers = scale["answers"]

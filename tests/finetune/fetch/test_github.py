@@ -203,7 +203,7 @@ def test_sources_of_an_experiment_with_llama_cells():
     model = {"checkpoint": "acme/llama", "revision": COMMIT, "folder": "models/llama", "files": ["*.safetensors"]}
     made = {"checkpoint": None, "revision": None, "folder": "models/made", "files": []}
     oasst = {"source": "acme/oasst1", "revision": COMMIT, "folder": "oasst1", "files": ["data/*.parquet"]}
-    experiment = {"models": [], "llama_models": ["made", "llama"], "tasks": []}
+    experiment = {"models": [], "decoders": ["made", "llama"], "tasks": []}
     questions = {"folder": "mt_bench", "sources": entries()}
     found = fetching.sources(
         experiment, {"llama": model, "made": made}, {"oasst": oasst}, {"a": questions, "b": dict(questions), "c": {}}
