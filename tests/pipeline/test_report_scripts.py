@@ -124,7 +124,7 @@ def test_statistics_and_the_figure_of_scores(script, tmp_path):
     experiment = {"name": "test", "protocol": "sound", "stands_for": {"bert_base": "tiny"}}
     experiment |= {"data": "glue", "methods": ["full", "sparsegrad"]}
     (tmp_path / "work" / "params.yaml").write_text(yaml.safe_dump(experiment))
-    (tmp_path / "work" / "conf").symlink_to(Path(__file__).parents[2] / "conf")
+    (tmp_path / "work" / "conf").symlink_to(ROOT / "conf")
     for method, shift in (("full", 0.0), ("sparsegrad", 0.05)):
         folder = root / "runs" / "tiny" / method
         record = {"schema": 1, "version": 1, "status": "finished", "metric": "accuracy"}
