@@ -27,11 +27,11 @@ def main(cfg: DictConfig) -> None:
             with command.only_writer(folder, cfg.checkpoints):
                 answer_one(config, cfg.seed, checkpoint, folder)
             return
-        lists = command.read_lists(cfg.cell, ["llama_seeds", *([] if cfg.methods else ["methods"])])
+        lists = command.read_lists(cfg.cell, ["decoder_seeds", *([] if cfg.methods else ["methods"])])
         results = Path("results") / cfg.name
         trained, folder = results / "models", results / "mt_bench" / "answers"
         methods = config["methods"] or lists["methods"]
-        answer_cells(config, methods, lists["llama_seeds"], trained / cfg.model.name, folder / cfg.model.name)
+        answer_cells(config, methods, lists["decoder_seeds"], trained / cfg.model.name, folder / cfg.model.name)
 
 
 if __name__ == "__main__":

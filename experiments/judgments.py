@@ -24,11 +24,11 @@ def main(cfg: DictConfig) -> None:
         if cfg.cell is None:
             root, methods, seeds = Path(cfg.output), [cfg.method.name], [cfg.seed]
         else:
-            lists = command.read_lists(cfg.cell, ["llama_seeds", *([] if cfg.methods else ["methods"])])
+            lists = command.read_lists(cfg.cell, ["decoder_seeds", *([] if cfg.methods else ["methods"])])
             root, methods, seeds = (
                 Path("results") / cfg.name,
                 config["methods"] or lists["methods"],
-                lists["llama_seeds"],
+                lists["decoder_seeds"],
             )
         answers, folder = (root / "mt_bench" / kind / cfg.model.name for kind in ("answers", "judgments"))
         judge_cells(config, methods, seeds, answers, folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import hydra
 import yaml
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from finetune.mt_bench.journal import read_items
 from finetune.mt_bench.judged import read_judgments
@@ -32,10 +32,10 @@ def main(cfg: DictConfig) -> None:
         if experiment["name"] != cfg.name:
             raise ValueError(f"{cfg.experiment} is experiment {experiment['name']!r}, not {cfg.name!r}.")
         own = {table_06.NUMBER: _table_06} | dict.fromkeys(efficiency_tables.TITLES, _efficiency_table)
-        build = own.get(cfg.number, _glue_table)
-        rows, context = build(cfg, experiment, results)
-        for path in write_table(results / "tables", cfg.number, rows, context):
-            log.info("%s", path)
+        for number in experiment["tables"] if cfg.number == "all" else [cfg.number]:
+            rows, context = own.get(number, _glue_table)(OmegaConf.merge(cfg, {"number": number}), experiment, results)
+            for path in write_table(results / "tables", number, rows, context):
+                log.info("%s", path)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -52,8 +52,7 @@ def taken(results: Path, experiment: str, cards: Sequence[Processor]) -> dict[Ke
 def _seconds(place: Path) -> Iterator[tuple[Key, float, int, Mapping[str, Any]]]:
     for _, record in records.iterate(place / "runs"):
         if record["status"] == "finished":
-            stage = "llama_train" if record["run"].get("kind") == "llama" else "train"
-            key = (stage, record["run"]["model"], record["run"]["method"])
+            key = ("train", record["run"]["model"], record["run"]["method"])
             yield key, record["training"]["seconds"], record["training"]["steps"], record
     for path in sorted(place.glob("search/*/*/*.json")):
         content = records.read_json(path)
@@ -62,9 +61,8 @@ def _seconds(place: Path) -> Iterator[tuple[Key, float, int, Mapping[str, Any]]]
             steps = max((int(step) for step in trial["intermediate"]), default=0)
             yield key, trial["seconds"] or 0.0, steps, {}
     for path in sorted(place.glob("basis/*/hosvd.json")):
-        for task, kinds in records.read_json(path).items():
-            stage = "llama_basis" if task == "oasst1" else "basis"
-            yield (stage, path.parent.name, ""), sum(report["seconds"] for report in kinds.values()), 1, {}
+        for kinds in records.read_json(path).values():
+            yield ("basis", path.parent.name, ""), sum(report["seconds"] for report in kinds.values()), 1, {}
     for path in sorted(place.glob("efficiency/*/*.json")):
         record = records.read_json(path)
         for variant in record["variants"]:

@@ -38,7 +38,7 @@ class ChatProblem(Problem):
         ValueError: if frozen weights shall be stored in bfloat16 and the computation is in float32.
     """
 
-    kind, group, lists, baseline, keeps_models = "llama", "chat", ("llama_seeds",), True, True
+    kind, group, lists, baseline, keeps_models = "llama", "chat", ("decoder_seeds",), True, True
     task = TASK
 
     def __init__(self, config: Mapping[str, Any]) -> None:
