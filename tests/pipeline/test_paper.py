@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -17,10 +16,14 @@ from finetune.models.tokenizers import train_tokenizer
 from finetune.report.tables.tables import build_table, collect_evidence
 from finetune.runs import cells
 from finetune.store import records
+from finetune.store.experiment import expand, read_experiment
 from sparsegrad import Basis
 
 ROOT = Path(__file__).parents[2]
-PAPER = [yaml.safe_load((ROOT / "experiments" / f"{name}.yaml").read_text()) for name in ("paper", "paper_released")]
+PAPER = [
+    expand(read_experiment(ROOT / "experiments" / f"{name}.yaml"), ROOT / "conf")
+    for name in ("paper", "paper_released")
+]
 
 
 def composed(*overrides: str) -> dict:
