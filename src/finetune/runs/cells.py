@@ -22,6 +22,7 @@ from finetune.runs.chat import ChatProblem
 from finetune.runs.command import is_first_process, read_lists
 from finetune.runs.glue import GlueProblem
 from finetune.runs.problem import Problem, Run, for_task
+from finetune.runs.record_content import named
 from finetune.runs.run import MERGED, run_once
 from finetune.runs.workers import Workers, run_all, warm_up
 from finetune.store import records
@@ -218,18 +219,9 @@ def _search(problem: Problem, whole: Run, path: Path) -> None:
         return record["score"], min(evaluation["loss"] for evaluation in record["evaluations"])
 
     study = run_search(objective, space, open_storage(path.with_suffix(".journal")), digest)
-    header = {
-        "experiment": config["name"],
-        "kind": "search",
-        "model": config["model"]["name"],
-        "method": config["method"]["name"],
-        "task": whole.task,
-        "protocol": config["protocol"]["name"],
-        "scale": config["scale"]["name"],
-        "config_hash": digest,
-    }
-    content = {"schema": records.SCHEMA, "version": config["version"], "run": header} | summary(study, space)
-    content |= {"seed": whole.seed, "provenance": records.provenance()}
+    header = {"schema": records.SCHEMA, "version": config["version"], "run": named(problem, whole)}
+    header["run"].pop("seed")  # it stands beside: trials are all of one seed
+    content = header | summary(study, space) | {"seed": whole.seed, "provenance": records.provenance()}
     records.write_json(path, content)
     send_search(content, config["wandb"])
 

@@ -15,7 +15,7 @@ from finetune import models
 from finetune.data.chat import ChatTemplate, chat_template
 from finetune.data.oasst import PackedSplit, load_chat
 from finetune.methods import Method, build_targets
-from finetune.runs.problem import Problem, Run, check_length
+from finetune.runs.problem import Problem, Run
 from finetune.training.evaluation import evaluate_causal
 from finetune.training.gradients import Collected
 from finetune.training.options import TrainingOptions, planned_steps
@@ -90,10 +90,9 @@ class ChatProblem(Problem):
         return measure
 
     def load_model(self, task: str, seed: int) -> nn.Module:
-        model, splits = models.load_causal(self.config["model"], self.root, seed), self._packed.values()
-        check_length(model, splits)
+        model = self.checked(models.load_causal(self.config["model"], self.root, seed), task)
         rows = model.get_input_embeddings().num_embeddings
-        largest = max(int(split.input_ids.max()) for split in splits)
+        largest = max(int(split.input_ids.max()) for split in self._packed.values())
         if largest >= rows:
             raise ValueError(f"token {largest} of the data, but the model embeds {rows}: tokenizer and model differ.")
         return model

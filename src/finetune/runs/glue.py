@@ -13,7 +13,7 @@ from torch import nn
 from finetune import models
 from finetune.data.glue import Split, Task, load_task
 from finetune.methods import Method
-from finetune.runs.problem import Problem, Run, check_length, for_task
+from finetune.runs.problem import Problem, Run, for_task
 from finetune.training.evaluation import evaluate
 from finetune.training.options import TrainingOptions, planned_steps
 
@@ -67,9 +67,8 @@ class GlueProblem(Problem):
         return lambda model: evaluate(model, split, facts, options.evaluation_batch_size, accelerator.device)
 
     def load_model(self, task: str, seed: int) -> nn.Module:
-        model = models.load_classifier(self.config["model"], self.root, self.facts(task).num_labels, seed)
-        check_length(model, self.splits(task).values())
-        return model
+        labels = self.facts(task).num_labels
+        return self.checked(models.load_classifier(self.config["model"], self.root, labels, seed), task)
 
     def prepare(self, method: Method, model: nn.Module, device: torch.device, seed: int) -> nn.Module:
         return method.prepare(model.to(device))

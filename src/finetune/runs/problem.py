@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,15 +18,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune import models
-from finetune.data.examples import Examples
 from finetune.methods import Method, base_method, build_targets, deciding, needs_bases, with_own_choices
 from finetune.store import records
 from finetune.training import gradients
 from finetune.training.options import TrainingOptions
 from sparsegrad import Basis, load_bases
 
-PLACES = ("checkpoint", "folder", "files", "title", "checksums", "tokenizer")
-"""What of a model's file decides no number: the hash of the weights does."""
+# What of a model's file decides no number: the hash of the weights does.
+_PLACES = ("checkpoint", "folder", "files", "title", "checksums", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,7 @@ class Problem(ABC):
         self._bases: dict[str, tuple[dict[str, Basis], dict[str, Any]]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _loaded_once, (type(self), json.dumps(self.config))
-
-    # What a problem says of itself
+        return _loaded_once, (type(self), json.dumps(self.config | {"progress": False}))
 
     @property
     @abstractmethod
@@ -89,11 +86,7 @@ class Problem(ABC):
 
     @abstractmethod
     def splits(self, task: str) -> dict[str, Any]:
-        """``train`` and ``validation``: :class:`finetune.data.examples.Examples`.
-
-        Raises:
-            ValueError: on bad configuration or data.
-        """
+        """``train`` and ``validation``, :class:`finetune.data.examples.Examples`; ValueError on bad data."""
 
     @abstractmethod
     def metric(self, task: str) -> str:
@@ -107,11 +100,7 @@ class Problem(ABC):
 
     @abstractmethod
     def load_model(self, task: str, seed: int) -> nn.Module:
-        """The starting model, on the CPU.
-
-        Raises:
-            ValueError: if there is none, or the data don't fit it.
-        """
+        """The starting model, on the CPU; ValueError if there is none, or the data don't fit it."""
 
     @abstractmethod
     def prepare(self, method: Method, model: nn.Module, device: torch.device, seed: int) -> nn.Module:
@@ -140,8 +129,6 @@ class Problem(ABC):
     def kept_facts(self) -> dict[str, Any]:
         """What a reader of the merged model needs, beside the run's hash."""
         return {}
-
-    # What follows
 
     @property
     def root(self) -> str:
@@ -215,8 +202,29 @@ class Problem(ABC):
         if task not in self._bases:
             path = Path(self.config["basis"])
             path = path / f"{task}.safetensors" if path.is_dir() else path
-            self._bases[task] = read_bases(path, self.made_for(task), self.config["model"]["name"])
+            bases, facts = load_bases(path)
+            for name, value in self.made_for(task).items():
+                if facts.get(name) != value:
+                    raise ValueError(
+                        f"{path} was made with {name}={facts.get(name)}, this run has {name}={value}: "
+                        f"run the gradients and basis stages for model={self.config['model']['name']}."
+                    )
+            self._bases[task] = bases, facts
         return self._bases[task]
+
+    def checked(self, model: nn.Module, task: str) -> nn.Module:
+        """The model, if it has positions for the data; else an error, before torch has one in its own words.
+
+        Raises:
+            ValueError: if the longest row of a split is longer than the model takes.
+        """
+        longest, limit = max(split.longest for split in self.splits(task).values()), models.positions(model)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"inputs of {longest} tokens; this model has {limit} positions: "
+                f"set protocol.max_length={limit} or less."
+            )
+        return model
 
     def gradient_model(self, task: str, seed: int) -> nn.Module:
         """The starting model as the preliminary phase needs it."""
@@ -226,13 +234,8 @@ class Problem(ABC):
         """The preliminary phase: moments of the gradients of SparseGrad's target matrices."""
         protocol = self.config["protocol"]
         group, targets = protocol["preliminary"], build_targets("sparsegrad", self.config["model"], protocol)
-        options = gradients.PreliminaryOptions(
-            steps=group["steps"],
-            batch_size=group["batch_size"],
-            update=group["update"],
-            learning_rate=group["learning_rate"],
-            backend=protocol["hosvd"],
-        )
+        chosen = {name: group[name] for name in ("steps", "batch_size", "update", "learning_rate")}
+        options = gradients.PreliminaryOptions(**chosen, backend=protocol["hosvd"])
         collected = gradients.collect(
             model,
             self.splits(task)["train"],
@@ -254,7 +257,7 @@ class Problem(ABC):
         return {
             "version": config["version"],
             "kind": kind,
-            "model": {k: v for k, v in config["model"].items() if k not in PLACES} | {"sha256": self.fingerprint},
+            "model": {k: v for k, v in config["model"].items() if k not in _PLACES} | {"sha256": self.fingerprint},
             "method": deciding(config["method"]),
             "protocol": {k: v for k, v in config["protocol"].items() if k not in ("sources", *left_out)},
             "basis": self.basis_scope,
@@ -272,12 +275,9 @@ class Problem(ABC):
             max_steps=run.hyperparameters.get("max_steps") or for_task(scale["max_steps"], run.task),
             seed=run.seed,
             evaluation_batch_size=scale["evaluation_batch_size"],
-            patience=protocol["patience"],
-            weight_decay=protocol["weight_decay"],
-            schedule=protocol["schedule"],
-            max_grad_norm=protocol["max_grad_norm"],
             precision=self.precision,
             checkpoint_seconds=scale["checkpoint_seconds"],
+            **{name: protocol[name] for name in ("patience", "weight_decay", "schedule", "max_grad_norm")},
             **own,
         )
 
@@ -290,42 +290,3 @@ def _loaded_once(problem: type[Problem], config: str) -> Problem:
 def for_task(value: Any, task: str) -> Any:
     """A value of ``conf/scale`` that may be one for all tasks, or a mapping from tasks, with ``default``, to values."""
     return value.get(task, value["default"]) if isinstance(value, Mapping) else value
-
-
-def read_bases(path: Path, expected: Mapping[str, Any], model: str) -> tuple[dict[str, Basis], dict[str, Any]]:
-    """Bases from a file, checked against what they must have been made for.
-
-    Args:
-        path: written by a basis stage.
-        expected: entries of its metadata, ``model_sha256`` among them.
-        model: name, for the message.
-
-    Raises:
-        ValueError: if they are missing, damaged, or of another checkpoint, task or preliminary phase.
-    """
-    bases, facts = load_bases(path)
-    if facts.get("model_sha256") != expected["model_sha256"]:
-        raise ValueError(
-            f"{path} was made for checkpoint {facts.get('model_sha256')}, this run starts from "
-            f"{expected['model_sha256']}: run the gradients and basis stages for model={model}."
-        )
-    for name, value in expected.items():
-        if facts.get(name) != value:
-            raise ValueError(
-                f"{path} was made with {name}={facts.get(name)}, this run has {name}={value}: "
-                "run the gradients and basis stages for this configuration."
-            )
-    return bases, facts
-
-
-def check_length(model: nn.Module, splits: Iterable[Examples]) -> None:
-    """Refuse inputs that the model has no positions for, before torch does in its own words.
-
-    Raises:
-        ValueError: if the longest row of a split is longer than the model takes.
-    """
-    longest, limit = max(split.longest for split in splits), models.positions(model)
-    if limit is not None and longest > limit:
-        raise ValueError(
-            f"inputs of {longest} tokens; this model has {limit} positions: set protocol.max_length={limit} or less."
-        )

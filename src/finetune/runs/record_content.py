@@ -7,7 +7,14 @@ from typing import Any
 from finetune.runs.problem import Problem, Run
 from finetune.store import records
 from finetune.training.loop import Progress, Training, median_step_seconds
-from finetune.training.options import TrainingOptions, planned_steps
+from finetune.training.options import planned_steps
+
+
+def named(problem: Problem, run: Run) -> dict[str, Any]:
+    """What names a run: its places in the experiment, and the hash of its identity."""
+    groups = {name: problem.config[name]["name"] for name in ("model", "method", "protocol", "scale")}
+    own = {"experiment": problem.config["name"], "kind": "search" if run.search else problem.kind}
+    return own | groups | {"task": run.task, "seed": run.seed, "config_hash": problem.digest(run)}
 
 
 def header(problem: Problem, run: Run) -> dict[str, Any]:
@@ -19,17 +26,7 @@ def header(problem: Problem, run: Run) -> dict[str, Any]:
         "version": config["version"],
         "status": "finished",
         "error": None,
-        "run": {
-            "experiment": config["name"],
-            "kind": "search" if run.search else problem.kind,
-            "model": model["name"],
-            "method": config["method"]["name"],
-            "task": run.task,
-            "seed": run.seed,
-            "protocol": config["protocol"]["name"],
-            "scale": config["scale"]["name"],
-            "config_hash": problem.digest(run),
-        },
+        "run": named(problem, run),
         "hyperparameters": dict(run.hyperparameters),
         "model": {name: model[name] for name in ("title", "checkpoint", "revision", "random_weights")}
         | {"sha256": problem.fingerprint},
@@ -44,18 +41,6 @@ def header(problem: Problem, run: Run) -> dict[str, Any]:
     }
 
 
-def treatment(problem: Problem, task: str, options: TrainingOptions, matrices: int) -> dict[str, Any]:
-    """What all methods must share, printed in the record."""
-    return problem.treatment(task) | {
-        "precision": options.precision,
-        "optimizer": "AdamW",
-        "target_matrices": matrices,
-        "train": problem.config["protocol"]["train"],
-        "max_steps": options.max_steps,
-        "evaluation_steps": options.evaluation_steps,
-    }
-
-
 def outcome(progress: Progress, training: Training) -> dict[str, Any]:
     """Score, steps, times, memory and evaluations of a finished run."""
     examples = len(training.split)
@@ -66,11 +51,8 @@ def outcome(progress: Progress, training: Training) -> dict[str, Any]:
             "steps": progress.step,
             "planned_steps": planned_steps(examples, training.options),
             "epochs": progress.step * training.options.batch_size / examples,
-            "best_step": progress.best_step,
-            "stopped": progress.stopped,
-            "resumed": progress.resumed,
-            "seconds": progress.seconds,
             "step_seconds_median": median_step_seconds(progress),
+            **{name: getattr(progress, name) for name in ("best_step", "stopped", "resumed", "seconds")},
         },
         "memory": progress.memory,
         "evaluations": progress.evaluations,

@@ -72,7 +72,15 @@ def run_once(
         refresh=refresh_options(config["method"]),
     )
     record = record_content.header(problem, run) | {
-        "treatment": record_content.treatment(problem, task, options, parameters["wrapped_layers"]),
+        "treatment": problem.treatment(task)
+        | {
+            "precision": options.precision,
+            "optimizer": "AdamW",
+            "target_matrices": parameters["wrapped_layers"],
+            "train": config["protocol"]["train"],
+            "max_steps": options.max_steps,
+            "evaluation_steps": options.evaluation_steps,
+        },
         "parameters": parameters,
         "basis": basis,
         "device": memory.device_name(device) | {"processes": accelerator.num_processes},

@@ -1,4 +1,4 @@
-"""Hyper-parameter search that survives kills: an Optuna ask/tell loop over a journal file or a database.
+"""Hyper-parameter search that survives kills: an Optuna ask/tell loop over a journal file.
 
 The trial count is a *total*: a rerun finishes a search and repeats nothing. A trial that a kill left running is taken
 up again under its number, with its point. The sampler's seed comes from the trial's number, so a resumed search draws
@@ -10,12 +10,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
@@ -79,32 +78,21 @@ class SearchSpace:
                 raise ValueError(f"search point {dict(point)} is outside {[low, high]} x {list(self.batch_sizes)}.")
 
 
-def open_storage(location: str | Path) -> BaseStorage:
-    """A database URL (``sqlite:///...``, ``postgresql://...``: many workers), or the path of a journal file (one)."""
-    if "://" in str(location):
-        return RDBStorage(str(location))
-    path = Path(location)
-    path.parent.mkdir(parents=True, exist_ok=True)
+def open_storage(path: str | Path) -> BaseStorage:
+    """A journal file; one process at a time writes it."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     return JournalStorage(JournalFileBackend(str(path)))
 
 
-def run_search(
-    objective: Objective,
-    space: SearchSpace,
-    storage: BaseStorage,
-    study_name: str,
-    *,
-    stale_after: timedelta = timedelta(0),
-) -> optuna.Study:
+def run_search(objective: Objective, space: SearchSpace, storage: BaseStorage, study_name: str) -> optuna.Study:
     """Run what is missing of a search.
 
     Args:
         objective: gets the hyper-parameters and a function that reports (step, score) and may prune; returns the score,
             or the score and the validation loss, which breaks ties.
         space: what to search.
-        storage: see :func:`open_storage`.
+        storage: of :func:`open_storage`.
         study_name: from the configuration's hash, so that another configuration is another study.
-        stale_after: a running trial older than this was killed; with one worker every running one was.
 
     Returns:
         The study, with ``space.trials`` finished trials.
@@ -120,7 +108,7 @@ def run_search(
         study = optuna.create_study(
             storage=storage, study_name=study_name, direction="maximize", load_if_exists=True, pruner=pruner
         )
-        _put_back_stale(study, storage, stale_after)
+        _put_back_killed(study, storage)
         _enqueue_points(study, space.points)
         while len(finished(study)) < space.trials:
             _one_trial(study, space, objective)
@@ -168,11 +156,7 @@ def summary(study: optuna.Study, space: SearchSpace) -> dict[str, Any]:
     }
 
 
-def _one_trial(
-    study: optuna.Study,
-    space: SearchSpace,
-    objective: Objective,
-) -> None:
+def _one_trial(study: optuna.Study, space: SearchSpace, objective: Objective) -> None:
     trial = study.ask()
     seed, startup = space.seed + trial.number, max(5, len(space.points))
     study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
@@ -208,11 +192,9 @@ def _one_trial(
         log.info("trial %d %s: %.4f", trial.number, point, value)
 
 
-def _put_back_stale(study: optuna.Study, storage: BaseStorage, stale_after: timedelta) -> None:
+def _put_back_killed(study: optuna.Study, storage: BaseStorage) -> None:
     """Let the trials that a kill left running wait: the next ones asked for are they, with the points they had."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if trial.datetime_start is not None and datetime.now() - trial.datetime_start < stale_after:
-            continue
         if trial.user_attrs.get(DIVERGED):
             study.tell(trial.number, state=TrialState.FAIL)
             continue
@@ -223,8 +205,8 @@ def _put_back_stale(study: optuna.Study, storage: BaseStorage, stale_after: time
 
 
 def _enqueue_points(study: optuna.Study, points: Sequence[Mapping[str, Any]]) -> None:
-    """Queue the points that no trial has finished, none waits for, and no other worker is trying."""
-    pending = study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
+    """Queue the points that no trial has finished, and none waits for."""
+    pending = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     seen = [t.params for t in finished(study)] + [t.system_attrs.get("fixed_params", t.params) for t in pending]
     for point in points:
         if dict(point) not in seen:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,24 +34,19 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="sum")
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, split: Split, task: Task, batch_size: int, device: torch.device) -> dict[str, float]:
     """Loss and the task's metric (and F1 beside accuracy for two classes) over a split.
 
     Returns:
         ``loss`` (mean over examples) and one entry a metric.
     """
-    training = model.training
-    model.eval()
     total, predictions = 0.0, torch.empty(len(split))
-    for indices in _by_length(split, batch_size):
-        batch = {name: tensor.to(device) for name, tensor in split.batch(indices).items()}
-        labels = batch.pop("labels")
-        logits = model(**batch).logits
-        total += float(summed_loss(logits, labels))
+    # Rows of similar length together have the least padding; the result does not depend on their order.
+    order = sorted(range(len(split)), key=lambda index: len(split.input_ids[index]))
+    for rows, logits, loss in _forward(model, split, order, batch_size, device):
+        total += loss
         predicted = logits.squeeze(-1) if task.num_labels == 1 else logits.argmax(dim=-1)
-        predictions[torch.tensor(indices)] = predicted.float().cpu()
-    model.train(training)
+        predictions[torch.tensor(rows)] = predicted.float().cpu()
     expected = split.labels.numpy()
     found = predictions.numpy() if task.num_labels == 1 else predictions.long().numpy()
     result = {"loss": total / len(split), task.metric: metrics.compute(task.metric, found, expected)}
@@ -60,27 +55,27 @@ def evaluate(model: nn.Module, split: Split, task: Task, batch_size: int, device
     return result
 
 
-@torch.no_grad()
 def evaluate_causal(model: nn.Module, split: Examples, batch_size: int, device: torch.device) -> dict[str, float]:
     """Mean cross entropy of a causal language model over the predicted tokens of a split, in nats.
 
     Returns:
         ``loss``.
     """
+    rows = range(len(split))
+    return {"loss": sum(loss for *_, loss in _forward(model, split, rows, batch_size, device)) / split.targets(rows)}
+
+
+@torch.no_grad()
+def _forward(
+    model: nn.Module, split: Examples, order: Sequence[int], batch_size: int, device: torch.device
+) -> Iterator[tuple[list[int], Tensor, float]]:
+    """Rows, logits and summed loss of every batch, in evaluation mode."""
     training = model.training
     model.eval()
-    total = 0.0
-    for start in range(0, len(split), batch_size):
-        rows = list(range(start, min(start + batch_size, len(split))))
+    for start in range(0, len(order), batch_size):
+        rows = list(order[start : start + batch_size])
         batch = {name: tensor.to(device) for name, tensor in split.batch(rows).items()}
         labels = batch.pop("labels")
-        total += float(summed_loss(model(**batch).logits, labels))
+        logits = model(**batch).logits
+        yield rows, logits, float(summed_loss(logits, labels))
     model.train(training)
-    return {"loss": total / split.targets(range(len(split)))}
-
-
-def _by_length(split: Split, batch_size: int) -> Iterator[list[int]]:
-    """Batches of rows of similar length: least padding; the result does not depend on the order."""
-    order = sorted(range(len(split)), key=lambda index: len(split.input_ids[index]))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]

@@ -1,4 +1,4 @@
-"""GLUE's metrics, from scikit-learn and scipy, and the choices of the released code (protocol.md, section 2)."""
+"""GLUE's metrics of predictions and labels, ``(n,)`` arrays each, by the choices of the released code."""
 
 from __future__ import annotations
 
@@ -8,22 +8,19 @@ import numpy as np
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Share of equal entries of two ``(n,)`` arrays."""
+    """Share of equal entries."""
     return float((predictions == labels).mean())
 
 
 def matthews_correlation(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Matthews correlation of two ``(n,)`` arrays, in [-1, 1]; 0 for constant predictions."""
+    """Matthews correlation, in [-1, 1]; 0 for constant predictions."""
     from sklearn.metrics import matthews_corrcoef
 
     return float(matthews_corrcoef(labels, predictions))
 
 
 def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Pearson correlation of two ``(n,)`` arrays, in [-1, 1]; 0 where it is not defined.
-
-    It is not for constant predictions, nor for those of a model that has diverged.
-    """
+    """Pearson correlation, in [-1, 1]; 0 where it is not defined: constant predictions, a model that has diverged."""
     from scipy.stats import pearsonr
 
     if not np.isfinite(predictions).all() or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
@@ -32,7 +29,7 @@ def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """F1 of class 1, for two ``(n,)`` arrays; reported beside accuracy on MRPC and QQP, never in its place."""
+    """F1 of class 1; reported beside accuracy on MRPC and QQP, never in its place."""
     from sklearn.metrics import f1_score
 
     return float(f1_score(labels, predictions, zero_division=0.0))

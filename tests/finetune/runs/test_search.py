@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-from datetime import timedelta
 
 import optuna
 import pytest
@@ -66,23 +65,6 @@ def test_finds_the_better_half(space, storage):
     assert 3e-4 < best["learning_rate"] < 3e-2 and best["batch_size"] == 16
 
 
-def test_total_is_kept_over_restarts(space, storage):
-    objective = Objective()
-    run_search(objective, space(trials=3), storage, "a")
-    assert len(objective.asked) == 3
-    run_search(objective, space(trials=3), storage, "a")
-    assert len(objective.asked) == 3
-    study = run_search(objective, space(trials=7), storage, "a")
-    assert len(objective.asked) == 7 == len(finished(study)) == len(study.trials)
-
-
-def test_another_configuration_is_another_search(space, storage):
-    objective = Objective()
-    run_search(objective, space(trials=2), storage, "a")
-    run_search(objective, space(trials=2), storage, "b")
-    assert len(objective.asked) == 4
-
-
 def test_same_seed_asks_the_same_points_and_another_seed_others(space, tmp_path):
     asked = []
     for name, seed in (("a", 34), ("b", 34), ("c", 35)):
@@ -91,6 +73,22 @@ def test_same_seed_asks_the_same_points_and_another_seed_others(space, tmp_path)
         asked.append(objective.asked)
     assert asked[0] == asked[1] != asked[2]
     assert len({point["learning_rate"] for point in asked[0]}) == 6
+
+
+def test_total_and_order_are_kept_over_restarts_and_points_are_tried_first_and_once(space, storage, tmp_path):
+    objective = Objective()
+    for trials in (1, 1, 3, 3, 7):
+        study = run_search(objective, space(trials=trials, points=POINTS), storage, "a")
+        assert len(objective.asked) == trials == len(finished(study))
+    assert (
+        len(study.trials) == 7
+        and objective.asked[:2] == list(POINTS)
+        and all(objective.asked.count(point) == 1 for point in POINTS)
+    )
+    whole = run_search(Objective(), space(trials=7, points=POINTS), open_storage(tmp_path / "a" / "whole"), "a")
+    assert points(study) == points(whole)
+    run_search(objective, space(trials=2), storage, "b")  # another configuration is another search
+    assert len(objective.asked) == 9
 
 
 @pytest.mark.parametrize("given", [(), POINTS])
@@ -109,13 +107,6 @@ def test_killed_search_asks_what_an_unbroken_one_asks(kills, given, space, tmp_p
     assert points(study) == points(whole)
     assert len(asked) == 10  # no finished trial was done again
     assert not [t for t in study.trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
-
-
-def test_stopped_and_extended_search_asks_what_a_longer_one_asks(space, tmp_path):
-    whole = run_search(Objective(), space(trials=9), open_storage(tmp_path / "whole"), "a")
-    for trials in (2, 5, 9):
-        study = run_search(Objective(), space(trials=trials), open_storage(tmp_path / "parts"), "a")
-    assert points(study) == points(whole)
 
 
 def test_values_reported_before_a_kill_are_kept_and_reported_once(space, storage):
@@ -167,48 +158,7 @@ def test_search_outlives_sigkill(tmp_path, space):
     study = run_search(objective, space(trials=5), open_storage(journal), "a")
     assert len(objective.asked) == 3 and objective.asked[0] == interrupted
     assert len(finished(study)) == 5
-
-
-def test_points_are_tried_first_in_their_order_and_once(space, storage):
-    objective = Objective()
-    run_search(objective, space(trials=2, points=POINTS), storage, "a")
-    study = run_search(objective, space(trials=6, points=POINTS), storage, "a")
-    assert objective.asked[:2] == list(POINTS)
-    assert all(objective.asked.count(point) == 1 for point in POINTS)
-    assert len(study.trials) == 6
-
-
-def test_more_points_than_trials_ask_the_first(space, storage):
-    objective = Objective()
-    run_search(objective, space(trials=1, points=POINTS), storage, "a")
-    run_search(objective, space(trials=1, points=POINTS), storage, "a")
-    assert objective.asked == [POINTS[0]]
-    run_search(objective, space(trials=2, points=POINTS), storage, "a")
-    assert objective.asked == list(POINTS)
-
-
-def test_point_that_another_worker_is_trying_is_not_queued_again(space, storage):
-    def objective(point, report):
-        if not others:
-            others.append(Objective())
-            run_search(others[0], space(trials=3, points=POINTS), storage, "a", stale_after=timedelta(days=1))
-        return value(point)
-
-    others = []
-    study = run_search(objective, space(trials=3, points=POINTS), storage, "a", stale_after=timedelta(days=1))
-    tried = [t.params for t in study.trials if t.state == TrialState.COMPLETE]
-    assert all(tried.count(point) == 1 for point in POINTS)
-
-
-def test_running_trial_of_a_living_worker_is_left_alone(space, storage):
-    study = optuna.create_study(storage=storage, study_name="a", direction="maximize")
-    study.ask()
-    objective = Objective()
-    run_search(objective, space(trials=2), storage, "a", stale_after=timedelta(hours=1))
-    assert study.trials[0].state == TrialState.RUNNING
-    run_search(objective, space(trials=3), storage, "a")
-    assert not [t for t in study.get_trials() if t.state == TrialState.RUNNING]
-    assert len(objective.asked) == 3
+    assert sorted(os.listdir(tmp_path)) == ["journal", "script.py"]  # no lock is left behind
 
 
 def test_pruned_and_diverged_trials_count(space, storage):
@@ -229,7 +179,8 @@ def test_pruned_and_diverged_trials_count(space, storage):
     assert result["best"]["trial"] == 0 and result["n_trials"] == 6
 
 
-def test_pruned_trials_keep_what_they_reported(space, storage):
+@pytest.mark.parametrize(("warmup", "reported"), [(0, [10]), (15, [10, 20])])
+def test_pruned_trials_keep_what_they_reported_and_warmup_steps_are_not_pruned(warmup, reported, space, storage):
     asked = []
 
     def objective(point, report):
@@ -238,23 +189,12 @@ def test_pruned_trials_keep_what_they_reported(space, storage):
             report(step, -float(len(asked)))
         return -float(len(asked))
 
-    study = run_search(objective, space(trials=3, startup_trials=1), storage, "a")
-    result = summary(study, space(trials=3))
-    assert result["trials"][0]["intermediate"] == {"10": -1.0, "20": -1.0}
-    assert result["trials"][1]["intermediate"] == {"10": -2.0} and result["trials"][1]["value"] is None
-
-
-def test_warmup_steps_are_not_pruned(space, storage):
-    asked = []
-
-    def objective(point, report):
-        asked.append(point)
-        for step in (10, 20):
-            report(step, -float(len(asked)))
-        return 0.0
-
-    study = run_search(objective, space(trials=3, startup_trials=1, warmup_steps=15), storage, "a")
-    assert [list(t.intermediate_values) for t in study.trials] == [[10, 20]] * 3
+    study = run_search(objective, space(trials=3, startup_trials=1, warmup_steps=warmup), storage, "a")
+    result = json.loads(json.dumps(summary(study, space(trials=3)), allow_nan=False))
+    assert [list(map(int, trial["intermediate"])) for trial in result["trials"]] == [[10, 20], reported, reported]
+    assert result["trials"][0]["intermediate"] == {"10": -1.0, "20": -1.0} and result["trials"][1]["value"] is None
+    assert set(result["trials"][0]) >= {"number", "state", "value", "learning_rate", "batch_size", "seconds"}
+    assert set(result["best"]) == {"learning_rate", "batch_size", "value", "trial"}
 
 
 def test_no_trial_completed(space, storage):
@@ -294,35 +234,6 @@ def test_best_at_the_edge_of_what_was_tried_is_marked(space, storage):
     assert summary(middle, space(trials=3))["best_is_at_edge"] is False
 
 
-def test_summary_is_json(space, storage):
-    study = run_search(Objective(), space(trials=3), storage, "a")
-    content = json.loads(json.dumps(summary(study, space(trials=3)), allow_nan=False))
-    assert set(content["trials"][0]) >= {"number", "state", "value", "learning_rate", "batch_size", "seconds"}
-    assert set(content["best"]) == {"learning_rate", "batch_size", "value", "trial"}
-
-
-def test_database_url(space, tmp_path):
-    url = f"sqlite:///{tmp_path / 'search.db'}"
-    objective = Objective()
-    for trials in (2, 4, 4):
-        storage = open_storage(url)
-        study = run_search(objective, space(trials=trials, points=POINTS), storage, "a")
-        assert len(finished(study)) == trials
-        storage.remove_session()
-        storage.engine.dispose()
-    assert len(objective.asked) == 4
-    with pytest.raises(KeyboardInterrupt):
-        run_search(Objective(dies_at=1), space(trials=5), storage, "a")
-    assert len(finished(run_search(Objective(), space(trials=5), storage, "a"))) == 5
-    storage.remove_session()
-    storage.engine.dispose()
-
-
-def test_journal_in_a_folder_that_is_not_there_yet(space, tmp_path):
-    run_search(Objective(), space(trials=1), open_storage(tmp_path / "a" / "b" / "cola.journal"), "a")
-    assert (tmp_path / "a" / "b" / "cola.journal").is_file()
-
-
 def test_optunas_verbosity_is_left_as_it_was(space, storage):
     before = optuna.logging.get_verbosity()
     run_search(Objective(), space(trials=1), storage, "a")
@@ -353,12 +264,3 @@ def test_optunas_verbosity_is_left_as_it_was(space, storage):
 def test_space_out_of_range(changes, text, space):
     with pytest.raises(ValueError, match=text):
         space(**changes)
-
-
-def test_kill_leaves_no_lock_behind(tmp_path):
-    """SIGKILL inside the objective: the journal's lock is held only while a line is written."""
-    journal = tmp_path / "journal"
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(KILLED))
-    subprocess.run([sys.executable, script, journal, "1"], capture_output=True, timeout=120, check=False)
-    assert sorted(os.listdir(tmp_path)) == ["journal", "script.py"]

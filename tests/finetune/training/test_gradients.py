@@ -272,7 +272,7 @@ def test_basis_of_another_checkpoint_is_refused(stages, config):
     folder = stages()
     bases, facts = load_bases(folder / "cola.safetensors")
     save_bases(folder / "cola.safetensors", bases, facts | {"model_sha256": "0" * 64})
-    text = r"cola.safetensors was made for checkpoint 0{64}, this run starts from [0-9a-f]{64}: run the gradients and"
+    text = r"cola.safetensors was made with model_sha256=0{64}, this run has model_sha256=[0-9a-f]{64}: run the"
     with pytest.raises(ValueError, match=text):
         GlueProblem(config() | {"basis": str(folder)}).bases("cola")
 

@@ -14,27 +14,10 @@ from safetensors.torch import load_file
 
 from finetune.training.evaluation import evaluate, summed_loss
 from finetune.training.loop import NonFiniteLoss, Progress, make_accelerator, median_step_seconds
-from finetune.training.options import TrainingOptions, learning_rate_factor, planned_steps
+from finetune.training.options import learning_rate_factor, planned_steps
 from sparsegrad import sparsegrad_layers
 
 CPU = torch.device("cpu")
-
-
-class Spy:
-    """A split that notes which rows are asked for."""
-
-    def __init__(self, split):
-        self.split, self.rows = split, []
-
-    def __len__(self):
-        return len(self.split)
-
-    def targets(self, rows):
-        return len(rows)
-
-    def batch(self, rows):
-        self.rows.append(list(rows))
-        return self.split.batch(rows)
 
 
 def weights(model):
@@ -54,9 +37,9 @@ def assert_equal_weights(found, expected, atol):
 def fit(classifier, build, run_training):
     """``fit("lora", one_backward=True, ...)``: prepare and train; gives weights and progress. No dropout."""
 
-    def make(name, one_backward=False, dropout=False, overrides=(), **changes):
+    def make(name, one_backward=False, overrides=(), **changes):
         method = build(name, *overrides, one_backward=one_backward)
-        model = method.prepare(classifier(dropout=dropout))
+        model = method.prepare(classifier(dropout=False))
         options = {"learning_rate": 1e-3} | changes
         optimizer = method.optimizer(model, options["learning_rate"], options.get("weight_decay", 0.0))
         progress = run_training(model, optimizer, **options)
@@ -65,10 +48,19 @@ def fit(classifier, build, run_training):
     return make
 
 
-def scores(*values):
-    """An evaluation that gives these scores in turn."""
-    left = list(values)
-    return lambda model: {"loss": 0.5, "matthews_correlation": left.pop(0)}
+@pytest.fixture
+def adamw(classifier, run_training):
+    """``adamw(scores, ...)``: plain AdamW with an evaluation that gives these scores in turn; gives the progress."""
+
+    def make(scores, **changes):
+        left, model = list(scores), classifier()
+
+        def evaluation(_):
+            return {"loss": 0.5, "matthews_correlation": left.pop(0)}
+
+        return run_training(model, torch.optim.AdamW(model.parameters()), evaluation=evaluation, **changes)
+
+    return make
 
 
 # What is learnt
@@ -91,22 +83,32 @@ def test_loss_goes_down_and_the_score_up(method_name, classifier, build, run_tra
 
 
 @pytest.mark.parametrize(("task", "criterion"), [("cola", F.cross_entropy), ("stsb", F.mse_loss)])
-def test_full_fine_tuning_is_the_plain_loop(task, criterion, classifier, build, run_training, load):
-    model, method = classifier(1 if task == "stsb" else 2, dropout=False), build("full")
-    reference = classifier(1 if task == "stsb" else 2, dropout=False).train()
-    spy = Spy(load(task)[1]["train"])
-    optimizer = method.optimizer(method.prepare(model), 1e-3, 0.01)
-    run_training(model, optimizer, task=task, split=spy, max_steps=12, evaluation_steps=100, weight_decay=0.01)
-    assert len(spy.rows) == 12 and {len(rows) for rows in spy.rows} == {8}
-    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-3, weight_decay=0.01)
-    for rows in spy.rows:
-        batch = spy.split.batch(rows)
-        labels = batch.pop("labels")
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_full_fine_tuning_is_the_plain_loop(task, criterion, clip, classifier, build, run_training, spy):
+    labels, steps = 1 if task == "stsb" else 2, 12 if clip is None else 5
+    model, reference, split = classifier(labels, dropout=False), classifier(labels, dropout=False).train(), spy(task)
+    optimizers = []
+    for one in (build("full").prepare(model), reference):
+        adamw = torch.optim.AdamW(one.parameters(), lr=1e-3, weight_decay=0.01)
+        optimizers.append(adamw if clip is None else torch.optim.SGD(one.parameters(), lr=0.1))
+    changes = {"max_steps": steps, "evaluation_steps": 100, "max_grad_norm": clip}
+    run_training(model, optimizers[0], task=task, split=split, learning_rate=1e-3 if clip is None else 0.1, **changes)
+    assert len(split.rows) == steps and {len(rows) for rows in split.rows} == {8}
+    for rows in split.rows:
+        batch = split.split.batch(rows)
+        expected = batch.pop("labels")
         logits = reference(**batch).logits
-        optimizer.zero_grad()
-        criterion(logits.squeeze(-1) if task == "stsb" else logits, labels).backward()
-        optimizer.step()
+        optimizers[1].zero_grad()
+        criterion(logits.squeeze(-1) if task == "stsb" else logits, expected).backward()
+        if clip is not None:
+            assert torch.nn.utils.clip_grad_norm_(reference.parameters(), clip) > clip
+        optimizers[1].step()
     assert_equal_weights(weights(model), weights(reference), atol=1e-6)
+
+
+def test_the_optimizer_of_full_fine_tuning_is_adamw(classifier, build):
+    optimizer = build("full").optimizer(classifier(), 1e-3, 0.01)
+    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["weight_decay"] == 0.01
 
 
 def test_summed_loss_is_the_sum():
@@ -119,14 +121,14 @@ def test_summed_loss_is_the_sum():
 # Which rows
 
 
-def test_every_epoch_holds_every_row_once_in_an_order_of_its_own(classifier, run_training, load):
-    spies = []
+def test_every_epoch_holds_every_row_once_in_an_order_of_its_own(classifier, run_training, spy):
+    found = []
     for seed in (1, 1, 2):
-        model, spy = classifier(), Spy(load("cola")[1]["train"])
+        model, split = classifier(), spy()
         optimizer = torch.optim.AdamW(model.parameters())
-        run_training(model, optimizer, split=spy, seed=seed, batch_size=12, max_steps=8, evaluation_steps=100)
-        spies.append(spy.rows)
-    first, again, other = spies
+        run_training(model, optimizer, split=split, seed=seed, batch_size=12, max_steps=8, evaluation_steps=100)
+        found.append(split.rows)
+    first, again, other = found
     assert [len(rows) for rows in first] == [12, 12, 12, 4] * 2
     epochs = [[*itertools.chain(*first[:4])], [*itertools.chain(*first[4:])]]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(40)) and epochs[0] != epochs[1]
@@ -145,28 +147,19 @@ def test_epochs_and_max_steps_end_the_run(epochs, max_steps, expected, fit, opti
 # How a batch is cut
 
 
-def test_accumulation_does_not_change_the_steps(method_name, fit):
-    whole, before = fit(method_name, one_backward=True, max_steps=8, batch_size=12)
-    cut, after = fit(method_name, max_steps=8, batch_size=12, accumulation_steps=4)
-    assert_equal_weights(cut, whole, atol=1e-6)
+@pytest.mark.parametrize(
+    ("name", "form", "accumulation", "changes"),
+    [(name, None, 4, {"batch_size": 12}) for name in ("full", "lora", "meprop", "sparsegrad")]
+    + [("sparsegrad", form, 4, {"max_grad_norm": 0.5}) for form in ("folded", "rotated", "truncated")]
+    + [("full", None, size, {"batch_size": 10}) for size in (3, 8, 50)],  # unequal micro-batches, and single rows
+)
+def test_accumulation_does_not_change_the_steps(name, form, accumulation, changes, fit):
+    changes |= {"max_steps": 6, "overrides": (f"method.form={form}",) if form else ()}
+    whole, before = fit(name, one_backward=True, **changes)
+    cut, after = fit(name, accumulation_steps=accumulation, **changes)
+    assert_equal_weights(cut, whole, atol=1e-5 if form else 1e-6)
     losses = [[evaluation["loss"] for evaluation in progress.evaluations] for progress in (before, after)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
-
-
-@pytest.mark.parametrize("form", ["folded", "rotated", "truncated"])
-def test_accumulation_does_not_change_the_steps_with_clipping(form, fit):
-    overrides = (f"method.form={form}",)
-    changes = {"max_steps": 6, "max_grad_norm": 0.5, "overrides": overrides}
-    whole, _ = fit("sparsegrad", one_backward=True, **changes)
-    cut, _ = fit("sparsegrad", accumulation_steps=4, **changes)
-    assert_equal_weights(cut, whole, atol=1e-5)
-
-
-@pytest.mark.parametrize("accumulation", [3, 8, 50])
-def test_micro_batches_of_unequal_and_single_rows(accumulation, fit):
-    whole, _ = fit("full", max_steps=5, batch_size=10)
-    cut, _ = fit("full", max_steps=5, batch_size=10, accumulation_steps=accumulation)
-    assert_equal_weights(cut, whole, atol=1e-6)
 
 
 def test_padding_does_not_change_the_steps(method_name, classifier, build, run_training, load):
@@ -178,15 +171,6 @@ def test_padding_does_not_change_the_steps(method_name, classifier, build, run_t
         run_training(model, method.optimizer(model, 1e-3, 0.0), split=split, max_steps=6, accumulation_steps=2)
         found.append(weights(model))
     assert_equal_weights(*found, atol=1e-6)
-
-
-def test_forms_of_sparsegrad_take_the_same_steps(fit):
-    changes = {"max_steps": 8, "batch_size": 12}
-    found = {}
-    for form in ("folded", "rotated"):
-        _, found[form] = fit("sparsegrad", one_backward=True, overrides=(f"method.form={form}",), **changes)
-    a, b = ([evaluation["loss"] for evaluation in found[form].evaluations] for form in found)
-    assert a == pytest.approx(b, abs=1e-5)
 
 
 # Learning rate and clipping
@@ -202,12 +186,8 @@ def test_constant_linear_and_cosine_factors():
     assert shape("linear", warmup=4) == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25])
     assert shape("cosine") == pytest.approx([(1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)])
     assert shape("cosine", warmup=4)[4:] == pytest.approx([(1 + math.cos(math.pi * s / 4)) / 2 for s in range(4)])
-
-
-def test_factors_stay_in_range_when_warmup_is_the_whole_run():
-    for schedule in ("constant", "linear", "cosine"):
-        for warmup in (8, 20):
-            assert all(0 < learning_rate_factor(schedule, step, warmup, 8) <= 1 for step in range(8))
+    for schedule, warmup in itertools.product(("constant", "linear", "cosine"), (8, 20)):  # the whole run, and more
+        assert all(0 < factor <= 1 for factor in shape(schedule, warmup))
 
 
 @pytest.mark.parametrize("method_name", ["full", "sparsegrad"])
@@ -221,23 +201,6 @@ def test_every_group_follows_the_schedule(method_name, classifier, build, run_tr
     assert len(seen[0]) == (2 if method_name == "sparsegrad" else 1)
     for lr, found in zip(expected, seen, strict=True):
         assert found == pytest.approx([lr] * len(found))
-
-
-def test_clipping_is_torchs(classifier, run_training, load):
-    model, reference = classifier(dropout=False), classifier(dropout=False).train()
-    spy = Spy(load("cola")[1]["train"])
-    changes = {"max_steps": 5, "evaluation_steps": 100, "max_grad_norm": 0.01}
-    run_training(model, torch.optim.SGD(model.parameters()), split=spy, learning_rate=0.1, **changes)
-    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
-    for rows in spy.rows:
-        batch = spy.split.batch(rows)
-        labels = batch.pop("labels")
-        F.cross_entropy(reference(**batch).logits, labels).backward()
-        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.01)
-        assert norm > 0.01
-        optimizer.step()
-        optimizer.zero_grad()
-    assert_equal_weights(weights(model), weights(reference), atol=1e-6)
 
 
 def test_clipping_limits_what_sparsegrad_steps_with(classifier, build, run_training):
@@ -258,45 +221,31 @@ def test_clipping_limits_what_sparsegrad_steps_with(classifier, build, run_train
 # Where a run ends, and with which weights
 
 
-def test_patience_counts_evaluations_without_improvement(classifier, run_training):
-    model = classifier()
-    optimizer = torch.optim.AdamW(model.parameters())
-    evaluation = scores(0.1, 0.3, 0.2, 0.3, 0.25, 0.9)
-    progress = run_training(model, optimizer, evaluation=evaluation, patience=3, max_steps=60, evaluation_steps=2)
-    assert progress.stopped == "no improvement in 3 evaluations"
-    assert (progress.step, progress.best_step, progress.score) == (10, 4, 0.3)
-    assert [e["step"] for e in progress.evaluations] == [2, 4, 6, 8, 10]
+@pytest.mark.parametrize(
+    ("scores", "patience", "every", "expected"),
+    [
+        ((0.1, 0.3, 0.2, 0.3, 0.25, 0.9), 3, 2, (10, 4, 0.3, "no improvement in 3 evaluations")),
+        ((0.1, 0.0, 0.2, 0.0, 0.3, 0.0), 2, 1, (6, 5, 0.3, "all steps done")),  # an improvement renews it
+        (range(10, 0, -1), None, 1, (10, 1, 10, "all steps done")),
+    ],
+)
+def test_patience_counts_evaluations_without_improvement(scores, patience, every, expected, adamw):
+    steps = 60 if every == 2 else len(scores)
+    progress = adamw(scores, patience=patience, max_steps=steps, evaluation_steps=every)
+    assert (progress.step, progress.best_step, progress.score, progress.stopped) == expected
+    assert [e["step"] for e in progress.evaluations] == list(range(every, expected[0] + 1, every))
 
 
-def test_improvement_renews_patience(classifier, run_training):
-    model = classifier()
-    evaluation = scores(0.1, 0.0, 0.2, 0.0, 0.3, 0.0)
-    optimizer = torch.optim.AdamW(model.parameters())
-    progress = run_training(model, optimizer, evaluation=evaluation, patience=2, max_steps=6, evaluation_steps=1)
-    assert (progress.step, progress.score, progress.stopped) == (6, 0.3, "all steps done")
-
-
-def test_no_patience_never_stops_early(classifier, run_training):
-    model = classifier()
-    evaluation = scores(*range(10, 0, -1))
-    optimizer = torch.optim.AdamW(model.parameters())
-    progress = run_training(model, optimizer, evaluation=evaluation, patience=None, max_steps=10, evaluation_steps=1)
-    assert (progress.step, progress.score, progress.best_step) == (10, 10, 1)
-
-
-def test_best_weights_are_left_in_the_model(method_name, classifier, build, run_training, load):
-    method = build(method_name)
+def test_best_weights_are_left_in_the_model(method_name, classifier, build, run_training):
+    method, seen = build(method_name), []
     model = method.prepare(classifier())
-    _facts, _splits = load("cola")
-    seen = []
 
     def evaluation(m):
         seen.append(weights(m))
         return {"loss": 0.5, "matthews_correlation": {1: 0.9}.get(len(seen), 0.1)}
 
-    progress = run_training(
-        model, method.optimizer(model, 1e-2, 0.0), evaluation=evaluation, max_steps=9, evaluation_steps=3
-    )
+    optimizer = method.optimizer(model, 1e-2, 0.0)
+    progress = run_training(model, optimizer, evaluation=evaluation, max_steps=9, evaluation_steps=3)
     assert progress.best_step == 3
     assert_equal_weights(weights(model), seen[0], atol=0)
     assert any(not torch.equal(seen[0][name], seen[-1][name]) for name in seen[0])
@@ -307,38 +256,30 @@ def test_score_is_that_of_the_weights_left(method_name, classifier, build, run_t
     model = method.prepare(classifier())
     facts, splits = load("cola")
     progress = run_training(model, method.optimizer(model, 5e-3, 0.0), max_steps=30, evaluation_steps=5)
-    assert evaluate(model, splits["validation"], facts, 16, CPU)[facts.metric] == progress.score
     assert progress.score == max(e[facts.metric] for e in progress.evaluations)
-    merged = method.merge(model)
-    assert evaluate(merged, splits["validation"], facts, 16, CPU)[facts.metric] == progress.score
+    for found in (model, method.merge(model)):
+        assert evaluate(found, splits["validation"], facts, 16, CPU)[facts.metric] == progress.score
 
 
-def test_callback_sees_every_evaluation_and_may_end_the_run(classifier, run_training):
-    model, seen = classifier(), []
-
-    class Enough(Exception):
-        pass
+def test_callback_sees_every_evaluation_and_may_end_the_run(adamw):
+    seen = []
 
     def on_evaluation(step, score):
         seen.append((step, score))
         if step == 4:
-            raise Enough
+            raise InterruptedError
 
-    optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(Enough):
-        run_training(
-            model, optimizer, evaluation=scores(0.1, 0.2, 0.3), evaluation_steps=2, on_evaluation=on_evaluation
-        )
+    with pytest.raises(InterruptedError):
+        adamw([0.1, 0.2, 0.3], evaluation_steps=2, on_evaluation=on_evaluation)
     assert seen == [(2, 0.1), (4, 0.2)]
 
 
-def test_evaluation_leaves_the_mode_and_the_random_generator(classifier, load):
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_leaves_the_mode_and_the_random_generator(training, classifier, load):
     facts, splits = load("cola")
-    for training in (True, False):
-        model = classifier().train(training)
-        state = torch.get_rng_state()
-        evaluate(model, splits["validation"], facts, 16, CPU)
-        assert model.training is training and torch.equal(torch.get_rng_state(), state)
+    model, state = classifier().train(training), torch.get_rng_state()
+    evaluate(model, splits["validation"], facts, 16, CPU)
+    assert model.training is training and torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 24, 100])
@@ -357,11 +298,12 @@ def test_evaluation_does_not_depend_on_its_batches(task, batch_size, classifier,
         assert found["pearson"] == pytest.approx(float(expected), abs=1e-3)  # almost constant predictions
 
 
-def test_f1_stands_beside_accuracy_of_two_classes(classifier, load):
-    facts, splits = load("mrpc")
-    assert set(evaluate(classifier(), splits["validation"], facts, 16, CPU)) == {"loss", "accuracy", "f1"}
-    facts, splits = load("cola")
-    assert set(evaluate(classifier(), splits["validation"], facts, 16, CPU)) == {"loss", "matthews_correlation"}
+@pytest.mark.parametrize(
+    ("task", "names"), [("mrpc", {"loss", "accuracy", "f1"}), ("cola", {"loss", "matthews_correlation"})]
+)
+def test_f1_stands_beside_accuracy_of_two_classes(task, names, classifier, load):
+    facts, splits = load(task)
+    assert set(evaluate(classifier(), splits["validation"], facts, 16, CPU)) == names
 
 
 # What does not converge
@@ -393,42 +335,33 @@ def test_weights_that_the_last_step_destroys_are_a_non_finite_loss(task, classif
 
 
 @pytest.mark.parametrize(
-    ("changes", "text"),
+    ("name", "values", "allowed"),
     [
-        ({"batch_size": 0}, r"batch_size=0; it must be a whole number, at least 1\."),
-        ({"epochs": 0}, r"epochs=0; it must be a whole number, at least 1\."),
-        ({"evaluation_steps": 0}, r"evaluation_steps=0; it must be a whole number, at least 1\."),
-        ({"accumulation_steps": -1}, r"accumulation_steps=-1; it must be a whole number, at least 1\."),
-        ({"evaluation_batch_size": 0}, r"evaluation_batch_size=0; it must be a whole number, at least 1\."),
-        ({"max_steps": 0}, r"max_steps=0; it must be a whole number, at least 1, or null\."),
-        ({"learning_rate": 0.0}, r"learning_rate=0.0; it must be a positive number\."),
-        ({"learning_rate": float("nan")}, r"learning_rate=nan; it must be a positive number\."),
-        ({"learning_rate": float("inf")}, r"learning_rate=inf; it must be a positive number\."),
-        ({"learning_rate": "fast"}, r"learning_rate='fast'; it must be a positive number\."),
-        ({"batch_size": 8.5}, r"batch_size=8.5; it must be a whole number, at least 1\."),
-        ({"max_steps": "all"}, r"max_steps='all'; it must be a whole number, at least 1, or null\."),
-        ({"seed": "one"}, r"seed='one'; it must be a whole number\."),
-        ({"schedule": "step"}, r"schedule='step'; allowed: constant, linear, cosine\."),
-        ({"precision": "fp16"}, r"precision='fp16'; allowed: fp32, bf16\."),
+        ("batch_size", (0, 8.5), "a whole number, at least 1"),
+        ("epochs", (0,), "a whole number, at least 1"),
+        ("evaluation_steps", (0,), "a whole number, at least 1"),
+        ("accumulation_steps", (-1,), "a whole number, at least 1"),
+        ("evaluation_batch_size", (0,), "a whole number, at least 1"),
+        ("max_steps", (0, "all"), "a whole number, at least 1, or null"),
+        ("learning_rate", (0.0, float("nan"), float("inf"), "fast"), "a positive number"),
+        ("seed", ("one",), "a whole number"),
+        ("schedule", ("step",), "constant, linear, cosine"),
+        ("precision", ("fp16",), "fp32, bf16"),
     ],
 )
-def test_options_out_of_range(changes, text, options):
-    with pytest.raises(ValueError, match=text):
-        options(**changes)
+def test_options_out_of_range(name, values, allowed, options):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"{name}={value!r}; (it must be|allowed:) {allowed}\."):
+            options(**{name: value})
 
 
-def test_unknown_device_names_the_allowed():
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"device='tpu'; allowed: auto, cpu, cuda\."):
         make_accelerator("tpu", "fp32")
-
-
-def test_cuda_without_a_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device=cuda, but torch sees no CUDA device; use device=auto or device=cpu"):
         make_accelerator("cuda", "fp32")
-
-
-def test_one_process_may_hold_runs_of_several_precisions():
+    # One process may hold runs of several precisions.
     assert [make_accelerator("cpu", p).mixed_precision for p in ("fp32", "bf16", "fp32")] == ["no", "bf16", "no"]
 
 
@@ -436,10 +369,6 @@ def test_step_time_leaves_out_the_first_five():
     assert median_step_seconds(Progress(step_seconds=[9.0] * 5 + [1.0, 2.0, 3.0])) == 2.0
     assert median_step_seconds(Progress(step_seconds=[4.0, 2.0])) == 3.0
     assert median_step_seconds(Progress()) is None
-
-
-def test_options_are_compared_by_value(options):
-    assert options() == options() and isinstance(options(), TrainingOptions)
 
 
 # Several processes
