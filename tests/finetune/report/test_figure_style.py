@@ -7,7 +7,16 @@ import sys
 
 import pytest
 
-from finetune.report.figures.figure_style import COLOURS, GREY, Words, new_figure, number, relative_paths, save_figure
+from finetune.report.figures.figure_style import (
+    COLOURS,
+    GREY,
+    Words,
+    new_figure,
+    number,
+    relative_paths,
+    save_figure,
+    styles,
+)
 
 WORDS = Words("A title", "What is shown.", ("A note.",), ("results/x/a.json",))
 
@@ -34,17 +43,22 @@ def test_a_figure_is_three_files_and_a_rerun_gives_the_same_bytes(tmp_path):
     }
 
 
-def test_texts_stay_texts_and_nothing_is_black_or_white_or_dated(tmp_path):
-    svg = draw(tmp_path)[0].read_text()
-    assert ">k (entries)</text>" in svg
-    assert GREY in svg and not re.search(r"#000000|#ffffff|<dc:date>|matplotlib v", svg, flags=re.IGNORECASE)
-
-
-def test_the_background_of_the_png_is_transparent(tmp_path):
+def test_texts_stay_texts_nothing_is_black_or_white_or_dated_and_the_background_is_transparent(tmp_path):
     from matplotlib.image import imread
 
-    image = imread(draw(tmp_path)[1])
+    svg, png, _ = draw(tmp_path)
+    assert ">k (entries)</text>" in svg.read_text() and GREY in svg.read_text()
+    assert not re.search(r"#000000|#ffffff|<dc:date>|matplotlib v", svg.read_text(), flags=re.IGNORECASE)
+    image = imread(png)
     assert image.shape[2] == 4 and (image[..., 3] == 0).mean() > 0.5
+
+
+def test_any_number_of_names_has_colours_and_markers():
+    names = ["lora", "variant", *(f"new{place}" for place in range(20))]
+    found = styles(names, {"variant": "sparsegrad"})
+    assert [*found] == names and found["lora"][0] == COLOURS["lora"] and found["variant"][0] == COLOURS["sparsegrad"]
+    assert len({found[name] for name in names[:12]}) == 12
+    assert not {found[name][0] for name in names[2:]} & set(COLOURS.values())
 
 
 def test_the_style_of_other_code_is_left_alone(tmp_path):

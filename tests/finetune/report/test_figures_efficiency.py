@@ -34,7 +34,7 @@ def evidence(**tasks):
 
 BOTH = {
     "cola": {"full": ((1.0, 1.0), 400.0), "lora": ((1.2, 1.4), 300.0), "folded": ((0.5, 0.7), 380.0)},
-    "mrpc": {"full": ((1.0, 1.0), 800.0), "lora": ((1.0, 1.2), 700.0)},
+    "mrpc": {"full": ((1.0, 1.0), 800.0), "lora": ((1.0, 1.2), 700.0), "dora": ((2.0, 2.0), 400.0)},
 }
 
 
@@ -62,11 +62,16 @@ def test_the_marks_are_means_over_tasks_with_the_tasks_beside(drawn, tmp_path):
     paths = draw_figure_efficiency(evidence(**BOTH), tmp_path, LABELS)
     assert [path.name for path in paths] == [f"figure_efficiency.{suffix}" for suffix in ("svg", "png", "json")]
     [((left, right), _words)] = drawn
-    assert [text.get_text() for text in left.get_yticklabels()] == [NAMES[n] for n in ("full", "lora", "folded")]
+    assert [text.get_text() for text in left.get_yticklabels()] == [
+        NAMES["full"],
+        NAMES["lora"],
+        NAMES["folded"],
+        "DoRA",
+    ]
     tasks, mean = marks(left, 1)[:2], marks(left, 1)[-1]
     assert tasks == pytest.approx([1.3, 1.1]) and mean == pytest.approx(1.2)
     assert marks(right, 1) == pytest.approx([300 / 400, 700 / 800, 0.8125])
-    assert [text.get_text() for text in right.texts] == ["1.00", "0.81", "0.95"]
+    assert [text.get_text() for text in right.texts] == ["1.00", "0.81", "0.95", "0.50"]
     low, high = marks(left, 1)[2:4]
     assert 1.0 <= low < 1.2 < high <= 1.4
 

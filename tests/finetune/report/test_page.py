@@ -298,7 +298,7 @@ def test_protocol_environment_and_cost_come_from_files_and_records(results):
     assert {"orientation", "hosvd", "D2: U and V are called HOSVD factors", "preliminary: steps"} <= set(
         texts(found, "protocol")
     )
-    assert f"tiny, cola: DoRA {EVIL}, Regular FT" in texts(found, "protocol")
+    assert f"DoRA {EVIL}; Regular FT" in texts(found, "protocol")
     environment = texts(found, "environment")
     assert {"a" * 12, "yes", "2.13.0", "cpu, 2 CPU threads", "100 train rows"} <= set(environment)
     cost = texts(found, "cost")

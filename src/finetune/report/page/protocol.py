@@ -95,14 +95,12 @@ def as_run(inputs: PageInputs) -> Iterator[Grid]:
                 found.setdefault(shown, {}).setdefault(place, {})[inputs.labels.method(one.run["method"])] = None
         keys = list(dict.fromkeys(key for shown in found for key, _ in shown))
         rows = [
-            [
-                "; ".join(f"{place}: {', '.join(sorted(methods))}" for place, methods in runs.items()),
-                *(dict(shown).get(key) or Text("not recorded", "none") for key in keys),
-            ]
+            [place, "; ".join(sorted(methods)), *(dict(shown).get(key) or Text("not recorded", "none") for key in keys)]
             for shown, runs in found.items()
+            for place, methods in runs.items()
         ]
         if found:
-            head = ["runs", *(key.replace("_", " ") for key in keys)]
+            head = ["runs", "methods", *(key.replace("_", " ") for key in keys)]
             yield Grid(f"As run, {title}: what the records say", head, rows)
 
 

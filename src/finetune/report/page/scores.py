@@ -62,17 +62,17 @@ def _comparison(entry: Mapping[str, Any], unit: tuple[str, int], labels: Labels)
     """The means of an entry's methods, then its differences."""
     methods, printed, places = entry["comparison"]["methods"], entry.get("printed", {}), unit[1]
     tasks = labels.in_order({task for found in methods.values() for task in found["tasks"]})
-    rows = []
+    several, rows = len(tasks) > 1, []
     for name, found in methods.items():
         counts = [one["n"] for one in found["tasks"].values()]
-        mean = interval(found["mean"], places=places)
-        partial = "" if len(found["tasks"]) == len(tasks) else f" (over {len(found['tasks'])} of {len(tasks)} tasks)"
+        over = "" if len(counts) == len(tasks) else f" (over {len(counts)} of {len(tasks)} tasks)"
+        means = [interval(found["mean"], places=places) + over] if several else []
+        means += [f"{printed[name]['printed_same_tasks']:.2f}"] if name in printed else []
         cells = [interval(found["tasks"].get(task), places=places) for task in tasks]
-        own = [f"{printed[name]['printed_same_tasks']:.2f}"] if name in printed else []
-        seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
-        rows.append([labels.method(name), mean + partial, *own, seeds, *cells])
-    head = ["method", "AVG", *(["printed, same tasks"] if printed else []), "seeds", *map(labels.task, tasks)]
-    yield Grid(f"Means, {'in percent' if unit == POINTS else 'nats a token, lower is better'}", head, rows)
+        rows.append([labels.method(name), *means, *cells, " to ".join(map(str, sorted({min(counts), max(counts)})))])
+    head = ["method", *(["AVG"] if several else []), *(["printed, same tasks"] if printed else [])]
+    caption = f"Means, {'in percent' if unit == POINTS else 'nats a token, lower is better'}"
+    yield Grid(caption, [*head, *map(labels.task, tasks), "seeds"], rows)
     for family in entry["comparison"]["families"]:
         yield from _family(family, unit, labels)
 
