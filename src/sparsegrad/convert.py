@@ -37,6 +37,11 @@ class Target:
     name: str
     module: nn.Linear
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight, ``(out_features, in_features)``."""
+        return self.module.out_features, self.module.in_features
+
 
 def find_targets(
     model: nn.Module, target_modules: Mapping[str, str], layers_to_transform: Sequence[int] | None = None

@@ -22,9 +22,12 @@ class Examples(Protocol):
     @property
     def longest(self) -> int:
         """Tokens of the longest row that a batch can hold."""
+        ...
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The model's inputs, and ``labels``."""
+        ...
 
     def targets(self, indices: Sequence[int]) -> int:
         """How many predictions the summed loss of these rows adds up."""
+        ...

@@ -128,7 +128,7 @@ def _paths(rows: Sequence[Message], best: bool) -> Iterator[tuple[Message, ...]]
     children: dict[str | None, list[Message]] = {}
     for row in rows:
         children.setdefault(row["parent_id"] or None, []).append(row)
-    stack = [(row,) for row in reversed(children.get(None, []))]
+    stack: list[tuple[Message, ...]] = [(row,) for row in reversed(children.get(None, []))]
     while stack:
         path = stack.pop()
         below = children.get(path[-1]["message_id"], [])

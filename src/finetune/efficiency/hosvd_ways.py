@@ -212,7 +212,7 @@ def measure(request: Mapping[str, Any]) -> tuple[dict[str, Any], Basis]:
     device = machine.find_device(request["device"])
     if request["threads"] is not None:
         torch.set_num_threads(request["threads"])
-    options = {name: request[name] for name in ("noise", "seed")} | {"device": device}
+    options: dict[str, Any] = {name: request[name] for name in ("noise", "seed")} | {"device": device}
     run(request["way"], Gradients((6, 4), 2, **options), 3)  # libraries loaded, kernels and handles made
     gradients = Gradients(tuple(request["shape"]), request["rank"], **options)
     before = _start(device)

@@ -54,8 +54,12 @@ class Stage:
             content: the request.
             facts: of the machine, :func:`finetune.efficiency.machine.facts`.
         """
-        own = {"version": self.version, "device": [facts["type"], facts["name"]], "torch": torch.__version__}
-        return records.config_hash(own | content)
+        own: dict[str, Any] = {
+            "version": self.version,
+            "device": [facts["type"], facts["name"]],
+            "torch": torch.__version__,
+        }
+        return records.config_hash({**own, **content})
 
     def run(
         self,

@@ -194,7 +194,7 @@ def _memory(
 ) -> dict[str, Any]:
     """Parameters and memory of a variant, measured on the longest batch and by formula, or why there is none."""
     plain, method = make_model(model["architecture"], options.num_labels, "meta"), make_method(variant, model, protocol)
-    shapes = [tuple(target.module.weight.shape) for target in method.targets.find(plain)]
+    shapes = [target.shape for target in method.targets.find(plain)]
     missing = why_missing(variant, shapes, kept_entries(model["k"], protocol["density"], shapes[0]))
     if missing:
         return _refused(variant.name, "skipped", missing)

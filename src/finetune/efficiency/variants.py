@@ -144,7 +144,7 @@ def random_bases(
 ) -> dict[str, Basis]:
     """Random orthogonal bases by layer kind, float32: speed does not depend on which orthogonal matrix it is."""
     targets = build_targets("sparsegrad", model, protocol).find(make_model(model["architecture"], 2, "meta"))
-    shapes = {target.kind: tuple(target.module.weight.shape) for target in targets}
+    shapes = {target.kind: target.shape for target in targets}
     generator = torch.Generator(device).manual_seed(seed)
 
     def orthogonal(size: int) -> Tensor:

@@ -168,7 +168,7 @@ class _Gradients:
         }
 
     def _weight_hook(self, target: Target) -> Any:
-        shape = tuple(target.module.weight.shape)
+        shape = target.shape
         ranks = self.probe.ranks(shape)
 
         def take(weight: Tensor) -> None:

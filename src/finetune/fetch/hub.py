@@ -66,7 +66,7 @@ class HubFile:
 
     def partial(self, folder: Path) -> Path:
         """Where an unfinished download waits: named after the content, so that another revision never resumes it."""
-        return folder / f"{self.path}.{(self.sha256 or self.blob)[:8]}.incomplete"
+        return folder / f"{self.path}.{(self.sha256 or self.blob or '')[:8]}.incomplete"
 
 
 class Hub:

@@ -173,7 +173,7 @@ def count_parameters(model: nn.Module, method: Method) -> dict[str, int | float]
         ``wrapped_layers``.
     """
     targets = method.targets.set_trainable(model)
-    entries = [method.entries(tuple(target.module.weight.shape)) for target in targets]
+    entries = [method.entries(target.shape) for target in targets]
     whole = sum(target.module.weight.numel() for target in targets)
     return {
         "total": sum(p.numel() for p in model.parameters()),

@@ -41,7 +41,7 @@ class MeProp(Method):
         if self.optimizer_rule not in RULES:
             raise ValueError(f"protocol.meprop_optimizer={self.optimizer_rule!r}; allowed: {', '.join(RULES)}.")
         targets = self.targets.set_trainable(model)
-        k = {t.kind: self.entries(tuple(t.module.weight.shape)) for t in targets}
+        k = {t.kind: self.entries(t.shape) for t in targets}
         if self.optimizer_rule == "lazy_adam":
             sparsify(model, None, k, self.targets.target_modules, self.targets.layers_to_transform)
         return model

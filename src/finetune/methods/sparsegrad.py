@@ -96,7 +96,7 @@ class SparseGrad(Method):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         targets = self.targets.set_trainable(model)
-        k = {t.kind: kept_entries(self.k, self.density, tuple(t.module.weight.shape)) for t in targets}
+        k = {t.kind: kept_entries(self.k, self.density, t.shape) for t in targets}
         return sparsify(
             model,
             self._bases(),

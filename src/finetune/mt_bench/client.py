@@ -88,7 +88,7 @@ class JudgeOptions:
             kind = "a whole number" if kinds is int else "a number"
             raise ValueError(f"judge.{name}={value!r}; it must be {kind} of at least {least}.")
 
-    def sampling(self) -> dict[str, float | int]:
+    def sampling(self) -> dict[str, Any]:
         """What of the options goes into a request beside model and messages."""
         temperature = None if self.temperature is None else float(self.temperature)  # 0 and 0.0 are one configuration
         found = {"temperature": temperature, self.token_parameter: self.max_tokens}

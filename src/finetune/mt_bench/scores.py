@@ -87,7 +87,7 @@ def summarize(items: Mapping[Item, float], categories: Mapping[int, str] | None 
     """
     grouped: dict[str, list[float]] = {}
     for (question, _), score in items.items() if categories is not None else ():
-        if question not in categories:
+        if categories is None or question not in categories:
             raise ValueError(f"question {question} was judged and has no category; pass the question file it is from")
         grouped.setdefault(categories[question], []).append(score)
     return _score([(turn, score) for (_, turn), score in items.items()], grouped)

@@ -103,7 +103,7 @@ def plan_model(
     shapes: dict[str, tuple[int, int]] = {}
     if any(needs_bases(method) for method in methods.values()):
         targets = build_targets("sparsegrad", model, protocol).find(plain)
-        shapes = {target.kind: tuple(target.module.weight.shape) for target in targets}
+        shapes = {target.kind: target.shape for target in targets}
         preliminary = _preliminary(plain, targets, protocol["preliminary"], setup)
         for name, needed in (("preliminary", preliminary), ("hosvd", _hosvd(shapes))):
             found[name] = needed | {"fits": card.fits(needed["peak"])}
@@ -138,7 +138,7 @@ def _preliminary(
     plain: nn.Module, targets: Sequence[Target], preliminary: Mapping[str, Any], setup: Setup
 ) -> dict[str, int]:
     total = sum(parameter.numel() for parameter in plain.parameters())
-    shapes = {target.kind: tuple(target.module.weight.shape) for target in targets}
+    shapes = {target.kind: target.shape for target in targets}
     plain.requires_grad_(preliminary["update"])
     for target in targets:
         target.module.weight.requires_grad_(True)

@@ -174,7 +174,7 @@ def _disk(experiment: Experiment, memory: Sequence[Mapping[str, Any]], decoders:
     for model in experiment.lists.get("models") or ():
         moments += tasks * sum(8 * (o * o + i * i) for o, i in experiment.shapes(model).values())
     run = [CHECKPOINTS * (2 * row["components"]["snapshot"] + row["components"]["optimizer_state"]) for row in memory]
-    found = {
+    found: dict[str, float] = {
         "moments of encoders": moments,
         "bases of encoders": moments // 2,
         "checkpoints while an encoder trains": max(run, default=0),

@@ -131,7 +131,7 @@ class Experiment:
         """Layer kind -> shape of SparseGrad's target matrices."""
         protocol = self.chat_protocol if self.is_decoder(model) else self.protocol
         targets = build_targets("sparsegrad", self.model(model), protocol).find(self.plain(model))
-        return {target.kind: tuple(target.module.weight.shape) for target in targets}
+        return {target.kind: target.shape for target in targets}
 
     def work(self) -> Iterator[Work]:
         """Every piece of work, stage by stage."""

@@ -124,7 +124,7 @@ def training_memory(
     once = setup.accumulation_steps == 1
     targets = build_method(method, model, protocol, bases={}).targets.find(plain)
     chosen = build_method(method, model, protocol, bases=_meta_bases(targets), one_backward_a_step=once)
-    shapes = [tuple(target.module.weight.shape) for target in targets]
+    shapes = [target.shape for target in targets]
     first, end = ([chosen.memory(shape, touched) for shape in shapes] for touched in (0.0, setup.touched))
     counted = count_parameters(plain, chosen)["trainable"]
     around = counted - sum(chosen.entries(shape) for shape in shapes)
@@ -176,7 +176,7 @@ def meta_model(architecture: Mapping[str, Any], *, causal: bool) -> nn.Module:
 
 
 def _meta_bases(targets: list[Target]) -> dict[str, Basis]:
-    shapes = {target.kind: tuple(target.module.weight.shape) for target in targets}
+    shapes = {target.kind: target.shape for target in targets}
     with torch.device("meta"):
         return {kind: Basis(torch.empty(i, i), torch.empty(o, o)) for kind, (o, i) in shapes.items()}
 

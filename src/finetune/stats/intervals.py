@@ -114,7 +114,7 @@ def difference_from_paper(
     if paper_n < 2 or any(std is None for std in paper_stds):
         return Difference(value)
     samples = [(_variance(array), len(array)) for array in arrays]
-    samples += [(sample_std(std, paper_n) ** 2, paper_n) for std in paper_stds]
+    samples += [(sample_std(std, paper_n) ** 2, paper_n) for std in paper_stds if std is not None]
     return _with_interval(value, samples, len(arrays))
 
 

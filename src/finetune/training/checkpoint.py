@@ -123,7 +123,7 @@ def _changing(model: nn.Module) -> dict[str, Tensor]:
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous copies; of tensors that share memory (tied weights, shared bases) the first name only."""
-    seen: set[tuple[int, tuple[int, ...], int]] = set()
+    seen: set[tuple[Any, ...]] = set()
     result = {}
     for name, tensor in state.items():
         key = (tensor.untyped_storage().data_ptr(), tuple(tensor.shape), tensor.storage_offset())

@@ -75,7 +75,7 @@ class Collected:
             raise ValueError(
                 f"kinds {list(kinds)} can't share an input basis: missing {missing}, hosvd must be moments."
             )
-        right = sum(self.moments[kind].right for kind in kinds)
+        right = sum((self.moments[kind].right for kind in kinds), torch.zeros((), dtype=torch.float64))
         for kind in kinds:
             self.moments[kind].right = right
 
