@@ -108,6 +108,9 @@ def test_maps_of_another_configuration_are_refused(folder):
     save_tensors(look.path.with_suffix(".safetensors"), {}, {"config_hash": "another"})
     with pytest.raises(ValueError, match="another configuration"):
         look.maps()
+    look.path.with_suffix(".safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match="is damaged"):
+        look.maps()
     look.path.with_suffix(".safetensors").unlink()
     with pytest.raises(ValueError, match="does not exist"):
         look.maps()

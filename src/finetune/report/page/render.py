@@ -17,10 +17,8 @@ from finetune.stats.verdicts import MARKS, MEANINGS
 
 _ROW = re.compile(r"\bD\d+\b")
 
-_SCHEMES = (
-    "<style>text{fill:#4b5360!important}@media (prefers-color-scheme:dark){text{fill:#b9c0cb!important}}</style></svg>"
-)
-"""Texts of a picture follow the reader's scheme, as the page's do."""
+_DARK = "<style>@media (prefers-color-scheme:dark){text{fill:#b9c0cb!important}}</style></svg>"
+"""Texts of a picture are a grey that reads on any page, and lighter for a reader who prefers dark ones."""
 
 
 def render(template: str, **context: Any) -> str:
@@ -59,4 +57,4 @@ def linked(text: str) -> Markup:
 def picture(svg: bytes) -> str:
     """An SVG as an address that an image takes: a picture loads nothing and runs nothing."""
     body, _, _ = svg.decode().rstrip().rpartition("</svg>")
-    return f"data:image/svg+xml;base64,{b64encode((body + _SCHEMES).encode()).decode()}"
+    return f"data:image/svg+xml;base64,{b64encode((body + _DARK).encode()).decode()}"
