@@ -133,7 +133,7 @@ def load_checkpoint(folder: Path, dtype: torch.dtype | str) -> tuple[nn.Module, 
     """A merged checkpoint as ``from_pretrained`` reads it, and its tokenizer.
 
     Args:
-        folder: with config.json, \\*.safetensors and the tokenizer's files.
+        folder: with config.json, ``*.safetensors`` and the tokenizer's files.
         dtype: of the weights; ``auto`` takes the checkpoint's.
 
     Raises:

@@ -1,5 +1,4 @@
-"""What an experiment needs, before anything runs: time by kind of card, memory, disk, judge calls; and after it, what
-it took.
+"""What an experiment needs, before anything runs: time, memory, disk, judge calls; and after it, what it took.
 
 :mod:`~finetune.plan.experiment` lists the work of all cells from the configuration, :mod:`~finetune.plan.flops` counts
 its operations, :mod:`~finetune.plan.throughput` says how fast a card is, from what was measured or else from its peak,
