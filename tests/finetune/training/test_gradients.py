@@ -17,47 +17,31 @@ CPU = torch.device("cpu")
 KINDS = {"up": (64, 32), "down": (32, 64)}
 
 
-class Spy:
-    """A split that notes which rows are asked for."""
-
-    def __init__(self, split):
-        self.split, self.rows = split, []
-
-    def __len__(self):
-        return len(self.split)
-
-    def targets(self, rows):
-        return len(rows)
-
-    def batch(self, rows):
-        self.rows.append(list(rows))
-        return self.split.batch(rows)
-
-
 @pytest.fixture
 def targets(config):
     return Targets(config()["model"]["target_modules"])
 
 
 @pytest.fixture
-def gather(load, targets):
+def gather(spy, targets):
     """``gather(model, split=None, keep_weights=False, seed=3, ...)``: a collection of three batches of eight."""
 
     def make(model, split=None, keep_weights=False, seed=3, on=targets, **changes):
         options = PreliminaryOptions(**{"steps": 3, "batch_size": 8} | changes)
-        split = split or load("cola")[1]["train"]
-        return collect(model, split, on, options, seed=seed, device=CPU, keep_weights=keep_weights, progress_bar=False)
+        return collect(
+            model, split or spy(), on, options, seed=seed, device=CPU, keep_weights=keep_weights, progress_bar=False
+        )
 
     return make
 
 
-def by_hand(model, spy, targets, *, update=None):
+def by_hand(model, split, targets, *, update=None):
     """The same gradients by plain torch, from the rows that were asked for; ``update`` is a learning rate."""
     model = copy.deepcopy(model).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=update or 1.0, weight_decay=0.0)
     gradients = {kind: [] for kind in KINDS}
-    for rows in spy.rows:
-        batch = spy.split.batch(rows)
+    for rows in split.rows:
+        batch = split.split.batch(rows)
         labels = batch.pop("labels")
         model.zero_grad()
         F.cross_entropy(model(**batch).logits, labels).backward()
@@ -74,6 +58,7 @@ def test_model_is_left_untouched(classifier, gather):
         model.classifier.weight.requires_grad_(False)
         before = copy.deepcopy(model.state_dict())
         gather(model)
+        gather(model, keep_weights=True)  # nothing steps, so there is nothing to keep
         gather(model, update=True, learning_rate=1e-2)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         assert model.training is training and all(m.training is training for m in model.modules())
@@ -81,10 +66,10 @@ def test_model_is_left_untouched(classifier, gather):
         assert all(p.grad is None for p in model.parameters())
 
 
-def test_moments_are_of_the_gradients_by_hand(classifier, gather, load, targets):
-    model, spy = classifier(dropout=False), Spy(load("cola")[1]["train"])
-    collected = gather(model, spy)
-    expected, _ = by_hand(model, spy, targets)
+def test_moments_are_of_the_gradients_by_hand(classifier, gather, spy, targets):
+    model, split = classifier(dropout=False), spy()
+    collected = gather(model, split)
+    expected, _ = by_hand(model, split, targets)
     for kind, shape in KINDS.items():
         G, moments = expected[kind], collected.moments[kind]
         assert moments.count == len(G) == 6  # three batches, two blocks
@@ -93,11 +78,11 @@ def test_moments_are_of_the_gradients_by_hand(classifier, gather, load, targets)
         assert (moments.left.shape[0], moments.right.shape[0]) == shape
 
 
-def test_update_steps_adamw_on_the_whole_copy(classifier, gather, load, targets):
-    model, spy = classifier(dropout=False), Spy(load("cola")[1]["train"])
-    collected = gather(model, spy, update=True, learning_rate=1e-3)
-    expected, _ = by_hand(model, spy, targets, update=1e-3)
-    still, _ = by_hand(model, spy, targets)
+def test_update_steps_adamw_on_the_whole_copy(classifier, gather, spy, targets):
+    model, split = classifier(dropout=False), spy()
+    collected = gather(model, split, update=True, learning_rate=1e-3)
+    expected, _ = by_hand(model, split, targets, update=1e-3)
+    still, _ = by_hand(model, split, targets)
     for kind in KINDS:
         G = expected[kind]
         left = torch.einsum("nij,nkj->ik", G, G)
@@ -105,11 +90,11 @@ def test_update_steps_adamw_on_the_whole_copy(classifier, gather, load, targets)
         assert not torch.allclose(still[kind], G, rtol=1e-2, atol=1e-6)
 
 
-def test_keep_weights_leaves_the_stepped_weights(classifier, gather, load, targets):
-    model, spy = classifier(dropout=False), Spy(load("cola")[1]["train"])
+def test_keep_weights_leaves_the_stepped_weights(classifier, gather, spy, targets):
+    model, split = classifier(dropout=False), spy()
     start = copy.deepcopy(model)
-    gather(model, spy, keep_weights=True, update=True, learning_rate=1e-3)
-    _, expected = by_hand(start, spy, targets, update=1e-3)
+    gather(model, split, keep_weights=True, update=True, learning_rate=1e-3)
+    _, expected = by_hand(start, split, targets, update=1e-3)
     parameters = dict(expected.named_parameters())
     for name, parameter in model.named_parameters():
         if not name.endswith("key.bias"):  # cancels in the softmax: its gradient is rounding noise
@@ -117,19 +102,12 @@ def test_keep_weights_leaves_the_stepped_weights(classifier, gather, load, targe
             assert not torch.equal(parameter, start.get_parameter(name))
 
 
-def test_keep_weights_without_update_changes_no_weight(classifier, gather):
-    model = classifier()
-    before = copy.deepcopy(model.state_dict())
-    gather(model, keep_weights=True)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_bases_are_orthogonal_and_those_of_the_stacked_gradients(classifier, gather, load, targets):
+def test_bases_are_orthogonal_and_those_of_the_stacked_gradients(classifier, gather, spy, targets):
     from sparsegrad import hosvd_of_unfoldings
 
-    model, spy = classifier(dropout=False), Spy(load("cola")[1]["train"])
-    bases = gather(model, spy).bases()
-    stacks, _ = by_hand(model, spy, targets)
+    model, split = classifier(dropout=False), spy()
+    bases = gather(model, split).bases()
+    stacks, _ = by_hand(model, split, targets)
     for kind, basis in bases.items():
         assert basis.orthogonality_error() < 1e-10
         assert (basis.out_features, basis.in_features) == KINDS[kind]
@@ -151,37 +129,31 @@ def test_tensorly_gives_the_same_subspaces(classifier, gather):
                 torch.testing.assert_close(projector, expected[:rank].T @ expected[:rank], rtol=0, atol=1e-4)
 
 
-def test_facts(classifier, gather):
-    collected = gather(classifier(), seed=5)
-    assert collected.facts["gradients"] == {"up": 6, "down": 6}
-    assert collected.facts["seed"] == 5
-    assert 0.3 < collected.facts["loss_first"] < 1.5 and 0.3 < collected.facts["loss_last"] < 1.5
-
-
-def test_seed_decides_rows_and_dropout(classifier, gather, load):
+def test_seed_decides_rows_and_dropout(classifier, gather, spy):
     found = []
     for seed in (3, 3, 4):
         torch.manual_seed(99)
-        spy = Spy(load("cola")[1]["train"])
-        collected = gather(classifier(), spy, seed=seed)
-        found.append((spy.rows, collected.moments["up"].left))
+        split = spy()
+        collected = gather(classifier(), split, seed=seed)
+        found.append((split.rows, collected.moments["up"].left))
     assert found[0][0] == found[1][0] != found[2][0]
     assert torch.equal(found[0][1], found[1][1]) and not torch.equal(found[0][1], found[2][1])
     assert [len(rows) for rows in found[0][0]] == [8, 8, 8] and len({*itertools.chain(*found[0][0])}) == 24
 
 
-def test_more_steps_than_an_epoch_and_more_rows_than_there_are(classifier, gather, load):
-    spy = Spy(load("cola")[1]["train"])
-    gather(classifier(), spy, steps=7)
-    assert [len(rows) for rows in spy.rows] == [8] * 7 and {*itertools.chain(*spy.rows)} == set(range(40))
-    spy = Spy(load("cola", limit=5)[1]["train"])
-    gather(classifier(), spy, steps=2)
-    assert [sorted(rows) for rows in spy.rows] == [list(range(5))] * 2
+def test_more_steps_than_an_epoch_and_more_rows_than_there_are(classifier, gather, spy):
+    split, small = spy(), spy(limit=5)
+    gather(classifier(), split, steps=7)
+    assert [len(rows) for rows in split.rows] == [8] * 7 and {*itertools.chain(*split.rows)} == set(range(40))
+    gather(classifier(), small, steps=2)
+    assert [sorted(rows) for rows in small.rows] == [list(range(5))] * 2
 
 
 def test_layers_to_transform(classifier, gather, targets):
     only = Targets(targets.target_modules, layers_to_transform=[1])
-    assert gather(classifier(), on=only).facts["gradients"] == {"up": 3, "down": 3}
+    facts = gather(classifier(), on=only, seed=5).facts
+    assert facts["gradients"] == {"up": 3, "down": 3} and facts["seed"] == 5
+    assert 0.3 < facts["loss_first"] < 1.5 and 0.3 < facts["loss_last"] < 1.5
 
 
 def test_target_that_is_missing(classifier, gather):
@@ -261,40 +233,30 @@ def test_backends_of_the_stages_agree(stages, tmp_path):
         torch.testing.assert_close(a.T @ a, b.T @ b, rtol=0, atol=1e-4)
 
 
-def test_run_takes_its_tasks_basis_from_a_folder_or_a_file(stages, config):
+def test_run_takes_its_tasks_basis_from_a_folder_or_a_file_and_refuses_another(stages, config, tmp_path):
+    def read(task="cola", *overrides, basis):
+        return GlueProblem(config(*overrides) | {"basis": str(basis)}).bases(task)
+
     folder = stages()
-    for place in (folder, folder / "cola.safetensors"):
-        bases, facts = GlueProblem(config() | {"basis": str(place)}).bases("cola")
-        assert set(bases) == {"up", "down"} and facts["task"] == "cola"
-
-
-def test_basis_of_another_checkpoint_is_refused(stages, config):
-    folder = stages()
-    bases, facts = load_bases(folder / "cola.safetensors")
-    save_bases(folder / "cola.safetensors", bases, facts | {"model_sha256": "0" * 64})
-    text = r"cola.safetensors was made with model_sha256=0{64}, this run has model_sha256=[0-9a-f]{64}: run the"
-    with pytest.raises(ValueError, match=text):
-        GlueProblem(config() | {"basis": str(folder)}).bases("cola")
-
-
-def test_basis_of_another_task_or_preliminary_phase_is_refused(stages, config):
-    file = stages() / "cola.safetensors"
-    with pytest.raises(ValueError, match=r"cola.safetensors was made with task=cola, this run has task=mrpc: run the"):
-        GlueProblem(config() | {"basis": str(file)}).bases("mrpc")
-    with pytest.raises(ValueError, match=r"was made with preliminary=.*'steps': 2.*this run has .*'steps': 5"):
-        GlueProblem(config("protocol.preliminary.steps=5") | {"basis": str(file)}).bases("cola")
-
-
-def test_basis_that_is_missing_damaged_or_none(stages, config, tmp_path):
-    folder = stages()
-    with pytest.raises(ValueError, match=r"mrpc.safetensors does not exist: run the stage that writes it"):
-        GlueProblem(config() | {"basis": str(folder)}).bases("mrpc")
-    with pytest.raises(ValueError, match=r"cola.safetensors holds 'moments', not bases\."):
-        GlueProblem(config() | {"basis": str(tmp_path / "gradients" / "tiny_bert")}).bases("cola")
     file = folder / "cola.safetensors"
+    for place in (folder, file):
+        bases, facts = read(basis=place)
+        assert set(bases) == {"up", "down"} and facts["task"] == "cola"
+    with pytest.raises(ValueError, match=r"cola.safetensors was made with task=cola, this run has task=mrpc: run the"):
+        read("mrpc", basis=file)
+    with pytest.raises(ValueError, match=r"was made with preliminary=.*'steps': 2.*this run has .*'steps': 5"):
+        read("cola", "protocol.preliminary.steps=5", basis=file)
+    with pytest.raises(ValueError, match=r"mrpc.safetensors does not exist: run the stage that writes it"):
+        read("mrpc", basis=folder)
+    with pytest.raises(ValueError, match=r"cola.safetensors holds 'moments', not bases\."):
+        read(basis=tmp_path / "gradients" / "tiny_bert")
+    save_bases(folder / "other.safetensors", bases, facts | {"model_sha256": "0" * 64})
+    text = r"other.safetensors was made with model_sha256=0{64}, this run has model_sha256=[0-9a-f]{64}: run the"
+    with pytest.raises(ValueError, match=text):
+        read(basis=folder / "other.safetensors")
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"cola.safetensors is damaged .*: delete it and run the stage that writes it"):
-        GlueProblem(config() | {"basis": str(folder)}).bases("cola")
+        read(basis=file)
 
 
 def test_basis_stage_refuses_what_holds_no_moments(stages, config, tmp_path):

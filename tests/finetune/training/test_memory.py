@@ -30,46 +30,27 @@ def prepared(classifier, build):
 
 
 def test_storages_are_counted_once():
-    a = torch.zeros(10)
-    assert memory.tensor_bytes([a]) == 40
+    a, empty = torch.zeros(10), torch.zeros(0)
+    sparse = torch.sparse_coo_tensor([[0, 1, 1], [2, 0, 2]], [1.0, 2.0, 3.0], (2, 3), check_invariants=True)
+    assert memory.tensor_bytes([]) == 0
     assert memory.tensor_bytes([a, a[:5], a.view(2, 5)]) == 40
     assert memory.tensor_bytes([a, torch.zeros(3, dtype=torch.float64)]) == 64
-    assert memory.tensor_bytes([]) == 0
+    assert memory.tensor_bytes([sparse]) == 2 * 3 * 8 + 3 * 4  # indices and values
+    assert memory.tensor_bytes([empty, torch.zeros(0), torch.zeros(4)]) == 16  # the empty hide no other
 
 
-def test_sparse_tensors_count_indices_and_values():
-    sparse = torch.sparse_coo_tensor([[0, 1, 1], [2, 0, 2]], [1.0, 2.0, 3.0], (2, 3), check_invariants=True)
-    assert memory.tensor_bytes([sparse]) == 2 * 3 * 8 + 3 * 4
-
-
-def test_empty_tensors_do_not_hide_others():
-    assert memory.tensor_bytes([torch.zeros(0), torch.zeros(0), torch.zeros(4)]) == 16
-
-
-def test_components_of_full_fine_tuning(prepared, load):
-    model, optimizer = prepared("full", load)
-    numbers = sum(p.numel() for p in model.parameters())
-    found = memory.components(model, optimizer)
-    assert found == {"parameters": 4 * numbers, "optimizer_state": 2 * 4 * numbers, "bases": 0}
-
-
-def test_components_of_lora(prepared, load):
-    model, optimizer = prepared("lora", load)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    found = memory.components(model, optimizer)
-    assert found["optimizer_state"] == 2 * 4 * trained
-    assert found["parameters"] == 4 * sum(p.numel() for p in model.parameters())
-
-
-def test_components_of_sparsegrad_after_one_step(prepared, load):
-    model, optimizer = prepared("sparsegrad", load)
-    numbers = sum(p.numel() for p in model.parameters())
-    found = memory.components(model, optimizer)
-    assert found["parameters"] == 4 * numbers
-    # Two moments and an index for each of 20 entries of each matrix; dense moments for all else.
-    assert found["optimizer_state"] == 2 * 4 * (numbers - MATRICES * SIZE) + MATRICES * 20 * (4 + 4 + 8)
-    # One basis a layer kind, shared by its layers: 32 x 32 and 64 x 64 each.
-    assert found["bases"] == 2 * 4 * (32 * 32 + 64 * 64)
+def test_components(method_name, prepared, load):
+    model, optimizer = prepared(method_name, load)
+    numbers, trained = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False)
+    )
+    expected = {"parameters": 4 * numbers, "optimizer_state": 2 * 4 * trained, "bases": 0}
+    if method_name in ("meprop", "sparsegrad"):
+        # Two moments and an index for each of 20 entries of each matrix; dense moments for all else.
+        expected["optimizer_state"] = 2 * 4 * (numbers - MATRICES * SIZE) + MATRICES * 20 * (4 + 4 + 8)
+    if method_name == "sparsegrad":  # one basis a layer kind, shared by its layers: 32 x 32 and 64 x 64 each
+        expected["bases"] = 2 * 4 * (32 * 32 + 64 * 64)
+    assert memory.components(model, optimizer) == expected
 
 
 def test_bases_that_layers_share_are_counted_once(random_bases):
@@ -88,46 +69,28 @@ def backward(model, load):
     torch.nn.functional.cross_entropy(model(**batch).logits, labels).backward()
 
 
-def test_gradients_that_are_held(prepared, load):
-    model, _ = prepared("full", load, steps=0)
+@pytest.mark.parametrize(
+    ("name", "one_backward", "held"),
+    [("full", True, 4 * SIZE), ("sparsegrad", True, 20 * (4 + 8)), ("sparsegrad", False, 4 * SIZE)],
+)
+def test_gradients_that_are_held(name, one_backward, held, prepared, load):
+    """SparseGrad's are its entries once they are selected; counting selects nothing."""
+    model, _ = prepared(name, load, steps=0, one_backward=one_backward)
     assert memory.gradient_bytes(model) == 0
-    backward(model, load)
-    assert memory.gradient_bytes(model) == 4 * sum(p.numel() for p in model.parameters())
-
-
-@pytest.mark.parametrize(("one_backward", "held"), [(True, 20 * (4 + 8)), (False, 4 * SIZE)])
-def test_gradients_of_sparsegrad_are_its_entries_once_selected(one_backward, held, prepared, load):
-    model, _ = prepared("sparsegrad", load, steps=0, one_backward=one_backward)
     backward(model, load)
     dense = sum(p.numel() for p in model.parameters()) - MATRICES * SIZE
     assert memory.gradient_bytes(model) == 4 * dense + MATRICES * held
-    assert len(sparsegrad_layers(model)) == MATRICES
+    assert all((layer.weight.grad is None) is one_backward for layer in sparsegrad_layers(model).values())
 
 
-def test_counting_gradients_selects_nothing(prepared, load):
-    model, _ = prepared("sparsegrad", load, steps=0)
-    backward(model, load)
-    memory.gradient_bytes(model)
-    assert all(layer.weight.grad is not None for layer in sparsegrad_layers(model).values())
-
-
-def test_saved_activations_of_one_linear_layer():
-    model, notes = torch.nn.Linear(6, 5), {}
-    x = torch.randn(3, 6, requires_grad=True)
-    with memory.saved_activations(model, notes, True):
-        model(x).sum()
-    assert notes["saved_activations"] == 4 * 3 * 6  # the input; the weight is a parameter
-
-
-def test_saved_activations_are_the_largest_pass_and_off_by_choice():
+def test_saved_activations_are_those_of_the_largest_pass_and_off_by_choice():
     model, notes = torch.nn.Linear(6, 5), {}
     for rows in (2, 4, 3):
         with memory.saved_activations(model, notes, True):
-            model(torch.randn(rows, 6))
-    assert notes["saved_activations"] == 4 * 4 * 6
+            model(torch.randn(rows, 6, requires_grad=True)).sum()
     with memory.saved_activations(model, notes, False):
         model(torch.randn(50, 6))
-    assert notes["saved_activations"] == 4 * 4 * 6
+    assert notes["saved_activations"] == 4 * 4 * 6  # the input; the weight is a parameter
 
 
 def test_counting_does_not_change_gradients(classifier, load):
