@@ -1,11 +1,6 @@
 """Runs on dialogues: every method learns and merges, only the chosen matrices move, a batch may be cut in any way."""
 
 import math
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -78,115 +73,6 @@ def test_checkpoints_leave_frozen_parameters_out(run, killed, tmp_path):
     [state, *_] = (tmp_path / "checkpoints").glob("*/step_*/model.safetensors")
     parameters = {name for name in load_file(state) if name.endswith("weight")}
     assert parameters == {f"model.layers.{i}.mlp.{m}_proj.weight" for i in (0, 3) for m in ("up", "down")}
-
-
-# A batch however cut
-
-SCRIPT = """
-    import sys
-    from pathlib import Path
-    import torch, yaml
-    from safetensors.torch import load_file, save_file
-    from finetune.runs.chat import ChatProblem
-    from finetune.training.evaluation import evaluate_causal
-    from finetune.methods import build_method
-    from finetune.models import checkpoint_activations
-    from finetune.training.loop import Training, make_accelerator, train
-    from finetune.training.options import TrainingOptions
-    from sparsegrad import Basis
-
-    config, out, bases = yaml.safe_load(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), load_file(sys.argv[3])
-    accumulation, checkpointing = int(sys.argv[4]), sys.argv[5] == "yes"
-    bases = {kind: Basis(bases[f"{kind}.U"], bases[f"{kind}.V"]) for kind in ("up", "down")}
-    accelerator, problem = make_accelerator("cpu", "fp32"), ChatProblem(config)
-    for name, group in config["methods"].items():
-        model = problem.load_model("oasst1", 0).double()
-        if checkpointing:
-            checkpoint_activations(model)
-        one = accelerator.num_processes == 1 and accumulation == 1
-        method = build_method(group, config["model"], config["protocol"], bases=bases, one_backward_a_step=one)
-        torch.manual_seed(0)
-        model = method.prepare(model)
-        # batches of 11 of the rows: the last of an epoch is short, and no cut of it is even
-        options = TrainingOptions(1e-2, 11, 2, 8, 7, accumulation_steps=accumulation, max_grad_norm=0.5,
-                                  schedule="cosine", warmup_steps=2)
-        splits = problem.splits()
-        progress = train(Training(model, method.optimizer(model, 1e-2, 0.0), splits["train"],
-                         lambda m: evaluate_causal(m, splits["validation"], 16, accelerator.device), "loss",
-                         options, accelerator))
-        if accelerator.is_main_process:
-            save_file({k: v.clone() for k, v in method.merge(model).state_dict().items()}, out / f"{name}.safetensors")
-            (out / f"{name}.txt").write_text(f"{progress.step} {accelerator.num_processes}")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-"""
-
-
-REAL = Path(os.environ.get("SPARSEGRAD_DATA", Path(__file__).parents[3] / "data"))
-
-
-@pytest.fixture(params=["generated", "real"])
-def trained(request, chat_config, ranks, tmp_path):
-    """``trained(processes, accumulation, checkpointing)``: weights of three methods in float64 and the steps taken."""
-    import yaml
-    from safetensors.torch import save_file
-
-    change, sizes = ["scale.train_examples=40"], (48, 32)
-    if request.param == "real":
-        if not ((REAL / "oasst1").is_dir() and (REAL / "models" / "stories260K").is_dir()):
-            pytest.skip(f"no oasst1 and models/stories260K in {REAL} (SPARSEGRAD_DATA)")
-        change += ["chat=oasst1", f"chat.root={REAL}", "model=stories260k", "model.folder=models/stories260K"]
-        sizes = (172, 64)
-    config = chat_config(*change)
-    config["methods"] = {name: chat_config(f"method={name}")["method"] for name in ("full", "lora", "sparsegrad")}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
-    generator = torch.Generator().manual_seed(0)
-    wide, narrow = (
-        torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q.contiguous() for n in sizes
-    )
-    pairs = {"up": (narrow, wide), "down": (wide.T.contiguous(), narrow.T.contiguous())}
-    tensors = {
-        f"{kind}.{letter}": pair[i].contiguous() for kind, pair in pairs.items() for i, letter in enumerate("UV")
-    }
-    save_file(tensors, tmp_path / "bases.safetensors")
-
-    def make(processes, accumulation, checkpointing):
-        out = tmp_path / f"{processes}-{accumulation}-{checkpointing}"
-        out.mkdir()
-        files = [
-            str(tmp_path / "script.py"),
-            str(tmp_path / "config.yaml"),
-            str(out),
-            str(tmp_path / "bases.safetensors"),
-        ]
-        command = [sys.executable, *files, str(accumulation), "yes" if checkpointing else "no"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        started = [
-            subprocess.Popen(
-                command, stderr=subprocess.PIPE, text=True, env=environment | (ranks(r) if processes > 1 else {})
-            )
-            for r in range(processes)
-        ]
-        for process in started:
-            _, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors[-3000:]
-        steps = {name: (out / f"{name}.txt").read_text() for name in config["methods"]}
-        return {name: load_file(out / f"{name}.safetensors") for name in config["methods"]}, steps
-
-    return make
-
-
-def test_two_processes_and_any_cut_of_a_batch_take_the_steps_of_one_process(trained):
-    one, steps = trained(1, 1, False)
-    assert len(set(steps.values())) == 1 and steps["full"].endswith(" 1")
-    for processes, accumulation, checkpointing in ((1, 4, True), (2, 2, True)):
-        other, others = trained(processes, accumulation, checkpointing)
-        assert others["full"] == f"{steps['full'].split()[0]} {processes}"
-        for name, weights in one.items():
-            assert weights.keys() == other[name].keys()
-            distance = max(float((weights[key] - other[name][key]).abs().max()) for key in weights)
-            assert distance < 1e-9, (name, processes, accumulation, distance)
 
 
 def test_the_summed_loss_is_transformers_own_times_its_tokens(chat_config):

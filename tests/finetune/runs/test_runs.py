@@ -160,37 +160,15 @@ def test_where_things_are_does_not_change_the_hash(config, tiny_checkpoint, glue
 
 @pytest.mark.parametrize(
     "override",
-    [
-        "version=99",
-        "method=lora",
-        "model.k=5",
-        "model.lora_rank=2",
-        "model.layers_to_transform=[0]",
-        "model.target_modules.up=x",
-        "protocol.density=0.1",
-        "protocol.orientation=released",
-        "protocol.hosvd=tensorly",
-        "protocol.preliminary.steps=3",
-        "protocol.preliminary.update=true",
-        "protocol.train=mlp",
-        "+protocol.frozen.full=[LayerNorm]",
-        "protocol.lora_scale=3.0",
-        "protocol.meprop_optimizer=adamw",
-        "protocol.epochs=3",
-        "protocol.patience=1",
-        "protocol.schedule=linear",
-        "protocol.weight_decay=0.1",
-        "protocol.max_grad_norm=1.0",
-        "protocol.precision=bf16",
-        "protocol.padding=max_length",
-        "protocol.max_length=16",
-        "scale.train_examples=20",
-        "scale.max_steps=7",
-        "scale.evaluation_steps=2",
-        "scale.accumulation_steps=2",
-        "scale.precision=bf16",
-    ],
-)
+    ["version=99", "method=lora", "model.k=5", "model.lora_rank=2", "model.layers_to_transform=[0]",
+     "model.target_modules.up=x", "protocol.density=0.1", "protocol.orientation=released", "protocol.hosvd=tensorly",
+     "protocol.preliminary.steps=3", "protocol.preliminary.update=true", "protocol.train=mlp",
+     "+protocol.frozen.full=[LayerNorm]", "protocol.lora_scale=3.0", "protocol.meprop_optimizer=adamw",
+     "protocol.epochs=3", "protocol.patience=1", "protocol.schedule=linear", "protocol.weight_decay=0.1",
+     "protocol.max_grad_norm=1.0", "protocol.precision=bf16", "protocol.padding=max_length", "protocol.max_length=16",
+     "scale.train_examples=20", "scale.max_steps=7", "scale.evaluation_steps=2", "scale.accumulation_steps=2",
+     "scale.precision=bf16"],
+)  # fmt: skip
 def test_what_decides_numbers_changes_the_hash(override, config):
     assert digest(config("method=full", override)) != digest(config("method=full"))
 

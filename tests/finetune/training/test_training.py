@@ -2,15 +2,10 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from finetune.training.evaluation import evaluate, summed_loss
 from finetune.training.loop import NonFiniteLoss, Progress, make_accelerator, median_step_seconds
@@ -369,89 +364,3 @@ def test_step_time_leaves_out_the_first_five():
     assert median_step_seconds(Progress(step_seconds=[9.0] * 5 + [1.0, 2.0, 3.0])) == 2.0
     assert median_step_seconds(Progress(step_seconds=[4.0, 2.0])) == 3.0
     assert median_step_seconds(Progress()) is None
-
-
-# Several processes
-
-PROCESSES = """
-    import sys
-    from pathlib import Path
-    import torch
-    import yaml
-    from safetensors.torch import load_file, save_file
-    from finetune.data.glue import load_task
-    from finetune.training.evaluation import evaluate
-    from finetune.methods import build_method
-    from finetune.models import load_classifier, load_tokenizer
-    from finetune.training.refreshing import refresh_options
-    from finetune.training.loop import Training, make_accelerator, train
-    from finetune.training.options import TrainingOptions
-    from sparsegrad import Basis
-
-    config = yaml.safe_load(Path(sys.argv[1]).read_text())
-    out, bases = Path(sys.argv[2]), load_file(sys.argv[3])
-    bases = {kind: Basis(bases[f"{kind}.U"].double(), bases[f"{kind}.V"].double()) for kind in ("up", "down")}
-    accelerator = make_accelerator("cpu", "fp32")
-    facts, splits = load_task(config["data"], load_tokenizer(config["model"], ""), max_length=32, padding="longest")
-    for name in config["methods"]:
-        model = load_classifier(config["model"], "", 2, 0).double()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        group = config["methods"][name]
-        one = accelerator.num_processes == 1
-        method = build_method(group, config["model"], config["protocol"], bases=bases, one_backward_a_step=one)
-        model = method.prepare(model)
-        # 40 rows in batches of 11: the last of an epoch has 7 rows, and 3 when it is cut for two processes.
-        options = TrainingOptions(1e-3, 11, 2, 4, 7, accumulation_steps=2 if accelerator.num_processes == 2 else 1)
-        progress = train(Training(model, method.optimizer(model, 1e-3, 0.0), splits["train"],
-                         lambda m: evaluate(m, splits["validation"], facts, 16, accelerator.device), facts.metric,
-                         options, accelerator, refresh=refresh_options(group)))
-        assert progress.step == 8, progress
-        if accelerator.is_main_process:
-            save_file({k: v.clone() for k, v in model.state_dict().items()}, out / f"{name}.safetensors")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    print(accelerator.num_processes)
-"""
-
-
-def test_two_processes_take_the_steps_of_one(ranks, config, random_bases, tmp_path):
-    import yaml
-    from safetensors.torch import save_file
-
-    found = config("method=sparsegrad")
-    found["methods"] = {name: config(f"method={name}")["method"] for name in ("full", "sparsegrad")}
-    found["methods"]["truncated"] = found["methods"]["sparsegrad"] | {"form": "truncated"}
-    found["methods"]["refreshed"] = found["methods"]["truncated"] | {"refresh": {"steps": 3, "batches": 2}}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(found))
-    (tmp_path / "script.py").write_text(textwrap.dedent(PROCESSES))
-    bases = {f"{k}.{letter}": getattr(b, letter).contiguous() for k, b in random_bases().items() for letter in "UV"}
-    save_file(bases, tmp_path / "bases.safetensors")
-    results, names = {}, list(found["methods"])
-    for size in (1, 2):
-        out = tmp_path / str(size)
-        out.mkdir()
-        files = [tmp_path / "script.py", tmp_path / "config.yaml", out, tmp_path / "bases.safetensors"]
-        processes = [
-            subprocess.Popen(
-                [sys.executable, *map(str, files)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"} | (ranks(rank) if size == 2 else {}),
-            )
-            for rank in range(size)
-        ]
-        for process in processes:
-            found, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors[-3000:]
-            assert found.split() == [str(size)]
-        results[size] = {name: load_file(out / f"{name}.safetensors") for name in names}
-    for name, one in results[1].items():
-        two = results[2][name]
-        near = 1e-7 if name == "refreshed" else 1e-9  # eigenvectors of close eigenvalues magnify rounding
-        assert one.keys() == two.keys()
-        for key, tensor in one.items():
-            if not key.endswith("key.bias"):
-                torch.testing.assert_close(two[key], tensor, rtol=0, atol=near)
