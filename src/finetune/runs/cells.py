@@ -7,6 +7,7 @@ Plain dictionaries in, files out; the scripts in ``experiments/`` compose the di
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -179,7 +180,7 @@ def search_cell(cell: Cell) -> list[Path]:
         The files that were written now; those of finished searches stay as they are.
 
     Raises:
-        ValueError: if the protocol has no search.
+        ValueError: if the protocol has no search, or several processes run as one.
     """
     problem, folder = cell.problem, cell.folder("search")
     protocol = problem.config["protocol"]
@@ -193,6 +194,8 @@ def search_cell(cell: Cell) -> list[Path]:
         if not _is_searched(path, problem.digest(whole), problem.config["scale"]["search"]["trials"]):
             jobs.append(partial(_search, problem, whole, path))
             paths.append(path)
+    if jobs and int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process would ask for points of its own
+        raise ValueError("a search is one process: run experiments/search.py by python first, then this again.")
     run_all(jobs, workers, label="searches", bar=problem.config["progress"])
     return paths
 

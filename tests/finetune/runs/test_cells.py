@@ -279,6 +279,15 @@ def test_a_protocol_without_a_search_has_none(cell_of):
         search_cell(cell_of(chat=True))
 
 
+def test_a_search_is_one_process(search, train, trained, monkeypatch):
+    search()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    search()  # nothing is missing
+    with pytest.raises(ValueError, match="a search is one process: run experiments/search.py by python first"):
+        search("version=9")
+    assert len(trained) == 3
+
+
 def test_a_damaged_search_says_so(search, train, tmp_path):
     search()
     (tmp_path / "search" / "tiny_bert" / "full" / "cola.json").write_text(json.dumps({"best": {}})[:-3])
