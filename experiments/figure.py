@@ -8,16 +8,15 @@ import logging
 from pathlib import Path
 
 import hydra
-import yaml
 from omegaconf import DictConfig
 
-from finetune.report.evidence.efficiency_evidence import collect_efficiency_evidence
+from finetune.report.evidence.efficiency_evidence import read_efficiency_evidence
+from finetune.report.evidence.experiment import Experiment, load_experiment
 from finetune.report.figures.energy_evidence import PAPER_MODEL, read_looks
 from finetune.report.figures.energy_figure import draw_figure_energy
 from finetune.report.figures.figures_efficiency import draw_figure_cost_curves, draw_figure_efficiency
 from finetune.report.figures.gradient_figures import draw_figure_02, draw_figure_03
 from finetune.report.figures.scores_figure import draw_scores
-from finetune.report.labels import Labels, read_labels
 from finetune.store import records
 
 log = logging.getLogger(__name__)
@@ -27,52 +26,42 @@ GRADIENTS = {"figure_02": draw_figure_02, "figure_03": draw_figure_03, "figure_e
 
 @hydra.main(version_base=None, config_path="../conf", config_name="figure")
 def main(cfg: DictConfig) -> None:
-    experiment = yaml.safe_load(Path(cfg.experiment).read_text())
     results = Path("results") / cfg.name
     drawers = dict.fromkeys(GRADIENTS, _gradients) | {"figure_efficiency": _efficiency, "figure_cost_curves": _costs}
     drawers["methods_scores"] = _scores
     try:
-        if experiment["name"] != cfg.name:
-            raise ValueError(f"{cfg.experiment} is experiment {experiment['name']!r}, not {cfg.name!r}.")
-        wanted = experiment.get("figures") or [] if cfg.figure == "all" else [cfg.figure]
+        experiment = load_experiment(cfg.experiment, cfg.name)
+        wanted = experiment.figures if cfg.figure == "all" else [cfg.figure]
         if unknown := [name for name in wanted if name not in drawers]:
             raise ValueError(f"figure={unknown[0]!r}; allowed: all, {', '.join(drawers)}.")
-        labels = read_labels(experiment.get("data"))
         for name in wanted:
-            for path in drawers[name](name, experiment, results, labels):
+            for path in drawers[name](name, experiment, results):
                 log.info("%s", path)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
 
 
-def _gradients(name: str, experiment: dict, results: Path, labels: Labels) -> list[Path]:
-    model = experiment["stands_for"][PAPER_MODEL]
+def _gradients(name: str, experiment: Experiment, results: Path) -> list[Path]:
+    model = experiment.stands_for[PAPER_MODEL]
     if model is None:
-        raise ValueError(f"stands_for.{PAPER_MODEL} of {experiment['name']} names no model to draw gradients of.")
-    looks = read_looks(results / "energy" / model, experiment["tasks"])
+        raise ValueError(f"stands_for.{PAPER_MODEL} of {experiment.name} names no model to draw gradients of.")
+    looks = read_looks(results / "energy" / model, experiment.tasks)
     return GRADIENTS[name](looks, model, results / "figures")
 
 
-def _efficiency(name: str, experiment: dict, results: Path, labels: Labels) -> list[Path]:
-    models = experiment["efficiency_models"]
-    files = sorted((results / "efficiency" / models[0]).glob("*.json")) if models else []
-    evidence = collect_efficiency_evidence(
-        experiment=experiment["name"],
-        protocol=experiment["protocol"],
-        models=models,
-        records=[(path.as_posix(), records.read_json(path)) for path in files],
-    )
-    return draw_figure_efficiency(evidence, results / "figures", labels)
+def _efficiency(name: str, experiment: Experiment, results: Path) -> list[Path]:
+    evidence = read_efficiency_evidence(experiment, results)
+    return draw_figure_efficiency(evidence, results / "figures", experiment.labels)
 
 
-def _costs(name: str, experiment: dict, results: Path, labels: Labels) -> list[Path]:
+def _costs(name: str, experiment: Experiment, results: Path) -> list[Path]:
     path = results / "cost_curves.json"
-    return draw_figure_cost_curves(records.read_json(path), path.as_posix(), results / "figures", labels)
+    return draw_figure_cost_curves(records.read_json(path), path.as_posix(), results / "figures", experiment.labels)
 
 
-def _scores(name: str, experiment: dict, results: Path, labels: Labels) -> list[Path]:
+def _scores(name: str, experiment: Experiment, results: Path) -> list[Path]:
     path = results / "statistics.json"
-    return draw_scores(records.read_json(path), results / "figures", [path.as_posix()], labels)
+    return draw_scores(records.read_json(path), results / "figures", [path.as_posix()], experiment.labels)
 
 
 if __name__ == "__main__":

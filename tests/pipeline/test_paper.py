@@ -13,7 +13,9 @@ from omegaconf import OmegaConf
 from finetune.data.generated import write_corpus, write_task
 from finetune.methods import build_method
 from finetune.models.tokenizers import train_tokenizer
-from finetune.report.tables.tables import build_table, collect_evidence
+from finetune.report.evidence.evidence import collect_evidence
+from finetune.report.evidence.experiment import load_experiment
+from finetune.report.tables.tables import build_table
 from finetune.runs import cells
 from finetune.store import records
 from finetune.store.experiment import expand, read_experiment
@@ -85,13 +87,11 @@ def test_one_cell_of_each_stage_runs_at_bert_bases_true_size(overrides):
     assert record["parameters"]["trainable"] == 109_483_778 - 24 * (2_359_296 - 23_593)
     assert record["basis"]["gradients"] == {"up": 24, "down": 24}
 
-    evidence = collect_evidence(
-        experiment="paper",
-        protocol="printed",
-        stands_for=PAPER[0]["stands_for"],
-        records=[(path.name, content) for path, content in records.iterate(results / "runs")],
-    )
-    rows, _ = build_table(9, evidence)
-    cell = next(row for row in rows if row["row"] == "SparseGrad" and row["column"] == "CoLA")
-    assert cell["n"] == 1 and cell["verdict"] == "not comparable"  # random weights are not the paper's model
-    assert {row["row"] for row in rows} == {"Regular FT", "LoRA", "SparseGrad", "MeProp"}
+    experiment = load_experiment(ROOT / "experiments" / "paper.yaml", "paper", ROOT / "conf")
+    ran = [(path.name, content) for path, content in records.iterate(results / "runs")]
+    table = build_table(9, collect_evidence(experiment, records=ran))
+    cell = table.cell("SparseGrad", "CoLA")
+    assert cell.n == 1 and cell.verdict == "not comparable"  # random weights are not the paper's model
+    assert {reason.kind for reason in cell.reasons} == {"random_weights"}
+    labels = [experiment.labels.method(name) for name in experiment.ablations["bert_base"]]
+    assert [*table.rows] == ["Regular FT", "LoRA", "SparseGrad", "MeProp", *labels]

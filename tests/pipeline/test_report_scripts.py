@@ -22,7 +22,7 @@ def results(tmp_path):
     """One trained, answered and judged model, and two questions, as an experiment's stages leave them."""
     work = tmp_path / "work"
     work.mkdir(exist_ok=True)
-    places = {"name": "test", "protocol": "sound", "stands_for": {"llama2_7b": "tiny"}}
+    places = {"name": "test", "protocol": "sound", "stands_for": {"llama2_7b": "tiny"}, "methods": ["full", "lora"]}
     (work / "params.yaml").write_text(yaml.safe_dump(places))
     root = work / "results" / "test"
     questions = [{"question_id": q, "category": "writing", "turns": [f"Question {q}?", "And then?"]} for q in (84, 95)]
@@ -89,9 +89,11 @@ def test_table_6_with_nothing_done_says_why(script, results):
     assert done.code == 0, done.err
     with (results / "tables" / "table_06.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["verdict"] for row in rows[:12]] == ["not run"] * 12 and len(rows) == 24
-    assert all("no finished run of tiny" in row["source"] or "no judgments" in row["source"] for row in rows[:12])
-    assert f"{float(rows[12]['ours']):.2f}" == "14.72"
+    ours = [row for row in rows if not row["column"].endswith("share")]
+    assert [row["verdict"] for row in ours] == ["not run"] * 12 and len(rows) == 24
+    assert all("no finished run of tiny" in row["source"] or "no judgments" in row["source"] for row in ours)
+    shares = [f"{float(row['ours']):.2f}" for row in rows if row not in ours and row["row"] == "Regular FT"]
+    assert shares == ["14.72", "22.08", "42.82"]
 
 
 def test_examples(script, results):
@@ -122,7 +124,7 @@ def test_wrong_input(name, overrides, text, script, results):
 def test_statistics_and_the_figure_of_scores(script, tmp_path):
     root = tmp_path / "work" / "results" / "test"
     experiment = {"name": "test", "protocol": "sound", "stands_for": {"bert_base": "tiny"}}
-    experiment |= {"data": "glue", "methods": ["full", "sparsegrad"]}
+    experiment |= {"data": "glue", "methods": ["full", "sparsegrad"], "tasks": ["cola"]}
     (tmp_path / "work" / "params.yaml").write_text(yaml.safe_dump(experiment))
     (tmp_path / "work" / "conf").symlink_to(ROOT / "conf")
     for method, shift in (("full", 0.0), ("sparsegrad", 0.05)):

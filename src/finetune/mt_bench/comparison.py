@@ -1,9 +1,10 @@
 """Whether two methods' judged scores differ by more than the questions' choice and the judge's own noise.
 
-Questions are the sample, answers to one question are paired, seeds are averaged first: over the questions `q` of a
-resample (within each category, if asked), with `S(q)`, `N(q)` the sum and number of a question's judged items,
+Questions are the sample, answers to one question are paired, seeds are averaged first: with `w` the multinomial weights
+of a resample of the questions (within each category, if asked) and `S(q)`, `N(q)` the sum and number of a question's
+judged items,
 
-    score of a seed     Σ S(q) / Σ N(q)             averaged over seeds; its 2.5 and 97.5 % quantiles
+    score of a seed     Σ w(q) S(q) / Σ w(q) N(q)           averaged over seeds; its 2.5 and 97.5 % quantiles
     difference          the same with S(q) the sum of (first - second) over the items that every seed of both has
 """
 
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from finetune.mt_bench.scores import FAILED, Item, Line, item_scores
-from finetune.stats.intervals import Estimate, percentiles
+from finetune.stats.intervals import Estimate
+from finetune.stats.verdicts import CONFIDENCE
 
 SEPARATED = "separated"
 INSIDE_NOISE = "inside the judge's noise"
@@ -194,16 +196,13 @@ def _interval(
         raise ValueError(f"questions {unknown} have no category; pass the question file that they are from")
     names = np.array([categories[question] if categories is not None else "" for question in questions])
     groups = [np.flatnonzero(names == name) for name in dict.fromkeys(names)]
-    drawn = [group for group in groups if len(group) > 1]
-    if not drawn:
+    if all(len(group) < 2 for group in groups):
         return None, None
-    alone = [int(group[0]) for group in groups if len(group) == 1]
-
-    def score(*places: np.ndarray, axis: int) -> np.ndarray:
-        index = np.concatenate(places, axis=axis).astype(int)
-        index = np.concatenate([index, np.broadcast_to(alone, (*index.shape[:-1], len(alone))).astype(int)], axis=axis)
-        # A resample may miss all questions that a seed has answers to: that seed is not in its mean then.
-        with np.errstate(invalid="ignore"):
-            return np.nanmean(sums[:, index].sum(axis=-1) / counts[:, index].sum(axis=-1), axis=0)
-
-    return percentiles(drawn, score, seed=seed, samples=samples)
+    generator, weights = np.random.default_rng(seed), np.empty((samples, len(questions)))
+    for group in groups:
+        weights[:, group] = generator.multinomial(len(group), np.full(len(group), 1 / len(group)), samples)
+    # A resample may miss all questions that a seed has answers to: that seed is not in its mean then.
+    with np.errstate(invalid="ignore"):
+        draws = np.nanmean((weights @ sums.T) / (weights @ counts.T), axis=1)
+    low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)

@@ -43,10 +43,10 @@ def read_experiment(path: str | Path) -> dict[str, Any]:
             base.yaml's.
     """
     path = Path(path)
-    content = _read(path)
+    content = read_yaml(path)
     if "stages" in content:
         return content
-    defaults = {"name": path.stem, "extends": None, **_read(path.parent / "base.yaml")}
+    defaults = {"name": path.stem, "extends": None, **read_yaml(path.parent / "base.yaml")}
     unknown = sorted(map(str, content.keys() - defaults.keys()))
     if unknown:
         raise ValueError(f"{path}: unknown key {', '.join(unknown)}; allowed: {', '.join(defaults)}.")
@@ -202,12 +202,17 @@ class _Stages:
 
     def _folder(self, group: str) -> tuple[str, str]:
         """Root and folder of a choice of a data group; SPARSEGRAD_DATA is for runs by hand."""
-        content = _read(self.conf / group / f"{self.given[group]}.yaml")
+        content = read_yaml(self.conf / group / f"{self.given[group]}.yaml")
         root = re.sub(r"\$\{oc\.env:\w+,([^}]*)\}", r"\1", content["root"]).replace("${name}", self.given["name"])
         return root, content["folder"]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping.
+
+    Raises:
+        ValueError: if there is no such file, or it is no YAML mapping.
+    """
     if not path.is_file():
         there = ", ".join(sorted(found.name for found in path.parent.glob("*.yaml"))) or "no YAML file"
         raise ValueError(f"there is no {path}; its folder has {there}.")

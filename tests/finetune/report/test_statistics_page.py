@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune.report.evidence.evidence import collect_evidence
-from finetune.report.evidence.llama_evidence import collect_llama_evidence
+from finetune.report.evidence.experiment import Experiment
 from finetune.report.figures.scores_figure import draw_scores
 from finetune.report.labels import Labels, read_labels
 from finetune.report.page.findings import findings
@@ -21,7 +21,10 @@ from finetune.store import records
 
 LABELS = read_labels("glue", Path(__file__).parents[3] / "conf")
 PEERS = ("full", "lora", "meprop", "sparsegrad")
-WHAT = {"experiment": "test", "protocol": "sound", "stands_for": {"bert_base": "minilm", "llama2_7b": "tiny"}}
+STANDS_FOR = {"bert_base": "minilm", "llama2_7b": "tiny"}
+EXPERIMENT = Experiment(
+    "test", "sound", STANDS_FOR, methods=tuple(LABELS.methods), tasks=tuple(LABELS.tasks), labels=LABELS
+)
 
 
 def run(method, task, seed, score, **changes):
@@ -42,8 +45,9 @@ def run(method, task, seed, score, **changes):
 
 
 def content_of(found, dialogues=()):
-    decoder = collect_llama_evidence(**WHAT, records=dialogues)
-    return build_statistics(collect_evidence(**WHAT, records=found), decoder, Design(LABELS, PEERS, samples=200))
+    return build_statistics(
+        collect_evidence(EXPERIMENT, records=[*found, *dialogues]), Design(LABELS, PEERS, samples=200)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +121,12 @@ def test_page_holds_the_record(content):
 
 def test_a_fifth_method_and_a_ninth_task_are_in_record_page_and_figure(tmp_path):
     found = [run(method, "rte", seed, 0.5 + seed / 10) for method in ("full", "sparsegrad") for seed in (1, 2, 3)]
-    evidence = collect_evidence(**WHAT, records=found)
+    evidence = collect_evidence(EXPERIMENT, records=found)
     known = evidence.runs["minilm", "full", "rte"]
     more = {("minilm", m, t): known for m in ("dora", "sparsegrad") for t in ("rte", "news")}
     labels = Labels(LABELS.methods, LABELS.tasks | {"news": "News"})
     design = Design(labels, ("full", "dora", "sparsegrad"), samples=200)
-    content = build_statistics(replace(evidence, runs=evidence.runs | more), None, design)
+    content = build_statistics(replace(evidence, runs=evidence.runs | more), design)
     (family,) = content["runs"][0]["comparison"]["families"]
     pairs = {(pair["first"], pair["second"]): list(pair["tasks"]) for pair in family["pairs"]}
     assert pairs == {

@@ -1,11 +1,15 @@
 """Records of the efficiency stage, checked and indexed by task: the input of tables 3, 7 and 8."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from finetune.published import TASKS
-from finetune.report.evidence.evidence import Run, is_number, read_key, refuse_twice, status_of
+from finetune.report.evidence.evidence import is_number, read_key, refuse_twice, status_of, wrong_names
+from finetune.report.evidence.experiment import Experiment
+from finetune.report.paper.layouts import stands_for
+from finetune.store import records as files
 
 PAPER_MODEL = "roberta_base"
 
@@ -52,9 +56,9 @@ class EfficiencyEvidence:
         experiment: Name of the experiment.
         protocol: `printed`, `released` or `sound`.
         model: The model measured in RoBERTa-base's place; `None`: none.
-        tasks: Task -> record, in the order of `finetune.published.TASKS`.
+        tasks: Task -> record, the paper's tasks first, in its order.
         left_out: Sentences on records that the tables cannot use.
-        scores: (variant, task) -> (path, validation score in percent) of the same model's training runs, by seed.
+        methods: Variant -> the method whose training takes its steps, in the order of the records.
     """
 
     experiment: str
@@ -62,77 +66,68 @@ class EfficiencyEvidence:
     model: str | None
     tasks: Mapping[str, TaskRecord]
     left_out: tuple[str, ...]
-    scores: Mapping[tuple[str, str], tuple[tuple[str, float], ...]] = field(default_factory=dict)
+    methods: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def sentence(self) -> str:
+        """Which model was measured in RoBERTa-base's place."""
+        titles = [record.facts["model"]["title"] for record in self.tasks.values()]
+        words = stands_for(PAPER_MODEL, self.model, titles[0] if titles else "")
+        return f"{words} Weights are random: speed and memory do not depend on them." if self.model else words
+
+
+def read_efficiency_evidence(experiment: Experiment, results: Path) -> EfficiencyEvidence:
+    """Collect the records below `results/<name>/efficiency` of the model that the tables are of.
+
+    Raises:
+        ValueError: As `collect_efficiency_evidence`, or if a file is damaged.
+    """
+    folder = results / "efficiency" / next(iter(experiment.efficiency_models), "none")
+    found = [(path.as_posix(), files.read_json(path)) for path in sorted(folder.glob("*.json"))]
+    return collect_efficiency_evidence(experiment, found)
 
 
 def collect_efficiency_evidence(
-    *,
-    experiment: str,
-    protocol: str,
-    models: Sequence[str],
-    records: Iterable[tuple[str, Mapping[str, Any]]] = (),
-    runs: Mapping[tuple[str, str, str], Sequence[Run]] | None = None,
+    experiment: Experiment, records: Iterable[tuple[str, Mapping[str, Any]]] = ()
 ) -> EfficiencyEvidence:
     """Check and index what was measured.
 
     Args:
-        experiment: Name of the experiment.
-        protocol: Name of the protocol.
-        models: `efficiency_models` of the experiment; the first stands in RoBERTa-base's place.
-        records: (relative path, record); those of another experiment, protocol, model or task are left out and listed.
-        runs: `Evidence.runs` of the experiment: what each way of training reached stands beside its speed.
+        experiment: What the experiment names; records of another experiment, protocol, model or task are left out and
+            listed.
+        records: (relative path, record).
 
     Raises:
         ValueError: If a record is incomplete, holds a value that is no number above 0, or two are of the same task.
     """
-    model = models[0] if models else None
-    wanted = {"experiment": [experiment], "protocol": [protocol], "model": [model], "task": [*TASKS]}
+    model = next(iter(experiment.efficiency_models), None)
+    allowed = {"experiment": [experiment.name], "protocol": [experiment.protocol], "model": [model]}
     found: dict[str, TaskRecord] = {}
+    methods: dict[str, str] = {}
     left_out = []
     for path, record in records:
         if read_key(path, record, "run", "kind") != "efficiency":
             continue
-        own = {name: read_key(path, record, "run", name) for name in wanted}
-        wrong = [f"{name} {value}" for name, value in own.items() if value not in wanted[name]]
+        wrong = wrong_names(path, record, allowed | {"task": [*experiment.tasks]})
         if wrong or status_of(path, record) != "finished":
             left_out.append(f"{path} ({', '.join(wrong) or 'failed'})")
             continue
-        if own["task"] in found:
-            refuse_twice("record", (model, own["task"]), found[own["task"]].path, path)
-        found[own["task"]] = _task(path, record)
+        task = record["run"]["task"]
+        if task in found:
+            refuse_twice("record", (model, task), found[task].path, path)
+        found[task] = _task(path, record)
+        for entry in record["variants"]:
+            # The two products and the folded form take SparseGrad's steps; a truncated one takes its own.
+            own = entry["name"] in experiment.named or entry.get("form") == "truncated"
+            methods.setdefault(entry["name"], entry["name"] if own else entry.get("method", entry["name"]))
     return EfficiencyEvidence(
-        experiment=experiment,
-        protocol=protocol,
+        experiment=experiment.name,
+        protocol=experiment.protocol,
         model=model,
-        tasks={task: found[task] for task in TASKS if task in found},
+        tasks={task: found[task] for task in dict.fromkeys([*TASKS, *found]) if task in found},
         left_out=tuple(sorted(left_out)),
-        scores=_scores(model, runs or {}),
+        methods=methods,
     )
-
-
-METHODS = {
-    "full": "full",
-    "lora": "lora",
-    "meprop": "meprop",
-    "rotated_regular": "sparsegrad",
-    "rotated_sparse_by_dense": "sparsegrad",
-    "folded": "sparsegrad",
-    "truncated": "truncated",
-    "truncated_input": "truncated_input",
-}
-"""Variant -> method whose runs took its steps: the two products and the folded form take the same ones."""
-
-
-def _scores(
-    model: str | None, runs: Mapping[tuple[str, str, str], Sequence[Run]]
-) -> dict[tuple[str, str], tuple[tuple[str, float], ...]]:
-    """Scores of every variant's method, by task."""
-    return {
-        (variant, task): tuple((run.path, run.score) for run in runs[model, method, task])
-        for variant, method in METHODS.items()
-        for task in TASKS
-        if model is not None and runs.get((model, method, task))
-    }
 
 
 def _task(path: str, record: Mapping[str, Any]) -> TaskRecord:

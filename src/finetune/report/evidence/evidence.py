@@ -1,19 +1,31 @@
-"""What the runs left behind, checked and indexed: the one input of every table.
+"""What an experiment's runs left behind, checked and indexed: the one input of tables and statistics.
 
-A caller collects the JSON files and passes (path, content) pairs; nothing is read from disk here. A finished run is
-used once per (model, method, task, seed); failed runs and files left out stay listed, to be named under the tables.
+`collect_evidence` takes (path, content) pairs, `read_evidence` finds them on disk. A finished run is used once per
+(model, method, task, seed); failed runs and files left out stay listed, to be named under the tables.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from finetune.published import TASKS
-from finetune.report.paper.layouts import METHODS, PAPER_MODELS
+import yaml
+
+from finetune.mt_bench.judged import Judged, read_judgments
+from finetune.report.evidence.experiment import Experiment
+from finetune.store import catalog
+from finetune.store import records as files
 
 Key = tuple[str, str, str]
 """(model, method, task)."""
+
+CHAT_TASK = "oasst1"
+"""The task of every run of a decoder."""
+
+_KINDS = {"train": "trainable_per_layer", "llama": "total"}
+"""Kind of a training run (a task of GLUE, a decoder on dialogues) -> the count that its table needs beside
+`trainable`."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,7 @@ class Run:
         title: Its title for readers.
         task: Task of the run.
         seed: Seed of the run.
-        score: Metric on the validation split, in percent.
+        score: Metric on the validation split: in percent, of a decoder the best loss in nats a token.
         metric: Name of the metric.
         scale: Sizes and steps: `smoke`, `local` or `paper`.
         version: Version of the configuration.
@@ -34,6 +46,7 @@ class Run:
         trainable: Number of trainable parameters of the model.
         trainable_per_layer: Entries of one wrapped MLP matrix that a step updates, mean over the wrapped matrices.
         matrix: Entries of one wrapped MLP matrix; `None` where the record's configuration does not tell.
+        total: Number of parameters of the model; 0 where the record does not tell.
     """
 
     path: str
@@ -49,6 +62,12 @@ class Run:
     trainable: int
     trainable_per_layer: float
     matrix: int | None = None
+    total: int = 0
+
+    @property
+    def share(self) -> float:
+        """Trainable parameters in percent of the model."""
+        return 100 * self.trainable / self.total
 
 
 @dataclass(frozen=True)
@@ -74,110 +93,113 @@ class Search:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All runs of one experiment under one protocol.
+    """All that is of one experiment under its protocol.
 
     Attributes:
-        experiment: Name of the experiment.
-        protocol: `printed`, `released` or `sound`.
-        stands_for: The paper's model -> the model that ran in its place, or `None`.
+        experiment: What the experiment names.
         runs: (model, method, task) -> finished runs by ascending seed.
         failed: (model, method, task) -> paths of the records of failed runs.
         searches: (model, method, task) -> search.
+        judged: (model, method) -> judgments by ascending seed, all by one judge on one question file.
         models: Name -> (path, model configuration with `architecture`).
         left_out: Model -> sentences on records that no table can use.
-        bases: Variant among the records -> the method that implements it.
     """
 
-    experiment: str
-    protocol: str
-    stands_for: Mapping[str, str | None]
+    experiment: Experiment
     runs: Mapping[Key, tuple[Run, ...]] = field(default_factory=dict)
     failed: Mapping[Key, tuple[str, ...]] = field(default_factory=dict)
     searches: Mapping[Key, Search] = field(default_factory=dict)
+    judged: Mapping[tuple[str, str], tuple[Judged, ...]] = field(default_factory=dict)
     models: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    bases: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def decoders(self) -> tuple[str, ...]:
+        """The decoders: the one in LLaMa-2's place first, then all others that ran or were judged."""
+        first = self.experiment.stands_for.get("llama2_7b")
+        ran = [model for model, _, task in (*self.runs, *self.failed) if task == CHAT_TASK]
+        return tuple(dict.fromkeys([*([first] if first else []), *ran, *(model for model, _ in self.judged)]))
+
+
+def read_evidence(experiment: Experiment, results: Path, conf: Path = catalog.CONF) -> Evidence:
+    """Collect what lies below `results/<name>`.
+
+    Raises:
+        ValueError: As `collect_evidence`, or if a file is damaged.
+    """
+    return collect_evidence(
+        experiment,
+        records=[(path.as_posix(), record) for path, record in files.iterate(results / "runs")],
+        searches=[(p.as_posix(), files.read_json(p)) for p in sorted(results.glob("search/*/*/*.json"))],
+        judgments=read_judgments(results / "mt_bench" / "judgments"),
+        models=[(p.as_posix(), yaml.safe_load(p.read_text())) for p in sorted((conf / "model").glob("*.yaml"))],
+    )
 
 
 def collect_evidence(
+    experiment: Experiment,
     *,
-    experiment: str,
-    protocol: str,
-    stands_for: Mapping[str, str | None],
     records: Iterable[tuple[str, Mapping[str, Any]]] = (),
     searches: Iterable[tuple[str, Mapping[str, Any]]] = (),
+    judgments: Iterable[Judged] = (),
     models: Iterable[tuple[str, Mapping[str, Any]]] = (),
 ) -> Evidence:
     """Check and index what ran.
 
-    Records of another `kind` than `train` belong to other tables and are skipped. Records of another experiment,
-    protocol, method or task are left out and listed. A variant of a method is known by its records' `method.base`.
+    Records of another `kind` than a training run's belong elsewhere and are skipped. Those of another experiment or
+    protocol, or of a method or task that the experiment does not name, are left out and listed.
 
     Args:
-        experiment: Name of the experiment.
-        protocol: Name of the protocol.
-        stands_for: The paper's model (`bert_base`, `roberta_base`, `roberta_large`, `llama2_7b`) -> the model that ran
-            in its place; missing or `None`: not run. Equal names: the paper's own model.
+        experiment: What the experiment names.
         records: (relative path, record) of each run.
         searches: (relative path, result) of each search.
-        models: (relative path, model configuration) for table 1.
-
-    Returns:
-        The evidence for `build_table`.
+        judgments: What `finetune.mt_bench.judged.read_judgments` found.
+        models: (relative path, model configuration) for table 1 and the shares of table 6.
 
     Raises:
-        ValueError: If a name is unknown, a record is incomplete, a score is not a number in [-1, 1], or two finished
-            records (or two searches) are of the same run.
+        ValueError: If a record is incomplete, a score is out of range, two files are of the same run, or judgments of
+            several judges or question files are mixed.
     """
-    unknown = [name for name in stands_for if name not in PAPER_MODELS]
-    if unknown:
-        raise ValueError(f"stands_for has {unknown}; its keys are the paper's models: {', '.join(PAPER_MODELS)}")
     left_out: dict[str, list[str]] = {}
-    records = list(records)
-    bases = bases_of(records)
-    allowed = {"experiment": [experiment], "protocol": [protocol], "method": [*METHODS.values(), *bases]}
-    runs, failed = _index_runs(_used(records, allowed, left_out))
+    runs, failed = _index_runs(_used(records, experiment, (*_KINDS,), left_out))
     found: dict[Key, Search] = {}
-    for path, key, result in _used(searches, allowed, left_out):
+    for path, key, result in _used(searches, experiment, ("search",), left_out):
         if key in found:
             refuse_twice("search", key, found[key].path, path)
         found[key] = _search(path, result)
+    by_path = {one.path: one for one in judgments}
+    judged = _used([(path, one.record) for path, one in by_path.items()], experiment, ("judgments",), left_out)
     return Evidence(
         experiment=experiment,
-        protocol=protocol,
-        stands_for=dict(stands_for),
         runs=runs,
         failed=failed,
         searches=found,
-        models=_models(models),
+        judged=_index_judged([(key[:2], by_path[path]) for path, key, _ in judged]),
+        models=_index_models(models),
         left_out={model: tuple(sorted(lines)) for model, lines in left_out.items()},
-        bases=bases,
     )
 
 
-def bases_of(records: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
-    """Variant -> the method that implements it, as the records' own configurations say."""
-    found = {}
-    for _, record in records:
-        method = record.get("config", {}).get("method", {}) if isinstance(record, Mapping) else {}
-        if method.get("base") in METHODS.values():
-            found[method["name"]] = method["base"]
-    return found
+def wrong_names(path: str, content: Any, allowed: Mapping[str, Iterable[Any]]) -> list[str]:
+    """Say which names of a record's `run` are not allowed."""
+    own = {name: read_key(path, content, "run", name) for name in allowed}
+    return [f"{name} {value}" for name, value in own.items() if value not in allowed[name]]
 
 
-def _used(pairs, allowed: Mapping[str, Sequence[str]], left_out: dict[str, list[str]]):
-    """Yield (path, key, content) of the training runs whose names are allowed; list the others."""
-    allowed = {**allowed, "task": [*TASKS]}
+def _used(pairs, experiment: Experiment, kinds: Sequence[str], left_out: dict[str, list[str]]):
+    """Yield (path, key, content) of the records whose names are the experiment's; list the others."""
+    names = {"experiment": [experiment.name], "protocol": [experiment.protocol], "method": experiment.named}
+    tasks = [*experiment.tasks, CHAT_TASK]
     for path, content in pairs:
-        if read_key(path, content, "run", "kind") not in ("train", "search"):
+        kind = read_key(path, content, "run", "kind")
+        if kind not in kinds:
             continue
         model = read_key(path, content, "run", "model")
-        other = {name: read_key(path, content, "run", name) for name in allowed}
-        wrong = [f"{name} {value}" for name, value in other.items() if value not in allowed[name]]
+        wrong = wrong_names(path, content, names | ({"task": tasks} if kind != "judgments" else {}))
         if wrong:
             left_out.setdefault(model, []).append(f"{path} ({', '.join(wrong)})")
         else:
-            yield path, (model, other["method"], other["task"]), content
+            yield path, (model, content["run"]["method"], content["run"].get("task", "")), content
 
 
 def _index_runs(used) -> tuple[dict[Key, tuple[Run, ...]], dict[Key, tuple[str, ...]]]:
@@ -198,15 +220,19 @@ def _index_runs(used) -> tuple[dict[Key, tuple[Run, ...]], dict[Key, tuple[str, 
 
 def _run(path: str, record: Mapping[str, Any]) -> Run:
     """Read a finished run."""
-    score = read_key(path, record, "score")
-    if not is_number(score) or not -1 <= score <= 1:
+    kind, score = read_key(path, record, "run", "kind"), read_key(path, record, "score")
+    if not is_number(score) or not (score >= 0 if kind == "llama" else -1 <= score <= 1):
+        allowed = "a loss >= 0" if kind == "llama" else "a finite score in [-1, 1] (a fraction, not percent)"
         raise ValueError(
-            f"{path}: score is {score!r}; a finished run has a finite score in [-1, 1] (a fraction, not percent): "
-            "repair the run or set its status to 'failed'"
+            f"{path}: score is {score!r}; a finished run has {allowed}: repair the run or set its status to 'failed'"
         )
     seed, version = (read_key(path, record, *keys) for keys in (("run", "seed"), ("version",)))
-    counts = {name: read_key(path, record, "parameters", name) for name in ("trainable", "trainable_per_layer")}
+    for name in ("trainable", _KINDS[kind]):
+        read_key(path, record, "parameters", name)
+    names = ("trainable", "trainable_per_layer", "total")
+    counts = {name: record["parameters"].get(name, 0) for name in names}
     bad = [name for name, count in counts.items() if not is_number(count) or count < 0]
+    bad += ["trainable > total"] if kind == "llama" and not 0 < counts["trainable"] <= counts["total"] else []
     if bad or not isinstance(seed, int) or not isinstance(version, int):
         raise ValueError(f"{path}: seed={seed!r}, version={version!r}, {counts}; integers and counts >= 0 are needed")
     return Run(
@@ -215,7 +241,7 @@ def _run(path: str, record: Mapping[str, Any]) -> Run:
         title=read_key(path, record, "model", "title"),
         task=read_key(path, record, "run", "task"),
         seed=seed,
-        score=100 * score,
+        score=float(score) if kind == "llama" else 100 * score,
         metric=read_key(path, record, "metric"),
         scale=read_key(path, record, "run", "scale"),
         version=version,
@@ -246,7 +272,29 @@ def _search(path: str, result: Mapping[str, Any]) -> Search:
     return Search(path=path, states=states, **names, **settings)
 
 
-def _models(pairs) -> dict[str, tuple[str, Mapping[str, Any]]]:
+def _index_judged(pairs: Iterable[tuple[tuple[str, str], Judged]]) -> dict[tuple[str, str], tuple[Judged, ...]]:
+    """Index judgments by (model, method) and seed, and refuse a mixture of judges. A server's port may change."""
+    found: dict[tuple[str, str], dict[int, Judged]] = {}
+    settings: dict[str, str] = {}
+    for key, one in pairs:
+        seed = one.record["run"]["seed"]
+        same = found.setdefault(key, {}).setdefault(seed, one)
+        if same is not one:
+            refuse_twice("judgment", (*key, seed), same.path, one.path)
+        judge, questions = one.record["judge"], one.record["questions"]
+        names = ("model", "temperature", "max_tokens", "repeats", "measures_quality")
+        parts = [*(f"{name} {judge[name]}" for name in names), f"questions {questions['sha256'][:12]}"]
+        settings[", ".join(parts)] = one.path
+    if len(settings) > 1:
+        mixed = "; ".join(f"{path}: {setting}" for setting, path in settings.items())
+        raise ValueError(
+            f"judgments of several judges or question files are mixed ({mixed}); scores of one table come from one: "
+            "run the judgments stage again for all methods"
+        )
+    return {key: tuple(seeds[seed] for seed in sorted(seeds)) for key, seeds in found.items()}
+
+
+def _index_models(pairs: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, tuple[str, Mapping[str, Any]]]:
     found: dict[str, tuple[str, Mapping[str, Any]]] = {}
     for path, config in pairs:
         name = read_key(path, config, "name")

@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from finetune.published import paper_table
 from finetune.report.evidence.efficiency_evidence import EfficiencyEvidence, Measured
 from finetune.report.evidence.evidence import read_key
 from finetune.report.figures.figure_style import GREY, Words, new_figure, number, relative_paths, save_figure, styles
 from finetune.report.labels import Labels
-from finetune.report.tables import efficiency_notes
-from finetune.report.tables.efficiency_tables import ROWS
+from finetune.report.paper.layouts import printed_places
 from finetune.stats import intervals as stats
 
 _FORMS = {
@@ -169,7 +167,7 @@ def _memory(found: Mapping[str, Measured], name: str) -> float:
 
 def _printed_speed() -> dict[str, float]:
     """Variant -> steps per second over full fine-tuning's, of the paper's table 3."""
-    printed = {ROWS[line["row"]]: float(line["value"]) for line in paper_table(3) if line["column"] == "Steps/Sec."}
+    printed = {one.method: float(one.paper) for one in printed_places(3) if one.quantity == "speed"}
     return {name: value / printed["full"] for name, value in printed.items()}
 
 
@@ -197,7 +195,7 @@ def _words_efficiency(
             f"fine-tuning: {'; '.join(absolute)}."
         ),
         notes=(
-            *efficiency_notes.places(evidence),
+            evidence.sentence,
             "The paper's marks are quotients of two steps per second printed in its Table 3, on an unknown device and "
             "batch (D22).",
             "Peak memory in training is not what the paper prints: its memory is taken to be an evaluation's (D21).",

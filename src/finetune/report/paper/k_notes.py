@@ -1,20 +1,21 @@
-"""The notes under tables 11 and 12: what their labels mean, which cells are no evidence, what does not add up."""
+"""What is odd in the print: labels of tables 11 and 12, cells that are no evidence, averages that do not add up."""
 
 from collections.abc import Sequence
 
 from finetune.published import paper_table
+from finetune.report.model import Note
 from finetune.report.paper import printed, printed_averages
-from finetune.report.paper.layouts import PAPER_MODELS, Cell, K
+from finetune.report.paper.layouts import PAPER_MODELS, K, Place
 
 ENTRIES = 3072 * 768
 """Entries of one MLP matrix of BERT-base and RoBERTa-base, of which k is a share."""
 
 
-def k_notes(cells: Sequence[Cell]) -> list[str]:
+def k_notes(cells: Sequence[Place]) -> list[str]:
     """Say what is known of the rows of table 11 or 12, as found in the printed cells.
 
     Args:
-        cells: Its cells, as `layouts.cells` gives them.
+        cells: Its cells, as `layouts.printed_places` gives them.
     """
     number = cells[0].table
     model = PAPER_MODELS[cells[0].model]
@@ -29,17 +30,21 @@ def k_notes(cells: Sequence[Cell]) -> list[str]:
             if label.round(share).number != label.number:
                 how = "the share cut off" if label.truncate(share).number == label.number else "another share"
                 notes.append(f"Row {cell.row}: {int(cell.paper):,} is {share:.3f} %; the label is {how}.")
-    checks = [check for check in printed_averages.check_averages() if check.table == number]
-    for check in checks:
-        if check.repeats:
+    for check in printed_averages.check_averages():
+        if check.table == number and check.repeats:
             notes.append(
                 f"Row {check.row}: every printed score and deviation is that of {check.twin}, whose k is the main one; "
                 f"it is no run with {check.row} % of the entries. Ours in this row is SparseGrad with the protocol's "
                 "k, or density."
             )
-    notes += _no_evidence(number)
-    implied = [check for check in checks if check.implied is not None]
-    return [*notes, *(f"Row {check.row}, AVG as printed ({check.printed}): {explain(check)}." for check in implied)]
+    return notes + _no_evidence(number)
+
+
+def average_notes(number: int) -> list[Note]:
+    """Name the printed averages of a table that do not follow from their rows, or lack a printed cell."""
+    checks = [check for check in printed_averages.check_averages() if check.table == number]
+    odd = [check for check in checks if check.verdict != printed_averages.FOLLOWS or check.implied is not None]
+    return [Note("print", f"{check.row}, AVG as printed ({check.printed}): {explain(check)}.") for check in odd]
 
 
 def explain(check: printed_averages.AverageCheck) -> str:

@@ -1,4 +1,4 @@
-"""What each cell of the paper's tables 1, 4, 5 and 9 to 15 holds, in the project's words.
+"""What each printed cell of the paper's tables holds, in the project's words.
 
 Rows and columns are read from the printed tables themselves (`finetune.published`), so that a built table has exactly
 the paper's labels; a layout adds which model, method and task stand behind a label.
@@ -11,6 +11,16 @@ from finetune.published import TASKS, paper_table
 METHODS = {"Regular FT": "full", "LoRA": "lora", "SparseGrad": "sparsegrad", "MeProp": "meprop"}
 """Row label -> method."""
 
+VARIANTS = {
+    "Regular FT": "full",
+    "LoRA": "lora",
+    "SparseGrad SD": "rotated_sparse_by_dense",
+    "SparseGrad, Sparse-by-Dense": "rotated_sparse_by_dense",
+    "SparseGrad Reg": "rotated_regular",
+    "SparseGrad, Regular": "rotated_regular",
+}
+"""Row label of tables 3, 7 and 8 -> variant of the efficiency stage."""
+
 PAPER_MODELS = {
     "bert_base": "BERT",
     "roberta_base": "RoBERTa-base",
@@ -22,6 +32,9 @@ PAPER_MODELS = {
 PAPER_RUNS = {"bert_base": 5, "roberta_base": 5, "roberta_large": 3}
 """Runs behind a printed mean. The paper says 3 seeds; most means of the base models equal the 5-seed means of the
 authors' logs, and those of the large model 3 of them."""
+
+LLAMA_RUNS = 3
+"""Runs behind a printed loss of table 6. The paper states none there; it says 3 seeds of GLUE."""
 
 GLUE_TABLES = {"roberta_large": 4, "bert_base": 9, "roberta_base": 10}
 """Model -> the table with its scores per task."""
@@ -38,12 +51,36 @@ METRICS = dict.fromkeys(TASKS, "accuracy") | {"cola": "matthews_correlation", "s
 SETTINGS = ("batch_size", "learning_rate")
 """Quantities that come from a search, not from runs."""
 
-_SEARCH_TABLES = {13: ("bert_base", "sparsegrad"), 14: ("bert_base", "full"), 15: ("roberta_base", "full")}
+SEARCH_TABLES = {13: ("bert_base", "sparsegrad"), 14: ("bert_base", "full"), 15: ("roberta_base", "full")}
+"""Table of best settings -> model and method."""
+
+EFFICIENCY_TABLES = (3, 7, 8)
+"""Tables of steps per second and memory."""
+
+LLAMA_TABLE = 6
+"""Table of the decoder."""
+
 _PARTS = {"Full model": "total", "MLP": "mlp", "Embeddings": "embeddings", "Attention": "attention"}
-_TITLES = {
+_QUANTITIES = {
+    "#Trainable": "trainable",
+    "#Trainable Model": "trainable",
+    "#Trainable MLP layer": "trainable_per_layer",
+    K: "k",
+    "AVG": "average",
+    "#Train params": "trained_share",
+    "Valid Loss": "loss",
+    "I-Bench Score": "judged",
+}
+"""Column -> quantity; other columns hold a task's score."""
+
+TITLES = {
     1: "parameters of the models by part",
+    3: "steps per second and memory, average over GLUE, RoBERTa-base",
     4: "RoBERTa-large on GLUE",
     5: "trainable parameters and mean GLUE score of BERT and RoBERTa-base",
+    6: "LLaMa-2 on OpenAssistant conversations, answers to MT-Bench Inf judged",
+    7: "steps per second on GLUE, RoBERTa-base",
+    8: "peak memory on GLUE in MB, RoBERTa-base",
     9: "BERT on GLUE",
     10: "RoBERTa-base on GLUE",
     11: "SparseGrad's score against k, BERT",
@@ -52,28 +89,30 @@ _TITLES = {
     14: "best batch size and learning rate, full fine-tuning of BERT",
     15: "best batch size and learning rate, full fine-tuning of RoBERTa-base",
 }
-TABLES = tuple(_TITLES)
-"""Numbers of the tables with a layout."""
+"""Number of a table with a layout -> what it is about."""
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One cell: the paper's labels and print, and what stands behind them.
+class Place:
+    """A cell before it has a value of ours: the paper's labels and print, and what stands behind them.
 
     Attributes:
         table: Number of the table.
         row: Row label as printed.
         column: Column label as printed.
-        quantity: `count`, `share`, `trainable`, `trainable_per_layer`, `k`, `average`, `score`, `batch_size` or
-            `learning_rate`.
+        quantity: `count`, `share`, `trainable`, `trainable_per_layer`, `k`, `average`, `score`, `batch_size`,
+            `learning_rate`, `trained_share`, `loss`, `judged`; of tables 3, 7 and 8 `speed`, `evaluation`, `training`.
         model: The paper's model, one of `PAPER_MODELS`.
-        method: One of `METHODS`' values, or a variant such as `sparsegrad_18k`; empty in table 1.
-        task: One of `TASKS`; empty where the cell is not about one task.
+        method: A method or variant; empty in table 1. Of tables 3, 7 and 8 a variant of the efficiency stage.
+        task: A task; empty where the cell is not about one.
         part: Field of `ParameterCounts`, table 1 only.
         paper: The printed value, empty where there is none.
         paper_std: The printed standard deviation, empty where there is none.
         source: Where the printed value comes from.
         note: Remark on the printed value.
+        over_full: Whether the value is divided by full fine-tuning's.
+        own: The model of ours behind it; `None` where none stands for the paper's.
+        ablation: Whether the row is an ablation's.
     """
 
     table: int
@@ -88,11 +127,38 @@ class Cell:
     paper_std: str = ""
     source: str = ""
     note: str = ""
+    over_full: bool = False
+    own: str | None = None
+    ablation: bool = False
 
     @property
     def inferred(self) -> bool:
         """Whether the printed value is a reader's inference, which is no evidence."""
         return self.source.startswith("inferred")
+
+    @property
+    def deviation(self) -> float | None:
+        """The printed standard deviation; `None` where none is printed."""
+        return float(self.paper_std) if self.paper_std and not self.inferred else None
+
+
+def stands_for(paper_model: str, own: str | None, title: str = "") -> str:
+    """Say which model stands in the place of one of the paper's.
+
+    Args:
+        paper_model: One of `PAPER_MODELS`.
+        own: The model of ours; `None` where none ran.
+        title: Its title for readers.
+    """
+    paper = f"{PAPER_MODELS[paper_model]} ({paper_model})"
+    if not own:
+        return f"Nothing ran in the place of {paper}."
+    if own == paper_model:
+        return f"{paper} is the paper's own model."
+    return (
+        f"{title or own} ({own}) stands in the place of {paper}. It is not the paper's model: its numbers show how the "
+        "methods compare on it and do not reproduce the printed ones."
+    )
 
 
 def title(number: int) -> str:
@@ -101,20 +167,21 @@ def title(number: int) -> str:
     Raises:
         ValueError: If the table has no layout.
     """
-    _known(number)
-    return _TITLES[number]
+    if number not in TITLES:
+        raise ValueError(f"unknown table number {number!r}; built here are {tuple(TITLES)}: pass one of these")
+    return TITLES[number]
 
 
-def cells(number: int) -> list[Cell]:
+def printed_places(number: int) -> list[Place]:
     """List the cells of a table in the order of the print; table 1 ends with RoBERTa-large, which the paper leaves out.
 
     Args:
-        number: One of `TABLES`.
+        number: One of `TITLES`.
 
     Raises:
         ValueError: If the table has no layout.
     """
-    _known(number)
+    title(number)
     found = []
     lines = paper_table(number)
     kept = {line["row"]: line["value"] for line in lines if line["column"] == K}
@@ -124,31 +191,21 @@ def cells(number: int) -> list[Cell]:
             behind["method"] = k_variant(kept[line["row"]])
         source = f"{line['source']} table{number}"
         printed = {"paper": line["value"], "paper_std": line["std"], "source": source, "note": line["note"]}
-        found.append(Cell(number, line["row"], line["column"], **behind, **printed))
+        found.append(Place(number, line["row"], line["column"], **behind, **printed))
     if number == 1:
         found += _extra_model("roberta_large")
     return found
 
 
-def printed_stds(cell: Cell) -> dict[str, float | None]:
-    """Return the printed standard deviation of each task of a cell's row, in percent; `None` where none is printed.
+def scores_of_row(place: Place) -> dict[str, Place]:
+    """Task -> the printed score in the row of an average; of table 5, which prints averages alone, the model's own.
 
     Args:
-        cell: A score or an average. Table 5 prints averages alone: its rows are those of the model's own table.
+        place: An average, or a score.
     """
-    row = _scores_of_row(cell)
-    return {other.task: float(other.paper_std) if other.paper_std and not other.inferred else None for other in row}
-
-
-def printed_scores(cell: Cell) -> dict[str, float]:
-    """Return the printed score of each task of a cell's row, in percent (argument as in `printed_stds`)."""
-    return {other.task: float(other.paper) for other in _scores_of_row(cell) if other.paper and not other.inferred}
-
-
-def _scores_of_row(cell: Cell) -> list[Cell]:
-    table = cell.table if cell.table in K_TABLES else GLUE_TABLES[cell.model]
-    found = [other for other in cells(table) if other.quantity == "score" and other.method == cell.method]
-    return [other for other in found if other.row == cell.row or table != cell.table]
+    table = place.table if place.table in K_TABLES else GLUE_TABLES[place.model]
+    found = [other for other in printed_places(table) if other.quantity == "score" and other.method == place.method]
+    return {other.task: other for other in found if other.row == place.row or table != place.table}
 
 
 def k_variant(k: str) -> str:
@@ -156,44 +213,38 @@ def k_variant(k: str) -> str:
     return f"sparsegrad_{int(k) // 1000}k" if k else "sparsegrad"
 
 
-def _known(number: int) -> None:
-    if number not in _TITLES:
-        raise ValueError(f"unknown table number {number!r}; built here are {TABLES}: pass one of these")
-
-
 def _meaning(number: int, row: str, column: str) -> dict[str, str]:
     """Translate the labels of a cell."""
     if number == 1:
         name, quantity = column.rsplit(" ", 1)
         return {"quantity": quantity, "model": _model(name), "part": _PARTS[row]}
-    if number in _SEARCH_TABLES:
-        model, method = _SEARCH_TABLES[number]
+    if number in SEARCH_TABLES:
+        model, method = SEARCH_TABLES[number]
         return {"quantity": column.replace(" ", "_"), "model": model, "method": method, "task": row.lower()}
+    if number in EFFICIENCY_TABLES:
+        speed = number == 7 or column == "Steps/Sec."
+        task = "" if number == 3 or column == "AVG" else column.lower()
+        quantity = "speed" if speed else "evaluation"
+        return {"quantity": quantity, "model": "roberta_base", "method": VARIANTS[row], "task": task}
     if number == 5:
         name, column = column.rsplit(" ", 1)
         model = _model(name)
     else:
-        model = K_TABLES.get(number) or next(model for model, table in GLUE_TABLES.items() if table == number)
-    quantities = {
-        "#Trainable": "trainable",
-        "#Trainable Model": "trainable",
-        "#Trainable MLP layer": "trainable_per_layer",
-        K: "k",
-        "AVG": "average",
-    }
-    task = "" if column in quantities else column.lower()
-    return {"quantity": quantities.get(column, "score"), "model": model, "method": METHODS.get(row, ""), "task": task}
+        tables = {table: model for model, table in GLUE_TABLES.items()} | K_TABLES | {LLAMA_TABLE: "llama2_7b"}
+        model = tables[number]
+    task = "" if column in _QUANTITIES else column.lower()
+    return {"quantity": _QUANTITIES.get(column, "score"), "model": model, "method": METHODS.get(row, ""), "task": task}
 
 
 def _model(label: str) -> str:
     return next(model for model, name in PAPER_MODELS.items() if name == label)
 
 
-def _extra_model(model: str) -> list[Cell]:
+def _extra_model(model: str) -> list[Place]:
     """Cells of table 1 for a model that the paper's table leaves out."""
     note = f"the paper's table leaves {PAPER_MODELS[model]} out"
     return [
-        Cell(1, row, f"{PAPER_MODELS[model]} {quantity}", quantity, model, part=part, note=note)
+        Place(1, row, f"{PAPER_MODELS[model]} {quantity}", quantity, model, part=part, note=note)
         for row, part in _PARTS.items()
         for quantity in ("count", "share")
     ]

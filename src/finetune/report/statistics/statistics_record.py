@@ -13,26 +13,21 @@ import numpy as np
 
 from finetune.published import TASKS
 from finetune.report.evidence.evidence import Evidence
-from finetune.report.evidence.llama_evidence import LlamaEvidence
 from finetune.report.paper import printed_averages, released_check
-from finetune.report.paper.layouts import GLUE_TABLES, METHODS, PAPER_MODELS, PAPER_RUNS, cells
+from finetune.report.paper.layouts import GLUE_TABLES, METHODS, PAPER_MODELS, PAPER_RUNS, printed_places
 from finetune.report.statistics import method_comparison
 from finetune.report.statistics.families import Design
 from finetune.stats import paired, verdicts
-
-DIALOGUES = "oasst1"
-"""The task of a decoder's runs."""
 
 ASKED = {"model": "bert_base", "methods": ("lora", "sparsegrad"), "tasks": ("mrpc", "rte")}
 """The exchange that `docs/protocol.md`'s row D15 suspects; the answer looks at every task and model all the same."""
 
 
-def build_statistics(evidence: Evidence, decoder: LlamaEvidence | None, design: Design) -> dict[str, Any]:
+def build_statistics(evidence: Evidence, design: Design) -> dict[str, Any]:
     """Compute the statistics of an experiment.
 
     Args:
         evidence: What ran (`collect_evidence`).
-        decoder: What ran on dialogues (`collect_llama_evidence`); its losses are compared.
         design: What is compared with what.
 
     Returns:
@@ -42,12 +37,13 @@ def build_statistics(evidence: Evidence, decoder: LlamaEvidence | None, design: 
         distinct rows), `cells` (printed against logs), `cell_counts` and `exchange`.
     """
     averages = printed_averages.check_averages()
-    named = {*METHODS.values(), *(method for _, method, _ in evidence.runs), *(decoder.runs if decoder else ())}
+    named = {*METHODS.values(), *(method for _, method, _ in evidence.runs)}
+    ran = dict.fromkeys(model for model, _, _ in evidence.runs)
     logged = [cell for model in GLUE_TABLES for cell in released_check.printed_cells(model)]
     content = {
         "schema": 2,
-        "experiment": evidence.experiment,
-        "protocol": evidence.protocol,
+        "experiment": evidence.experiment.name,
+        "protocol": evidence.experiment.protocol,
         "settings": {
             "seed": design.seed,
             "samples": design.samples,
@@ -60,8 +56,8 @@ def build_statistics(evidence: Evidence, decoder: LlamaEvidence | None, design: 
         },
         "methods": {name: facts.label for name, facts in design.labels.methods.items() if name in named},
         "tasks": design.labels.tasks,
-        "runs": [_own(evidence, model, design) for model in dict.fromkeys(model for model, _, _ in evidence.runs)],
-        "decoders": [_decoder(decoder, design)] if decoder is not None and any(decoder.runs.values()) else [],
+        "runs": [_own(evidence, model, design) for model in ran if model not in evidence.decoders],
+        "decoders": [_decoder(evidence, model, design) for model in evidence.decoders if model in ran],
         "logs": [_logged(model, design) for model in GLUE_TABLES],
         "averages": averages,
         "average_counts": printed_averages.counts(averages),
@@ -90,7 +86,7 @@ def _own(evidence: Evidence, model: str, design: Design) -> dict[str, Any]:
     return {
         "model": model,
         "title": runs[0].title,
-        "stands_for": [paper for paper, own in evidence.stands_for.items() if own == model],
+        "stands_for": [paper for paper, own in evidence.experiment.stands_for.items() if own == model],
         "scales": sorted({run.scale for run in runs}),
         "versions": sorted({run.version for run in runs}),
         "random_weights": any(run.random_weights for run in runs),
@@ -100,13 +96,13 @@ def _own(evidence: Evidence, model: str, design: Design) -> dict[str, Any]:
     }
 
 
-def _decoder(evidence: LlamaEvidence, design: Design) -> dict[str, Any]:
+def _decoder(evidence: Evidence, model: str, design: Design) -> dict[str, Any]:
     """The comparison of a decoder's losses, and the trained shares of the model in percent."""
-    runs = {method: found for method, found in evidence.runs.items() if found}
-    scores = {method: {DIALOGUES: {run.seed: run.loss for run in found}} for method, found in runs.items()}
+    runs = {method: found for (name, method, _), found in evidence.runs.items() if name == model}
     every = [run for found in runs.values() for run in found]
+    scores = method_comparison.scores_of_runs(evidence, model)
     return {
-        "model": every[0].model,
+        "model": model,
         "title": every[0].title,
         "comparison": method_comparison.compare_methods(scores, design, losses=True),
         "shares": {method: found[0].share for method, found in runs.items()},
@@ -118,7 +114,7 @@ def _logged(model: str, design: Design) -> dict[str, Any]:
     """The comparison of the authors' logs of one model, and the printed averages beside theirs."""
     scores = method_comparison.scores_of_logs(model)
     comparison = method_comparison.compare_methods(scores, replace(design, peers=tuple(scores)))
-    table = [cell for cell in cells(GLUE_TABLES[model]) if cell.method in scores]
+    table = [cell for cell in printed_places(GLUE_TABLES[model]) if cell.method in scores]
     printed = {cell.method: float(cell.paper) for cell in table if cell.quantity == "average"}
     rows = {}
     for method, tasks in scores.items():

@@ -1,148 +1,126 @@
 """Whether a cell of ours may be compared with the printed one, what the comparison says, and why not."""
 
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from finetune.published import TASKS
-from finetune.report.evidence.evidence import Evidence, Key, Run, Search
+from finetune.report.evidence.evidence import CHAT_TASK, Evidence, Key, Run, Search
+from finetune.report.model import Reason
 from finetune.report.paper import layouts, printed
-from finetune.report.paper.layouts import Cell
-from finetune.stats import intervals as stats
-from finetune.stats import verdicts
+from finetune.report.paper.layouts import Place
+from finetune.stats import intervals, verdicts
 
 PAPER_PROTOCOLS = ("printed", "released")
 """Protocols whose scores may be compared with the printed ones; `sound` makes other choices than the paper."""
 
 
-def keys_of(cell: Cell, evidence: Evidence) -> list[Key]:
-    """List the (model, method, task) whose runs a cell is made of; none where no model stands for the paper's."""
-    model = evidence.stands_for.get(cell.model)
-    tasks = [cell.task] if cell.task else [*TASKS]
-    return [(model, cell.method, task) for task in tasks] if model and cell.method else []
+def keys_of(place: Place, evidence: Evidence) -> list[Key]:
+    """List the (model, method, task) whose runs a cell is made of; none where no model stands for the paper's.
+
+    An average is over the paper's tasks; a count is the same for all that ran.
+    """
+    if not place.own or not place.method:
+        return []
+    tasks = [place.task] if place.task else [*TASKS]
+    if place.table == layouts.LLAMA_TABLE:
+        tasks = [CHAT_TASK]
+    elif place.quantity != "average" and not place.task:
+        tasks += [task for task in evidence.experiment.tasks if task not in TASKS]
+    return [(place.own, place.method, task) for task in tasks]
 
 
-def reasons_against(cell: Cell, evidence: Evidence, runs: Sequence[Run | Search], *, sizes: bool = True) -> list[str]:
+def reasons_against(
+    place: Place, evidence: Evidence, runs: Sequence[Run | Search] = (), *, sizes: bool = True
+) -> list[Reason]:
     """Say why a cell may not be compared with the paper.
 
     Args:
-        cell: The cell.
+        place: The cell.
         evidence: Where its runs come from.
-        runs: The finished runs, or the search, behind the cell; at least one.
+        runs: The finished runs, or the search, behind the cell.
         sizes: Whether the value depends on scale, weights and metric. A parameter count does not.
 
     Returns:
-        At most one sentence for `source`; empty if the cell may be compared.
+        The reasons; none if it may be compared.
     """
-    reasons = [] if cell.paper else ["the paper prints no value"]
-    reasons += ["its value is inferred, not printed"] if cell.inferred else []
-    if runs[0].model != cell.model:
-        reasons.append(f"{runs[0].model} is not the paper's {cell.model}")
-    if evidence.protocol not in PAPER_PROTOCOLS:
-        reasons.append(f"protocol {evidence.protocol} is not the paper's")
-    if sizes:
-        scales = sorted({run.scale for run in runs} - {"paper"})
-        reasons += [f"scale {', '.join(scales)} is not the paper's"] if scales else []
-        trained = [run for run in runs if isinstance(run, Run)]
-        reasons += ["the model started from random weights"] if any(run.random_weights for run in trained) else []
-        other = [run for run in trained if run.metric != layouts.METRICS[run.task]]
-        metrics = dict.fromkeys(f"metric {run.metric} is not {layouts.METRICS[run.task]}" for run in other)
-        reasons += metrics
-    return [f"not comparable: {', '.join(reasons)}"] if reasons else []
+    reasons = [] if place.paper else [Reason("not_printed", "the paper prints no value")]
+    if place.inferred:
+        reasons.append(Reason("inferred", "its value is inferred, not printed"))
+    if place.own != place.model:
+        reasons.append(Reason("other_model", f"{place.own} is not the paper's {place.model}"))
+    protocol = evidence.experiment.protocol
+    if protocol not in PAPER_PROTOCOLS:
+        reasons.append(Reason("protocol", f"protocol {protocol} is not the paper's"))
+    if not sizes:
+        return reasons
+    reasons += of_scale(run.scale for run in runs)
+    trained = [run for run in runs if isinstance(run, Run)]
+    if any(run.random_weights for run in trained):
+        reasons.append(Reason("random_weights", "the model started from random weights"))
+    wanted = layouts.METRICS | {CHAT_TASK: "loss"}
+    other = dict.fromkeys((run.metric, wanted.get(run.task, run.metric)) for run in trained)
+    return reasons + [Reason("metric", f"metric {own} is not {paper}") for own, paper in other if own != paper]
 
 
-def missing_tasks(cell: Cell, by_task: Mapping[str, Sequence[Run]]) -> list[str]:
-    """Name the tasks of a partial average and the paper's mean over the same ones; empty over all eight."""
-    if len(by_task) == len(TASKS):
-        return []
-    scores = layouts.printed_scores(cell)
-    known = [scores[task] for task in by_task if task in scores]
-    missing = ", ".join(label for task, label in TASKS.items() if task not in by_task)
-    names = ", ".join(TASKS[task] for task in by_task)
-    same = f"the paper's mean over these is {statistics.fmean(known):.2f}" if len(known) == len(by_task) else ""
-    same = same or "of which the paper does not print all"
-    return [f"not comparable: over {names} only (without {missing}), {same}"]
+def of_scale(scales) -> list[Reason]:
+    """The reason that sizes are not the paper's, if they are not."""
+    other = sorted({*scales} - {"paper"})
+    return [Reason("scale", f"scale {', '.join(other)} is not the paper's")] if other else []
 
 
-def why_not_run(cell: Cell, evidence: Evidence) -> list[str]:
+def why_not_run(place: Place, evidence: Evidence) -> list[Reason]:
     """Say why a cell has no value: nothing stands for the model, no run finished, or the runs failed."""
-    model = evidence.stands_for.get(cell.model)
-    if not model:
-        return [f"no model ran in {cell.model}'s place"]
-    if cell.quantity in layouts.SETTINGS:
-        return [f"no search of {model} ({cell.method})"]
-    failed = [path for key in keys_of(cell, evidence) for path in evidence.failed.get(key, ())]
-    lost = f", failed runs: {len(failed)} ({', '.join(failed)})" if failed else ""
-    return [f"no finished run of {model} ({cell.method}){lost}"]
+    if not place.own:
+        return [Reason("no_model", f"no model ran in {place.model}'s place")]
+    if place.quantity in layouts.SETTINGS:
+        return [Reason("no_search", f"no search of {place.own} ({place.method})")]
+    if place.quantity == "judged":
+        return [Reason("no_judgments", f"no judgments of answers by {place.own} ({place.method})")]
+    failed = [path for key in keys_of(place, evidence) for path in evidence.failed.get(key, ())]
+    reasons = [Reason("no_run", f"no finished run of {place.own} ({place.method})")]
+    return reasons + ([Reason("failed", f"failed runs: {len(failed)} ({', '.join(failed)})")] if failed else [])
 
 
-def score_verdict(
-    cell: Cell, scores: Sequence[Sequence[float]], tasks: Sequence[str], *, comparable: bool, margin: float
-) -> str:
-    """Compare a score, or an average, with the print (`stats.verdict`).
-
-    Args:
-        cell: The cell.
-        scores: Our scores in percent, one sequence per task.
-        tasks: The tasks, in the same order.
-        comparable: Whether the cell may be compared.
-        margin: Largest difference that counts as agreement, in points.
-
-    Returns:
-        The verdict. The paper prints no deviation for an average: those of its tasks take its place.
-    """
-    paper = printed.parse(cell.paper)
-    if not comparable or paper is None:
-        return stats.verdict(None, comparable=False, rounding=0, margin=margin)
-    deviations = layouts.printed_stds(cell)
-    stds = [deviations[task] for task in tasks]
-    difference = stats.difference_from_paper(scores, paper.value, stds, layouts.PAPER_RUNS[cell.model])
-    return stats.verdict(difference, rounding=paper.rounding, margin=margin)
-
-
-def count_verdict(cell: Cell, exact: float, *, comparable: bool) -> tuple[str, list[str]]:
-    """Compare an exact count or share with the print.
+def score_verdict(place: Place, scores: Sequence[Sequence[float]], stds: Sequence[float | None], margin: float) -> str:
+    """Compare a score, a loss or an average with the print (`intervals.verdict`).
 
     Args:
-        cell: The cell.
-        exact: The count, or the share in percent.
-        comparable: Whether the cell may be compared.
+        place: A cell that may be compared.
+        scores: Our scores, one sequence per task.
+        stds: The printed deviation of each task. The paper prints none for an average: those of its tasks take its
+            place.
+        margin: Largest difference that counts as agreement, in the unit of the scores.
+    """
+    paper = printed.parse(place.paper)
+    runs = layouts.PAPER_RUNS.get(place.model, layouts.LLAMA_RUNS)
+    difference = intervals.difference_from_paper(scores, paper.value, stds, runs)
+    return intervals.verdict(difference, rounding=paper.rounding, margin=margin)
+
+
+def digits_verdict(text: str, exact: float | None, prints: str = "the paper prints") -> tuple[str, list[Reason]]:
+    """Compare an exact count or share with printed digits.
+
+    Args:
+        text: The printed number; empty where there is none.
+        exact: The count, or the share in percent; `None` where the records do not tell.
+        prints: Who prints it.
 
     Returns:
-        The verdict, and at most one mark for `source` where the paper prints other digits than the count rounds to.
+        The verdict, and a reason `cut_off` or `other_digits` where other digits are printed than the count rounds to.
     """
-    paper = printed.parse(cell.paper)
-    if not comparable or paper is None:
+    paper = printed.parse(text)
+    if paper is None or exact is None:
         return verdicts.NOT_COMPARABLE, []
     if paper.round(exact).number == paper.number:
         return verdicts.AGREES, []
-    how = "cut off, not rounded" if paper.truncate(exact).number == paper.number else "neither rounded nor cut off"
-    value = f"{exact:,}" if isinstance(exact, int) else f"{exact:,.2f}{paper.unit if paper.unit == '%' else ''}"
-    return verdicts.DIFFERS, [f"{value} rounds to {paper.round(exact).text}, the paper prints {paper.text} ({how})"]
+    cut = paper.truncate(exact).number == paper.number
+    value = f"{exact:,}" if isinstance(exact, int) else f"{exact:,.3f} %"
+    how = "cut off, not rounded" if cut else "neither rounded nor cut off"
+    words = f"{value} rounds to {paper.round(exact).text}, {prints} {paper.text} ({how})"
+    return verdicts.DIFFERS, [Reason("cut_off" if cut else "other_digits", words)]
 
 
-def k_verdict(cell: Cell, share: float | None) -> tuple[str, list[str]]:
-    """Compare the share of entries that a run keeps with its row's label; it is the one number printed of k.
-
-    Args:
-        cell: A cell of column `layouts.K`; its row label starts with the printed share in percent.
-        share: Kept entries of a matrix in percent; `None` where the records do not tell.
-
-    Returns:
-        The verdict, and at most one mark for `source` where the label is not the share rounded.
-    """
-    label = printed.parse(cell.row.split()[0])
-    if share is None or label is None:
-        return verdicts.NOT_COMPARABLE, []
-    if label.round(share).number == label.number:
-        return verdicts.AGREES, []
-    how = "cut off, not rounded" if label.truncate(share).number == label.number else "neither rounded nor cut off"
-    return verdicts.DIFFERS, [f"{share:.3f} % rounds to {label.round(share).text}, the label says {label.text} ({how})"]
-
-
-def setting_verdict(cell: Cell, value: float, *, comparable: bool) -> str:
+def setting_verdict(place: Place, value: float) -> str:
     """Compare a batch size (equal) or a learning rate (within a factor of 2) with the print."""
-    paper = printed.parse(cell.paper)
-    if not comparable or paper is None:
-        return verdicts.NOT_COMPARABLE
-    same = value == paper.value if cell.quantity == "batch_size" else stats.within_factor(value, paper.value)
+    paper = printed.parse(place.paper).value
+    same = value == paper if place.quantity == "batch_size" else intervals.within_factor(value, paper)
     return verdicts.AGREES if same else verdicts.DIFFERS

@@ -1,0 +1,78 @@
+"""What an experiment names: protocol, models in the paper's places, methods, ablations and tasks, with their labels."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from finetune.report.labels import Labels, read_labels
+from finetune.store import experiment as files
+from finetune.store.catalog import CONF
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment's file, and the labels of the names in it.
+
+    Attributes:
+        name: Name of the experiment.
+        protocol: Name of the protocol.
+        stands_for: The paper's model -> the model that ran in its place, or `None`. Equal names: the paper's own.
+        methods: Names of the methods that it compares.
+        ablations: Model -> names of the ablations that are run on it.
+        tasks: Names of its tasks; a decoder's is not among them.
+        efficiency_models: The models whose speed is measured; the first stands in RoBERTa-base's place.
+        tables: Numbers of the tables that it builds.
+        figures: Names of the figures that it draws.
+        labels: What readers call its methods and tasks.
+
+    Raises:
+        ValueError: If `stands_for` names a model that the paper has not.
+    """
+
+    name: str
+    protocol: str
+    stands_for: Mapping[str, str | None]
+    methods: tuple[str, ...] = ()
+    ablations: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tasks: tuple[str, ...] = ()
+    efficiency_models: tuple[str, ...] = ()
+    tables: tuple[int, ...] = ()
+    figures: tuple[str, ...] = ()
+    labels: Labels = field(default_factory=Labels)
+
+    def __post_init__(self):
+        if unknown := [name for name in self.stands_for if name not in files.TABLES]:
+            raise ValueError(f"stands_for has {unknown}; its keys are the paper's models: {', '.join(files.TABLES)}")
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """Methods and ablations."""
+        return tuple(dict.fromkeys([*self.methods, *(one for names in self.ablations.values() for one in names)]))
+
+
+def load_experiment(path: str | Path, name: str, conf: Path = CONF) -> Experiment:
+    """Read `params.yaml`, or a file of `experiments/`.
+
+    Args:
+        path: The file.
+        name: The experiment that is expected in it.
+        conf: Folder of the configuration.
+
+    Raises:
+        ValueError: If it is another experiment's, or names what the configuration lacks.
+    """
+    content = files.read_yaml(Path(path))
+    if "name" not in content:
+        content = files.expand(files.read_experiment(path), conf)
+    if content["name"] != name:
+        raise ValueError(f"{path} is experiment {content['name']!r}, not {name!r}.")
+    lists = {key: tuple(value) for key, value in content.items() if isinstance(value, list)}
+    ablations = dict.fromkeys(lists.get("ablation_models", ()), lists.get("ablations", ()))
+    return Experiment(
+        name=name,
+        protocol=content["protocol"],
+        stands_for=content["stands_for"],
+        ablations=ablations | dict.fromkeys(lists.get("decoders", ()), lists.get("decoder_ablations", ())),
+        labels=read_labels(content.get("data"), conf),
+        **{key: lists.get(key, ()) for key in ("methods", "tasks", "efficiency_models", "tables", "figures")},
+    )

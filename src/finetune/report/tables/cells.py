@@ -1,0 +1,392 @@
+"""Cells of scores, counts and settings: our value, the paper's, the released logs', and the verdict.
+
+Every builder takes a place (what the paper prints there, and what stands behind it) and returns the cell.
+"""
+
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from finetune.mt_bench.comparison import bootstrap_score
+from finetune.mt_bench.judged import Judged
+from finetune.published import TASKS, released_hyperparameters, released_scores
+from finetune.report.evidence.evidence import Evidence, Run
+from finetune.report.model import Cell, Reason
+from finetune.report.paper import printed
+from finetune.report.paper.architectures import ParameterCounts
+from finetune.report.paper.layouts import LLAMA_TABLE, METHODS, Place, scores_of_row
+from finetune.report.paper.shares import Shares
+from finetune.report.tables.comparability import (
+    digits_verdict,
+    keys_of,
+    of_scale,
+    reasons_against,
+    score_verdict,
+    setting_verdict,
+    why_not_run,
+)
+from finetune.stats import intervals, verdicts
+from finetune.stats.intervals import Estimate
+
+LOSS_MARGIN = 0.05
+"""Largest difference of losses that counts as agreement: the largest deviation printed in the column, in nats."""
+
+PAPER_QUESTIONS = "mt_bench_inf"
+"""Stem of the paper's question file, Inflection's corrected MT-Bench."""
+
+PAPER_JUDGE = r"gpt-4(-.+)?"
+"""The paper's judge as a pattern of names; its snapshot is not stated. GPT-4o and GPT-4.1 are other models."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What all cells of a table share.
+
+    Attributes:
+        evidence: What ran.
+        versions: Versions of the configuration among the table's runs; a mixture is flagged.
+        counts: Model -> parameter counts, for table 1.
+        shares: Trainable shares of LLaMa-2-7B, for table 6.
+        categories: Question id -> category, within which questions are drawn.
+        margin: Largest difference of scores that counts as agreement, in points.
+        seed: Seed of the bootstraps.
+    """
+
+    evidence: Evidence
+    versions: frozenset[int] = frozenset()
+    counts: Mapping[str, ParameterCounts] = field(default_factory=dict)
+    shares: Shares | None = None
+    categories: Mapping[int, str] | None = None
+    margin: float = 1.0
+    seed: int = 0
+
+    def runs(self, place: Place) -> list[Run]:
+        """The finished runs behind a cell."""
+        return [run for key in keys_of(place, self.evidence) for run in self.evidence.runs.get(key, ())]
+
+
+def finish(
+    place: Place,
+    verdict: str,
+    *,
+    protocol: str,
+    ours: Estimate | float | None = None,
+    how: str = "",
+    reasons: Iterable[Reason] = (),
+    flags: Iterable[str] = (),
+    model: str = "",
+    records: Iterable[str] = (),
+    released: float | None = None,
+    logs: str = "",
+) -> Cell:
+    """Put a cell together.
+
+    Args:
+        place: What the paper prints there, and what stands behind it.
+        verdict: One of `verdicts.VERDICTS`.
+        protocol: Name of the protocol behind ours.
+        ours: Our value, with its interval if it has one.
+        how: How it was computed.
+        reasons: Why there is none, or why it may not be compared.
+        flags: Words on ours.
+        model: The model behind ours.
+        records: Paths of the records behind ours.
+        released: The value of the authors' logs.
+        logs: Where that comes from.
+    """
+    estimate = ours if isinstance(ours, Estimate) else Estimate(ours, None, None, None)
+    paper = f"{place.source}{f' ({place.note})' if place.note else ''}" if place.source else place.note
+    sources = {"paper": paper, "ours": how, "released": logs if released is not None else ""}
+    words = {"inferred": place.inferred, "ablation": place.ablation, "over_full": place.over_full}
+    return Cell(
+        row=place.row,
+        column=place.column,
+        quantity=place.quantity,
+        method=place.method,
+        task=place.task,
+        value=estimate.mean,
+        low=estimate.low,
+        high=estimate.high,
+        n=estimate.n,
+        paper=place.paper,
+        paper_std=place.paper_std,
+        released=released,
+        verdict=verdict,
+        reasons=tuple(reasons),
+        flags=(*(word for word, holds in words.items() if holds), *flags),
+        sources={who: text for who, text in sources.items() if text},
+        protocol=protocol,
+        model=model,
+        records=tuple(records),
+    )
+
+
+def build_cell(place: Place, frame: Frame) -> Cell:
+    """Build a cell of any table but 3, 7 and 8."""
+    return _BUILDERS[place.quantity](place, frame)
+
+
+def _missing(place: Place, frame: Frame, *reasons: Reason, **released) -> Cell:
+    found = reasons or why_not_run(place, frame.evidence)
+    return finish(place, verdicts.NOT_RUN, protocol=frame.evidence.experiment.protocol, reasons=found, **released)
+
+
+def _trained(
+    place: Place,
+    frame: Frame,
+    runs: Sequence[Run],
+    verdict: str,
+    ours: Estimate | float,
+    how: str,
+    reasons: Iterable[Reason],
+    **released,
+) -> Cell:
+    """A cell that has training runs behind it."""
+    failed = any(frame.evidence.failed.get(key) for key in keys_of(place, frame.evidence))
+    words = {"failed_runs": failed, "mixed_versions": len(frame.versions) > 1}
+    return finish(
+        place,
+        verdict,
+        protocol=frame.evidence.experiment.protocol,
+        ours=ours,
+        how=how,
+        reasons=reasons,
+        flags=[word for word, holds in words.items() if holds],
+        model=runs[0].model,
+        records=[run.path for run in runs],
+        **released,
+    )
+
+
+def _score(place: Place, frame: Frame) -> Cell:
+    """Score of a task, or best loss: mean over seeds with Student's interval, Welch's for the verdict."""
+    runs = frame.runs(place)
+    logged = _logged(place, place.task)
+    released = {"released": statistics.fmean(logged) if logged else None, "logs": _logs(len(logged))}
+    if not runs:
+        return _missing(place, frame, **released)
+    scores = [run.score for run in runs]
+    ours = intervals.mean_interval(scores)
+    reasons, verdict = reasons_against(place, frame.evidence, runs), verdicts.NOT_COMPARABLE
+    if not reasons:
+        margin = LOSS_MARGIN if place.quantity == "loss" else frame.margin
+        verdict = score_verdict(place, [scores], [place.deviation], margin)
+    seeds = f"{_plural(len(runs), 'seed')} ({', '.join(str(run.seed) for run in runs)})"
+    how = f"mean of {seeds}, t interval" if ours.n > 1 else f"{seeds}, no interval"
+    return _trained(place, frame, runs, verdict, ours, how, reasons, **released)
+
+
+def _average(place: Place, frame: Frame) -> Cell:
+    """Average over the tasks that ran, with the bootstrap's interval; comparable only over all eight of the paper."""
+    by_task = {key[2]: frame.evidence.runs.get(key, ()) for key in keys_of(place, frame.evidence)}
+    by_task = {task: runs for task, runs in by_task.items() if runs}
+    logs = {task: _logged(place, task) for task in TASKS}
+    released = {}
+    if all(logs.values()):
+        least = min(len(scores) for scores in logs.values())
+        mean = statistics.fmean(statistics.fmean(scores) for scores in logs.values())
+        released = {"released": mean, "logs": f"mean of 8 task means, {_logs(least)}"}
+    if not by_task:
+        return _missing(place, frame, **released)
+    if place.ablation and (absent := [task for task in _of_paper(frame) if task not in by_task]):
+        words = f"not run on {', '.join(map(frame.evidence.experiment.labels.task, absent))}"
+        return _missing(place, frame, Reason("partial_average", f"{words}: its mean would mislead beside the others"))
+    runs = [run for found in by_task.values() for run in found]
+    ours = intervals.bootstrap([[run.score for run in found] for found in by_task.values()], seed=frame.seed)
+    reasons, verdict = reasons_against(place, frame.evidence, runs), verdicts.NOT_COMPARABLE
+    reasons += _partial(place, by_task)
+    if not reasons:
+        row, scores = scores_of_row(place), [[run.score for run in found] for found in by_task.values()]
+        verdict = score_verdict(place, scores, [row[task].deviation for task in by_task], frame.margin)
+    counts = sorted({len(found) for found in by_task.values()})
+    per_task = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    interval = "bootstrap interval" if ours.n > 1 else "no interval"
+    how = f"mean of {len(by_task)} task means, runs per task: {per_task}, {interval}"
+    return _trained(place, frame, runs, verdict, ours, how, reasons, **released)
+
+
+def _of_paper(frame: Frame) -> list[str]:
+    """The experiment's tasks that an average is over."""
+    return [task for task in frame.evidence.experiment.tasks if task in TASKS]
+
+
+def _partial(place: Place, by_task: Mapping[str, object]) -> list[Reason]:
+    """Name the tasks of a partial average, and the paper's mean over the same ones."""
+    if len(by_task) == len(TASKS):
+        return []
+    row = scores_of_row(place).items()
+    known = [float(one.paper) for task, one in row if task in by_task and one.paper and not one.inferred]
+    missing = ", ".join(label for task, label in TASKS.items() if task not in by_task)
+    same = f", the paper's mean over these is {statistics.fmean(known):.2f}" if len(known) == len(by_task) else ""
+    names = ", ".join(TASKS[task] for task in by_task)
+    return [Reason("partial_average", f"over {names} only (without {missing}){same}")]
+
+
+def _trainable(place: Place, frame: Frame) -> Cell:
+    """Trainable parameters of the model, or of one wrapped MLP matrix, as the records counted them."""
+    runs = frame.runs(place)
+    if not runs:
+        return _missing(place, frame)
+    counts = sorted(getattr(run, place.quantity) for run in runs)
+    count = _whole(statistics.median_low(counts))
+    reasons, verdict = reasons_against(place, frame.evidence, runs, sizes=False), verdicts.NOT_COMPARABLE
+    if not reasons:
+        verdict, reasons = digits_verdict(place.paper, count)
+    spread = f", {_whole(counts[0]):,} to {_whole(counts[-1]):,}" if counts[0] != counts[-1] else ""
+    return _trained(place, frame, runs, verdict, count, f"count in {len(runs)} records{spread}", reasons)
+
+
+def _trained_share(place: Place, frame: Frame) -> Cell:
+    """Share of a decoder's parameters that train, as the records counted them."""
+    runs = frame.runs(place)
+    if not runs:
+        return _missing(place, frame)
+    share = statistics.median_low(sorted(run.share for run in runs))
+    reasons, verdict = reasons_against(place, frame.evidence, runs, sizes=False), verdicts.NOT_COMPARABLE
+    if not reasons:
+        verdict, reasons = digits_verdict(place.paper, share)
+    counts = sorted({(run.trainable, run.total) for run in runs})
+    how = f"{' or '.join(f'{trained:,} of {total:,}' for trained, total in counts)} parameters"
+    return _trained(place, frame, runs, verdict, Estimate(share, None, None, len(runs)), how, reasons)
+
+
+def _k(place: Place, frame: Frame) -> Cell:
+    """Entries of one MLP matrix that a step keeps, and their share against the row's label, whichever model ran."""
+    runs = frame.runs(place)
+    if not runs:
+        return _missing(place, frame)
+    counts = sorted({(run.trainable_per_layer, run.matrix) for run in runs}, key=str)
+    (kept, matrix), several = counts[0], len(counts) > 1
+    share = 100 * kept / matrix if matrix and not several else None
+    verdict, reasons = digits_verdict(place.row.split()[0], share, "the label says")
+    if several:
+        reasons = [Reason("records_disagree", f"records hold {', '.join(f'{k:,} of {m}' for k, m in counts)}")]
+    elif share is None:
+        reasons = [Reason("no_architecture", "the records do not tell the size of a matrix")]
+    of = f", {share:.3f} % of {matrix:,} entries" if share is not None else ""
+    return _trained(place, frame, runs, verdict, _whole(kept), f"count in {_plural(len(runs), 'record')}{of}", reasons)
+
+
+def _architecture(place: Place, frame: Frame) -> Cell:
+    """Count or share of a part of one of the paper's models, from its architecture alone."""
+    if place.model not in frame.evidence.models:
+        return _missing(place, frame, Reason("no_configuration", f"no configuration of {place.model} was given"))
+    if place.table == LLAMA_TABLE:
+        value = next(one.shares[place.method] for one in frame.shares.variants if one.name == place.part)
+    else:
+        counts = frame.counts[place.model]
+        value = counts.share(place.part) if place.quantity == "share" else getattr(counts, place.part)
+    verdict, reasons = digits_verdict(place.paper, value)
+    reasons += [] if place.paper else [Reason("not_printed", "the paper prints no value")]
+    how, path = "exact count of the architecture", frame.evidence.models[place.model][0]
+    return finish(place, verdict, protocol="", ours=value, how=how, reasons=reasons, model=place.model, records=[path])
+
+
+def _setting(place: Place, frame: Frame) -> Cell:
+    """Best batch size or learning rate of the search."""
+    known = place.task in TASKS and released_hyperparameters(place.model, place.method, place.task)
+    parse = int if place.quantity == "batch_size" else float
+    released = {"released": parse(known[place.quantity]), "logs": known["note"]} if known else {}
+    keys = keys_of(place, frame.evidence)
+    search = frame.evidence.searches.get(keys[0]) if keys else None
+    if search is None:
+        return _missing(place, frame, **released)
+    value = getattr(search, place.quantity)
+    states = ", ".join(f"{count} {state}" for state, count in search.states.items())
+    trials = f"{_plural(sum(search.states.values()), 'trial')} ({states})"
+    how, reasons, verdict = "", [Reason("no_value", f"none of {trials} has a value")], verdicts.NOT_RUN
+    if value is not None:
+        how, reasons = f"best of {trials}", reasons_against(place, frame.evidence, [search])
+        verdict = verdicts.NOT_COMPARABLE if reasons else setting_verdict(place, value)
+        value = Estimate(value, None, None, search.states.get("complete", 0))
+    return finish(
+        place,
+        verdict,
+        protocol=frame.evidence.experiment.protocol,
+        ours=value,
+        how=how,
+        reasons=reasons,
+        model=search.model,
+        records=[search.path],
+        **released,
+    )
+
+
+def _judged(place: Place, frame: Frame) -> Cell:
+    """FastChat's score: mean over seeds, bootstrap interval over questions. The paper prints no deviation."""
+    everything = frame.evidence.judged.get((place.own, place.method), ())
+    short = [Reason("missing_judgments", f"{one.path}: {one.shortfall()}") for one in everything if one.missing]
+    judged = [one for one in everything if one.lines]
+    if not judged:
+        return _missing(place, frame, *short)
+    ours = bootstrap_score([one.items() for one in judged], seed=frame.seed, categories=frame.categories)
+    reasons = [*reasons_against(place, frame.evidence, sizes=False), *_against_judge(judged), *short]
+    verdict = verdicts.NOT_COMPARABLE
+    if not reasons:
+        paper = printed.parse(place.paper)
+        verdict = intervals.verdict(intervals.Difference(ours.mean - paper.value), rounding=paper.rounding)
+    judge = judged[0].record["judge"]
+    how = (
+        f"FastChat's mean over both turns, {ours.n} items of seeds "
+        f"{', '.join(str(one.record['run']['seed']) for one in judged)}, bootstrap interval over questions, judge "
+        f"{judge['model']}, median of {judge['repeats']} repeats"
+    )
+    return finish(
+        place,
+        verdict,
+        protocol=frame.evidence.experiment.protocol,
+        ours=ours,
+        how=how,
+        reasons=reasons,
+        model=place.own,
+        records=[one.path for one in judged],
+    )
+
+
+def _against_judge(judged: Sequence[Judged]) -> list[Reason]:
+    """Say why judgments may not be compared with the paper's."""
+    reasons = of_scale(one.record["run"]["scale"] for one in judged)
+    judge, file = judged[0].record["judge"], judged[0].record["questions"]["file"]
+    if not judge["measures_quality"]:
+        reasons.append(Reason("no_quality", "the judge's scores are no measure of quality"))
+    elif not re.fullmatch(PAPER_JUDGE, judge["model"]):
+        reasons.append(Reason("judge", f"judge {judge['model']} is not the paper's GPT-4"))
+    if file.rsplit("/", 1)[-1].removesuffix(".jsonl") != PAPER_QUESTIONS:
+        reasons.append(Reason("questions", f"questions {file} are not the paper's {PAPER_QUESTIONS}"))
+    return reasons
+
+
+_BUILDERS = {
+    "count": _architecture,
+    "share": _architecture,
+    "trainable": _trainable,
+    "trainable_per_layer": _trainable,
+    "trained_share": _trained_share,
+    "k": _k,
+    "average": _average,
+    "score": _score,
+    "loss": _score,
+    "judged": _judged,
+    "batch_size": _setting,
+    "learning_rate": _setting,
+}
+
+
+def _logged(place: Place, task: str) -> list[float]:
+    """The authors' logged scores; they have none of a variant, of a task that is not GLUE's, or of a decoder."""
+    known = place.method in METHODS.values() and task in TASKS
+    return list(released_scores(place.model, place.method, task).values()) if known else []
+
+
+def _logs(seeds: int) -> str:
+    return f"authors' logs, {_plural(seeds, 'seed')}, without the search's"
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def _whole(count: float) -> float:
+    """A count as an int where it is one."""
+    return int(count) if float(count).is_integer() else count
