@@ -106,8 +106,6 @@ def cost_curves(options: CurveOptions, stage: Stage) -> dict[str, Any]:
     Raises:
         ValueError: if the device is missing or others use it.
     """
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     curves = options.curves()
     decaying = replace(options.base, decay=options.decay)
     points = list(dict.fromkeys([options.base, decaying, *(point for found in curves.values() for point in found)]))
@@ -134,8 +132,8 @@ def cost_curves(options: CurveOptions, stage: Stage) -> dict[str, Any]:
         "bases": "random orthogonal",
         "order": "interleaved: every round runs all variants, every second round in reverse",
     }
-    content = {"options": asdict(options), "threads": torch.get_num_threads()}
-    return stage.run(content, measure, device=options.device)
+    content = {"options": asdict(options), "threads": options.threads or torch.get_num_threads()}
+    return stage.run(content, measure, device=options.device, threads=options.threads)
 
 
 def measure_point(point: Point, options: CurveOptions, device: torch.device) -> dict[str, Any]:

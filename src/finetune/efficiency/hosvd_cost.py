@@ -114,7 +114,7 @@ def hosvd_cost(cases: Sequence[Case], options: HosvdOptions, stage: Stage) -> di
         "cpu_seconds": "time that the process ran on a CPU, all threads; what others took from it is not in it",
     }
     content = {"cases": [asdict(case) for case in cases], "options": asdict(options)}
-    return stage.run(content, measure, device=options.device)
+    return stage.run(content, measure, device=options.device, threads=options.threads)
 
 
 def summary(record: Mapping[str, Any]) -> list[str]:

@@ -67,6 +67,7 @@ class Stage:
         measure: Callable[[torch.device, Path], Mapping[str, Any]],
         *,
         device: str,
+        threads: int | None,
     ) -> dict[str, Any]:
         """Measure and write the record. A finished record of the same request and machine is not made again.
 
@@ -75,11 +76,14 @@ class Stage:
             measure: from the device and a folder for finished parts to what the record holds besides, ``treatment``
                 among it.
             device: ``auto``, ``cpu`` or ``cuda``.
+            threads: of torch on the CPU; None leaves torch's choice.
 
         Raises:
             ValueError: if the device is missing or others use it.
         """
         found = machine.find_device(device)
+        if threads is not None:
+            torch.set_num_threads(threads)
         facts = machine.facts(found)
         digest = self.digest(content, facts)
         if self.path.is_file() and records.read_json(self.path).get("run", {}).get("config_hash") == digest:

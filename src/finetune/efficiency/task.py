@@ -98,13 +98,12 @@ def measure_task(
     Raises:
         ValueError: if the device is missing or others use it, or an option or configuration is refused.
     """
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     named = {"model": model["name"], "task": lengths.task, "protocol": protocol["name"]}
     return replace(stage, kind="efficiency", named=named).run(
         identity(model, protocol, lengths, options),
         lambda device, _: _measure(model, protocol, lengths, options, device),
         device=options.device,
+        threads=options.threads,
     )
 
 
