@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from finetune.methods import needs_bases
 from finetune.plan.actual import Taken, taken
-from finetune.plan.decoder import Card, plan_model
 from finetune.plan.experiment import Experiment
-from finetune.plan.memory import Setup
+from finetune.plan.flops import Cost
 from finetune.plan.throughput import Processor, Throughput, published_facts, recorded_facts
 from finetune.plan.work import Work
 
@@ -21,7 +21,7 @@ def plan_experiment(experiment: Experiment, cards: Sequence[Processor], settings
 
     Args:
         experiment: what is planned.
-        cards: kinds of processors, the first with a memory limit is the one that decoders are itemised for.
+        cards: kinds of processors.
         settings: ``utilisation``, ``touched``, ``questions``, ``turns``, ``judge``, ``currency`` and ``seconds`` of
             ``conf/plan.yaml``.
 
@@ -31,28 +31,29 @@ def plan_experiment(experiment: Experiment, cards: Sequence[Processor], settings
     name, results = experiment.lists["name"], experiment.results
     speed = _throughput(experiment, cards, settings["utilisation"])
     rows = _stages(list(experiment.work()), cards, speed, settings["seconds"])
-    decoders = _decoders(experiment, cards, settings)
-    memory = _memory(experiment, settings["touched"])
-    found = {
+    memory = _memory(experiment)
+    for row in (*memory, *(preparing := _preparing(experiment))):
+        row["fits"] = {card.name: card.fits(row["peak"]) for card in cards}
+    return {
         "experiment": name,
         "currency": settings["currency"],
         "cards": {card.name: {"memory": card.memory, "reserve": card.reserve, "price": card.price} for card in cards},
         "stages": rows,
         "totals": _totals(rows, cards),
-        "memory": [row | {"fits": {c.name: c.fits(row["peak"]) for c in cards}} for row in memory],
-        "models": decoders,
-        "disk": _disk(experiment, memory, decoders),
-        "judging": _judging(decoders, settings["judge"]),
+        "memory": memory,
+        "preparing": preparing,
+        "touched": settings["touched"],
+        "disk": _disk(experiment, memory),
+        "judging": _judging(experiment, settings),
         "actual": _beside(rows, taken(results, name, cards), cards),
         "sources": dict(sorted(experiment.sources.items())),
     }
-    return found
 
 
 def _throughput(experiment: Experiment, cards: Sequence[Processor], utilisation: Mapping[str, float]) -> Throughput:
     facts = [*published_facts(), *recorded_facts(experiment.results, cards, experiment.lists["name"])]
 
-    def cost(model: str, method: str) -> Any:
+    def cost(model: str, method: str) -> Cost | None:
         try:
             return experiment.cost(model, method)
         except FileNotFoundError:  # a record of a model or method that the configuration has no more
@@ -78,10 +79,9 @@ def _stages(
             row["overhead"] += piece.runs * seconds["run"]
         for card in cards:
             entry = row["cards"][card.name]
-            whole, kind, source = piece.seconds(card, speed)
-            stopped = piece.seconds(card, speed, stopped=True)[0]
-            entry["seconds"] = None if whole is None or entry["seconds"] is None else entry["seconds"] + whole
-            entry["if_stopped"] = None if stopped is None or entry["seconds"] is None else entry["if_stopped"] + stopped
+            for key, stopped in (("seconds", False), ("if_stopped", True)):
+                found, kind, source = piece.seconds(card, speed, stopped=stopped)
+                entry[key] = None if found is None or entry[key] is None else entry[key] + found
             entry["kinds"] = sorted({*entry["kinds"], kind})
             entry["sources"] = sorted({*entry["sources"], source})
     for row in rows.values():
@@ -90,108 +90,87 @@ def _stages(
 
 
 def _empty(piece: Work, method: str, cards: Sequence[Processor]) -> dict[str, Any]:
-    return {
-        "stage": piece.stage,
-        "model": piece.model,
-        "method": method,
-        "runs": 0,
-        "steps": 0,
-        "steps_if_stopped": 0.0,
-        "may_stop": False,
-        "longest": 0,
-        "overhead": 0.0,
-        "cards": {c.name: {"seconds": 0.0, "if_stopped": 0.0, "kinds": [], "sources": []} for c in cards},
-    }
+    counts = {"runs": 0, "steps": 0, "steps_if_stopped": 0.0, "may_stop": False, "longest": 0, "overhead": 0.0}
+    times = {card.name: {"seconds": 0.0, "if_stopped": 0.0, "kinds": [], "sources": []} for card in cards}
+    return {"stage": piece.stage, "model": piece.model, "method": method, **counts, "cards": times}
 
 
 def _totals(rows: Sequence[Mapping[str, Any]], cards: Sequence[Processor]) -> dict[str, Any]:
     """Hours and money of each card; start-up of cells and runs is in both."""
-    found, overhead = {}, sum(row["overhead"] for row in rows) / 3600
+    found: dict[str, Any] = {}
+    overhead = sum(row["overhead"] for row in rows) / 3600
     for card in cards:
-        hours = {}
-        for key in ("seconds", "if_stopped"):
+        found[card.name] = {}
+        for key, suffix in (("seconds", ""), ("if_stopped", "_if_stopped")):
             values = [row["cards"][card.name][key] for row in rows]
-            hours[key] = None if any(value is None for value in values) else sum(values) / 3600 + overhead
-        priced = None if card.price is None else card.price
-        found[card.name] = {
-            "hours": hours["seconds"],
-            "hours_if_stopped": hours["if_stopped"],
-            "money": None if priced is None or hours["seconds"] is None else priced * hours["seconds"],
-            "money_if_stopped": None if priced is None or hours["if_stopped"] is None else priced * hours["if_stopped"],
-        }
+            hours = None if any(value is None for value in values) else sum(values) / 3600 + overhead
+            money = None if card.price is None or hours is None else card.price * hours
+            found[card.name] |= {f"hours{suffix}": hours, f"money{suffix}": money}
     return found
 
 
-def _memory(experiment: Experiment, touched: float) -> list[dict[str, Any]]:
-    """Of every encoder and method at the largest batch that its search may try, and the longest rows."""
-    found, seen = [], set()
-    for model, method in experiment.cells():
-        if (model, method) in seen:
-            continue
-        seen.add((model, method))
-        protocol, scale, group = experiment.protocol, experiment.scale, experiment.model(model)
-        points = [point["batch_size"] for point in scale["search"]["points"]]
-        rows = max([*points, scale["batch_size"]] if len(points) >= scale["search"]["trials"]
-                   else [*points, *protocol["search"]["batch_sizes"]])  # fmt: skip
-        tokens = min(protocol["max_length"], group["architecture"].get("max_position_embeddings", 10**9))
-        precision = scale["precision"] or protocol["precision"]
-        needed = experiment.memory(model, method, Setup(rows, tokens, precision=precision, touched=touched))
-        found.append({"model": model, "method": method, "rows": rows, "tokens": tokens, "components": asdict(needed)}
-                     | {"peak": needed.step_peak})  # fmt: skip
-    return found
-
-
-def _decoders(experiment: Experiment, cards: Sequence[Processor], settings: Mapping[str, Any]) -> dict[str, Any]:
-    lists = experiment.lists
-    limited = next((card for card in cards if card.memory is not None), None)
-    if not lists.get("decoders") or limited is None:
-        return {}
-    methods = lists["methods"]
-    found = {}
-    for name in lists["decoders"]:
-        plan = plan_model(
-            experiment.model(name),
-            {method: experiment.method(method) for method in methods},
-            experiment.chat_protocol,
-            experiment.chat_scale,
-            seeds=len(lists.get("decoder_seeds") or lists["seeds"]),
-            questions=settings["questions"],
-            turns=settings["turns"],
-            touched=settings["touched"],
-            card=Card(limited.name, limited.memory or 0, limited.reserve),
-            compared={m: experiment.method(m) for m in settings["compared"] if m not in methods},
+def _memory(experiment: Experiment) -> list[dict[str, Any]]:
+    """Of every cell. An encoder's peak is a step's, as the allocator's was compared with it; a decoder's a run's."""
+    found = []
+    for entry in experiment.stages["train"].values():
+        model, method = entry["model"], entry["method"]
+        needed = experiment.memory(model, method)
+        total = experiment.cost(model, method).parameters
+        found.append(
+            {
+                "model": model,
+                "method": method,
+                "setup": asdict(experiment.setup(model, method)),
+                "components": asdict(needed),
+                "peak": needed.peak if entry["problem"] == "chat" else needed.step_peak,
+                "share": needed.trained / total,
+            }
         )
-        for memory in plan["training"].values():
-            memory["fits_each"] = {card.name: card.fits(memory["peak"]) for card in cards}
-        found[name] = plan
     return found
 
 
-def _disk(experiment: Experiment, memory: Sequence[Mapping[str, Any]], decoders: Mapping[str, Any]) -> dict[str, float]:
-    """Bytes that stay, and what a run holds while it lasts."""
-    tasks = len(experiment.lists.get("tasks") or ())
-    moments = 0
-    for model in experiment.lists.get("models") or ():
-        moments += tasks * sum(8 * (o * o + i * i) for o, i in experiment.shapes(model).values())
-    run = [CHECKPOINTS * (2 * row["components"]["snapshot"] + row["components"]["optimizer_state"]) for row in memory]
-    found: dict[str, float] = {
-        "moments of encoders": moments,
-        "bases of encoders": moments // 2,
-        "checkpoints while an encoder trains": max(run, default=0),
-    }
-    for name, plan in decoders.items():
-        found |= {f"{kind} of {name}": size for kind, size in plan["disk"].items() if kind != "total"}
+def _preparing(experiment: Experiment) -> list[dict[str, Any]]:
+    """Memory of the phases before training, of models with a method that rotates gradients."""
+    cells = experiment.stages["train"].values()
+    rotated = dict.fromkeys(e["model"] for e in cells if needs_bases(experiment.method(e["method"])))
+    return [
+        {"model": model, "phase": phase, "components": parts, "peak": parts["peak"]}
+        for model in rotated
+        for phase, parts in experiment.preparing(model).items()
+    ]
+
+
+def _disk(experiment: Experiment, memory: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Bytes that stay, and what a run holds while it lasts: each checkpoint the weights, the best ones, and the state.
+
+    Checkpoints of a run are deleted when it ends, so the largest method's count once.
+    """
+    found: dict[str, float] = {"moments": 0, "bases": 0, "merged models": 0}
+    for entry in experiment.stages["bases"].values():
+        found["moments"] += len(entry["tasks"]) * experiment.moments(entry["model"])
+    found["bases"] = found["moments"] // 2
+    for entry, row in zip(experiment.stages["train"].values(), memory, strict=True):
+        problem = experiment.problem(entry["model"], entry["method"])
+        if problem.keeps_models:
+            weights = experiment.cost(entry["model"], entry["method"]).parameters * problem.stored_dtype.itemsize
+            found["merged models"] += weights * len(entry["seeds"])
+        kind = f"checkpoints while {'a decoder' if entry['problem'] == 'chat' else 'an encoder'} trains"
+        size = CHECKPOINTS * (2 * row["components"]["snapshot"] + row["components"]["optimizer_state"])
+        found[kind] = max(found.get(kind, 0), size)
     return found | {"total": sum(found.values())}
 
 
-def _judging(decoders: Mapping[str, Any], judge: Mapping[str, Any]) -> dict[str, Any]:
+def _judging(experiment: Experiment, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Calls, tokens by assumption, and money where prices are set (per million tokens)."""
-    calls = sum(plan["judging"]["calls"] for plan in decoders.values())
+    calls, judge = 0, settings["judge"]
+    for entry in experiment.stages["answers"].values():
+        repeats = experiment.problem(entry["model"], entry["methods"][0]).config["scale"]["judging"]["repeats"]
+        answers = len(entry["methods"]) * len(entry["seeds"])
+        calls += settings["questions"] * settings["turns"] * answers * repeats
     tokens = {kind: calls * judge[f"{kind}_tokens"] for kind in ("prompt", "completion")}
     prices = {kind: judge[f"{kind}_price"] for kind in tokens}
-    money = None
-    if all(price is not None for price in prices.values()):
-        money = sum(tokens[kind] * prices[kind] / 1e6 for kind in tokens)
+    unknown = None in prices.values()
+    money = None if unknown else sum(tokens[kind] * prices[kind] / 1e6 for kind in tokens)
     return {"calls": calls, "tokens": tokens, "money": money}
 
 
@@ -206,9 +185,9 @@ def _beside(
         entry = found.get((row["stage"], row["model"], row["method"]))
         if entry is None:
             continue
+        # Records that name no device (searches, bases) ran where the experiment's others did.
         devices = entry.devices or everywhere or {default}
         card = next(iter(devices)) if len(devices) == 1 else None
-        # Records that name no device (searches, bases) ran where the experiment's others did.
         part = entry.runs / row["runs"] if row["runs"] else 0.0
         planned = None if card is None else row["cards"][card]["seconds"]
         compared.append(

@@ -1,35 +1,51 @@
-"""All work of an experiment, from its lists and configuration groups alone."""
+"""All work of an experiment, from its lists and configuration groups alone.
+
+What a run does is asked of the runs themselves: a problem (:mod:`finetune.runs.problem`) composed as a stage composes
+it, with the sizes of its data in place of the data.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from finetune.efficiency.variants import VARIANTS
-from finetune.methods import base_method, build_method, build_targets, needs_bases, with_own_choices
+from finetune.methods import base_method, build_method, build_targets
 from finetune.plan.flops import Cost, cost_of, hosvd_operations
 from finetune.plan.inputs import chat_blocks, padded_tokens, stopping_epochs, task_rows
-from finetune.plan.memory import DTYPES, Setup, TrainingMemory, meta_model, training_memory
+from finetune.plan.memory import (
+    DTYPES,
+    Setup,
+    TrainingMemory,
+    hosvd_memory,
+    meta_model,
+    moments_bytes,
+    preliminary_memory,
+    training_memory,
+)
 from finetune.plan.work import Decoding, Decomposition, Training, Work
-from finetune.runs.problem import for_task
+from finetune.runs.cells import PROBLEMS
+from finetune.runs.problem import Problem, Run, for_task
+from finetune.runs.search import SearchSpace
 from finetune.store import records
+from finetune.training.options import planned_steps
 
 Read = Callable[[str, str], Mapping[str, Any]]
+Shape = tuple[int, int]
 
 
 class Experiment:
-    """What an experiment file and its configuration groups say.
+    """What an experiment and its configuration groups say.
 
     Args:
-        lists: the experiment file.
+        lists: of :func:`finetune.store.experiment.expand`: lists, and the entries of its ``stages``.
         read: (group, name) -> the content of ``conf/<group>/<name>.yaml``; group ``""`` is ``conf`` itself.
-        settings: of ``conf/plan.yaml``: ``rows``, ``blocks``.
+        settings: of ``conf/plan.yaml``.
         results: the folder ``results``: measured lengths, blocks and batch sizes are looked up there.
         data_root: where local data lies.
 
@@ -41,36 +57,17 @@ class Experiment:
         self, lists: Mapping[str, Any], read: Read, settings: Mapping[str, Any], results: Path, data_root: str
     ) -> None:
         self.lists, self.read, self.settings, self.results = lists, read, settings, results
-        self.data = _data_group(lists, read, data_root) if lists.get("models") else {}
+        self.stages = lists["stages"]
         self.sources: dict[str, str] = {}
-        self._costs: dict[tuple[str, str], Cost] = {}
-        self._stops = stopping_epochs()
-
-    @cached_property
-    def protocol(self) -> Mapping[str, Any]:
-        """Of the encoders."""
-        return self.read("protocol", self.lists["protocol"])
-
-    @cached_property
-    def scale(self) -> Mapping[str, Any]:
-        """Of the encoders."""
-        return self.read("scale", self.lists["scale"])
-
-    @cached_property
-    def chat_protocol(self) -> Mapping[str, Any]:
-        """Of the decoders."""
-        return self.read("protocol/llama", self.lists["protocol"])
-
-    @cached_property
-    def chat_scale(self) -> Mapping[str, Any]:
-        """Of the decoders."""
-        return self.read("scale/llama", self.lists["scale"])
+        self._data_root, self._stops = data_root, stopping_epochs()
+        self.problem = lru_cache(maxsize=None)(self._problem)
+        self.cost = lru_cache(maxsize=None)(self._cost)
 
     def model(self, name: str) -> Mapping[str, Any]:
         """A model's group; one that the pipeline pretrains gets the vocabulary that its tokenizer will have."""
         found = dict(self.read("model", name))
-        if name in self._list("pretrain"):
-            made = self.read("", "pretrain_chat" if name in self._list("decoders") else "pretrain_glue")
+        if name in self.lists["pretrain"]:
+            made = self.read("", "pretrain_chat" if "template" in found else "pretrain_glue")
             found["architecture"] = {"vocab_size": made["vocab_size"]} | found["architecture"]
         return found
 
@@ -82,192 +79,229 @@ class Experiment:
                 return {"name": name, "base": variant.method} | form
         return self.read("method", name)
 
-    def cells(self) -> list[tuple[str, str]]:
-        """(model, method) of every GLUE cell."""
-        lists = (("models", "methods"), ("ablation_models", "ablations"))
-        return [(model, method) for one, other in lists for model in self._list(one) for method in self._list(other)]
+    def _problem(self, model: str, method: str) -> Problem:
+        """What the runs of a cell are, without its data."""
+        group = self.model(model)
+        name, data, within = ("chat", "chat", "llama/") if "template" in group else ("glue", "data", "")
+        config = {
+            "model": group,
+            "method": self.method(method),
+            "protocol": self.read("protocol", within + self.lists["protocol"]),
+            "scale": self.read("scale", within + self.lists["scale"]),
+            data: self._data(data),
+            "learning_rate": None,
+            "batch_size": None,
+            "basis": "of the basis stage",
+        }
+        return _without_data(PROBLEMS[name], lambda task: self.rows(model, task))(config)
 
-    def decoders(self) -> list[tuple[str, str]]:
-        """(model, method) of every decoder's cell."""
-        return [(model, method) for model in self._list("decoders") for method in self._list("methods")]
+    def _data(self, group: str) -> dict[str, Any]:
+        """The data group; tasks that an experiment makes itself lie in its own results."""
+        found, own = dict(self.read(group, self.lists[group])), "${name}"
+        root = found["root"].replace(own, self.lists["name"]) if own in found["root"] else self._data_root
+        return found | {"root": root}
+
+    def rows(self, model: str, task: str) -> tuple[int, int]:
+        """Training and validation rows of a task, or blocks of dialogues, as a run takes them."""
+        decoder, chat = "template" in self.model(model), self.lists["chat"]
+        if decoder:
+            train, held, source = chat_blocks(self.results, chat, model, self.settings["blocks"])
+            self.sources[f"blocks of {chat}, {model}"] = source
+        else:
+            sizes = self.settings["rows"]
+            if self.lists["data"] == "generated":
+                sizes = {task: self.read("", "generate")["glue"], "source": "conf/generate.yaml"}
+            train, held, self.sources[f"rows of {task}"] = task_rows(self._data("data"), sizes, task)
+        scale = self.read("scale", ("llama/" if decoder else "") + self.lists["scale"])
+        return min(train, scale["train_examples"] or train), held
 
     def tokens(self, model: str, task: str) -> float:
         """Tokens of a padded row."""
-        if model in self._list("decoders") or task == "oasst1":
-            return self.chat_scale["max_length"] or self.chat_protocol["max_length"]
-        found, source = padded_tokens(self.results, self.model(model), self.protocol, task)
-        if model in (*self._list("models"), *self._list("ablation_models"), *self._list("efficiency_models")):
+        config = self.problem(model, "full").config
+        protocol, planned = config["protocol"], {entry["model"] for entry in self.stages["bases"].values()}
+        if "chat" in config:
+            return config["scale"]["max_length"] or protocol["max_length"]
+        found, source = padded_tokens(self.results, config["model"], protocol, task)
+        if model in planned or model in self.lists["efficiency_models"]:
             self.sources[f"tokens of a row, {model} {task}"] = source
         return found
 
-    def is_decoder(self, model: str) -> bool:
-        """Whether a model writes answers, by its configuration group."""
-        return model in self._list("decoders") or "optional_modules" in self.model(model)
-
-    def groups(self, model: str, method: str) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
-        """Method, model and protocol, a variant's own choices put into the protocol."""
-        protocol = self.chat_protocol if self.is_decoder(model) else self.protocol
-        found = with_own_choices({"method": self.method(method), "protocol": protocol})
-        return found["method"], self.model(model), found["protocol"]
-
     def plain(self, model: str) -> nn.Module:
         """A model without weights."""
-        return meta_model(self.model(model)["architecture"], causal=self.is_decoder(model))
+        group = self.model(model)
+        return meta_model(group["architecture"], causal="template" in group)
 
-    def cost(self, model: str, method: str) -> Cost:
-        """Operations of a method on a model, calculated once."""
-        key = (model, method)
-        if key not in self._costs:
-            chosen = build_method(*self.groups(model, method), bases={}, one_backward_a_step=True)
-            checkpointing = self.is_decoder(model) and self.chat_scale["gradient_checkpointing"]
-            self._costs[key] = cost_of(self.plain(model), chosen, checkpointing=checkpointing)
-        return self._costs[key]
+    def _cost(self, model: str, method: str) -> Cost:
+        """Operations of a method on a model."""
+        config = self.problem(model, method).config
+        chosen = build_method(*_groups(config), bases={}, one_backward_a_step=True)
+        return cost_of(self.plain(model), chosen, checkpointing=config["scale"].get("gradient_checkpointing", False))
 
-    def memory(self, model: str, method: str, setup: Setup) -> TrainingMemory:
-        """Memory of a method's training."""
-        return training_memory(*self.groups(model, method), setup, self.plain(model))
-
-    def shapes(self, model: str) -> dict[str, tuple[int, int]]:
+    def shapes(self, model: str) -> dict[str, Shape]:
         """Layer kind -> shape of SparseGrad's target matrices."""
-        protocol = self.chat_protocol if self.is_decoder(model) else self.protocol
-        targets = build_targets("sparsegrad", self.model(model), protocol).find(self.plain(model))
-        return {target.kind: target.shape for target in targets}
+        _, group, protocol = _groups(self.problem(model, "full").config)
+        targets = build_targets("sparsegrad", group, protocol).find(self.plain(model))
+        return {target.kind: tuple(target.module.weight.shape) for target in targets}
+
+    def setup(self, model: str, method: str) -> Setup:
+        """Sizes of a run at the largest batch that its search may try, and the longest rows."""
+        problem = self.problem(model, method)
+        config, scale, batch = problem.config, problem.config["scale"], problem.hyperparameters()["batch_size"]
+        tokens = scale.get("max_length") or config["protocol"]["max_length"]
+        if problem.searches:
+            space = SearchSpace.of(config)
+            tried = [point["batch_size"] for point in space.points]
+            batch = max(*tried, batch) if len(tried) >= space.trials else max(*tried, *space.batch_sizes)
+            tokens = min(tokens, config["model"]["architecture"].get("max_position_embeddings", tokens))
+        micro = min(scale.get("micro_batch_size", batch), batch)
+        return Setup(
+            micro_batch=micro,
+            tokens=tokens,
+            accumulation_steps=-(-batch // micro),
+            precision=problem.precision,
+            frozen_dtype=scale.get("frozen_dtype", "fp32"),
+            checkpointing=scale.get("gradient_checkpointing", False),
+            touched=self.settings["touched"],
+        )
+
+    def preparing(self, model: str) -> dict[str, dict[str, int]]:
+        """Memory of what comes before methods that rotate gradients: the preliminary phase and the HOSVD."""
+        _, group, protocol = _groups(self.problem(model, "full").config)
+        plain, setup = self.plain(model), self.setup(model, "full")
+        targets = build_targets("sparsegrad", group, protocol).find(plain)
+        found = preliminary_memory(plain, targets, protocol["preliminary"], setup)
+        return {"preliminary": found, "hosvd": hosvd_memory(self.shapes(model).values())}
+
+    def moments(self, model: str) -> int:
+        """Bytes of a task's moments on disk."""
+        return sum(moments_bytes(shape) for shape in self.shapes(model).values())
+
+    def memory(self, model: str, method: str) -> TrainingMemory:
+        """Memory of a cell's training."""
+        groups = _groups(self.problem(model, method).config)
+        return training_memory(*groups, self.setup(model, method), self.plain(model))
 
     def work(self) -> Iterator[Work]:
         """Every piece of work, stage by stage."""
-        yield from self._preliminary()
-        for model, method in self.cells():
-            for task in self._list("tasks"):
-                for stage in ("search", "train"):
-                    piece = self._training(stage, model, method, task)
-                    yield piece
-                    yield from self._inside(piece)
-        yield from self._efficiency()
-        yield from self._decoders()
+        for entry in self.stages["bases"].values():
+            yield from self._bases(entry["model"], entry["tasks"])
+        for entry in self.stages["train"].values():
+            for task in entry["tasks"]:
+                yield from self._cell(entry["model"], entry["method"], task, len(entry["seeds"]))
+        for entry in self.stages["efficiency"].values():
+            yield from self._efficiency(entry["model"], entry["tasks"])
+        for entry in self.stages["answers"].values():
+            for method in entry["methods"]:
+                yield self._answers(entry["model"], method, len(entry["seeds"]))
 
-    def batch_size(self, model: str, method: str, task: str) -> int:
-        """Of the report's runs: what the search found where it has run, else the scale's."""
+    def _bases(self, model: str, tasks: list[str]) -> Iterator[Work]:
+        problem = self.problem(model, "full")
+        options = problem.config["protocol"]["preliminary"]
+        piece = Training(
+            stage="gradients",
+            model=model,
+            method="full",
+            task="",
+            runs=1,
+            steps=options["steps"],
+            batch=options["batch_size"],
+            tokens=0,
+            precision=problem.precision if "chat" in problem.config else "fp32",
+            cost=self.cost(model, "full"),
+        )
+        yield from (replace(piece, task=task, tokens=self.tokens(model, task)) for task in tasks)
+        yield Decomposition("basis", model, "", "all", len(tasks), hosvd_operations(self.shapes(model)))
+
+    def _cell(self, model: str, method: str, task: str, seeds: int) -> Iterator[Work]:
+        """Search and runs of one task, and where the protocol says so the preliminary phase inside each."""
+        problem, best = self.problem(model, method), self._best(model, method, task)
+        given = problem.hyperparameters(best)
+        run, pieces = Run(task, 0, given), []
+        if problem.searches:
+            scale = problem.config["scale"]["search"]
+            trial = Run(task, 0, given | {"max_steps": for_task(scale["max_steps"], task)}, search=True)
+            pieces.append(self._training("search", model, method, trial, scale["trials"]))
+        pieces.append(self._training("train", model, method, run, seeds))
+        for piece in pieces:
+            yield piece
+            if problem.basis_scope == "run":
+                options = problem.config["protocol"]["preliminary"]
+                sizes = {"steps": options["steps"], "batch": options["batch_size"], "stopped": None, "interval": None}
+                yield replace(piece, **sizes, cost=self.cost(model, "full"), inside=True)
+                each = hosvd_operations(self.shapes(model))
+                yield Decomposition(piece.stage, model, method, task, piece.runs, each, inside=True)
+
+    def _best(self, model: str, method: str, task: str) -> Mapping[str, Any] | None:
+        """What a search found, where it has run."""
         path = self.results / self.lists["name"] / "search" / model / method / f"{task}.json"
         if path.is_file():
             self.sources["batch sizes"] = f"searches in {path.parents[2]}"
-            return records.read_json(path)["best"]["batch_size"]
-        self.sources.setdefault("batch sizes", f"scale {self.scale['name']}; an epoch takes about as long with another")
-        return self.scale["batch_size"]
+            return records.read_json(path)["best"]
+        scale = self.lists["scale"]
+        self.sources.setdefault("batch sizes", f"scale {scale}; an epoch takes about as long with another")
+        return None
 
-    def _list(self, name: str) -> Sequence[Any]:
-        return self.lists.get(name) or ()
-
-    def _rows(self, task: str) -> tuple[int, int]:
-        sizes = self.settings["rows"]
-        if self.lists["data"] == "generated":
-            made = self.read("", "generate")["glue"]
-            sizes = {task: made, "source": "conf/generate.yaml"}
-        train, held, self.sources[f"rows of {task}"] = task_rows(self.data, sizes, task)
-        return min(train, self.scale["train_examples"] or train), held
-
-    def _preliminary(self) -> Iterator[Work]:
-        options = self.protocol["preliminary"] if self._list("models") else None
-        for model in self._list("models"):
-            for task in self._list("tasks"):
-                tokens = self.tokens(model, task)
-                yield Training(
-                    "gradients", model, "full", task, 1, options["steps"], None, options["batch_size"], tokens,
-                    None, 0, "fp32", self.cost(model, "full"),
-                )  # fmt: skip
-            each = hosvd_operations(self.shapes(model))
-            yield Decomposition("basis", model, "", "all", len(self._list("tasks")), each)
-
-    def _training(self, stage: str, model: str, method: str, task: str) -> Training:
-        group = self.method(method)
-        protocol, scale = with_own_choices({"method": group, "protocol": self.protocol})["protocol"], self.scale
-        batch, (train, held) = self.batch_size(model, method, task), self._rows(task)
-        searched = stage == "search"
-        planned = (scale["epochs"] or protocol["epochs"]) * math.ceil(train / batch)
-        limit = for_task((scale["search"] if searched else scale)["max_steps"], task)
-        planned = planned if limit is None else min(planned, limit)
-        epochs = self._stops.get((model, base_method(group), task)) if protocol["patience"] is not None else None
-        interval = for_task(scale["evaluation_steps"], task)
-        if interval is None:
-            interval = max(1, round(protocol["evaluation_steps"].get(task, 100) * 16 / batch))
+    def _training(self, stage: str, model: str, method: str, run: Run, runs: int) -> Training:
+        problem, (train, held) = self.problem(model, method), self.rows(model, run.task)
+        options = problem.options(run, processes=1)
+        steps = planned_steps(train, options)
+        epochs = self._stops.get((model, base_method(self.method(method)), run.task))
+        stops = options.patience is not None and epochs is not None
         return Training(
             stage=stage,
             model=model,
             method=method,
-            task=task,
-            runs=scale["search"]["trials"] if searched else len(self._list("seeds")),
-            steps=planned,
-            stopped=None if epochs is None else min(planned, epochs * train / batch),
-            batch=batch,
-            tokens=self.tokens(model, task),
-            interval=interval,
+            task=run.task,
+            runs=runs,
+            steps=steps,
+            stopped=min(steps, epochs * train / options.batch_size) if stops else None,
+            batch=options.batch_size,
+            tokens=self.tokens(model, run.task),
+            interval=options.evaluation_steps,
             evaluated=held,
-            precision=scale["precision"] or protocol["precision"],
+            precision=options.precision,
             cost=self.cost(model, method),
         )
 
-    def _inside(self, piece: Training) -> Iterator[Work]:
-        """The preliminary phase of every run, where the protocol collects bases anew in each."""
-        options = self.protocol["preliminary"]
-        if not needs_bases(self.method(piece.method)) or options["scope"] != "run":
-            return
-        sizes = {"steps": options["steps"], "batch": options["batch_size"], "stopped": None, "interval": None}
-        yield replace(piece, **sizes, cost=self.cost(piece.model, "full"), inside=True)
-        each = hosvd_operations(self.shapes(piece.model))
-        yield Decomposition(piece.stage, piece.model, piece.method, piece.task, piece.runs, each, inside=True)
-
-    def _efficiency(self) -> Iterator[Work]:
-        if not self._list("efficiency_models"):
-            return
+    def _efficiency(self, model: str, tasks: list[str]) -> Iterator[Work]:
         scale = self.read("scale/efficiency", self.lists["scale"])
         # Warm-up twice: before the memory is measured, and before the first round.
         steps = scale["rounds"] * scale["batches"] + 2 * scale["warmup_steps"] + 1
-        precision = scale["precision"] or self.protocol["precision"]
-        for model in self._list("efficiency_models"):
-            for task in self._list("tasks"):
-                for variant in VARIANTS:
-                    name = "sparsegrad" if variant.name == "folded" else variant.name
-                    yield Training(
-                        "efficiency", model, name, task, 1, steps, None, scale["batch_size"],
-                        self.tokens(model, task), None, 0, precision, self.cost(model, variant.name),
-                    )  # fmt: skip
+        precision = scale["precision"] or self.problem(model, "full").config["protocol"]["precision"]
+        for task in tasks:
+            for variant in VARIANTS:
+                yield Training(
+                    stage="efficiency",
+                    model=model,
+                    method="sparsegrad" if variant.name == "folded" else variant.name,
+                    task=task,
+                    runs=1,
+                    steps=steps,
+                    batch=scale["batch_size"],
+                    tokens=self.tokens(model, task),
+                    precision=precision,
+                    cost=self.cost(model, variant.name),
+                )
 
-    def _decoders(self) -> Iterator[Work]:
-        models = self._list("decoders")
-        if not models:
-            return
-        protocol, scale = self.chat_protocol, self.chat_scale
-        seeds = len(self._list("decoder_seeds") or self._list("seeds"))
-        precision, tokens = scale["precision"] or protocol["precision"], scale["max_length"] or protocol["max_length"]
-        for model in models:
-            options = protocol["preliminary"]
-            yield Training(
-                "gradients", model, "full", "oasst1", 1, options["steps"], None, options["batch_size"],
-                tokens, None, 0, precision, self.cost(model, "full"),
-            )  # fmt: skip
-            yield Decomposition("basis", model, "", "oasst1", 1, hosvd_operations(self.shapes(model)))
-        for model, method in self.decoders():
-            train, held, source = chat_blocks(self.results, self.lists["chat"], model, self.settings["blocks"])
-            self.sources[f"blocks of {self.lists['chat']}, {model}"] = source
-            batch = scale["batch_size"] or protocol["batch_size"]
-            steps = (scale["epochs"] or protocol["epochs"]) * math.ceil(
-                min(train, scale["train_examples"] or train) / batch
-            )
-            cost = self.cost(model, method)
-            yield Training(
-                "train", model, method, "oasst1", seeds, min(steps, scale["max_steps"] or steps), None, batch,
-                tokens, scale["evaluation_steps"] or protocol["evaluation_steps"], held, precision, cost,
-            )  # fmt: skip
-            answers = scale["answers"]
-            new = math.ceil(self.settings["questions"] / answers["batch_size"]) * answers["max_new_tokens"]
-            width = DTYPES[answers["dtype"]].itemsize
-            yield Decoding(
-                "answers", model, method, "mt_bench", seeds, new * self.settings["turns"], width * cost.parameters,
-                cost.blocks,
-            )  # fmt: skip
+    def _answers(self, model: str, method: str, seeds: int) -> Decoding:
+        options, cost = self.problem(model, method).config["scale"]["answers"], self.cost(model, method)
+        new = -(-self.settings["questions"] // options["batch_size"]) * options["max_new_tokens"]
+        weights = DTYPES[options["dtype"]].itemsize * cost.parameters
+        return Decoding("answers", model, method, "mt_bench", seeds, new * self.settings["turns"], weights, cost.blocks)
 
 
-def _data_group(lists: Mapping[str, Any], read: Read, data_root: str) -> dict[str, Any]:
-    """The data group; tasks that an experiment makes itself lie in its own results."""
-    group = dict(read("data", lists["data"]))
-    own = "${name}"
-    return group | {"root": group["root"].replace(own, lists["name"]) if own in group["root"] else data_root}
+def _groups(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
+    return config["method"], config["model"], config["protocol"]
+
+
+def _without_data(problem: type[Problem], rows: Callable[[str], tuple[int, int]]) -> type[Problem]:
+    """The problem with the sizes of its splits in place of the splits."""
+
+    class WithoutData(problem):
+        def splits(self, task: str = "oasst1") -> dict[str, range]:
+            train, held = rows(task)
+            return {"train": range(train), "validation": range(held)}
+
+        _packed = property(splits)
+
+    return WithoutData

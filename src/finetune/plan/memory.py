@@ -12,14 +12,23 @@ The model is built on the meta device and prepared by its method, so that what c
 
 The peak is parameters + optimizer state + bases + the largest of: gradients and activations; gradients and selection;
 folding back, when all gradients are freed; snapshot. Where a gradient is selected in the backward pass, selection
-happens beside the activations. Gradients of activations are left to the card's reserve; the peak of a single step,
+happens beside the activations. Of the preliminary phase and the HOSVD, n the larger side of a projection ``(o, i)``:
+
+    preliminary phase   the target matrices in float32 and the rest in the storage precision (with
+                        preliminary.update all in float32, and all gradients and AdamW's moments); one gradient at a
+                        time and its float64 copy, 12 o i; float64 moments of every kind, 8 (o^2 + i^2); activations
+    HOSVD               one projection at a time: its moments, the factor that is done, and for the other one five
+                        float64 matrices, 5 x 8 n^2: the symmetric input and the eigenvectors, beside them syevd's
+                        workspace of two, then three copies while rows are put in order and signs fixed
+
+Gradients of activations are left to the card's reserve; the peak of a single step,
 which holds them, is :func:`finetune.methods.costs.predicted_peaks`, as the efficiency stage compares it with the
 allocator's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +43,7 @@ from finetune.plan import activations
 from sparsegrad import Basis, Target, sparsegrad_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EIGH = 5  # n x n matrices of float64 at most in sparsegrad.hosvd's decomposition of one moment
 
 
 @dataclass(frozen=True)
@@ -173,6 +183,51 @@ def meta_model(architecture: Mapping[str, Any], *, causal: bool) -> nn.Module:
     made = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
     with torch.device("meta"):
         return made.from_config(AutoConfig.for_model(**architecture, **({} if causal else {"num_labels": 2})))
+
+
+def preliminary_memory(
+    plain: nn.Module, targets: Sequence[Target], preliminary: Mapping[str, Any], setup: Setup
+) -> dict[str, int]:
+    """Memory while gradients are collected: ``parameters``, ``moments``, ``gradients``, ``activations``, ``peak``.
+
+    Args:
+        plain: the model on the meta device; it holds fake tensors afterwards.
+        targets: its matrices whose gradients are collected.
+        preliminary: of the protocol.
+        setup: of the training; rows of a batch are the preliminary phase's own.
+    """
+    total = sum(parameter.numel() for parameter in plain.parameters())
+    shapes = {target.kind: tuple(target.module.weight.shape) for target in targets}
+    differentiated = sum(target.module.weight.numel() for target in targets)
+    plain.requires_grad_(preliminary["update"])
+    for target in targets:
+        target.module.weight.requires_grad_(True)
+    stored = torch.float32 if preliminary["update"] else DTYPES[setup.frozen_dtype]
+    cast_frozen(plain, stored)
+    saved = activations.measure(plain, preliminary["batch_size"], setup.tokens, precision=setup.precision)
+    stepped = 12 * total if preliminary["update"] else 0  # gradients and AdamW's moments of the whole model
+    found = {
+        "parameters": 4 * differentiated + stored.itemsize * (total - differentiated),
+        "moments": sum(moments_bytes(shape) for shape in shapes.values()),
+        "gradients": max(12 * o * i for o, i in shapes.values()) + stepped,
+        "activations": saved.peak(checkpointing=setup.checkpointing),
+    }
+    return found | {"peak": sum(found.values())}
+
+
+def hosvd_memory(shapes: Iterable[tuple[int, int]]) -> dict[str, int]:
+    """Memory of the largest projection's HOSVD: ``moments``, ``decomposition``, ``peak``."""
+    peaks = []
+    for o, i in shapes:
+        inside = max(EIGH * 8 * i * i, 8 * i * i + EIGH * 8 * o * o)  # first U, then V beside it
+        peaks.append((moments_bytes((o, i)) + inside, inside, moments_bytes((o, i))))
+    peak, inside, moments = max(peaks)
+    return {"moments": moments, "decomposition": inside, "peak": peak}
+
+
+def moments_bytes(shape: tuple[int, int]) -> int:
+    """Of both float64 moments of a layer kind; its float32 bases take half of them."""
+    return 8 * (shape[0] ** 2 + shape[1] ** 2)
 
 
 def _meta_bases(targets: list[Target]) -> dict[str, Basis]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finetune.plan.decoder import Card, lines
 from finetune.plan.throughput import CALCULATED, MEASURED, SCALED, UNKNOWN
 
 MARKS = {MEASURED: "", SCALED: "~", CALCULATED: "*", UNKNOWN: "?"}
@@ -21,12 +20,7 @@ def plan_lines(plan: Mapping[str, Any], unplanned: Sequence[str]) -> list[str]:
     found = [f"{plan['experiment']}: what it needs", "", *_hours(plan), "", *_totals(plan)]
     if unplanned:
         found += ["Not estimated (minutes; judgments as long as the judge takes): " + ", ".join(unplanned) + "."]
-    if plan["memory"]:
-        found += ["", *_memory(plan)]
-    for name, model in plan["models"].items():
-        card = next((n, c) for n, c in plan["cards"].items() if c["memory"] is not None)
-        found += ["", *lines(name, model, Card(card[0], card[1]["memory"], card[1]["reserve"])), *_fits(model)]
-    found += ["", *_disk(plan), *_judging(plan)]
+    found += ["", *_memory(plan), "", *_disk(plan), *_judging(plan)]
     if plan["actual"]:
         found += ["", *_actual(plan)]
     return [*found, "", *_sources(plan)]
@@ -70,24 +64,45 @@ def _totals(plan: Mapping[str, Any]) -> list[str]:
 
 def _memory(plan: Mapping[str, Any]) -> list[str]:
     cards = [name for name, card in plan["cards"].items() if card["memory"] is not None]
-    rows = [["encoders", "", "batch", "peak, GB", *(f"fits {name}" for name in cards)]]
+    rows = [["", "", "batch", *_COMPONENTS.values(), "peak", "trains", *cards]]
     for row in plan["memory"]:
-        shape, peak = f"{row['rows']} x {row['tokens']}", f"{row['peak'] / 1e9:.2f}"
-        rows.append([row["model"], row["method"], shape, peak, *("yes" if row["fits"][c] else "NO" for c in cards)])
+        setup, parts = row["setup"], row["components"]
+        batch = f"{setup['accumulation_steps']} x {setup['micro_batch']} x {setup['tokens']}"
+        cells = [_gb(parts[key]) for key in _COMPONENTS] + [_gb(row["peak"]), f"{100 * row['share']:.3g} %"]
+        rows.append([row["model"], row["method"], batch, *cells, *_fits(row, cards)])
+    for row in plan["preparing"]:
+        parts = row["components"]
+        cells = [_gb(parts[key]) if key in parts else "" for key in _COMPONENTS]
+        rows.append([row["model"], row["phase"], "", *cells, _gb(row["peak"]), "", *_fits(row, cards)])
     sizes = ", ".join(f"{name} {plan['cards'][name]['memory'] / 1e9:g}" for name in cards)
+    first = {row["method"]: row["components"] for row in plan["memory"]}
+    lazy = [name for name, parts in first.items() if parts["optimizer_state"] != parts["optimizer_state_first"]]
     return [
-        "Peak memory while training, at the largest batch of the search and the longest rows:",
+        "Peak memory, GB, at the largest batch of the search and the longest rows (backward passes x rows x tokens):",
         *aligned(rows, left=2),
-        f"Beside a reserve each; memory of the cards, GB: {sizes}.",
+        f"On the right: whether it fits, beside a reserve each; memory of the cards, GB: {sizes}.",
+        *([f"State of {', '.join(lazy)}: with {100 * plan['touched']:.0f} % of the entries touched."] if lazy else []),
     ]
 
 
-def _fits(model: Mapping[str, Any]) -> list[str]:
-    found = []
-    for method, memory in model["training"].items():
-        cards = [name for name, fits in memory["fits_each"].items() if fits]
-        found.append(f"{method} trains on: {', '.join(cards) or 'none of the cards'}")
-    return ["; ".join(found)]
+_COMPONENTS = {
+    "parameters": "weights",
+    "gradients": "gradients",
+    "optimizer_state": "state",
+    "bases": "bases",
+    "activations": "activations",
+    "selection": "selection",
+    "folding": "folding",
+    "snapshot": "snapshot",
+}
+
+
+def _fits(row: Mapping[str, Any], cards: Sequence[str]) -> list[str]:
+    return ["yes" if row["fits"][card] else "NO" for card in cards]
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f}"
 
 
 def _disk(plan: Mapping[str, Any]) -> list[str]:

@@ -30,13 +30,13 @@ class Training:
     task: str
     runs: int
     steps: int
-    stopped: float | None
     batch: int
     tokens: float
-    interval: int | None
-    evaluated: int
     precision: str
     cost: Cost
+    stopped: float | None = None
+    interval: int | None = None
+    evaluated: int = 0
     inside: bool = False
 
     def operations(self, steps: float) -> float:

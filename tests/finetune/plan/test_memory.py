@@ -1,6 +1,5 @@
 """The plan's calculated bytes against bytes counted on models that are really built and stepped."""
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from finetune import models
 from finetune.methods import build_method
-from finetune.plan import Card, activations, lines, plan_model, setup_of
-from finetune.plan.memory import DTYPES, Setup, meta_model, training_memory
+from finetune.plan import activations
+from finetune.plan.memory import DTYPES, Setup, hosvd_memory, meta_model, preliminary_memory, training_memory
 from finetune.store import records
 from finetune.training import memory
 from finetune.training.checkpoint import snapshot
@@ -52,19 +51,6 @@ PROTOCOL = {
     "lora_scale": 2.0,
     "lora_dropout": 0.0,
     "meprop_optimizer": "lazy_adam",
-    "preliminary": {"steps": 3, "batch_size": 3, "update": False, "scope": "task"},
-    "batch_size": 8,
-    "max_length": TOKENS,
-    "precision": "fp32",
-}
-SCALE = {
-    "batch_size": None,
-    "micro_batch_size": ROWS,
-    "max_length": None,
-    "precision": None,
-    "frozen_dtype": "fp32",
-    "gradient_checkpointing": False,
-    "judging": {"repeats": 3},
 }
 
 
@@ -252,70 +238,40 @@ def test_memory_of_classifiers_is_what_the_allocator_measured(name):
     assert found.step_peak == pytest.approx(measured["peak_training"], rel=0.015)
 
 
-# A decoder's plan
-
-
-CARD = Card("a card", memory=1e9, reserve=1e8)
-
-
-def planned(card=CARD, model=MODEL, methods=FILES, protocol=PROTOCOL, scale=SCALE):
-    sizes = {"seeds": 5, "questions": 80, "turns": 2, "touched": 0.2}
-    return plan_model(model, methods, protocol, scale, card=card, **sizes)
-
-
-def test_disk_and_judge_calls():
-    plan = planned()
-    total = plan["parameters"]
-    assert plan["disk"]["merged"] == 4 * total * len(METHODS) * 5 and plan["host"]["loading"] == 4 * total
-    assert plan["disk"]["moments"] == 2 * 8 * (32**2 + 80**2) == 2 * plan["disk"]["bases"]
-    assert plan["judging"] == {"per_method": 80 * 2 * 5 * 3, "calls": 80 * 2 * 5 * 3 * 4, "repeats": 3}
-    assert plan["disk"]["total"] == sum(v for k, v in plan["disk"].items() if k != "total")
-    json.dumps(plan)
+# Before training
 
 
 def test_the_preliminary_phase_is_counted_as_it_runs():
     """Against the collection itself: moments and the largest saved activations of its batches."""
-    plan = planned()["preliminary"]
-    assert plan["parameters"] == 4 * planned()["parameters"]
+    total = sum(p.numel() for p in meta_model(ARCHITECTURE, causal=True).parameters())
+
+    def calculated(update):
+        plain = meta_model(ARCHITECTURE, causal=True)
+        targets = build_method(FILES["full"], MODEL, PROTOCOL).targets.find(plain)
+        return preliminary_memory(plain, targets, {"batch_size": 3, "update": update}, Setup(ROWS, TOKENS, 4))
+
+    plan = calculated(False)
+    assert plan["parameters"] == 4 * total
     assert plan["moments"] == sum(8 * (a * a + b * b) for a, b in ((80, 32), (32, 80)))
-    model = meta_model(ARCHITECTURE, causal=True)
-    model = model.to_empty(device="cpu").requires_grad_(False).train()
+    model = meta_model(ARCHITECTURE, causal=True).to_empty(device="cpu").requires_grad_(False).train()
     for block in (0, 3):
         model.model.layers[block].mlp.up_proj.weight.requires_grad_(True)
         model.model.layers[block].mlp.down_proj.weight.requires_grad_(True)
-    notes = {}
-    ids = torch.zeros(3, TOKENS, dtype=torch.long)
+    notes, ids = {}, torch.zeros(3, TOKENS, dtype=torch.long)
     with memory.saved_activations(model, notes, True):
         summed_loss(model(input_ids=ids, use_cache=False).logits, ids)
     assert plan["activations"] == pytest.approx(notes["saved_activations"] + 2 * 4 * 3 * TOKENS * 96, rel=0.001)
-    stepped = planned(protocol=PROTOCOL | {"preliminary": PROTOCOL["preliminary"] | {"update": True}})["preliminary"]
-    assert stepped["gradients"] - plan["gradients"] == 12 * planned()["parameters"]
-    no_bases = planned(methods={"full": FILES["full"]})
-    assert "preliminary" not in no_bases and "hosvd" not in no_bases and no_bases["disk"]["moments"] == 0
+    assert calculated(True)["gradients"] - plan["gradients"] == 12 * total
 
 
 def test_hosvd_is_counted_for_one_projection():
-    plan = planned()["hosvd"]
+    plan = hosvd_memory([(80, 32), (32, 80)])
     assert plan["moments"] == 8 * (32**2 + 80**2)
     # Of up U (32) comes first and V (80) beside it; of down V is the smaller one, and U is alone at its peak.
     assert plan["peak"] == plan["moments"] + 8 * 32**2 + 5 * 8 * 80**2
 
 
-def test_fits_means_beside_the_reserve():
-    peak = planned()["training"]["full"]["peak"]
-    for memory_of_card, fits in ((peak + 100, True), (peak + 99, False)):
-        card = Card("c", memory=memory_of_card, reserve=100)
-        assert planned(card)["training"]["full"]["fits"] is fits
-    text = "\n".join(lines("tiny", planned(Card("tiny card", 1e3, 0)), Card("tiny card", 1e3, 0)))
-    assert "fits tiny card" in text and "NO" in text and "does NOT fit" in text and "Judge calls: 9,600" in text
-
-
-def test_sizes_come_from_scale_then_protocol():
-    setup = setup_of(PROTOCOL, SCALE, 0.2)
-    assert (setup.micro_batch, setup.accumulation_steps, setup.tokens, setup.precision) == (2, 4, TOKENS, "fp32")
-    over = {"batch_size": 5, "max_length": 16, "precision": "bf16", "frozen_dtype": "bf16", "micro_batch_size": 8}
-    setup = setup_of(PROTOCOL, SCALE | over, 0.2)
-    assert (setup.micro_batch, setup.accumulation_steps, setup.tokens, setup.precision) == (5, 1, 16, "bf16")
+# The paper's decoder
 
 
 def test_llama_2_7b_in_the_papers_set_up():

@@ -5,7 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from finetune.plan.text import plan_lines
 from finetune.plan.throughput import Fact, Processor, Throughput, published_facts, recorded_facts
 from finetune.plan.work import Decoding, Decomposition, Training
 from finetune.store import records
+from finetune.store.experiment import expand
 from sparsegrad import core_shape
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -148,7 +149,9 @@ def test_the_best_rate_is_taken_and_named():
 
 
 def test_time_of_runs_with_their_evaluations():
-    work = Training("train", "m", "full", "cola", 3, 20, 5.0, 10, 10.0, 8, 100, "fp32", UNIT)
+    where = {"stage": "train", "model": "m", "method": "full", "task": "cola"}
+    sizes = {"runs": 3, "steps": 20, "stopped": 5.0, "batch": 10, "tokens": 10.0, "interval": 8, "evaluated": 100}
+    work = Training(**where, **sizes, precision="fp32", cost=UNIT)
     whole, kind, _ = work.seconds(CARD, speed(fact()))
     assert kind == "measured" and whole == pytest.approx(3 * (20 * 300 + 3 * 1000) / 600)
     stopped, _, _ = work.seconds(CARD, speed(fact()), stopped=True)
@@ -271,22 +274,23 @@ LISTS = {
     "name": "e",
     "protocol": "printed",
     "scale": "paper",
-    "data": "glue",
     "tasks": ["rte", "mnli"],
     "seeds": [1, 2, 3],
     "methods": ["full", "sparsegrad"],
     "models": ["bert_base"],
     "ablations": ["sparsegrad_22k"],
-    "ablation_models": ["bert_base"],
-    "efficiency_models": ["bert_base"],
 }
+
+
+def experiment_of(tmp_path, lists=LISTS, read=read, settings=SETTINGS, conf=ROOT / "conf"):
+    base = yaml.safe_load((ROOT / "experiments/base.yaml").read_text())
+    return Experiment(expand(base | lists, conf), read, settings, tmp_path / "results", str(tmp_path / "data"))
 
 
 def planned(tmp_path, lists=LISTS, cards=None, **changes):
     settings = SETTINGS | changes
-    experiment = Experiment(lists, read, settings, tmp_path / "results", str(tmp_path / "data"))
     cards = cards or [Processor(name=name, **values) for name, values in settings["cards"].items()]
-    return plan_experiment(experiment, cards, settings)
+    return plan_experiment(experiment_of(tmp_path, lists, settings=settings), cards, settings)
 
 
 def row_of(plan, stage, method=""):
@@ -333,6 +337,11 @@ def test_money_only_where_prices_are_set(tmp_path):
     assert total["money"] == pytest.approx(0.5 * total["hours"]) and total["hours_if_stopped"] < total["hours"]
     calls = 80 * 2 * 2 * 3 * 2  # questions, turns, seeds, repeats, methods
     assert plan["judging"]["calls"] == calls
+    (row,) = [row for row in plan["memory"] if (row["model"], row["method"]) == ("stories260k", "full")]
+    numbers = row["components"]["trained"] / row["share"]
+    assert plan["disk"]["merged models"] == pytest.approx(2 * numbers * 2 * 2)  # bfloat16, methods, seeds
+    assert plan["disk"]["moments"] == 2 * plan["disk"]["bases"]
+    assert plan["disk"]["total"] == sum(size for kind, size in plan["disk"].items() if kind != "total")
     assert plan["judging"]["money"] == pytest.approx(calls * (1000 * 2.0 + 500 * 4.0) / 1e6)
     assert "EUR, at most" in "\n".join(plan_lines(plan, []))
 
@@ -341,19 +350,46 @@ def test_a_card_that_is_too_small_is_said(tmp_path):
     small = Processor("small", memory=4e9, reserve=1e9, peak={"fp32": 1e12}, eigh=1e9)
     plan = planned(tmp_path, cards=[small])
     assert {row["fits"]["small"] for row in plan["memory"]} == {False}
+    peak = plan["memory"][0]["peak"]
+    for memory, fits in ((peak + 1e9, True), (peak + 1e9 - 1, False)):  # beside the reserve
+        assert replace(small, memory=memory).fits(peak) is fits
     text = "\n".join(plan_lines(plan, ["pretrain"]))
     assert "NO" in text and "AT MOST: no run stops early" in text and "dataset card of nyu-mll/glue" in text
     assert "Not estimated (minutes; judgments as long as the judge takes): pretrain." in text
 
 
-def test_bases_of_every_run_cost_time_and_are_no_runs(tmp_path):
-    printed, released = (planned(tmp_path, LISTS | {"protocol": name}) for name in ("printed", "released"))
-    for plan in (printed, released):
-        assert row_of(plan, "train", "sparsegrad")["runs"] == 6
-    seconds = [row_of(plan, "train", "sparsegrad")["cards"]["A40"]["seconds"] for plan in (printed, released)]
-    assert seconds[1] > seconds[0]
-    full = [row_of(plan, "train", "full")["cards"]["A40"]["seconds"] for plan in (printed, released)]
-    assert full[0] == full[1]
+@pytest.mark.parametrize(
+    ("protocol", "method"),
+    [("released", "sparsegrad"), ("printed", "truncated_own_basis")],
+    ids=["protocol", "variant"],
+)
+def test_bases_of_every_run_cost_time_and_are_no_runs(protocol, method, tmp_path):
+    base = "sparsegrad" if method == "sparsegrad" else "truncated"
+    lists = LISTS | {"methods": ["full", method], "ablations": [], "efficiency_models": []}
+    own = planned(tmp_path, lists | {"protocol": protocol})
+    stage = planned(tmp_path, lists | {"methods": ["full", base], "protocol": "printed"})
+    found, reference = row_of(own, "train", method), row_of(stage, "train", base)
+    assert found["runs"] == reference["runs"] == 6
+    assert found["cards"]["A40"]["seconds"] > reference["cards"]["A40"]["seconds"]
+    assert row_of(own, "train", "full")["cards"] == row_of(stage, "train", "full")["cards"]
+
+
+def test_sizes_of_a_run_come_from_scale_then_protocol(tmp_path):
+    over = {"batch_size": 5, "max_length": 16, "precision": "bf16", "frozen_dtype": "fp32", "micro_batch_size": 8}
+    over |= {"max_steps": None, "evaluation_steps": None}
+
+    def other(group, name):
+        return read(group, name) | (over if (group, name) == ("scale", "llama/paper") else {})
+
+    lists = LISTS | {"models": [], "ablations": [], "decoders": ["stories260k"], "methods": ["full"]}
+    for reading, expected in (
+        (read, (2, 512, 32, "bf16", "bf16", True)),
+        (other, (5, 16, 1, "bf16", "fp32", True)),
+    ):
+        setup = experiment_of(tmp_path, lists, reading).setup("stories260k", "full")
+        assert astuple(setup)[:6] == expected
+    encoder = experiment_of(tmp_path).setup("bert_base", "full")
+    assert (encoder.micro_batch, encoder.tokens) == (32, 128)  # the largest of the search
 
 
 def test_what_was_taken_stands_beside_the_estimate(tmp_path):
@@ -402,7 +438,9 @@ def test_it_runs_without_a_gpu_and_a_network_and_names_its_sources(tmp_path):
     assert done.returncode == 0, done.stderr
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert {row["stage"] for row in plan["stages"]} >= {"search", "train", "efficiency", "answers"}
-    assert plan["models"]["llama2_7b"]["training"]["full"]["fits"] and plan["judging"]["calls"] == 80 * 2 * 3 * 3 * 2
+    assert {row["model"] for row in plan["memory"]} == {"bert_base", "llama2_7b"}
+    assert all(row["fits"]["A40"] for row in plan["memory"]) and plan["judging"]["calls"] == 80 * 2 * 3 * 3 * 2
+    assert {row["phase"] for row in plan["preparing"]} == {"preliminary", "hosvd"}
     for source in ("released logs", "dataset card of nyu-mll/glue", "fp32 peak 37.4 TFLOP/s", "assumption in conf"):
         assert source in done.stdout
     assert "tables" in done.stdout  # among the stages that are not estimated
