@@ -179,7 +179,7 @@ class Experiment:
     def memory(self, model: str, method: str) -> TrainingMemory:
         """Memory of a cell's training."""
         groups = _groups(self.problem(model, method).config)
-        return training_memory(*groups, self.setup(model, method), self.plain(model))
+        return training_memory(*groups, self.setup(model, method), causal="template" in self.model(model))
 
     def work(self) -> Iterator[Work]:
         """Every piece of work, stage by stage."""

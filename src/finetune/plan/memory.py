@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from finetune.methods import build_method
 from finetune.methods.base import count_parameters
@@ -119,19 +120,20 @@ class TrainingMemory:
 
 
 def training_memory(
-    method: Mapping[str, Any], model: Mapping[str, Any], protocol: Mapping[str, Any], setup: Setup, plain: nn.Module
+    method: Mapping[str, Any], model: Mapping[str, Any], protocol: Mapping[str, Any], setup: Setup, *, causal: bool
 ) -> TrainingMemory:
     """Memory of one method's training.
 
     Args:
-        method, model, protocol: the configuration groups, a variant's own choices put into the protocol.
+        method, model, protocol: the configuration groups, a variant's own choices put into the protocol;
+            ``model.architecture`` is what is built.
         setup: sizes and precisions.
-        plain: the model on the meta device; it is prepared, and holds fake tensors afterwards.
+        causal: see :func:`meta_model`.
 
     Raises:
         ValueError: on a configuration that the method refuses.
     """
-    once = setup.accumulation_steps == 1
+    plain, once = meta_model(model["architecture"], causal=causal), setup.accumulation_steps == 1
     targets = build_method(method, model, protocol, bases={}).targets.find(plain)
     chosen = build_method(method, model, protocol, bases=_meta_bases(targets), one_backward_a_step=once)
     shapes = [target.shape for target in targets]
@@ -149,7 +151,13 @@ def training_memory(
         "optimizer_state": 8 * around + sum(matrix.state for matrix in end),
         "bases": _bases(prepared),
     }
-    found = activations.measure(prepared, setup.micro_batch, setup.tokens, precision=setup.precision)
+    sizes = {"rows": setup.micro_batch, "tokens": setup.tokens, "precision": setup.precision}
+    try:
+        found = activations.measure(prepared, **sizes)
+    except DataDependentOutputException:  # an adapter that looks at values as it runs: as without it
+        plain = meta_model(model["architecture"], causal=causal)
+        chosen.targets.set_trainable(plain)
+        found = activations.measure(plain, **sizes)
     components["saved_activations"] = found.saved
     width, positions = 2 if setup.precision == "bf16" else 4, setup.micro_batch * setup.tokens
     peaks = predicted_peaks(chosen, components, shapes, positions=positions, width=width)

@@ -105,7 +105,7 @@ def really(method, protocol, setup):
 
 
 def calculated(method, protocol, setup, model=MODEL):
-    return training_memory(EVERY[method], model, protocol, setup, meta_model(model["architecture"], causal=True))
+    return training_memory(EVERY[method], model, protocol, setup, causal=True)
 
 
 @pytest.mark.parametrize(
@@ -221,8 +221,7 @@ def test_memory_of_classifiers_is_what_the_allocator_measured(name):
     protocol = yaml.safe_load((ROOT / "conf/protocol/sound.yaml").read_text())
 
     def calculated(touched):
-        plain = meta_model(model["architecture"], causal=False)
-        return training_memory(EVERY[name], model, protocol, Setup(rows, tokens, touched=touched), plain)
+        return training_memory(EVERY[name], model, protocol, Setup(rows, tokens, touched=touched), causal=False)
 
     share, state = 1.0, measured["components"]["optimizer_state"]
     dense, kept = calculated(1.0).optimizer_state, calculated(1.0).optimizer_state_first
