@@ -210,18 +210,18 @@ class Experiment:
             cost=self.cost(model, "full"),
         )
         yield from (replace(piece, task=task, tokens=self.tokens(model, task)) for task in tasks)
-        yield Decomposition("basis", model, "", "all", len(tasks), hosvd_operations(self.shapes(model)))
+        each = hosvd_operations(self.shapes(model))
+        yield Decomposition(stage="basis", model=model, method="", task="all", runs=len(tasks), each=each)
 
     def _cell(self, model: str, method: str, task: str, seeds: int) -> Iterator[Work]:
         """Search and runs of one task, and where the protocol says so the preliminary phase inside each."""
-        problem, best = self.problem(model, method), self._best(model, method, task)
-        given = problem.hyperparameters(best)
-        run, pieces = Run(task, 0, given), []
+        problem, named = self.problem(model, method), {"model": model, "method": method, "task": task}
+        given, pieces = problem.hyperparameters(self._best(model, method, task)), []
         if problem.searches:
             scale = problem.config["scale"]["search"]
             trial = Run(task, 0, given | {"max_steps": for_task(scale["max_steps"], task)}, search=True)
-            pieces.append(self._training("search", model, method, trial, scale["trials"]))
-        pieces.append(self._training("train", model, method, run, seeds))
+            pieces.append(self._training("search", named, trial, scale["trials"]))
+        pieces.append(self._training("train", named, Run(task, 0, given), seeds))
         for piece in pieces:
             yield piece
             if problem.basis_scope == "run":
@@ -229,7 +229,7 @@ class Experiment:
                 sizes = {"steps": options["steps"], "batch": options["batch_size"], "stopped": None, "interval": None}
                 yield replace(piece, **sizes, cost=self.cost(model, "full"), inside=True)
                 each = hosvd_operations(self.shapes(model))
-                yield Decomposition(piece.stage, model, method, task, piece.runs, each, inside=True)
+                yield Decomposition(stage=piece.stage, **named, runs=piece.runs, each=each, inside=True)
 
     def _best(self, model: str, method: str, task: str) -> Mapping[str, Any] | None:
         """What a search found, where it has run."""
@@ -241,7 +241,8 @@ class Experiment:
         self.sources.setdefault("batch sizes", f"scale {scale}; an epoch takes about as long with another")
         return None
 
-    def _training(self, stage: str, model: str, method: str, run: Run, runs: int) -> Training:
+    def _training(self, stage: str, named: Mapping[str, str], run: Run, runs: int) -> Training:
+        model, method = named["model"], named["method"]
         problem, (train, held) = self.problem(model, method), self.rows(model, run.task)
         options = problem.options(run, processes=1)
         steps = planned_steps(train, options)
@@ -249,9 +250,7 @@ class Experiment:
         stops = options.patience is not None and epochs is not None
         return Training(
             stage=stage,
-            model=model,
-            method=method,
-            task=run.task,
+            **named,
             runs=runs,
             steps=steps,
             stopped=min(steps, epochs * train / options.batch_size) if stops else None,
@@ -287,7 +286,9 @@ class Experiment:
         options, cost = self.problem(model, method).config["scale"]["answers"], self.cost(model, method)
         new = -(-self.settings["questions"] // options["batch_size"]) * options["max_new_tokens"]
         weights = DTYPES[options["dtype"]].itemsize * cost.parameters
-        return Decoding("answers", model, method, "mt_bench", seeds, new * self.settings["turns"], weights, cost.blocks)
+        named = {"stage": "answers", "model": model, "method": method, "task": "mt_bench"}
+        steps = new * self.settings["turns"]
+        return Decoding(**named, runs=seeds, steps=steps, weights=weights, blocks=cost.blocks)
 
 
 def _groups(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:

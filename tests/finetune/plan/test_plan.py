@@ -120,6 +120,9 @@ CARD = Processor("card", peak={"fp32": 1e12}, match="Card 1", block_seconds=0.5)
 UNIT = Cost(forward=1.0, train=3.0, step=0.0, attention=0.0, attention_passes=3, blocks=2, parameters=1)
 
 
+WHERE = {"stage": "train", "model": "m", "method": "full", "task": "cola"}
+
+
 def fact(**changes):
     values = {"card": "card", "model": "m", "method": "full", "task": "cola", "batch": 10, "tokens": 10.0}
     return Fact(**values | {"precision": "fp32", "steps_per_second": 2.0, "source": "a record"} | changes)
@@ -149,9 +152,8 @@ def test_the_best_rate_is_taken_and_named():
 
 
 def test_time_of_runs_with_their_evaluations():
-    where = {"stage": "train", "model": "m", "method": "full", "task": "cola"}
     sizes = {"runs": 3, "steps": 20, "stopped": 5.0, "batch": 10, "tokens": 10.0, "interval": 8, "evaluated": 100}
-    work = Training(**where, **sizes, precision="fp32", cost=UNIT)
+    work = Training(**WHERE, **sizes, precision="fp32", cost=UNIT)
     whole, kind, _ = work.seconds(CARD, speed(fact()))
     assert kind == "measured" and whole == pytest.approx(3 * (20 * 300 + 3 * 1000) / 600)
     stopped, _, _ = work.seconds(CARD, speed(fact()), stopped=True)
@@ -164,10 +166,10 @@ def test_time_of_runs_with_their_evaluations():
 
 
 def test_time_of_decompositions_and_answers():
-    hosvd = Decomposition("basis", "m", "", "all", 4, 1e9)
+    hosvd = Decomposition(**WHERE | {"stage": "basis"}, runs=4, each=1e9)
     assert hosvd.seconds(replace(CARD, eigh=1e8), speed())[:2] == (40.0, "calculated")
     assert hosvd.seconds(CARD, speed())[0] is None
-    answers = Decoding("answers", "m", "full", "mt_bench", 2, 100, weights=1e9, blocks=2)
+    answers = Decoding(**WHERE | {"stage": "answers"}, runs=2, steps=100, weights=1e9, blocks=2)
     fast = replace(CARD, bandwidth=1e9, block_seconds=0.0)
     assert answers.seconds(fast, speed())[0] == pytest.approx(2 * 100 * 2.0)
     assert answers.seconds(replace(fast, block_seconds=300.0), speed())[0] == pytest.approx(2 * 100 * 200.0)
