@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,10 @@ class Case:
         if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
             raise ValueError(f"case {self.name}: {numbers}; sizes and numbers of gradients are whole, at least 1.")
 
-    def plan(self) -> Iterator[tuple[str, int]]:
-        """(way, number of gradients), small numbers first."""
-        for way, given in self.ways.items():
-            for n in sorted(set(given)):
-                yield way, n
+    def plan(self) -> list[tuple[str, int]]:
+        """(way, number of gradients), small numbers first, those that are asked for among them."""
+        ways = sorted(self.ways, key=WAYS.index)
+        return [(way, n) for way in ways for n in sorted({*self.ways[way], self.asked})]
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,10 @@ def hosvd_cost(cases: Sequence[Case], options: HosvdOptions, stage: Stage) -> di
         plan = [(case, way, n) for case in cases for way, n in case.plan()]
         for case, way, n in tqdm(plan, desc="hosvd", disable=not stage.progress):
             entries[case.name].append(_measure(case, way, n, options, device, folder))
+        finished = [(case, e) for case in cases for e in entries[case.name] if _is_finished(e)]
         for case in cases:
-            _add_asked(case, entries[case.name])
-        _calculate(cases, entries)
+            for entry in entries[case.name]:
+                entry["calculated"] = _calculated(case, entry, finished)
         return {"treatment": treatment, "cases": [_case_record(case, entries[case.name], folder) for case in cases]}
 
     treatment = {
@@ -140,6 +140,8 @@ def summary(record: Mapping[str, Any]) -> list[str]:
 def _measure(case: Case, way: str, n: int, options: HosvdOptions, device: torch.device, folder: Path) -> Entry:
     """Run one way in a process of its own, or read what an earlier, killed stage measured."""
     entry: Entry = {"way": way, "gradients": n, "status": "finished", "reason": None}
+    if n not in case.ways[way]:
+        return entry | {"status": "not run", "reason": "not among the numbers of gradients to measure"}
     needed, limit = peak_bytes(way, case.shape, n), SPARE * machine.free_memory(device)
     if options.limit_bytes is not None:
         limit = min(limit, options.limit_bytes)
@@ -178,34 +180,21 @@ def _answer(folder: Path, case: str, way: str, n: int) -> Path:
     return folder / f"{case}-{way}-{n}.json"
 
 
-def _add_asked(case: Case, entries: list[Entry]) -> None:
-    """Name every way at the number of gradients that is asked for, measured or not."""
-    for way in case.ways:
-        if not any(entry["way"] == way and entry["gradients"] == case.asked for entry in entries):
-            reason = "not among the numbers of gradients to measure"
-            entries.append({"way": way, "gradients": case.asked, "status": "not run", "reason": reason})
-
-
-def _calculate(cases: Sequence[Case], entries: Mapping[str, list[Entry]]) -> None:
-    """Add bytes and operations by formula, and seconds from the nearest measurement of the same way."""
-    finished = [(case, e) for case in cases for e in entries[case.name] if e["status"] == "finished"]
-    for case in cases:
-        for entry in entries[case.name]:
-            way, n = entry["way"], entry["gradients"]
-            operations = flop(way, case.shape, n)
-            found: dict[str, Any] = {"bytes": peak_bytes(way, case.shape, n), "flop": sum(operations.values())}
-            known = [(c, e) for c, e in finished if e["way"] == way and e is not entry]
-            # Of the same shape if there is one, then the one with most work.
-            known.sort(key=lambda pair: (pair[0].name == case.name, pair[1]["gradients"]))
-            found["seconds"] = found["seconds_from"] = None
-            if known:
-                other, source = known[-1]
-                theirs = flop(way, other.shape, source["gradients"])
-                found["seconds"] = sum(source["seconds"][part] * operations[part] / theirs[part] for part in operations)
-                found["seconds_from"] = f"{other.name}, {source['gradients']} gradients, by operations"
-            if entry["status"] == "finished":
-                found["bytes_over_measured"] = found["bytes"] / entry["peak_bytes"] if entry["peak_bytes"] else None
-            entry["calculated"] = found
+def _calculated(case: Case, entry: Entry, finished: Sequence[tuple[Case, Entry]]) -> dict[str, Any]:
+    """Bytes and operations by formula, and seconds from the nearest other measurement of the same way."""
+    way, n = entry["way"], entry["gradients"]
+    operations = flop(way, case.shape, n)
+    found: dict[str, Any] = {"bytes": peak_bytes(way, case.shape, n), "flop": sum(operations.values())}
+    found["seconds"] = found["seconds_from"] = None
+    known = [(c, e) for c, e in finished if e["way"] == way and e is not entry]
+    if known:  # of the same shape if there is one, then the one with most work
+        other, source = max(known, key=lambda pair: (pair[0].name == case.name, pair[1]["gradients"]))
+        theirs = flop(way, other.shape, source["gradients"])
+        found["seconds"] = sum(source["seconds"][part] * operations[part] / theirs[part] for part in operations)
+        found["seconds_from"] = f"{other.name}, {source['gradients']} gradients, by operations"
+    if _is_finished(entry):
+        found["bytes_over_measured"] = found["bytes"] / entry["peak_bytes"] if entry["peak_bytes"] else None
+    return found
 
 
 def _case_record(case: Case, entries: list[Entry], folder: Path) -> dict[str, Any]:
@@ -219,7 +208,7 @@ def _case_record(case: Case, entries: list[Entry], folder: Path) -> dict[str, An
         "name": case.name,
         "shape": list(case.shape),
         "asked": case.asked,
-        "entries": sorted(entries, key=lambda e: (WAYS.index(e["way"]), e["gradients"])),
+        "entries": entries,
         "ratios": _ratios(case, entries),
     }
 

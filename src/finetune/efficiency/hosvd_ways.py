@@ -24,9 +24,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,17 +104,27 @@ def run(way: str, gradients: Gradients, n: int) -> tuple[Basis, Seconds]:
     """
     if way not in WAYS:
         raise ValueError(f"way={way!r}; allowed: {', '.join(WAYS)}.")
-    planted = gradients.planted()
+    planted, device = gradients.planted(), gradients.device
+    updates, factors = _Clock(device), _Clock(device)
     if way == "streaming":
-        return _stream(gradients, n, planted)
+        moments = GradientMoments(*gradients.shape, device=device)
+        for number in range(n):
+            G = gradients.gradient(number, planted)
+            with updates:
+                moments.update(G)
+            del G
+        with factors:
+            basis = hosvd(moments)
+        return basis, {"updates": updates.seconds, "factors": factors.seconds, "cpu": updates.cpu + factors.cpu}
     if way == "unfoldings_float32":
-        return _float32(gradients, n, planted)
-    stack = torch.empty(n, *gradients.shape, device=gradients.device)
-    for number in range(n):
-        stack[number] = gradients.gradient(number, planted)
-    literal = hosvd_of_unfoldings if way == "unfoldings" else hosvd_tensorly
-    basis, seconds, cpu = _timed(partial(literal, stack), gradients.device)
-    return basis, {"factors": seconds, "cpu": cpu}
+        basis = Basis(*(_float32(gradients, n, planted, transposed, factors) for transposed in (True, False)))
+    else:
+        stack = torch.empty(n, *gradients.shape, device=device)
+        for number in range(n):
+            stack[number] = gradients.gradient(number, planted)
+        with factors:
+            basis = hosvd_of_unfoldings(stack) if way == "unfoldings" else hosvd_tensorly(stack)
+    return basis, {"factors": factors.seconds, "cpu": factors.cpu}
 
 
 def flop(way: str, shape: Shape, n: int) -> dict[str, float]:
@@ -152,48 +161,37 @@ def angle(found: Tensor, reference: Tensor) -> float:
     return float(torch.linalg.svdvals(P - (P @ Q.T) @ Q)[0].clamp(max=1.0).asin())
 
 
-def _stream(gradients: Gradients, n: int, planted: Basis) -> tuple[Basis, Seconds]:
-    moments, updates, cpu = GradientMoments(*gradients.shape, device=gradients.device), 0.0, 0.0
+def _float32(gradients: Gradients, n: int, planted: Basis, transposed: bool, clock: _Clock) -> Tensor:
+    """U (of the transposed gradients) or V, by the SVD of one unfolding, which is freed before the next one is made."""
+    rows, columns = reversed(gradients.shape) if transposed else gradients.shape
+    unfolding = torch.empty(rows, n * columns, device=gradients.device)
     for number in range(n):
         G = gradients.gradient(number, planted)
-        _, *seconds = _timed(partial(moments.update, G), gradients.device)
-        updates, cpu = updates + seconds[0], cpu + seconds[1]
+        unfolding[:, number * columns : (number + 1) * columns] = G.T if transposed else G
         del G
-    basis, factors, last = _timed(partial(hosvd, moments), gradients.device)
-    return basis, {"updates": updates, "factors": factors, "cpu": cpu + last}
+    with clock:
+        left = torch.linalg.svd(unfolding, full_matrices=False).U
+    return left.T.contiguous()
 
 
-def _float32(gradients: Gradients, n: int, planted: Basis) -> tuple[Basis, Seconds]:
-    (o, i), total, cpu, factors = gradients.shape, 0.0, 0.0, []
-    for rows, columns, transposed in ((i, o, True), (o, i, False)):
-        unfolding = torch.empty(rows, n * columns, device=gradients.device)
-        for number in range(n):
-            G = gradients.gradient(number, planted)
-            unfolding[:, number * columns : (number + 1) * columns] = G.T if transposed else G
-            del G
-        factor, *seconds = _timed(partial(_left_factor, unfolding), gradients.device)
-        factors.append(factor.T.contiguous())
-        total, cpu = total + seconds[0], cpu + seconds[1]
-        del unfolding  # before the next one is made
-    return Basis(*factors), {"factors": total, "cpu": cpu}
+class _Clock:
+    """Seconds by the clock, and those of the process on the CPU, of all blocks that it was entered for."""
 
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds, self.cpu = device, 0.0, 0.0
 
-def _left_factor(unfolding: Tensor) -> Tensor:
-    return torch.linalg.svd(unfolding, full_matrices=False).U
+    def __enter__(self) -> None:
+        self._wait()
+        self._started, self._cpu = time.perf_counter(), time.process_time()
 
+    def __exit__(self, *_: object) -> None:
+        self._wait()
+        self.seconds += time.perf_counter() - self._started
+        self.cpu += time.process_time() - self._cpu
 
-def _timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float, float]:
-    """What a call returns, its seconds by the clock, and the process' seconds on the CPU."""
-    _wait(device)
-    started, cpu = time.perf_counter(), time.process_time()
-    found = call()
-    _wait(device)
-    return found, time.perf_counter() - started, time.process_time() - cpu
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def measure(request: Mapping[str, Any]) -> tuple[dict[str, Any], Basis]:
