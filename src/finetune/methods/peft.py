@@ -48,7 +48,7 @@ class PEFT(Method):
         targets = self.targets.set_trainable(model)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         wrapped = {target.name for target in targets}
-        self._check_rank(min(min(target.module.weight.shape) for target in targets))
+        self._check_rank(min(min(target.shape) for target in targets))
         # Full names, not suffixes: it must wrap exactly the matrices that SparseGrad wraps.
         model = wrap(model, self.config, self.arguments, sorted(wrapped))
         for name, parameter in model.get_base_model().named_parameters():

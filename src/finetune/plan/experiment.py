@@ -141,7 +141,7 @@ class Experiment:
         """Layer kind -> shape of SparseGrad's target matrices."""
         _, group, protocol = _groups(self.problem(model, "full").config)
         targets = build_targets("sparsegrad", group, protocol).find(self.plain(model))
-        return {target.kind: tuple(target.module.weight.shape) for target in targets}
+        return {target.kind: target.shape for target in targets}
 
     def setup(self, model: str, method: str) -> Setup:
         """Sizes of a run at the largest batch that its search may try, and the longest rows."""
@@ -215,7 +215,8 @@ class Experiment:
 
     def _cell(self, model: str, method: str, task: str, seeds: int) -> Iterator[Work]:
         """Search and runs of one task, and where the protocol says so the preliminary phase inside each."""
-        problem, named = self.problem(model, method), {"model": model, "method": method, "task": task}
+        problem = self.problem(model, method)
+        named: dict[str, Any] = {"model": model, "method": method, "task": task}
         given, pieces = problem.hyperparameters(self._best(model, method, task)), []
         if problem.searches:
             scale = problem.config["scale"]["search"]
@@ -241,19 +242,20 @@ class Experiment:
         self.sources.setdefault("batch sizes", f"scale {scale}; an epoch takes about as long with another")
         return None
 
-    def _training(self, stage: str, named: Mapping[str, str], run: Run, runs: int) -> Training:
+    def _training(self, stage: str, named: Mapping[str, Any], run: Run, runs: int) -> Training:
         model, method = named["model"], named["method"]
         problem, (train, held) = self.problem(model, method), self.rows(model, run.task)
         options = problem.options(run, processes=1)
         steps = planned_steps(train, options)
-        epochs = self._stops.get((model, base_method(self.method(method)), run.task))
-        stops = options.patience is not None and epochs is not None
+        epochs, stopped = self._stops.get((model, base_method(self.method(method)), run.task)), None
+        if options.patience is not None and epochs is not None:
+            stopped = min(steps, epochs * train / options.batch_size)
         return Training(
             stage=stage,
             **named,
             runs=runs,
             steps=steps,
-            stopped=min(steps, epochs * train / options.batch_size) if stops else None,
+            stopped=stopped,
             batch=options.batch_size,
             tokens=self.tokens(model, run.task),
             interval=options.evaluation_steps,
@@ -286,9 +288,16 @@ class Experiment:
         options, cost = self.problem(model, method).config["scale"]["answers"], self.cost(model, method)
         new = -(-self.settings["questions"] // options["batch_size"]) * options["max_new_tokens"]
         weights = DTYPES[options["dtype"]].itemsize * cost.parameters
-        named = {"stage": "answers", "model": model, "method": method, "task": "mt_bench"}
-        steps = new * self.settings["turns"]
-        return Decoding(**named, runs=seeds, steps=steps, weights=weights, blocks=cost.blocks)
+        return Decoding(
+            stage="answers",
+            model=model,
+            method=method,
+            task="mt_bench",
+            runs=seeds,
+            steps=new * self.settings["turns"],
+            weights=weights,
+            blocks=cost.blocks,
+        )
 
 
 def _groups(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:

@@ -205,7 +205,7 @@ def preliminary_memory(
         setup: of the training; rows of a batch are the preliminary phase's own.
     """
     total = sum(parameter.numel() for parameter in plain.parameters())
-    shapes = {target.kind: tuple(target.module.weight.shape) for target in targets}
+    shapes = {target.kind: target.shape for target in targets}
     differentiated = sum(target.module.weight.numel() for target in targets)
     plain.requires_grad_(preliminary["update"])
     for target in targets:
