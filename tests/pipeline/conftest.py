@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Imports once, then forks a process a command: it gets its folder, its arguments, its own standard output and error.
 FORKS = """
 import json, os, runpy, sys, traceback
-import accelerate, hydra, peft, scipy.stats, sklearn.metrics, transformers
+import accelerate, fastchat.llm_judge.common, hydra, matplotlib.pyplot, peft, scipy.stats, sklearn.metrics, transformers
 import finetune.runs.cells, finetune.runs.search
 
 for line in sys.stdin:

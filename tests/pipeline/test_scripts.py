@@ -39,48 +39,31 @@ def experiment(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "meprop", "sparsegrad"])
-def test_a_run_leaves_its_record_and_says_its_score(method, script, tiny):
-    done = script("train", *tiny, f"method={method}", "data.task=mrpc", "seed=3")
+def test_a_run_leaves_its_record_says_its_score_and_is_reused(method, script, tiny):
+    run = ["train", *tiny, f"method={method}", "data.task=mrpc", "seed=3"]
+    done = script(*run)
     assert done.code == 0, done.err
     (path,) = (done.folder / "outputs" / "hand" / "tiny_bert" / method).iterdir()
     record = read(path)
     assert (record["status"], record["run"]["task"], record["run"]["seed"]) == ("finished", "mrpc", 3)
     assert done.out == "" and f"accuracy = {record['score']:.4f}" in done.err
+    again = script(*run)
+    assert again.code == 0 and "is finished, reused" in again.err and read(path) == record
     assert files(done.folder) == [f"outputs/hand/tiny_bert/{method}/{path.name}"]
 
 
-def test_a_run_is_reused(script, tiny):
-    script("train", *tiny, "method=full")
-    done = script("train", *tiny, "method=full")
-    assert done.code == 0 and "is finished, reused" in done.err
-    assert len(files(done.folder)) == 1
-
-
-def test_multirun_over_methods_and_seeds(script, tiny):
-    done = script("train", "-m", *tiny, "method=full,lora", "seed=1,2", "output=runs")
+def test_multirun_over_methods_and_seeds_to_another_folder(script, tiny, tmp_path):
+    output = tmp_path / "elsewhere"
+    done = script("train", "-m", *tiny, "method=full,lora", "seed=1,2", f"output={output}", "name=mine")
     assert done.code == 0, done.err
-    found = {
-        tuple(read(path)["run"][key] for key in ("method", "seed")) for path in done.folder.glob("runs/*/*/*.json")
-    }
-    assert found == {("full", 1), ("full", 2), ("lora", 1), ("lora", 2)}
-    assert len(files(done.folder)) == 4
+    found = [read(path)["run"] for path in output.rglob("*.json")]
+    expected = [("mine", method, seed) for method in ("full", "lora") for seed in (1, 2)]
+    assert sorted((run["experiment"], run["method"], run["seed"]) for run in found) == expected
+    assert files(done.folder) == []
 
 
-def test_multirun_over_precisions(script, tiny):
-    done = script("train", "-m", *tiny, "method=full", "scale.precision=fp32,bf16", "output=runs")
-    assert done.code == 0, done.err
-    assert len(files(done.folder)) == 2
-
-
-def test_another_folder_for_output(script, tiny, tmp_path):
-    done = script("train", *tiny, "method=full", f"output={tmp_path / 'elsewhere'}", "name=mine")
-    assert done.code == 0 and files(done.folder) == []
-    (path,) = (tmp_path / "elsewhere").rglob("*.json")
-    assert read(path)["run"]["experiment"] == "mine"
-
-
-def test_offline_tracking_stays_below_outputs(script, tiny):
-    done = script("train", *tiny, "method=full", "wandb.mode=offline")
+def test_another_precision_and_offline_tracking_below_outputs(script, tiny):
+    done = script("train", *tiny, "method=full", "wandb.mode=offline", "scale.precision=bf16")
     assert done.code == 0, done.err
     assert [name for name in files(done.folder) if name.endswith(".wandb")]
     assert {name.split("/")[0] for name in files(done.folder)} == {"outputs"}
@@ -120,10 +103,9 @@ def test_stages_of_a_cell(script, tiny, experiment):
         assert record["hyperparameters"]["learning_rate"] == best[record["run"]["task"]]["learning_rate"]
     assert {name.split("/")[0] for name in files(done.folder)} == {"params.yaml", "results"}
 
-    before = {name: (results / name).stat().st_mtime_ns for name in files(results / "runs") if name != "cell.json"
-              for name in [f"runs/{name}"] if not name.endswith("cell.json")}  # fmt: skip
+    before = {path: path.stat().st_mtime_ns for path in (results / "runs").rglob("*-seed*.json")}
     assert script("train", *cell).code == 0 and script("search", *cell).code == 0
-    assert {name: (results / name).stat().st_mtime_ns for name in before} == before
+    assert len(before) == 4 and {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_cell_in_which_a_run_fails_ends_with_an_error_and_leaves_the_others(script, tiny, experiment):

@@ -27,13 +27,6 @@ def test_stages_send_runs_trials_and_searches_once(script, cell):
     assert counts == [3, 4, 4]  # two trials and their search; one run
 
 
-def test_disabled_sends_nothing(script, cell):
-    folder = script("gradients", *cell).folder
-    assert script("basis", "cell=params.yaml", "name=test", "model=tiny_bert", "device=cpu").code == 0
-    assert script("search", *cell, "basis=results/test/basis/tiny_bert").code == 0
-    assert not (folder / "outputs/wandb").exists()
-
-
 def test_the_dashboard_is_written_and_published_only_when_asked(script):
     pytest.importorskip("wandb_workspaces")
     done = script("dashboard", "project=mine")

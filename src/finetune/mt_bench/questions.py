@@ -33,9 +33,7 @@ def load_questions(path: str | Path) -> list[Question]:
         ValueError: if the file is missing or damaged, an id occurs twice, or a question has no category or not exactly
             two turns of text; the message names the question.
     """
-    from fastchat.llm_judge.common import load_questions
-
-    questions = _loaded(path, lambda: load_questions(str(path), None, None))
+    questions = read_items(path)  # as FastChat's loader, whose package imports torch
     if not questions:
         raise ValueError(f"{path} holds no question.")
     seen = set()
