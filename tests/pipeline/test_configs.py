@@ -118,7 +118,7 @@ def test_protocols_hold_allowed_values():
         assert protocol["schedule"] in SCHEDULES and protocol["precision"] in PRECISIONS
         assert protocol["padding"] in ("longest", "max_length") and protocol["train"] in ("all", "mlp")
         assert set(protocol["frozen"]) <= METHODS
-        assert set(protocol["evaluation_steps"]) == set(read("conf/data/glue.yaml")["tasks"])
+        assert set(protocol["evaluation_steps"]) <= set(read("conf/data/glue.yaml")["tasks"])
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")) + sorted((ROOT / "experiments").glob("*.yaml")), ids=str)
