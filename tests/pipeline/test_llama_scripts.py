@@ -25,6 +25,7 @@ BENCH = [*MODEL, *SIZES, "scale.answers.max_new_tokens=5", "questions=generated"
 def work(script, tmp_path, chat_root):
     folder = tmp_path / "work"
     shutil.copytree(chat_root, folder / "results" / "test" / "chat")
+    (folder / "conf").symlink_to(SCRIPTS.parent / "conf")
     content = {"name": "test", "protocol": "sound", "decoder_seeds": [1, 2], "stands_for": {"llama2_7b": "tiny"}}
     content["methods"] = ["full", "sparsegrad"]
     (folder / "params.yaml").write_text(yaml.safe_dump(content))

@@ -69,15 +69,17 @@ def overrides(tmp_path_factory) -> tuple[list[str], Path]:
 @pytest.mark.timeout(1200)  # a minute on free cores
 def test_one_cell_of_each_stage_runs_at_bert_bases_true_size(overrides):
     arguments, root = overrides
-    tasks, results = ["cola"], root / "results"
-    config = composed(*arguments, "method=sparsegrad")
-    cells.gradients_cell(config, tasks, results / "gradients")
-    cells.basis_cell(tasks, results / "gradients", results / "basis", device="cpu", threads=None)
-    config = composed(*arguments, "method=sparsegrad", f"basis={results}/basis")
-    cells.search_cell(config, tasks, results / "search" / "bert_base" / "sparsegrad")
-    folder = results / "runs" / "bert_base" / "sparsegrad"
-    cells.train_cell(config, tasks, [42], folder, results / "search" / "bert_base" / "sparsegrad")
+    results = root / "results"
 
+    def cell(*more: str) -> cells.Cell:
+        problem = cells.make_problem(composed(*arguments, "method=sparsegrad", *more))
+        return cells.Cell(problem, ["cola"], [42], results)
+
+    cells.gradients_cell(cell())
+    cells.basis_cell(cell())
+    cells.train_cell(cell(f"basis={results}/basis/bert_base"))
+
+    folder = results / "runs" / "bert_base" / "sparsegrad"
     record = json.loads(next(folder.glob("cola-seed42-*.json")).read_text())
     assert record["status"] == "finished" and record["training"]["steps"] == 2
     # Two labels: 109,483,778 parameters (the architecture's own count); 24 matrices with 1 % of 2,359,296 entries each.

@@ -182,7 +182,6 @@ def test_wrong_input_is_one_clear_error_and_leaves_nothing(case, script, tiny, e
         ("search", ["scale.search.trials=0"], "search.trials=0"),
         ("search", ["scale.search.points=[{learning_rate: 1.0, batch_size: 8}]"], "search point"),
         ("search", ["data.root=/no/such/folder"], "/no/such/folder/glue/cola does not exist"),
-        ("train", ["cell=params.yaml"], "search/tiny_bert/full/cola.json does not exist"),
     ],
 )
 def test_wrong_input_of_a_stage(name, overrides, text, script, tiny, experiment):
