@@ -62,22 +62,29 @@ def forks():
         process.stdin.close()
 
 
-@pytest.fixture
-def script(forks, tmp_path):
-    """``script("train", "seed=1", ...)``: run experiments/train.py in tmp_path / "work", outside the repository.
+@pytest.fixture(scope="session")
+def run_in(forks, tmp_path_factory):
+    """``run_in(folder, path, "seed=1", ...)``: run a script in a folder; gives ``code``, ``out`` and ``err``."""
+    streams = {stream: str(tmp_path_factory.mktemp("streams") / stream) for stream in ("stdout", "stderr")}
 
-    Gives ``code``, ``out``, ``err`` and ``folder``.
-    """
+    def run(folder, path, *arguments):
+        job = {"folder": str(folder), "arguments": [str(path), *arguments]} | streams
+        print(json.dumps(job), file=forks.stdin, flush=True)
+        code = int(forks.stdout.readline())
+        out, err = (Path(stream).read_text() for stream in streams.values())
+        return SimpleNamespace(code=code, out=out, err=err, folder=Path(folder))
+
+    return run
+
+
+@pytest.fixture
+def script(run_in, tmp_path):
+    """``script("train", "seed=1", ...)``: run experiments/train.py in tmp_path / "work", outside the repository."""
     folder = tmp_path / "work"
     folder.mkdir()
 
     def run(name, *arguments):
-        streams = {stream: str(tmp_path / stream) for stream in ("stdout", "stderr")}
-        job = {"folder": str(folder), "arguments": [str(ROOT / "experiments" / f"{name}.py"), *arguments]} | streams
-        print(json.dumps(job), file=forks.stdin, flush=True)
-        code = int(forks.stdout.readline())
-        out, err = (Path(path).read_text() for path in streams.values())
-        return SimpleNamespace(code=code, out=out, err=err, folder=folder)
+        return run_in(folder, ROOT / "experiments" / f"{name}.py", *arguments)
 
     return run
 

@@ -1,4 +1,4 @@
-"""Language-model pretraining of the smoke experiment's tiny models: encoders and a LLaMA."""
+"""Language-model pretraining of the smoke experiment's tiny models: encoders and decoders."""
 
 from __future__ import annotations
 
@@ -111,10 +111,8 @@ def pretrain_causal(
         ``loss`` (of an answer's token, mean over the last tenth of the steps), ``steps``, ``seconds``.
 
     Raises:
-        ValueError: if the text is missing, the model type is not ``llama``, or rows are longer than the model's window.
+        ValueError: if the text is missing, the model type is unknown, or rows are longer than the model's window.
     """
-    if architecture["model_type"] != "llama":
-        raise ValueError(f"model_type={architecture['model_type']!r}; tiny decoders are made for: llama.")
     window = architecture["max_position_embeddings"]
     if length > window:
         raise ValueError(f"length={length}; the model has {window} positions: choose at most so many.")

@@ -209,7 +209,7 @@ def test_the_seed_decides_the_weights(architecture, text, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": LLAMA | {"model_type": "gpt2"}}, "'gpt2'; tiny decoders are made for: llama"),
+        ({"architecture": LLAMA | {"model_type": "lama"}}, "lama"),
         ({"architecture": LLAMA, "length": 97}, "length=97; the model has 96 positions"),
         ({"architecture": LLAMA, "vocab_size": 100}, "vocab_size=100; 259 special tokens and bytes"),
     ],
