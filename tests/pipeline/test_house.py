@@ -49,7 +49,7 @@ EXPERIMENT = {
 SIZES = {
     "conf/generate.yaml": {
         "glue": {"corpus_sentences": 400, "train": 64, "validation": 40},
-        "chat": {"trees": 40, "dialogues": 400},
+        "chat": {"trees": 200, "dialogues": 400},
     },
     "conf/pretrain_glue.yaml": {"steps": 2},
     "conf/pretrain_chat.yaml": {"steps": 2},
@@ -62,6 +62,7 @@ SIZES = {
         "max_steps": 2,
         "evaluation_steps": 1,
         "warmup_steps": 1,
+        "max_length": 64,
         "answers": {"max_new_tokens": 4},
         "judging": {"repeats": 1},
     },
@@ -155,8 +156,10 @@ def test_they_stand_in_the_statistics(results):
 
 def test_they_stand_in_the_plan(house):
     plan = json.loads((house / "outputs/plan/house.json").read_text())
-    text = json.dumps(plan)
-    assert '"dora"' in text and '"wnli"' in text and '"tiny_qwen"' in text
+    steps = {(s["model"], s["method"]): (s["runs"], s["steps"]) for s in plan["stages"] if s["stage"] == "train"}
+    assert steps["tiny_bert", "dora"] == (4, 16) and steps["tiny_qwen", "dora"] == (2, 4)
+    assert {"dora"} < {entry["method"] for entry in plan["memory"] if entry["model"] == "tiny_bert"}
+    assert "tiny_qwen" in plan["models"] and "files in" in plan["sources"]["rows of wnli"]
 
 
 def test_they_stand_on_the_page(results):

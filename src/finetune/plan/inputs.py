@@ -47,7 +47,7 @@ def task_rows(data: Mapping[str, Any], sizes: Mapping[str, Any], task: str) -> t
         ValueError: if a task is in neither.
     """
     folder = Path(data["root"]) / data["folder"] / task
-    validation = data["tasks"][task]["validation"]
+    validation = data["tasks"][task].get("validation", "validation")
     files = {split: sorted(folder.glob(f"{split}-*.parquet")) for split in ("train", validation)}
     if all(files.values()):
         import pyarrow.parquet as pq
