@@ -63,12 +63,11 @@ def stepped():
 # ---- the variants ----
 
 
+@pytest.mark.parametrize("changes", [{"tokens": 8}, {"tokens": 400}, {"density": 0.003}, {"decay": 2.0}], ids=str)
 @pytest.mark.parametrize("name", LAYER_VARIANTS)
-@pytest.mark.parametrize("changes", [{"tokens": 8}, {"tokens": 400}, {"density": 0.003}, {"decay": 2.0}])
 def test_operations_by_formula_are_those_that_torch_counts(name, changes, stepped):
     point = replace(POINT, **changes)
-    if name not in variants_at(point):
-        pytest.skip("a core of all outputs has more entries than k")
+    name = name if name in variants_at(point) else "truncated"  # a core of all outputs has more entries than k
     trainee, batch, _ = stepped(name, point, learning_rate=0.0)  # the same entries at every step
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         layer_step(trainee, batch, "fp32")
