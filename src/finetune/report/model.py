@@ -6,7 +6,7 @@ What decides anything is a field of its own (`verdict`, a reason's `kind`, `flag
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ SCHEMA = 1
 
 _FORMATS = {"learning_rate": ".2e", "loss": ".4f", "judged": ".3f"}
 _PERCENT = ("share", "trained_share")
+_EMPTY = (None, "", (), {})
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ def write_table(path: str | Path, table: Table) -> None:
     twice = [label for label in dict.fromkeys(labels) if labels.count(label) > 1]
     if twice:
         raise ValueError(f"{table.name}: two cells of {twice[0]}; one is allowed: remove or rename one")
-    records.write_json(path, {"schema": SCHEMA} | asdict(table))
+    cells = [{name: value for name, value in asdict(cell).items() if value not in _EMPTY} for cell in table.cells]
+    records.write_json(path, {"schema": SCHEMA} | asdict(replace(table, cells=())) | {"cells": cells})
 
 
 def read_table(path: str | Path) -> Table:
@@ -165,11 +167,8 @@ def read_table(path: str | Path) -> Table:
         cells = tuple(
             Cell(
                 **cell
-                | {
-                    "reasons": tuple(Reason(**one) for one in cell["reasons"]),
-                    "flags": tuple(cell["flags"]),
-                    "records": tuple(cell["records"]),
-                }
+                | {name: tuple(cell.get(name, ())) for name in ("flags", "records")}
+                | {"reasons": tuple(Reason(**one) for one in cell.get("reasons", ()))}
             )
             for cell in content.pop("cells")
         )

@@ -3,160 +3,31 @@
 Every builder takes a place (what the paper prints there, and what stands behind it) and returns the cell.
 """
 
-import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
-from finetune.mt_bench.comparison import bootstrap_score
-from finetune.mt_bench.judged import Judged
 from finetune.published import TASKS, released_hyperparameters, released_scores
-from finetune.report.evidence.evidence import Evidence, Run
 from finetune.report.model import Cell, Reason
-from finetune.report.paper import printed
-from finetune.report.paper.architectures import ParameterCounts
 from finetune.report.paper.layouts import LLAMA_TABLE, METHODS, Place, scores_of_row
-from finetune.report.paper.shares import Shares
 from finetune.report.tables.comparability import (
     digits_verdict,
     keys_of,
-    of_scale,
     reasons_against,
     score_verdict,
     setting_verdict,
-    why_not_run,
 )
+from finetune.report.tables.frame import Frame, finish, missing, trained
+from finetune.report.tables.judging import judged_cell
 from finetune.stats import intervals, verdicts
 from finetune.stats.intervals import Estimate
 
 LOSS_MARGIN = 0.05
 """Largest difference of losses that counts as agreement: the largest deviation printed in the column, in nats."""
 
-PAPER_QUESTIONS = "mt_bench_inf"
-"""Stem of the paper's question file, Inflection's corrected MT-Bench."""
-
-PAPER_JUDGE = r"gpt-4(-.+)?"
-"""The paper's judge as a pattern of names; its snapshot is not stated. GPT-4o and GPT-4.1 are other models."""
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What all cells of a table share.
-
-    Attributes:
-        evidence: What ran.
-        versions: Versions of the configuration among the table's runs; a mixture is flagged.
-        counts: Model -> parameter counts, for table 1.
-        shares: Trainable shares of LLaMa-2-7B, for table 6.
-        categories: Question id -> category, within which questions are drawn.
-        margin: Largest difference of scores that counts as agreement, in points.
-        seed: Seed of the bootstraps.
-    """
-
-    evidence: Evidence
-    versions: frozenset[int] = frozenset()
-    counts: Mapping[str, ParameterCounts] = field(default_factory=dict)
-    shares: Shares | None = None
-    categories: Mapping[int, str] | None = None
-    margin: float = 1.0
-    seed: int = 0
-
-    def runs(self, place: Place) -> list[Run]:
-        """The finished runs behind a cell."""
-        return [run for key in keys_of(place, self.evidence) for run in self.evidence.runs.get(key, ())]
-
-
-def finish(
-    place: Place,
-    verdict: str,
-    *,
-    protocol: str,
-    ours: Estimate | float | None = None,
-    how: str = "",
-    reasons: Iterable[Reason] = (),
-    flags: Iterable[str] = (),
-    model: str = "",
-    records: Iterable[str] = (),
-    released: float | None = None,
-    logs: str = "",
-) -> Cell:
-    """Put a cell together.
-
-    Args:
-        place: What the paper prints there, and what stands behind it.
-        verdict: One of `verdicts.VERDICTS`.
-        protocol: Name of the protocol behind ours.
-        ours: Our value, with its interval if it has one.
-        how: How it was computed.
-        reasons: Why there is none, or why it may not be compared.
-        flags: Words on ours.
-        model: The model behind ours.
-        records: Paths of the records behind ours.
-        released: The value of the authors' logs.
-        logs: Where that comes from.
-    """
-    estimate = ours if isinstance(ours, Estimate) else Estimate(ours, None, None, None)
-    paper = f"{place.source}{f' ({place.note})' if place.note else ''}" if place.source else place.note
-    sources = {"paper": paper, "ours": how, "released": logs if released is not None else ""}
-    words = {"inferred": place.inferred, "ablation": place.ablation, "over_full": place.over_full}
-    return Cell(
-        row=place.row,
-        column=place.column,
-        quantity=place.quantity,
-        method=place.method,
-        task=place.task,
-        value=estimate.mean,
-        low=estimate.low,
-        high=estimate.high,
-        n=estimate.n,
-        paper=place.paper,
-        paper_std=place.paper_std,
-        released=released,
-        verdict=verdict,
-        reasons=tuple(reasons),
-        flags=(*(word for word, holds in words.items() if holds), *flags),
-        sources={who: text for who, text in sources.items() if text},
-        protocol=protocol,
-        model=model,
-        records=tuple(records),
-    )
-
 
 def build_cell(place: Place, frame: Frame) -> Cell:
     """Build a cell of any table but 3, 7 and 8."""
     return _BUILDERS[place.quantity](place, frame)
-
-
-def _missing(place: Place, frame: Frame, *reasons: Reason, **released) -> Cell:
-    found = reasons or why_not_run(place, frame.evidence)
-    return finish(place, verdicts.NOT_RUN, protocol=frame.evidence.experiment.protocol, reasons=found, **released)
-
-
-def _trained(
-    place: Place,
-    frame: Frame,
-    runs: Sequence[Run],
-    verdict: str,
-    ours: Estimate | float,
-    how: str,
-    reasons: Iterable[Reason],
-    **released,
-) -> Cell:
-    """A cell that has training runs behind it."""
-    failed = any(frame.evidence.failed.get(key) for key in keys_of(place, frame.evidence))
-    words = {"failed_runs": failed, "mixed_versions": len(frame.versions) > 1}
-    return finish(
-        place,
-        verdict,
-        protocol=frame.evidence.experiment.protocol,
-        ours=ours,
-        how=how,
-        reasons=reasons,
-        flags=[word for word, holds in words.items() if holds],
-        model=runs[0].model,
-        records=[run.path for run in runs],
-        **released,
-    )
 
 
 def _score(place: Place, frame: Frame) -> Cell:
@@ -165,7 +36,7 @@ def _score(place: Place, frame: Frame) -> Cell:
     logged = _logged(place, place.task)
     released = {"released": statistics.fmean(logged) if logged else None, "logs": _logs(len(logged))}
     if not runs:
-        return _missing(place, frame, **released)
+        return missing(place, frame, **released)
     scores = [run.score for run in runs]
     ours = intervals.mean_interval(scores)
     reasons, verdict = reasons_against(place, frame.evidence, runs), verdicts.NOT_COMPARABLE
@@ -174,7 +45,7 @@ def _score(place: Place, frame: Frame) -> Cell:
         verdict = score_verdict(place, [scores], [place.deviation], margin)
     seeds = f"{_plural(len(runs), 'seed')} ({', '.join(str(run.seed) for run in runs)})"
     how = f"mean of {seeds}, t interval" if ours.n > 1 else f"{seeds}, no interval"
-    return _trained(place, frame, runs, verdict, ours, how, reasons, **released)
+    return trained(place, frame, runs, verdict, ours, how, reasons, **released)
 
 
 def _average(place: Place, frame: Frame) -> Cell:
@@ -188,10 +59,10 @@ def _average(place: Place, frame: Frame) -> Cell:
         mean = statistics.fmean(statistics.fmean(scores) for scores in logs.values())
         released = {"released": mean, "logs": f"mean of 8 task means, {_logs(least)}"}
     if not by_task:
-        return _missing(place, frame, **released)
+        return missing(place, frame, **released)
     if place.ablation and (absent := [task for task in _of_paper(frame) if task not in by_task]):
         words = f"not run on {', '.join(map(frame.evidence.experiment.labels.task, absent))}"
-        return _missing(place, frame, Reason("partial_average", f"{words}: its mean would mislead beside the others"))
+        return missing(place, frame, Reason("partial_average", f"{words}: its mean would mislead beside the others"))
     runs = [run for found in by_task.values() for run in found]
     ours = intervals.bootstrap([[run.score for run in found] for found in by_task.values()], seed=frame.seed)
     reasons, verdict = reasons_against(place, frame.evidence, runs), verdicts.NOT_COMPARABLE
@@ -203,7 +74,7 @@ def _average(place: Place, frame: Frame) -> Cell:
     per_task = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     interval = "bootstrap interval" if ours.n > 1 else "no interval"
     how = f"mean of {len(by_task)} task means, runs per task: {per_task}, {interval}"
-    return _trained(place, frame, runs, verdict, ours, how, reasons, **released)
+    return trained(place, frame, runs, verdict, ours, how, reasons, **released)
 
 
 def _of_paper(frame: Frame) -> list[str]:
@@ -227,35 +98,35 @@ def _trainable(place: Place, frame: Frame) -> Cell:
     """Trainable parameters of the model, or of one wrapped MLP matrix, as the records counted them."""
     runs = frame.runs(place)
     if not runs:
-        return _missing(place, frame)
+        return missing(place, frame)
     counts = sorted(getattr(run, place.quantity) for run in runs)
     count = _whole(statistics.median_low(counts))
     reasons, verdict = reasons_against(place, frame.evidence, runs, sizes=False), verdicts.NOT_COMPARABLE
     if not reasons:
         verdict, reasons = digits_verdict(place.paper, count)
     spread = f", {_whole(counts[0]):,} to {_whole(counts[-1]):,}" if counts[0] != counts[-1] else ""
-    return _trained(place, frame, runs, verdict, count, f"count in {len(runs)} records{spread}", reasons)
+    return trained(place, frame, runs, verdict, count, f"count in {len(runs)} records{spread}", reasons)
 
 
 def _trained_share(place: Place, frame: Frame) -> Cell:
     """Share of a decoder's parameters that train, as the records counted them."""
     runs = frame.runs(place)
     if not runs:
-        return _missing(place, frame)
+        return missing(place, frame)
     share = statistics.median_low(sorted(run.share for run in runs))
     reasons, verdict = reasons_against(place, frame.evidence, runs, sizes=False), verdicts.NOT_COMPARABLE
     if not reasons:
         verdict, reasons = digits_verdict(place.paper, share)
     counts = sorted({(run.trainable, run.total) for run in runs})
     how = f"{' or '.join(f'{trained:,} of {total:,}' for trained, total in counts)} parameters"
-    return _trained(place, frame, runs, verdict, Estimate(share, None, None, len(runs)), how, reasons)
+    return trained(place, frame, runs, verdict, Estimate(share, None, None, len(runs)), how, reasons)
 
 
 def _k(place: Place, frame: Frame) -> Cell:
     """Entries of one MLP matrix that a step keeps, and their share against the row's label, whichever model ran."""
     runs = frame.runs(place)
     if not runs:
-        return _missing(place, frame)
+        return missing(place, frame)
     counts = sorted({(run.trainable_per_layer, run.matrix) for run in runs}, key=str)
     (kept, matrix), several = counts[0], len(counts) > 1
     share = 100 * kept / matrix if matrix and not several else None
@@ -265,13 +136,13 @@ def _k(place: Place, frame: Frame) -> Cell:
     elif share is None:
         reasons = [Reason("no_architecture", "the records do not tell the size of a matrix")]
     of = f", {share:.3f} % of {matrix:,} entries" if share is not None else ""
-    return _trained(place, frame, runs, verdict, _whole(kept), f"count in {_plural(len(runs), 'record')}{of}", reasons)
+    return trained(place, frame, runs, verdict, _whole(kept), f"count in {_plural(len(runs), 'record')}{of}", reasons)
 
 
 def _architecture(place: Place, frame: Frame) -> Cell:
     """Count or share of a part of one of the paper's models, from its architecture alone."""
     if place.model not in frame.evidence.models:
-        return _missing(place, frame, Reason("no_configuration", f"no configuration of {place.model} was given"))
+        return missing(place, frame, Reason("no_configuration", f"no configuration of {place.model} was given"))
     if place.table == LLAMA_TABLE:
         value = next(one.shares[place.method] for one in frame.shares.variants if one.name == place.part)
     else:
@@ -291,7 +162,7 @@ def _setting(place: Place, frame: Frame) -> Cell:
     keys = keys_of(place, frame.evidence)
     search = frame.evidence.searches.get(keys[0]) if keys else None
     if search is None:
-        return _missing(place, frame, **released)
+        return missing(place, frame, **released)
     value = getattr(search, place.quantity)
     states = ", ".join(f"{count} {state}" for state, count in search.states.items())
     trials = f"{_plural(sum(search.states.values()), 'trial')} ({states})"
@@ -313,50 +184,6 @@ def _setting(place: Place, frame: Frame) -> Cell:
     )
 
 
-def _judged(place: Place, frame: Frame) -> Cell:
-    """FastChat's score: mean over seeds, bootstrap interval over questions. The paper prints no deviation."""
-    everything = frame.evidence.judged.get((place.own, place.method), ())
-    short = [Reason("missing_judgments", f"{one.path}: {one.shortfall()}") for one in everything if one.missing]
-    judged = [one for one in everything if one.lines]
-    if not judged:
-        return _missing(place, frame, *short)
-    ours = bootstrap_score([one.items() for one in judged], seed=frame.seed, categories=frame.categories)
-    reasons = [*reasons_against(place, frame.evidence, sizes=False), *_against_judge(judged), *short]
-    verdict = verdicts.NOT_COMPARABLE
-    if not reasons:
-        paper = printed.parse(place.paper)
-        verdict = intervals.verdict(intervals.Difference(ours.mean - paper.value), rounding=paper.rounding)
-    judge = judged[0].record["judge"]
-    how = (
-        f"FastChat's mean over both turns, {ours.n} items of seeds "
-        f"{', '.join(str(one.record['run']['seed']) for one in judged)}, bootstrap interval over questions, judge "
-        f"{judge['model']}, median of {judge['repeats']} repeats"
-    )
-    return finish(
-        place,
-        verdict,
-        protocol=frame.evidence.experiment.protocol,
-        ours=ours,
-        how=how,
-        reasons=reasons,
-        model=place.own,
-        records=[one.path for one in judged],
-    )
-
-
-def _against_judge(judged: Sequence[Judged]) -> list[Reason]:
-    """Say why judgments may not be compared with the paper's."""
-    reasons = of_scale(one.record["run"]["scale"] for one in judged)
-    judge, file = judged[0].record["judge"], judged[0].record["questions"]["file"]
-    if not judge["measures_quality"]:
-        reasons.append(Reason("no_quality", "the judge's scores are no measure of quality"))
-    elif not re.fullmatch(PAPER_JUDGE, judge["model"]):
-        reasons.append(Reason("judge", f"judge {judge['model']} is not the paper's GPT-4"))
-    if file.rsplit("/", 1)[-1].removesuffix(".jsonl") != PAPER_QUESTIONS:
-        reasons.append(Reason("questions", f"questions {file} are not the paper's {PAPER_QUESTIONS}"))
-    return reasons
-
-
 _BUILDERS = {
     "count": _architecture,
     "share": _architecture,
@@ -367,7 +194,7 @@ _BUILDERS = {
     "average": _average,
     "score": _score,
     "loss": _score,
-    "judged": _judged,
+    "judged": judged_cell,
     "batch_size": _setting,
     "learning_rate": _setting,
 }

@@ -1,18 +1,77 @@
-"""The notes under Table 6: who judged, which methods are apart, from which reading each printed share follows."""
+"""Judged answers of Table 6: their cells; notes on the judge, on which methods are apart, and on the printed shares."""
 
 import itertools
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 
-from finetune.mt_bench.comparison import PUBLISHED_NOISE, comparison_verdict, paired_bootstrap, repeat_noise
+from finetune.mt_bench.comparison import (
+    PUBLISHED_NOISE,
+    bootstrap_score,
+    comparison_verdict,
+    paired_bootstrap,
+    repeat_noise,
+)
 from finetune.mt_bench.judged import Judged
 from finetune.mt_bench.scores import summarize
 from finetune.report.evidence.evidence import CHAT_TASK, Evidence
-from finetune.report.model import Note
-from finetune.report.paper.layouts import LLAMA_TABLE, METHODS, PAPER_MODELS, printed_places
+from finetune.report.model import Cell, Note, Reason
+from finetune.report.paper import printed
+from finetune.report.paper.layouts import LLAMA_TABLE, METHODS, PAPER_MODELS, Place, printed_places
 from finetune.report.paper.shares import Shares
-from finetune.report.tables.comparability import digits_verdict
-from finetune.stats import verdicts
+from finetune.report.tables.comparability import digits_verdict, of_scale, reasons_against
+from finetune.report.tables.frame import Frame, finish, missing
+from finetune.stats import intervals, verdicts
+
+PAPER_QUESTIONS = "mt_bench_inf"
+"""Stem of the paper's question file, Inflection's corrected MT-Bench."""
+
+PAPER_JUDGE = r"gpt-4(-.+)?"
+"""The paper's judge as a pattern of names; its snapshot is not stated. GPT-4o and GPT-4.1 are other models."""
+
+
+def judged_cell(place: Place, frame: Frame) -> Cell:
+    """FastChat's score: mean over seeds, bootstrap interval over questions. The paper prints no deviation."""
+    everything = frame.evidence.judged.get((place.own, place.method), ())
+    short = [Reason("missing_judgments", f"{one.path}: {one.shortfall()}") for one in everything if one.missing]
+    judged = [one for one in everything if one.lines]
+    if not judged:
+        return missing(place, frame, *short)
+    ours = bootstrap_score([one.items() for one in judged], seed=frame.seed, categories=frame.categories)
+    reasons = [*reasons_against(place, frame.evidence, sizes=False), *_against_judge(judged), *short]
+    verdict = verdicts.NOT_COMPARABLE
+    if not reasons:
+        paper = printed.parse(place.paper)
+        verdict = intervals.verdict(intervals.Difference(ours.mean - paper.value), rounding=paper.rounding)
+    judge = judged[0].record["judge"]
+    how = (
+        f"FastChat's mean over both turns, {ours.n} items of seeds "
+        f"{', '.join(str(one.record['run']['seed']) for one in judged)}, bootstrap interval over questions, judge "
+        f"{judge['model']}, median of {judge['repeats']} repeats"
+    )
+    return finish(
+        place,
+        verdict,
+        protocol=frame.evidence.experiment.protocol,
+        ours=ours,
+        how=how,
+        reasons=reasons,
+        model=place.own,
+        records=[one.path for one in judged],
+    )
+
+
+def _against_judge(judged: Sequence[Judged]) -> list[Reason]:
+    """Say why judgments may not be compared with the paper's."""
+    reasons = of_scale(one.record["run"]["scale"] for one in judged)
+    judge, file = judged[0].record["judge"], judged[0].record["questions"]["file"]
+    if not judge["measures_quality"]:
+        reasons.append(Reason("no_quality", "the judge's scores are no measure of quality"))
+    elif not re.fullmatch(PAPER_JUDGE, judge["model"]):
+        reasons.append(Reason("judge", f"judge {judge['model']} is not the paper's GPT-4"))
+    if file.rsplit("/", 1)[-1].removesuffix(".jsonl") != PAPER_QUESTIONS:
+        reasons.append(Reason("questions", f"questions {file} are not the paper's {PAPER_QUESTIONS}"))
+    return reasons
 
 
 def judging_notes(evidence: Evidence, categories: Mapping[int, str] | None, seed: int) -> list[Note]:
