@@ -1,6 +1,5 @@
 """Configurations: every choice composes, experiments name what exists, pins agree."""
 
-import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -51,20 +50,11 @@ def experiment(request):
 
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group in GROUPS for name in names(group)])
 def test_a_choice_changes_its_own_group_and_nothing_else(group, name, default):
-    """So that all choices of all groups compose with each other; the slow test below tries every one of them."""
+    """So that all choices of all groups compose with each other."""
     found = composed(f"{group}={name}")
     own = {group} | ({"threads", "wandb"} if group == "scale" else set())
     assert {key for key in found if found[key] != default.get(key)} <= own and found.keys() == default.keys()
     assert found[group]["name"] == name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", names("model"))
-def test_every_combination_composes(model):
-    for method, protocol, scale in itertools.product(names("method"), names("protocol"), names("scale")):
-        chosen = {"model": model, "method": method, "protocol": protocol, "scale": scale}
-        found = composed(*(f"{group}={name}" for group, name in chosen.items()))
-        assert {group: found[group]["name"] for group in chosen} == chosen
 
 
 def test_the_methods_are_those_of_the_code_and_variants_of_them():

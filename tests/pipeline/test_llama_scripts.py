@@ -82,32 +82,24 @@ def test_by_hand(script, work):
     assert ran.code == 0, ran.err
 
 
-def test_two_processes_train_as_one_and_the_first_writes(work, ranks):
-    """As ``accelerate launch`` and torchrun start them; one step's difference is float32 rounding."""
-
-    def run(output, processes):
-        own = ["method=sparsegrad", f"output={output}", f"checkpoints={output}", "scale.micro_batch_size=4"]
-        command = [sys.executable, str(SCRIPTS / "train.py"), *TRAIN, "chat.root=results/test/chat", *own]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        started = [
-            subprocess.Popen(
-                command, cwd=work, stderr=subprocess.PIPE, text=True,
-                env=environment | (ranks(rank) if processes > 1 else {}),
-            )
-            for rank in range(processes)
-        ]  # fmt: skip
-        for process in started:
-            _, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors[-3000:]
-        [path] = (work / output).rglob("oasst1-seed1-*.json")
-        assert (path.parent / "seed1" / "model.safetensors").is_file()
-        return json.loads(path.read_text())
-
-    one, two = run("one", 1), run("two", 2)
-    assert (one["device"]["processes"], two["device"]["processes"]) == (1, 2)
-    assert one["run"] == two["run"] and one["baseline"] == pytest.approx(two["baseline"])
-    losses = [[evaluation["loss"] for evaluation in record["evaluations"]] for record in (one, two)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 2
+def test_of_two_processes_the_first_writes(work, ranks):
+    """As ``accelerate launch`` and torchrun start them; that they take one process' steps is tested with the runs."""
+    own = ["method=sparsegrad", "output=two", "checkpoints=two/checkpoints", "scale.micro_batch_size=4"]
+    own += ["scale.checkpoint_seconds=0", "wandb.mode=offline"]
+    command = [sys.executable, str(SCRIPTS / "train.py"), *TRAIN, "chat.root=results/test/chat", *own]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    started = [
+        subprocess.Popen(command, cwd=work, stderr=subprocess.PIPE, text=True, env=environment | ranks(rank))
+        for rank in range(2)
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors[-3000:]
+    [path] = (work / "two").rglob("oasst1-seed1-*.json")
+    record = json.loads(path.read_text())
+    assert record["status"] == "finished" and record["device"]["processes"] == 2 and len(record["evaluations"]) == 2
+    assert (path.parent / "seed1" / "model.safetensors").is_file()
+    assert not list((work / "two" / "checkpoints").glob("*/*")) and len(list(work.rglob("*.wandb"))) == 1
 
 
 @pytest.mark.parametrize(
