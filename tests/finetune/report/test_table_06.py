@@ -11,7 +11,6 @@ from finetune.mt_bench.judged import Judged, read_judgments
 from finetune.report.evidence.evidence import collect_evidence
 from finetune.report.evidence.experiment import Experiment
 from finetune.report.labels import Labels
-from finetune.report.paper.architectures import mlp_matrices
 from finetune.report.paper.shares import trainable_shares
 from finetune.report.tables.tables import build_table
 from finetune.store.catalog import MethodFacts
@@ -76,7 +75,7 @@ def flat(score, questions=20):
 
 
 def built(records=(), judgments=(), *, full=False, categories=None, **changes):
-    models = [("conf/model/llama2_7b.yaml", FULL)] if full else []
+    models = {"llama2_7b": FULL} if full else {}
     experiment = replace(EXPERIMENT, **changes)
     evidence = collect_evidence(experiment, records=records, judgments=judgments, models=models)
     return build_table(6, evidence, categories=categories)
@@ -116,8 +115,8 @@ def test_shares_follow_the_configuration():
     assert trainable_shares(model | {"layers_to_transform": None}).variants[0].name == "up+down of 4 blocks"
     with pytest.raises(ValueError, match=r"layers_to_transform has \[4\]; the model's blocks are 0 to 3"):
         trainable_shares(model | {"layers_to_transform": [0, 4]})
-    with pytest.raises(ValueError, match="model_type='bert'; MLP matrices are listed of llama only"):
-        mlp_matrices({"model_type": "bert"})
+    with pytest.raises(ValueError, match="model_type='bert'; shares are computed of llama only"):
+        trainable_shares(model | {"architecture": {"model_type": "bert"}})
 
 
 def test_share_columns_and_which_reading_is_printed():

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
 from finetune.published import TASKS, paper_table, released_scores
 from finetune.report.evidence.evidence import collect_evidence
@@ -20,7 +19,7 @@ from finetune.report.model import Cell, Note, Reason, Table, read_table
 from finetune.report.paper import layouts, printed
 from finetune.report.tables import render
 from finetune.report.tables.tables import build_table
-from finetune.store.catalog import MethodFacts
+from finetune.store.catalog import MethodFacts, read_models
 
 ROOT = Path(__file__).parents[3]
 GLUE = (1, 4, 5, 9, 10, 11, 12, 13, 14, 15)
@@ -71,7 +70,7 @@ def search(method, task, best, model="bert_base", scale="paper"):
     }
 
 
-def built(number, records=(), searches=(), models=(), margin=1.0, **experiment):
+def built(number, records=(), searches=(), models=None, margin=1.0, **experiment):
     evidence = collect_evidence(replace(EXPERIMENT, **experiment), records=records, searches=searches, models=models)
     return build_table(number, evidence, margin=margin)
 
@@ -112,8 +111,7 @@ def test_nothing_run_gives_every_label_of_the_paper_and_not_run(number, tmp_path
 
 
 def test_table_1_counts_and_rounding_marks():
-    paths = sorted((ROOT / "conf" / "model").glob("*.yaml"))
-    models = [(f"conf/model/{path.name}", yaml.safe_load(path.read_text())) for path in paths]
+    models = read_models(ROOT / "conf")
     table = built(1, models=models, stands_for={})
     assert table.cell("Full model", "LLaMa-2 count").value == 6_738_415_616
     large = table.cell("MLP", "RoBERTa-large share")
@@ -129,7 +127,7 @@ def test_table_1_counts_and_rounding_marks():
     }
     assert [cell.verdict for cell in table.cells].count("agrees") == 24 - 6
     assert len([note for note in table.notes if note.kind == "mark"]) == 6
-    without = built(1, models=[pair for pair in models if pair[1]["name"] != "bert_base"])
+    without = built(1, models={name: one for name, one in models.items() if name != "bert_base"})
     assert [without.cell("MLP", f"{name} share").verdict for name in ("BERT", "RoBERTa-base")] == ["not run", "agrees"]
 
 
@@ -385,7 +383,6 @@ BEST = {"learning_rate": 1e-4, "batch_size": 16}
         ("records", broken() * 2, r"two record files of \('bert_base', 'full', 'rte', 1\)"),
         ("searches", [search("full", "rte", BEST)] * 2, "two search files"),
         ("searches", [search("full", "rte", BEST | {"learning_rate": 0})], "above 0"),
-        ("models", [("a.yaml", {"name": "x"}), ("b.yaml", {"name": "x"})], "two model configuration files"),
     ],
 )
 def test_bad_evidence(what, content, message):
@@ -455,7 +452,7 @@ def test_csv_of_a_small_table():
 
 def test_markdown_of_a_small_table():
     assert (
-        render.to_markdown(SMALL)
+        render.to_text("md", SMALL)
         == r"""# Table 9 of the paper: BERT on GLUE (experiment local, protocol printed)
 
 BERT is the paper's own model.
@@ -480,11 +477,11 @@ Notes
 
 
 def test_latex_of_a_small_table_and_of_a_wide_one(logs):
-    lines = render.to_latex(SMALL).splitlines()
+    lines = render.to_text("tex", SMALL).splitlines()
     assert r"Regular FT & ours & 109,483,778 & 58.96 \\" in lines
     assert r" & 95 \% interval &  & {[55.85, 62.08]} \\" in lines
     assert r"A\_B \& 50\% \textbar{} c & verdict &  & -- \\" in lines
-    text = render.to_latex(logs)
+    text = render.to_text("tex", logs)
     body = [line for line in text.splitlines() if line.endswith(r" \\")]
     assert body and {line.replace(r"\&", "").count("&") for line in body} == {len(logs.columns) + 1}
     plain = text.replace(r"\{", "").replace(r"\}", "")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.published import TASKS
-from finetune.report.evidence.evidence import is_number, read_key, refuse_twice, status_of, wrong_names
+from finetune.report.evidence.evidence import is_number, put_once, read_key, status_of, wrong_names
 from finetune.report.evidence.experiment import Experiment
 from finetune.report.paper.layouts import stands_for
 from finetune.store import records as files
@@ -112,10 +112,7 @@ def collect_efficiency_evidence(
         if wrong or status_of(path, record) != "finished":
             left_out.append(f"{path} ({', '.join(wrong) or 'failed'})")
             continue
-        task = record["run"]["task"]
-        if task in found:
-            refuse_twice("record", (model, task), found[task].path, path)
-        found[task] = _task(path, record)
+        put_once(found, record["run"]["task"], path, _task(path, record), "record")
         for entry in record["variants"]:
             # The two products and the folded form take SparseGrad's steps; a truncated one takes its own.
             own = entry["name"] in experiment.named or entry.get("form") == "truncated"

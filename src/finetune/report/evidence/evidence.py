@@ -5,12 +5,11 @@
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from finetune.mt_bench.judged import Judged, read_judgments
 from finetune.report.evidence.experiment import Experiment
@@ -101,7 +100,7 @@ class Evidence:
         failed: (model, method, task) -> paths of the records of failed runs.
         searches: (model, method, task) -> search.
         judged: (model, method) -> judgments by ascending seed, all by one judge on one question file.
-        models: Name -> (path, model configuration with `architecture`).
+        models: Name -> model configuration with `architecture`.
         left_out: Model -> sentences on records that no table can use.
     """
 
@@ -110,7 +109,7 @@ class Evidence:
     failed: Mapping[Key, tuple[str, ...]] = field(default_factory=dict)
     searches: Mapping[Key, Search] = field(default_factory=dict)
     judged: Mapping[tuple[str, str], tuple[Judged, ...]] = field(default_factory=dict)
-    models: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
@@ -132,7 +131,7 @@ def read_evidence(experiment: Experiment, results: Path, conf: Path = catalog.CO
         records=[(path.as_posix(), record) for path, record in files.iterate(results / "runs")],
         searches=[(p.as_posix(), files.read_json(p)) for p in sorted(results.glob("search/*/*/*.json"))],
         judgments=read_judgments(results / "mt_bench" / "judgments"),
-        models=[(p.as_posix(), yaml.safe_load(p.read_text())) for p in sorted((conf / "model").glob("*.yaml"))],
+        models=catalog.read_models(conf),
     )
 
 
@@ -142,7 +141,7 @@ def collect_evidence(
     records: Iterable[tuple[str, Mapping[str, Any]]] = (),
     searches: Iterable[tuple[str, Mapping[str, Any]]] = (),
     judgments: Iterable[Judged] = (),
-    models: Iterable[tuple[str, Mapping[str, Any]]] = (),
+    models: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Evidence:
     """Check and index what ran.
 
@@ -154,7 +153,7 @@ def collect_evidence(
         records: (relative path, record) of each run.
         searches: (relative path, result) of each search.
         judgments: What `finetune.mt_bench.judged.read_judgments` found.
-        models: (relative path, model configuration) for table 1 and the shares of table 6.
+        models: Name -> model configuration, for titles, table 1 and the shares of table 6.
 
     Raises:
         ValueError: If a record is incomplete, a score is out of range, two files are of the same run, or judgments of
@@ -164,9 +163,7 @@ def collect_evidence(
     runs, failed = _index_runs(_used(records, experiment, (*_KINDS,), left_out))
     found: dict[Key, Search] = {}
     for path, key, result in _used(searches, experiment, ("search",), left_out):
-        if key in found:
-            refuse_twice("search", key, found[key].path, path)
-        found[key] = _search(path, result)
+        put_once(found, key, path, _search(path, result), "search")
     by_path = {one.path: one for one in judgments}
     judged = _used([(path, one.record) for path, one in by_path.items()], experiment, ("judgments",), left_out)
     return Evidence(
@@ -175,7 +172,7 @@ def collect_evidence(
         failed=failed,
         searches=found,
         judged=_index_judged([(key[:2], by_path[path]) for path, key, _ in judged]),
-        models=_index_models(models),
+        models=models or {},
         left_out={model: tuple(sorted(lines)) for model, lines in left_out.items()},
     )
 
@@ -189,61 +186,73 @@ def wrong_names(path: str, content: Any, allowed: Mapping[str, Iterable[Any]]) -
 def _used(pairs, experiment: Experiment, kinds: Sequence[str], left_out: dict[str, list[str]]):
     """Yield (path, key, content) of the records whose names are the experiment's; list the others."""
     names = {"experiment": [experiment.name], "protocol": [experiment.protocol], "method": experiment.named}
-    tasks = [*experiment.tasks, CHAT_TASK]
+    tasks = {"task": [*experiment.tasks, CHAT_TASK]}
     for path, content in pairs:
         kind = read_key(path, content, "run", "kind")
         if kind not in kinds:
             continue
         model = read_key(path, content, "run", "model")
-        wrong = wrong_names(path, content, names | ({"task": tasks} if kind != "judgments" else {}))
-        if wrong:
+        if wrong := wrong_names(path, content, names | (tasks if kind != "judgments" else {})):
             left_out.setdefault(model, []).append(f"{path} ({', '.join(wrong)})")
         else:
             yield path, (model, content["run"]["method"], content["run"].get("task", "")), content
 
 
+def put_once(found: dict[Any, Any], key: Any, path: str, value: Any, what: str) -> None:
+    """Put a value in, or raise the `ValueError` of two files that claim the same place."""
+    if key in found:
+        first = found[key].path
+        raise ValueError(f"two {what} files of {key}: {first} and {path}; one is allowed: remove the stale one")
+    found[key] = value
+
+
 def _index_runs(used) -> tuple[dict[Key, tuple[Run, ...]], dict[Key, tuple[str, ...]]]:
     """Index the finished runs by ascending seed, one per seed, and the paths of the failed ones."""
-    runs: dict[Key, dict[int, Run]] = {}
+    runs: dict[tuple, Run] = {}
     failed: dict[Key, list[str]] = {}
     for path, key, record in used:
         if status_of(path, record) == "failed":
             failed.setdefault(key, []).append(path)
-            continue
-        run = _run(path, record)
-        same = runs.setdefault(key, {}).setdefault(run.seed, run)
-        if same is not run:
-            refuse_twice("record", (*key, run.seed), same.path, path)
-    by_seed = {key: tuple(found[seed] for seed in sorted(found)) for key, found in runs.items()}
-    return by_seed, {key: tuple(sorted(paths)) for key, paths in failed.items()}
+        else:
+            run = _run(path, record)
+            put_once(runs, (*key, run.seed), path, run, "record")
+    return _by_seed(runs), {key: tuple(sorted(paths)) for key, paths in failed.items()}
+
+
+def _by_seed(found: Mapping[tuple, Any]) -> dict[Any, tuple]:
+    """(..., seed) -> value as (...) -> values by ascending seed; keys in the order of their first appearance."""
+    groups: dict[Any, dict[int, Any]] = {}
+    for (*key, seed), value in found.items():
+        groups.setdefault(tuple(key), {})[seed] = value
+    return {key: tuple(seeds[seed] for seed in sorted(seeds)) for key, seeds in groups.items()}
 
 
 def _run(path: str, record: Mapping[str, Any]) -> Run:
     """Read a finished run."""
-    kind, score = read_key(path, record, "run", "kind"), read_key(path, record, "score")
-    if not is_number(score) or not (score >= 0 if kind == "llama" else -1 <= score <= 1):
-        allowed = "a loss >= 0" if kind == "llama" else "a finite score in [-1, 1] (a fraction, not percent)"
+    names = ("model", "task", "seed", "scale", "kind")
+    model, task, seed, scale, kind = (read_key(path, record, "run", name) for name in names)
+    decoder, score, version = kind == "llama", read_key(path, record, "score"), read_key(path, record, "version")
+    if not is_number(score) or not (score >= 0 if decoder else -1 <= score <= 1):
+        allowed = "a loss >= 0" if decoder else "a finite score in [-1, 1] (a fraction, not percent)"
         raise ValueError(
             f"{path}: score is {score!r}; a finished run has {allowed}: repair the run or set its status to 'failed'"
         )
-    seed, version = (read_key(path, record, *keys) for keys in (("run", "seed"), ("version",)))
     for name in ("trainable", _KINDS[kind]):
         read_key(path, record, "parameters", name)
-    names = ("trainable", "trainable_per_layer", "total")
-    counts = {name: record["parameters"].get(name, 0) for name in names}
-    bad = [name for name, count in counts.items() if not is_number(count) or count < 0]
-    bad += ["trainable > total"] if kind == "llama" and not 0 < counts["trainable"] <= counts["total"] else []
-    if bad or not isinstance(seed, int) or not isinstance(version, int):
+    counts = {name: record["parameters"].get(name, 0) for name in ("trainable", "trainable_per_layer", "total")}
+    good = all(is_number(count) and count >= 0 for count in counts.values())
+    good = good and (not decoder or 0 < counts["trainable"] <= counts["total"])
+    if not good or not isinstance(seed, int) or not isinstance(version, int):
         raise ValueError(f"{path}: seed={seed!r}, version={version!r}, {counts}; integers and counts >= 0 are needed")
     return Run(
         path=path,
-        model=read_key(path, record, "run", "model"),
+        model=model,
         title=read_key(path, record, "model", "title"),
-        task=read_key(path, record, "run", "task"),
+        task=task,
         seed=seed,
-        score=float(score) if kind == "llama" else 100 * score,
+        score=float(score) if decoder else 100 * score,
         metric=read_key(path, record, "metric"),
-        scale=read_key(path, record, "run", "scale"),
+        scale=scale,
         version=version,
         random_weights=bool(read_key(path, record, "model", "random_weights")),
         matrix=_matrix(record),
@@ -260,27 +269,22 @@ def _matrix(record: Mapping[str, Any]) -> int | None:
 
 def _search(path: str, result: Mapping[str, Any]) -> Search:
     """Read a search; `best` may be null where no trial completed."""
-    best = read_key(path, result, "best")
-    settings = {"learning_rate": None, "batch_size": None}
+    best, settings = read_key(path, result, "best"), {"learning_rate": None, "batch_size": None}
     if best is not None:
         settings = {name: read_key(path, result, "best", name) for name in settings}
         if not all(is_number(value) and value > 0 for value in settings.values()):
             raise ValueError(f"{path}: best is {best!r}; a learning rate and a batch size above 0 are needed")
-    trials = [trial.get("state", "unknown") for trial in read_key(path, result, "trials")]
-    states = {state: trials.count(state) for state in sorted(set(trials))}
+    states = Counter(trial.get("state", "unknown") for trial in read_key(path, result, "trials"))
     names = {name: read_key(path, result, "run", name) for name in ("model", "scale")}
-    return Search(path=path, states=states, **names, **settings)
+    return Search(path=path, states=dict(sorted(states.items())), **names, **settings)
 
 
 def _index_judged(pairs: Iterable[tuple[tuple[str, str], Judged]]) -> dict[tuple[str, str], tuple[Judged, ...]]:
     """Index judgments by (model, method) and seed, and refuse a mixture of judges. A server's port may change."""
-    found: dict[tuple[str, str], dict[int, Judged]] = {}
+    found: dict[tuple, Judged] = {}
     settings: dict[str, str] = {}
     for key, one in pairs:
-        seed = one.record["run"]["seed"]
-        same = found.setdefault(key, {}).setdefault(seed, one)
-        if same is not one:
-            refuse_twice("judgment", (*key, seed), same.path, one.path)
+        put_once(found, (*key, one.record["run"]["seed"]), one.path, one, "judgment")
         judge, questions = one.record["judge"], one.record["questions"]
         names = ("model", "temperature", "max_tokens", "repeats", "measures_quality")
         parts = [*(f"{name} {judge[name]}" for name in names), f"questions {questions['sha256'][:12]}"]
@@ -291,17 +295,7 @@ def _index_judged(pairs: Iterable[tuple[tuple[str, str], Judged]]) -> dict[tuple
             f"judgments of several judges or question files are mixed ({mixed}); scores of one table come from one: "
             "run the judgments stage again for all methods"
         )
-    return {key: tuple(seeds[seed] for seed in sorted(seeds)) for key, seeds in found.items()}
-
-
-def _index_models(pairs: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, tuple[str, Mapping[str, Any]]]:
-    found: dict[str, tuple[str, Mapping[str, Any]]] = {}
-    for path, config in pairs:
-        name = read_key(path, config, "name")
-        if name in found:
-            refuse_twice("model configuration", (name,), found[name][0], path)
-        found[name] = (path, config)
-    return found
+    return _by_seed(found)
 
 
 def status_of(path: str, record: Mapping[str, Any]) -> str:
@@ -325,8 +319,3 @@ def read_key(path: str, content: Any, *keys: str) -> Any:
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def refuse_twice(what: str, key: tuple, first: str, second: str):
-    """Raise the `ValueError` of two files that claim the same place."""
-    raise ValueError(f"two {what} files of {key}: {first} and {second}; one is allowed: remove the stale one")

@@ -8,6 +8,7 @@ Parts of the model, as the paper's Table 1 splits them:
     the rest    LayerNorms, the pooler, the output head: in the total only
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def count_parameters(architecture: Mapping[str, Any]) -> ParameterCounts:
     kind = architecture.get("model_type")
     if kind not in PARTS:
         raise ValueError(f"model_type={kind!r} cannot be counted by part; allowed are {', '.join(PARTS)}")
-    sizes = {name: parameter.numel() for name, parameter in _meta_model(architecture).named_parameters()}
+    sizes = {name: math.prod(shape) for name, shape in parameter_shapes(architecture).items()}
     parts = {
         part: sum(size for name, size in sizes.items() if re.fullmatch(pattern, name))
         for part, pattern in PARTS[kind].items()
@@ -77,35 +78,12 @@ def count_parameters(architecture: Mapping[str, Any]) -> ParameterCounts:
     return ParameterCounts(total=sum(sizes.values()), **parts)
 
 
-def mlp_matrices(architecture: Mapping[str, Any]) -> list[tuple[int, str, tuple[int, int]]]:
-    """List the MLP matrices of a LLaMa architecture.
-
-    Args:
-        architecture: As in `count_parameters`, with `model_type: llama`.
-
-    Returns:
-        (block, kind, shape) of each, kind `gate`, `up` or `down`, shape (out_features, in_features).
-
-    Raises:
-        ValueError: If the model type is another, or nothing was found by its name.
-    """
-    if architecture.get("model_type") != "llama":
-        raise ValueError(f"model_type={architecture.get('model_type')!r}; MLP matrices are listed of llama only")
-    pattern = r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight"
-    parameters = _meta_model(architecture).named_parameters()
-    matches = [(re.fullmatch(pattern, name), tuple(parameter.shape)) for name, parameter in parameters]
-    found = [(int(match[1]), match[2], shape) for match, shape in matches if match]
-    if not found:
-        raise ValueError("no parameter of llama is an MLP matrix by its name; its modules were renamed: adapt this")
-    return found
-
-
-def _meta_model(architecture: Mapping[str, Any]):
-    """Build the model on the meta device; torch and transformers are imported here because they cost seconds."""
+def parameter_shapes(architecture: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of each parameter, on the meta device; torch is imported here because it costs seconds."""
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**architecture)
     auto = AutoModelForCausalLM if config.model_type == "llama" else AutoModel
     with torch.device("meta"):
-        return auto.from_config(config)
+        return {name: tuple(parameter.shape) for name, parameter in auto.from_config(config).named_parameters()}

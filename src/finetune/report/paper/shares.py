@@ -5,13 +5,16 @@ Exact arithmetic on the shapes that the meta device gives; with `n` matrices of 
     Regular FT    n o i / P            LoRA    n r (o + i) / P            SparseGrad, MeProp    n k / P
 """
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.report.paper.architectures import count_parameters, mlp_matrices
+from finetune.report.paper.architectures import parameter_shapes
 from finetune.report.paper.layouts import METHODS
 
+_MATRIX = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight")
 _TEXT, _GATED = ("up", "down"), ("gate", "up", "down")
 
 
@@ -56,7 +59,7 @@ def trainable_shares(model: Mapping[str, Any]) -> Shares:
         model: Its configuration (`conf/model`): `architecture`, `layers_to_transform`, `lora_rank`, `k`.
 
     Raises:
-        ValueError: If the architecture is no LLaMa, or a selected block is not there.
+        ValueError: If the architecture is no LLaMa, its modules were renamed, or a selected block is not there.
     """
     from finetune.methods import Targets
     from finetune.methods.full import FullFineTuning
@@ -64,8 +67,13 @@ def trainable_shares(model: Mapping[str, Any]) -> Shares:
     from finetune.methods.meprop import MeProp
     from finetune.methods.sparsegrad import SparseGrad
 
-    total = count_parameters(model["architecture"]).total
-    matrices = mlp_matrices(model["architecture"])
+    if model["architecture"].get("model_type") != "llama":
+        raise ValueError(f"model_type={model['architecture'].get('model_type')!r}; shares are computed of llama only")
+    every = parameter_shapes(model["architecture"])
+    total, matches = sum(map(math.prod, every.values())), {name: _MATRIX.fullmatch(name) for name in every}
+    matrices = [(int(match[1]), match[2], every[name]) for name, match in matches.items() if match]
+    if not matrices:
+        raise ValueError("no parameter of llama is an MLP matrix by its name; its modules were renamed: adapt this")
     blocks = sorted({block for block, _, _ in matrices})
     selected = blocks if model["layers_to_transform"] is None else [*model["layers_to_transform"]]
     if unknown := sorted(set(selected) - set(blocks)):

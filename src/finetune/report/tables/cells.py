@@ -150,7 +150,7 @@ def _architecture(place: Place, frame: Frame) -> Cell:
         value = counts.share(place.part) if place.quantity == "share" else getattr(counts, place.part)
     verdict, reasons = digits_verdict(place.paper, value)
     reasons += [] if place.paper else [Reason("not_printed", "the paper prints no value")]
-    how, path = "exact count of the architecture", frame.evidence.models[place.model][0]
+    how, path = "exact count of the architecture", f"conf/model/{place.model}.yaml"
     return finish(place, verdict, protocol="", ours=value, how=how, reasons=reasons, model=place.model, records=[path])
 
 

@@ -14,7 +14,7 @@ def models(places: Sequence[Place], evidence: Evidence, used: Sequence[Run | Sea
     """Say of each model which of the paper's it stands for, what it started from, and at what scale it ran."""
     if places[0].part:
         return ("The paper's own architectures are counted here, whichever models the experiment runs.",)
-    titles = {name: config.get("title", name) for name, (_, config) in evidence.models.items()}
+    titles = {name: config.get("title", name) for name, config in evidence.models.items()}
     titles |= {run.model: run.title for runs in evidence.runs.values() for run in runs}
     sentences = []
     for paper, own in dict.fromkeys((place.model, place.own) for place in places):

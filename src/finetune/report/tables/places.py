@@ -101,7 +101,7 @@ def _other_methods(printed: list[Place], evidence: Evidence) -> Iterator[Place]:
 
 def _of_decoder(model: str, first: list[Place], evidence: Evidence) -> Iterator[Place]:
     """The block of a decoder that stands in nobody's place."""
-    title = evidence.models.get(model, ("", {}))[1].get("title", model)
+    title = evidence.models.get(model, {}).get("title", model)
     printed = [replace(one, own=model) for one in first if not one.ablation]
     for one in (*printed, *_other_methods(printed, evidence)):
         yield _bare(one, row=f"{one.row}, {title}", own=model)

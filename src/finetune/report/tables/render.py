@@ -49,12 +49,12 @@ def write_files(folder: str | Path, table: Table) -> list[Path]:
         raise ValueError(f"{table.name} has no cells; a table has one also for what did not run")
     if wrong := [cell.verdict for cell in table.cells if cell.verdict not in VERDICTS]:
         raise ValueError(f"{table.name}: verdict {wrong[0]!r}; allowed are {', '.join(VERDICTS)}")
-    paths = {suffix: Path(folder) / f"{table.name}.{suffix}" for suffix in ("json", "csv", "md", "tex")}
-    write_table(paths["json"], table)
-    write_atomically(paths["csv"], to_csv(table))
-    write_atomically(paths["md"], _render("table.md.j2", table))
-    write_atomically(paths["tex"], _render("table.tex.j2", table))
-    return list(paths.values())
+    stem = Path(folder) / table.name
+    write_table(stem.with_suffix(".json"), table)
+    texts = {"csv": to_csv(table)} | {suffix: to_text(suffix, table) for suffix in ("md", "tex")}
+    for suffix, text in texts.items():
+        write_atomically(stem.with_suffix(f".{suffix}"), text)
+    return [stem.with_suffix(f".{suffix}") for suffix in ("json", *texts)]
 
 
 def to_csv(table: Table) -> str:
@@ -69,17 +69,21 @@ def to_csv(table: Table) -> str:
     return buffer.getvalue()
 
 
-def to_markdown(table: Table) -> str:
-    """Render a page: title, models, one wide table, notes."""
-    return _render("table.md.j2", table)
+def to_text(suffix: str, table: Table) -> str:
+    """Render a table by a template.
 
-
-def to_latex(table: Table) -> str:
-    """Render a LaTeX table: per label one line each for ours, interval, paper, released and verdict.
-
-    It needs booktabs, and graphicx to shrink a table of more than four columns to the width of the text.
+    Args:
+        suffix: `md`: a page of title, models, one wide table and notes; `tex`: a LaTeX table with a line each for ours,
+            interval, paper, logs and verdict. That needs booktabs, and graphicx to shrink a table of more than four
+            columns to the width of the text.
+        table: What is rendered.
     """
-    return _render("table.tex.j2", table)
+    found = {(cell.row, cell.column): cell for cell in table.cells}
+    rows = [(row, [found.get((row, column)) for column in table.columns]) for row in table.rows]
+    heading = f"{table.title} (experiment {table.experiment}{f', protocol {table.protocol}' if table.protocol else ''})"
+    notes = [*summary_notes(table), *(f"Warning: {n.text}" if n.kind == "warning" else n.text for n in table.notes)]
+    template = _environment().get_template(f"table.{suffix}.j2")
+    return template.render(table=table, heading=heading, rows=rows, notes=notes)
 
 
 def summary_notes(table: Table) -> list[str]:
@@ -96,14 +100,6 @@ def summary_notes(table: Table) -> list[str]:
     width = len(table.columns)
     cells = [f"{name} ({'all' if len(cols) == width else ', '.join(cols)})" for name, cols in missing.items()]
     return [*lines, f"Not run: {'; '.join(cells) or 'none'}."]
-
-
-def _render(template: str, table: Table) -> str:
-    found = {(cell.row, cell.column): cell for cell in table.cells}
-    rows = [(row, [found.get((row, column)) for column in table.columns]) for row in table.rows]
-    heading = f"{table.title} (experiment {table.experiment}{f', protocol {table.protocol}' if table.protocol else ''})"
-    notes = [*summary_notes(table), *(f"Warning: {n.text}" if n.kind == "warning" else n.text for n in table.notes)]
-    return _environment().get_template(template).render(table=table, heading=heading, rows=rows, notes=notes)
 
 
 @cache

@@ -63,25 +63,25 @@ def build_table(
     places = score_places(number, evidence)
     used = _used(places, evidence)
     versions = frozenset(run.version for run in used if isinstance(run, Run))
-    architectures = {model: config["architecture"] for model, (_, config) in evidence.models.items() if number == 1}
-    wanted = {place.model for place in places} & set(architectures)
-    shares = _shares(evidence) if number == LLAMA_TABLE else None
+    wanted = {place.model for place in places if number == 1} & set(evidence.models)
+    llama = evidence.models.get("llama2_7b") if number == LLAMA_TABLE else None
+    shares = trainable_shares(llama) if llama else None
     frame = Frame(
         evidence,
         versions=versions,
-        counts={model: count_parameters(architectures[model]) for model in wanted},
+        counts={model: count_parameters(evidence.models[model]["architecture"]) for model in wanted},
         shares=shares,
         categories=categories,
         margin=margin,
         seed=seed,
     )
     cells = [build_cell(place, frame) for place in _with_shares(places, shares)]
-    llama = judging_notes(evidence, categories, seed) if number == LLAMA_TABLE else []
+    judged = judging_notes(evidence, categories, seed) if number == LLAMA_TABLE else []
     found = (
         *notes.rules(places, margin, stratified=categories is not None),
         *(Note("print", text) for text in (k_notes(places) if number in K_TABLES else ())),
         *average_notes(number),
-        *llama,
+        *judged,
         *(reading_notes(shares) if shares else notes.marks(cells)),
         *notes.losses(places, evidence, versions),
     )
@@ -94,7 +94,7 @@ def build_table(
         cells=tuple(cells),
         models=notes.models(places, evidence, used),
         notes=found,
-        **({"counted": "seeds; judged items of all seeds in the column I-Bench Score"} if llama else {}),
+        **({"counted": "seeds; judged items of all seeds in the column I-Bench Score"} if judged else {}),
     )
 
 
@@ -107,11 +107,6 @@ def _used(places: Sequence[Place], evidence: Evidence) -> list[Run | Search]:
             ones = search if place.quantity in SETTINGS else evidence.runs.get(key, ())
             found |= {one.path: one for one in ones}
     return list(found.values())
-
-
-def _shares(evidence: Evidence) -> Shares | None:
-    """Trainable shares of LLaMa-2-7B itself under three readings of which matrices train (D17 to D19)."""
-    return trainable_shares(evidence.models["llama2_7b"][1]) if "llama2_7b" in evidence.models else None
 
 
 def _with_shares(places: Sequence[Place], shares: Shares | None) -> list[Place]:
