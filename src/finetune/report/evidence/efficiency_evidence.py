@@ -55,7 +55,7 @@ class EfficiencyEvidence:
     Attributes:
         experiment: Name of the experiment.
         protocol: `printed`, `released` or `sound`.
-        model: The model measured in RoBERTa-base's place; `None`: none.
+        model: The model measured in RoBERTa-base's place; empty: none.
         tasks: Task -> record, the paper's tasks first, in its order.
         left_out: Sentences on records that the tables cannot use.
         methods: Variant -> the method whose training takes its steps, in the order of the records.
@@ -63,7 +63,7 @@ class EfficiencyEvidence:
 
     experiment: str
     protocol: str
-    model: str | None
+    model: str
     tasks: Mapping[str, TaskRecord]
     left_out: tuple[str, ...]
     methods: Mapping[str, str] = field(default_factory=dict)
@@ -100,7 +100,7 @@ def collect_efficiency_evidence(
     Raises:
         ValueError: If a record is incomplete, holds a value that is no number above 0, or two are of the same task.
     """
-    model = next(iter(experiment.efficiency_models), None)
+    model = next(iter(experiment.efficiency_models), "")
     allowed = {"experiment": [experiment.name], "protocol": [experiment.protocol], "model": [model]}
     found: dict[str, TaskRecord] = {}
     methods: dict[str, str] = {}

@@ -269,7 +269,8 @@ def _matrix(record: Mapping[str, Any]) -> int | None:
 
 def _search(path: str, result: Mapping[str, Any]) -> Search:
     """Read a search; `best` may be null where no trial completed."""
-    best, settings = read_key(path, result, "best"), {"learning_rate": None, "batch_size": None}
+    best = read_key(path, result, "best")
+    settings: dict[str, Any] = {"learning_rate": None, "batch_size": None}
     if best is not None:
         settings = {name: read_key(path, result, "best", name) for name in settings}
         if not all(is_number(value) and value > 0 for value in settings.values()):

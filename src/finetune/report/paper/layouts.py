@@ -5,8 +5,10 @@ the paper's labels; a layout adds which model, method and task stand behind a la
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from finetune.published import TASKS, paper_table
+from finetune.report.paper.printed import Printed, parse
 
 METHODS = {"Regular FT": "full", "LoRA": "lora", "SparseGrad": "sparsegrad", "MeProp": "meprop"}
 """Row label -> method."""
@@ -111,7 +113,7 @@ class Place:
         source: Where the printed value comes from.
         note: Remark on the printed value.
         over_full: Whether the value is divided by full fine-tuning's.
-        own: The model of ours behind it; `None` where none stands for the paper's.
+        own: The model of ours behind it; empty where none stands for the paper's.
         ablation: Whether the row is an ablation's.
     """
 
@@ -128,7 +130,7 @@ class Place:
     source: str = ""
     note: str = ""
     over_full: bool = False
-    own: str | None = None
+    own: str = ""
     ablation: bool = False
 
     @property
@@ -137,17 +139,24 @@ class Place:
         return self.source.startswith("inferred")
 
     @property
+    def number(self) -> Printed:
+        """The printed value; `ValueError` if none is printed."""
+        if (found := parse(self.paper)) is None:
+            raise ValueError(f"table {self.table} prints no value at {self.row}, {self.column}")
+        return found
+
+    @property
     def deviation(self) -> float | None:
         """The printed standard deviation; `None` where none is printed."""
         return float(self.paper_std) if self.paper_std and not self.inferred else None
 
 
-def stands_for(paper_model: str, own: str | None, title: str = "") -> str:
+def stands_for(paper_model: str, own: str, title: str = "") -> str:
     """Say which model stands in the place of one of the paper's.
 
     Args:
         paper_model: One of `PAPER_MODELS`.
-        own: The model of ours; `None` where none ran.
+        own: The model of ours; empty where none ran.
         title: Its title for readers.
     """
     paper = f"{PAPER_MODELS[paper_model]} ({paper_model})"
@@ -190,8 +199,13 @@ def printed_places(number: int) -> list[Place]:
         if number in K_TABLES:
             behind["method"] = k_variant(kept[line["row"]])
         source = f"{line['source']} table{number}"
-        printed = {"paper": line["value"], "paper_std": line["std"], "source": source, "note": line["note"]}
-        found.append(Place(number, line["row"], line["column"], **behind, **printed))
+        print_: dict[str, Any] = {
+            "paper": line["value"],
+            "paper_std": line["std"],
+            "source": source,
+            "note": line["note"],
+        }
+        found.append(Place(number, line["row"], line["column"], **behind, **print_))
     if number == 1:
         found += _extra_model("roberta_large")
     return found
@@ -213,7 +227,7 @@ def k_variant(k: str) -> str:
     return f"sparsegrad_{int(k) // 1000}k" if k else "sparsegrad"
 
 
-def _meaning(number: int, row: str, column: str) -> dict[str, str]:
+def _meaning(number: int, row: str, column: str) -> dict[str, Any]:
     """Translate the labels of a cell."""
     if number == 1:
         name, quantity = column.rsplit(" ", 1)

@@ -144,7 +144,7 @@ def _architecture(place: Place, frame: Frame) -> Cell:
     if place.model not in frame.evidence.models:
         return missing(place, frame, Reason("no_configuration", f"no configuration of {place.model} was given"))
     if place.table == LLAMA_TABLE:
-        value = next(one.shares[place.method] for one in frame.shares.variants if one.name == place.part)
+        value = frame.readings[place.part][place.method]
     else:
         counts = frame.counts[place.model]
         value = counts.share(place.part) if place.quantity == "share" else getattr(counts, place.part)

@@ -90,7 +90,7 @@ def score_verdict(place: Place, scores: Sequence[Sequence[float]], stds: Sequenc
             place.
         margin: Largest difference that counts as agreement, in the unit of the scores.
     """
-    paper = printed.parse(place.paper)
+    paper = place.number
     runs = layouts.PAPER_RUNS.get(place.model, layouts.LLAMA_RUNS)
     difference = intervals.difference_from_paper(scores, paper.value, stds, runs)
     return intervals.verdict(difference, rounding=paper.rounding, margin=margin)
@@ -121,6 +121,6 @@ def digits_verdict(text: str, exact: float | None, prints: str = "the paper prin
 
 def setting_verdict(place: Place, value: float) -> str:
     """Compare a batch size (equal) or a learning rate (within a factor of 2) with the print."""
-    paper = printed.parse(place.paper).value
+    paper = place.number.value
     same = value == paper if place.quantity == "batch_size" else intervals.within_factor(value, paper)
     return verdicts.AGREES if same else verdicts.DIFFERS

@@ -73,7 +73,7 @@ def _cell(place: Place, measured: EfficiencyEvidence, evidence: Evidence, seed: 
     else:
         values = _values(place, measured)
         paths = [measured.tasks[task].path for task in values]
-    words = {"protocol": measured.protocol, "model": measured.model or "", "records": paths}
+    words = {"protocol": measured.protocol, "model": measured.model, "records": paths}
     if not values:
         return finish(place, verdicts.NOT_RUN, reasons=_why_not(place, measured), **words)
     ours = _estimate(place, values, seed)

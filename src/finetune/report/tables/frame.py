@@ -1,13 +1,12 @@
 """What all cells of a table share, and how a cell is put together."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 from finetune.report.evidence.evidence import Evidence, Run
 from finetune.report.model import Cell, Reason
 from finetune.report.paper.architectures import ParameterCounts
 from finetune.report.paper.layouts import Place
-from finetune.report.paper.shares import Shares
 from finetune.report.tables.comparability import keys_of, why_not_run
 from finetune.stats import verdicts
 from finetune.stats.intervals import Estimate
@@ -21,7 +20,7 @@ class Frame:
         evidence: What ran.
         versions: Versions of the configuration among the table's runs; a mixture is flagged.
         counts: Model -> parameter counts, for table 1.
-        shares: Trainable shares of LLaMa-2-7B, for table 6.
+        readings: Reading of which matrices of LLaMa-2-7B train -> method -> share in percent, for table 6.
         categories: Question id -> category, within which questions are drawn.
         margin: Largest difference of scores that counts as agreement, in points.
         seed: Seed of the bootstraps.
@@ -30,7 +29,7 @@ class Frame:
     evidence: Evidence
     versions: frozenset[int] = frozenset()
     counts: Mapping[str, ParameterCounts] = field(default_factory=dict)
-    shares: Shares | None = None
+    readings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     categories: Mapping[int, str] | None = None
     margin: float = 1.0
     seed: int = 0
@@ -69,7 +68,7 @@ def finish(
         released: The value of the authors' logs.
         logs: Where that comes from.
     """
-    estimate = ours if isinstance(ours, Estimate) else Estimate(ours, None, None, None)
+    value, low, high, n = astuple(ours) if isinstance(ours, Estimate) else (ours, None, None, None)
     paper = f"{place.source}{f' ({place.note})' if place.note else ''}" if place.source else place.note
     sources = {"paper": paper, "ours": how, "released": logs if released is not None else ""}
     words = {"inferred": place.inferred, "ablation": place.ablation, "over_full": place.over_full}
@@ -79,10 +78,10 @@ def finish(
         quantity=place.quantity,
         method=place.method,
         task=place.task,
-        value=estimate.mean,
-        low=estimate.low,
-        high=estimate.high,
-        n=estimate.n,
+        value=value,
+        low=low,
+        high=high,
+        n=n,
         paper=place.paper,
         paper_std=place.paper_std,
         released=released,

@@ -16,7 +16,6 @@ from finetune.mt_bench.judged import Judged
 from finetune.mt_bench.scores import summarize
 from finetune.report.evidence.evidence import CHAT_TASK, Evidence
 from finetune.report.model import Cell, Note, Reason
-from finetune.report.paper import printed
 from finetune.report.paper.layouts import LLAMA_TABLE, METHODS, PAPER_MODELS, Place, printed_places
 from finetune.report.paper.shares import Shares
 from finetune.report.tables.comparability import digits_verdict, of_scale, reasons_against
@@ -41,8 +40,8 @@ def judged_cell(place: Place, frame: Frame) -> Cell:
     reasons = [*reasons_against(place, frame.evidence, sizes=False), *_against_judge(judged), *short]
     verdict = verdicts.NOT_COMPARABLE
     if not reasons:
-        paper = printed.parse(place.paper)
-        verdict = intervals.verdict(intervals.Difference(ours.mean - paper.value), rounding=paper.rounding)
+        difference = intervals.Difference(ours.mean - place.number.value)
+        verdict = intervals.verdict(difference, rounding=place.number.rounding)
     judge = judged[0].record["judge"]
     how = (
         f"FastChat's mean over both turns, {ours.n} items of seeds "
@@ -134,6 +133,7 @@ def _pairs(
     """Compare each two methods' scores."""
     items = {method: [one.items() for one in found] for method, found in judged.items()}
     noise = {method: _noise(found) for method, found in judged.items()}
+    known = {method: PUBLISHED_NOISE if value is None else value for method, value in noise.items()}
     quality = all(one.record["judge"]["measures_quality"] for found in judged.values() for one in found)
     rule = (
         "Two methods are separated if the 95 % interval of their paired difference (bootstrap over questions, seeds "
@@ -154,7 +154,7 @@ def _pairs(
             notes.append(Note("pair", words))
             continue
         found = paired_bootstrap(items[first], items[second], seed=seed, categories=categories)
-        threshold = max(PUBLISHED_NOISE if noise[name] is None else noise[name] for name in (first, second))
+        threshold = max(known[first], known[second])
         verdict = comparison_verdict(found, threshold)
         interval = f" [{found.low:+.3f}, {found.high:+.3f}]" if found.low is not None else ", no interval"
         unpaired = f", {found.unpaired} items not paired" if found.unpaired else ""

@@ -18,8 +18,8 @@ def models(places: Sequence[Place], evidence: Evidence, used: Sequence[Run | Sea
     titles |= {run.model: run.title for runs in evidence.runs.values() for run in runs}
     sentences = []
     for paper, own in dict.fromkeys((place.model, place.own) for place in places):
-        title = titles.get(own, own) or ""
-        if own in (None, evidence.experiment.stands_for.get(paper)):
+        title = titles.get(own, own)
+        if own in ("", evidence.experiment.stands_for.get(paper)):
             sentences.append(layouts.stands_for(paper, own, title))
         else:
             sentences.append(f"{title} ({own}) is a further model, in nobody's place.")

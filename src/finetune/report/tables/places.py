@@ -31,7 +31,7 @@ def score_places(number: int, evidence: Evidence) -> list[Place]:
     of rows for every further decoder.
     """
     experiment = evidence.experiment
-    printed = [replace(one, own=experiment.stands_for.get(one.model)) for one in printed_places(number)]
+    printed = [replace(one, own=experiment.stands_for.get(one.model) or "") for one in printed_places(number)]
     if number in (5, LLAMA_TABLE, *GLUE_TABLES.values()):
         printed += _other_methods(printed, evidence)
     extra = {task: experiment.labels.task(task) for task in experiment.tasks if task not in TASKS}
@@ -57,7 +57,7 @@ def efficiency_places(number: int, variants: list[str], tasks: list[str], experi
         tasks: Those that the records are of.
         experiment: What the experiment names.
     """
-    own = next(iter(experiment.efficiency_models), None)
+    own = next(iter(experiment.efficiency_models), "")
     found = [replace(one, own=own) for one in printed_places(number)]
     columns = list({one.column: one for one in found}.values())
     if number != 3:

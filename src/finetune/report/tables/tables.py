@@ -6,7 +6,7 @@ table = build_table(9, evidence, measured)
 write_files(results / "tables", table)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from finetune.report.evidence.efficiency_evidence import EfficiencyEvidence
@@ -24,7 +24,7 @@ from finetune.report.paper.layouts import (
     printed_places,
     title,
 )
-from finetune.report.paper.shares import Shares, trainable_shares
+from finetune.report.paper.shares import trainable_shares
 from finetune.report.tables import notes
 from finetune.report.tables.cells import Frame, build_cell
 from finetune.report.tables.comparability import keys_of
@@ -58,7 +58,7 @@ def build_table(
     """
     name, experiment = title(number), evidence.experiment
     if number in EFFICIENCY_TABLES:
-        nothing = EfficiencyEvidence(experiment.name, experiment.protocol, None, {}, ())
+        nothing = EfficiencyEvidence(experiment.name, experiment.protocol, "", {}, ())
         return build_efficiency_table(number, measured or nothing, evidence, seed=seed)
     places = score_places(number, evidence)
     used = _used(places, evidence)
@@ -66,16 +66,17 @@ def build_table(
     wanted = {place.model for place in places if number == 1} & set(evidence.models)
     llama = evidence.models.get("llama2_7b") if number == LLAMA_TABLE else None
     shares = trainable_shares(llama) if llama else None
+    readings = {one.name: one.shares for one in shares.variants} if shares else {}
     frame = Frame(
         evidence,
         versions=versions,
         counts={model: count_parameters(evidence.models[model]["architecture"]) for model in wanted},
-        shares=shares,
+        readings=readings,
         categories=categories,
         margin=margin,
         seed=seed,
     )
-    cells = [build_cell(place, frame) for place in _with_shares(places, shares)]
+    cells = [build_cell(place, frame) for place in _with_readings(places, readings)]
     judged = judging_notes(evidence, categories, seed) if number == LLAMA_TABLE else []
     found = (
         *notes.rules(places, margin, stratified=categories is not None),
@@ -109,13 +110,15 @@ def _used(places: Sequence[Place], evidence: Evidence) -> list[Run | Search]:
     return list(found.values())
 
 
-def _with_shares(places: Sequence[Place], shares: Shares | None) -> list[Place]:
-    """The cells with those of the shares, one column for each reading, beside the same printed number."""
-    printed = {one.row: one for one in printed_places(LLAMA_TABLE) if one.quantity == "trained_share"}
-    found, names = list(places), [variant.name for variant in shares.variants] if shares else []
-    for one in printed.values():
-        for name in names:
-            column = f"{PAPER_MODELS[one.model]} {name} share"
-            found.append(replace(one, column=column, quantity="share", part=name, own=one.model))
+def _with_readings(places: Sequence[Place], readings: Iterable[str]) -> list[Place]:
+    """The cells with those of LLaMa-2-7B's shares, one column for each reading, beside the same printed number."""
+    found = list(places)
+    for one in printed_places(LLAMA_TABLE):
+        if one.quantity == "trained_share":
+            columns = {name: f"{PAPER_MODELS[one.model]} {name} share" for name in readings}
+            found += [
+                replace(one, column=column, quantity="share", part=name, own=one.model)
+                for name, column in columns.items()
+            ]
     rows = list(dict.fromkeys(one.row for one in found))
     return sorted(found, key=lambda one: rows.index(one.row))
