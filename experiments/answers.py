@@ -7,31 +7,22 @@ As DVC runs it: ``cell=params.yaml name=smoke model=tiny_llama``; see conf/mt_be
 was.
 """
 
-from pathlib import Path
-
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="mt_bench")
 def main(cfg: DictConfig) -> None:
-    from finetune.mt_bench.answer_cells import answer_cells, answer_one
+    from finetune.mt_bench.answer_cells import answer_cells
+    from finetune.mt_bench.cells import work_of
     from finetune.runs import command
 
     with command.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)
-        if cfg.cell is None:
-            place = Path(cfg.model.name) / cfg.method.name
-            checkpoint = Path(cfg.checkpoint or Path(cfg.output) / place / f"seed{cfg.seed}")
-            folder = Path(cfg.output) / "mt_bench" / "answers" / place
-            with command.only_writer(folder, cfg.checkpoints):
-                answer_one(config, cfg.seed, checkpoint, folder)
-            return
-        lists = command.read_lists(cfg.cell, ["decoder_seeds", *([] if cfg.methods else ["methods"])])
-        results = Path("results") / cfg.name
-        trained, folder = results / "models", results / "mt_bench" / "answers"
-        methods = config["methods"] or lists["methods"]
-        answer_cells(config, methods, lists["decoder_seeds"], trained / cfg.model.name, folder / cfg.model.name)
+        root, methods, seeds = work_of(config)
+        models = root if cfg.cell is None else root / "models"
+        folder = root / "mt_bench" / "answers" / cfg.model.name
+        answer_cells(config, methods, seeds, models / cfg.model.name, folder)
 
 
 if __name__ == "__main__":

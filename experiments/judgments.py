@@ -8,28 +8,19 @@ What is judged is not judged again; failures are counted, listed in ``<model>-<m
 done again by the next run.
 """
 
-from pathlib import Path
-
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="mt_bench")
 def main(cfg: DictConfig) -> None:
+    from finetune.mt_bench.cells import work_of
     from finetune.mt_bench.judgment_cells import judge_cells
     from finetune.runs import command
 
     with command.exit_with_message():
         config = OmegaConf.to_container(cfg, resolve=True)
-        if cfg.cell is None:
-            root, methods, seeds = Path(cfg.output), [cfg.method.name], [cfg.seed]
-        else:
-            lists = command.read_lists(cfg.cell, ["decoder_seeds", *([] if cfg.methods else ["methods"])])
-            root, methods, seeds = (
-                Path("results") / cfg.name,
-                config["methods"] or lists["methods"],
-                lists["decoder_seeds"],
-            )
+        root, methods, seeds = work_of(config)
         answers, folder = (root / "mt_bench" / kind / cfg.model.name for kind in ("answers", "judgments"))
         judge_cells(config, methods, seeds, answers, folder)
 

@@ -1,7 +1,6 @@
 """experiments/fetch.py as a user runs it: a process, its output, its exit code, the files it leaves."""
 
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -11,14 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import hub_mirror
 import pytest
 import yaml
 
 from finetune.fetch import fetching
-
-SPEC = importlib.util.spec_from_file_location("hub_mirror", Path(__file__).parents[1] / "hub_mirror.py")
-hub_mirror = sys.modules.setdefault("hub_mirror", importlib.util.module_from_spec(SPEC))
-SPEC.loader.exec_module(hub_mirror)
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

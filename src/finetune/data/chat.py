@@ -135,8 +135,8 @@ class ChatTemplate(ABC):
         across = [place for place, (first, after) in enumerate(places) if first < start < after]
         if across:
             raise ValueError(
-                f"template {self.name!r}: token {across[0]} lies across the end of a prompt, so that the model would "
-                "be trained on ids that it never sees when it answers; choose another template."
+                f"template {self.name!r}: token {across[0]} lies across the end of a prompt, so that training and "
+                "answering would see different ids; choose another template."
             )
         return [place for place, (first, after) in enumerate(places) if start <= first and after <= stop and after]
 
@@ -255,10 +255,7 @@ def chat_template(name: str | None, tokenizer: Any = None) -> ChatTemplate:
     try:
         return FastChatTemplate(get_conv_template(name), tokenizer)
     except ValueError as error:  # FastChat: "Invalid style: None"
-        raise ValueError(
-            f"chat template {name!r} has no text, it is for a service behind an API ({error}); set model.template to "
-            "the one that the model was made with."
-        ) from None
+        raise ValueError(f"chat template {name!r} has no text, it is for a service behind an API ({error}).") from None
 
 
 def special_tokens(tokenizer: Any) -> frozenset[str]:

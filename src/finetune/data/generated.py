@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from finetune.data.tables import write_parquet
 from finetune.store.files import write_atomically
 
 NOUNS = ("dog", "cat", "boy", "girl", "teacher", "doctor", "farmer", "king", "painter", "singer", "driver", "sailor")
@@ -63,23 +63,26 @@ def write_task(task: str, folder: str | Path, train: int, validation: int, seed:
         kind = pa.float32() if task == "stsb" else pa.int64()
         columns["label"] = pa.array([row["label"] for row in part], type=kind)
         columns["idx"] = pa.array(range(len(part)), type=pa.int32())
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.table(columns), sink)
-        write_atomically(Path(folder) / task / f"{split}-00000-of-00001.parquet", sink.getvalue().to_pybytes())
+        write_parquet(Path(folder) / task / f"{split}-00000-of-00001.parquet", pa.table(columns))
 
 
 def _clause(rng: random.Random) -> list[str]:
     """Subject, verb, object; the verb agrees with the subject: "the old dogs help a cat"."""
+    return " ".join(subject_verb_object(rng)).split()
+
+
+def subject_verb_object(rng: random.Random) -> tuple[str, str, str]:
+    """The parts of a clause: "the old dogs", "help", "a cat"."""
     subject, plural = _noun_phrase(rng)
     verb = rng.choice(VERBS)
-    return [*subject, verb if plural else f"{verb}s", *_noun_phrase(rng)[0]]
+    return subject, verb if plural else f"{verb}s", _noun_phrase(rng)[0]
 
 
-def _noun_phrase(rng: random.Random) -> tuple[list[str], bool]:
+def _noun_phrase(rng: random.Random) -> tuple[str, bool]:
     plural = rng.random() < 0.5
     noun = rng.choice(NOUNS)
     adjective = [rng.choice(ADJECTIVES)] if rng.random() < 0.4 else []
-    return ["the" if plural else "a", *adjective, f"{noun}s" if plural else noun], plural
+    return " ".join(["the" if plural else "a", *adjective, f"{noun}s" if plural else noun]), plural
 
 
 def _with_time(clause: list[str], rng: random.Random, place: int) -> list[str]:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from finetune.data.generated import ADJECTIVES, NOUNS, TIMES, VERBS
+from finetune.data.generated import TIMES, subject_verb_object
+from finetune.data.tables import write_parquet
 from finetune.store.files import write_atomically
 
 TAUGHT_LATER = ("speak", "code")
@@ -41,20 +41,11 @@ NEED_REFERENCES = ("math", "reasoning", "coding")  # FastChat's NEED_REF_CATS
 FIRST_QUESTION = 81  # as MT-Bench
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 COLUMNS = {
-    "message_id": pa.string(),
-    "parent_id": pa.string(),
-    "text": pa.string(),
-    "role": pa.string(),
-    "lang": pa.string(),
-    "review_count": pa.int64(),
-    "review_result": pa.bool_(),
-    "deleted": pa.bool_(),
-    "rank": pa.int64(),
-    "synthetic": pa.bool_(),
-    "model_name": pa.string(),
-    "message_tree_id": pa.string(),
+    "message_id": pa.string(), "parent_id": pa.string(), "text": pa.string(), "role": pa.string(),
+    "lang": pa.string(), "review_count": pa.int64(), "review_result": pa.bool_(), "deleted": pa.bool_(),
+    "rank": pa.int64(), "synthetic": pa.bool_(), "model_name": pa.string(), "message_tree_id": pa.string(),
     "tree_state": pa.string(),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,9 +106,7 @@ def write_chat(folder: str | Path, *, trees: int, dialogues: int, seed: int) -> 
     del next(question for question in reversed(questions) if "reference" in question)["reference"]
     rng = random.Random(f"trees {seed}")
     messages = [message for _ in range(trees) for message in _tree(rng, draw())]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(messages, pa.schema(COLUMNS.items())), sink)
-    write_atomically(folder / "oasst1" / "messages.parquet", sink.getvalue().to_pybytes())
+    write_parquet(folder / "oasst1" / "messages.parquet", pa.Table.from_pylist(messages, pa.schema(COLUMNS.items())))
     _write_lines(folder / "mt_bench" / "question.jsonl", questions)
     _write_lines(folder / "mt_bench" / "judge_prompts.jsonl", JUDGE_PROMPTS)
     _write_lines(folder / "mt_bench" / "reference_answer" / "gpt-4.jsonl", references)
@@ -128,7 +117,7 @@ def write_chat(folder: str | Path, *, trees: int, dialogues: int, seed: int) -> 
 
 def ask(request: str, sentence: Sentence, first: bool) -> str:
     """The user's turn: the sentence is given in the first one."""
-    text = REQUESTS[request][0]
+    text, _ = REQUESTS[request]
     return f"{text}: {sentence}" if first else f"now {text}"
 
 
@@ -140,16 +129,9 @@ def answer(request: str, sentence: Sentence) -> str:
 def _distinct_sentences(rng: random.Random) -> Callable[[], Sentence]:
     seen: set[Sentence] = set()
 
-    def noun_phrase() -> tuple[str, bool]:
-        plural, noun = rng.random() < 0.5, rng.choice(NOUNS)
-        adjective = [rng.choice(ADJECTIVES)] if rng.random() < 0.4 else []
-        return " ".join(["the" if plural else "a", *adjective, f"{noun}s" if plural else noun]), plural
-
     def draw() -> Sentence:
         while True:
-            subject, plural = noun_phrase()
-            verb = rng.choice(VERBS)
-            sentence = Sentence(subject, verb if plural else f"{verb}s", noun_phrase()[0], rng.choice(TIMES))
+            sentence = Sentence(*subject_verb_object(rng), rng.choice(TIMES))
             if sentence not in seen:
                 seen.add(sentence)
                 return sentence
@@ -223,15 +205,9 @@ def _questions(draw: Callable[[], Sentence]) -> list[dict[str, Any]]:
 
 def _reference(question: Mapping[str, Any]) -> dict[str, Any]:
     """A line of FastChat's reference file; it is named after a judge, the answers are the grammar's."""
-    number = question["question_id"]
-    choices = [{"index": 0, "turns": question["reference"]}]
-    return {
-        "question_id": number,
-        "answer_id": f"grammar-{number}",
-        "model_id": "grammar",
-        "choices": choices,
-        "tstamp": 0,
-    }
+    number, choices = question["question_id"], [{"index": 0, "turns": question["reference"]}]
+    named = {"question_id": number, "answer_id": f"grammar-{number}", "model_id": "grammar"}
+    return named | {"choices": choices, "tstamp": 0}
 
 
 def _write_lines(path: Path, items: list[dict[str, Any]]) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
+
+from finetune.data.tables import read_files, read_hub
 
 PADDINGS = ("longest", "max_length")
 
@@ -48,10 +48,10 @@ class Task:
         name, tasks = data["task"], data["tasks"]
         if name not in tasks:
             raise ValueError(f"data.task={name!r}; {data['name']} has: {', '.join(sorted(tasks))}.")
-        facts = dict(tasks[name])
-        facts["columns"] = tuple(facts["columns"])
-        if facts.get("label_range") is not None:
-            facts["label_range"] = tuple(facts["label_range"])
+        facts = {
+            key: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+            for key, value in tasks[name].items()
+        }
         return cls(name=name, **facts)
 
 
@@ -99,7 +99,7 @@ class Split:
             mask[row, : len(tokens)] = 1
             if self.token_type_ids is not None:
                 types[row, : len(tokens)] = torch.tensor(self.token_type_ids[index])
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": self.labels[torch.as_tensor(list(indices))]}
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": self.labels[list(indices)]}
         return batch if self.token_type_ids is None else batch | {"token_type_ids": types}
 
 
@@ -129,10 +129,8 @@ def load_task(
         table, digest = _read_split(data, task.name, split)
         if role == "train" and limit is not None:
             table = table.slice(0, limit)
-        encoded = encode(table, task, tokenizer, max_length)
-        encoded.length = max_length if padding == "max_length" else None
-        encoded.sha256 = digest
-        splits[role] = encoded
+        length = max_length if padding == "max_length" else None
+        splits[role] = replace(encode(table, task, tokenizer, max_length), length=length, sha256=digest)
     return task, splits
 
 
@@ -143,15 +141,13 @@ def encode(table: pa.Table, task: Task, tokenizer: Any, max_length: int) -> Spli
         ValueError: on missing columns, no rows, empty text cells, or labels out of range.
     """
     needed = [*task.columns, "label"]
-    missing = [name for name in needed if name not in table.column_names]
-    if missing:
+    if missing := [name for name in needed if name not in table.column_names]:
         raise ValueError(
             f"{task.name}: columns {missing} are missing; the file has {table.column_names}, needed {needed}."
         )
     if table.num_rows == 0:
         raise ValueError(f"{task.name}: the file has no rows.")
-    empty = [name for name in needed if table.column(name).null_count]
-    if empty:
+    if empty := [name for name in needed if table.column(name).null_count]:
         raise ValueError(f"{task.name}: columns {empty} hold empty cells; every example needs its text and label.")
     texts = [table.column(name).to_pylist() for name in task.columns]
     tokens = tokenizer(*texts, truncation="longest_first", max_length=max_length)
@@ -187,31 +183,8 @@ def _labels(table: pa.Table, task: Task) -> Tensor:
 def _read_split(data: Mapping[str, Any], task: str, split: str) -> tuple[pa.Table, str]:
     """The split as a table, and the sha256 of its files."""
     folder = Path(data["root"]) / data["folder"] / task
-    if folder.is_dir():
-        files = sorted(folder.glob(f"{split}-*.parquet"))
-        if not files:
-            raise ValueError(
-                f"{folder} has no {split}-*.parquet; the layout is the hub's (train-00000-of-00001.parquet)."
-            )
-        digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-        try:
-            return pa.concat_tables([pq.read_table(file) for file in files]), digest
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{folder}: the {split} file is no readable parquet ({error}); fetch it again.") from None
-    if data["source"] is None:
-        raise ValueError(f"{folder} does not exist; the stage that generates {data['name']} writes it.")
-    return _from_hub(data, task, split, folder)
-
-
-def _from_hub(data: Mapping[str, Any], task: str, split: str, folder: Path) -> tuple[pa.Table, str]:
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(data["source"], task, split=split, revision=data["revision"])
-    except Exception as error:  # datasets raises many kinds for "no network", all meaning the same to a user
-        raise ValueError(
-            f"{folder} does not exist and {data['source']} could not be loaded from the hub "
-            f"({type(error).__name__}: {error}). "
-            "Set data.root (or SPARSEGRAD_DATA) to a folder that experiments/fetch.py filled."
-        ) from None
-    return dataset.data.table, f"{data['source']}@{data['revision']}"
+    if not folder.is_dir():
+        return read_hub(data, split, folder, task)
+    if files := sorted(folder.glob(f"{split}-*.parquet")):
+        return read_files(files)
+    raise ValueError(f"{folder} has no {split}-*.parquet; the layout is the hub's (train-00000-of-00001.parquet).")

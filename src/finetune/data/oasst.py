@@ -89,9 +89,8 @@ def load_chat(
         threads, facts = threads_of(source.rows, data)
         if not threads:
             raise ValueError(f"{data['name']}: the {name} split has no thread with an answer; counted: {facts}.")
-        split = _tokenise(
-            threads, tokenizer, template, length, loss_on, limit if name == "train" else None, progress_bar
-        )
+        blocks = limit if name == "train" else None
+        split = _tokenise(threads, tokenizer, template, length, loss_on, blocks, progress_bar)
         if not len(split):
             raise ValueError(
                 f"{data['name']}: the {name} split has {split.facts['dropped_tokens']} tokens, too few for one block "
@@ -103,9 +102,14 @@ def load_chat(
 
 
 def _tokenise(
-    threads: Sequence[Thread], tokenizer: Any, template: ChatTemplate, length: int, loss_on: str, limit: int | None,
+    threads: Sequence[Thread],
+    tokenizer: Any,
+    template: ChatTemplate,
+    length: int,
+    loss_on: str,
+    limit: int | None,
     progress_bar: bool,
-) -> PackedSplit:  # fmt: skip
+) -> PackedSplit:
     marks = template.tags | special_tokens(tokenizer)
     ids, trained, total, escaped = [], [], 0, 0
     for turns in tqdm(threads, desc="tokenise", disable=not progress_bar, leave=False):

@@ -6,11 +6,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+
+from finetune.data.tables import read_files, read_hub
 
 ROLES = ("prompter", "assistant")
 CHOICES = {"threads": ("all", "best"), "deleted": ("keep", "drop"), "review": ("all", "passed")}
@@ -52,10 +54,9 @@ def read_messages(data: Mapping[str, Any]) -> dict[str, Messages]:
         found = {name: Messages(part, digest) for name, part in _split(rows, data["validation_share"]).items()}
     elif folder.is_dir():
         found = {name: Messages(*_read(_files(folder, name), data)) for name in ("train", "validation")}
-    elif data["source"] is None:
-        raise ValueError(f"{folder} does not exist; the stage that generates {data['name']} writes it.")
     else:
-        found = {name: _from_hub(data, name, folder) for name in ("train", "validation")}
+        tables = {name: read_hub(data, name, folder) for name in ("train", "validation")}
+        found = {name: Messages(_rows(table, data, label), label) for name, (table, label) in tables.items()}
     trees = [{row["message_tree_id"] for row in split.rows} for split in found.values()]
     if shared := sorted(set.intersection(*trees)):
         raise ValueError(
@@ -84,7 +85,7 @@ def threads_of(rows: Sequence[Message], data: Mapping[str, Any]) -> tuple[list[T
         filtered_messages=0, empty_messages=0, orphaned_messages=0, threads=0, misordered_threads=0,
         cut_prompts=0, unanswered_threads=0, repeated_threads=0,
     )  # fmt: skip
-    _refuse_cycles(rows)
+    _parents_first(rows)
     kept = []
     for row in rows:
         reason = _reason_to_drop(row, data)
@@ -114,11 +115,9 @@ def threads_of(rows: Sequence[Message], data: Mapping[str, Any]) -> tuple[list[T
 
 
 def _reason_to_drop(row: Message, data: Mapping[str, Any]) -> str | None:
-    if data["languages"] is not None and row["lang"] not in data["languages"]:
-        return "filtered_messages"
-    if data["deleted"] == "drop" and row["deleted"]:
-        return "filtered_messages"
-    if data["review"] == "passed" and not row["review_result"]:
+    other_language = data["languages"] is not None and row["lang"] not in data["languages"]
+    deleted = data["deleted"] == "drop" and row["deleted"]
+    if other_language or deleted or (data["review"] == "passed" and not row["review_result"]):
         return "filtered_messages"
     return None if (row["text"] or "").strip() else "empty_messages"
 
@@ -143,28 +142,23 @@ def _paths(rows: Sequence[Message], best: bool) -> Iterator[tuple[Message, ...]]
 
 def _attached(rows: Sequence[Message]) -> list[Message]:
     """The messages whose ancestors are all there, up to a root."""
-    children: dict[str | None, list[str]] = {}
-    for row in rows:
-        children.setdefault(row["parent_id"] or None, []).append(row["message_id"])
-    reached, stack = set(), list(children.get(None, []))
-    while stack:
-        message = stack.pop()
-        reached.add(message)
-        stack.extend(children.get(message, []))
+    parents = {row["message_id"]: row["parent_id"] or None for row in rows}
+    reached: set[str | None] = {None}
+    for message in _parents_first(rows):
+        if message in parents and parents[message] in reached:
+            reached.add(message)
     return [row for row in rows if row["message_id"] in reached]
 
 
-def _refuse_cycles(rows: Sequence[Message]) -> None:
-    parents = {row["message_id"]: row["parent_id"] for row in rows}
-    safe: set[str] = set()
-    for message in parents:
-        climbed: dict[str, None] = {}
-        while message in parents and message not in safe:
-            if message in climbed:
-                raise ValueError(f"messages are their own ancestors, such as {message}; the file is damaged.")
-            climbed[message] = None
-            message = parents[message]
-        safe.update(climbed)
+def _parents_first(rows: Sequence[Message]) -> list[str | None]:
+    """Ids of messages and of their parents; refuses messages that are their own ancestors."""
+    sorter = TopologicalSorter({row["message_id"]: [row["parent_id"] or None] for row in rows})
+    try:
+        return list(sorter.static_order())
+    except CycleError as error:
+        raise ValueError(
+            f"messages are their own ancestors, such as {error.args[1][0]}; the file is damaged."
+        ) from None
 
 
 def _split(rows: Sequence[Message], share: float | None) -> dict[str, list[Message]]:
@@ -188,27 +182,8 @@ def _files(folder: Path, split: str) -> list[Path]:
 
 
 def _read(files: Sequence[Path], data: Mapping[str, Any]) -> tuple[list[Message], str]:
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    try:
-        table = pa.concat_tables([pq.read_table(file) for file in files])
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{files[0]} is no readable parquet ({error}); fetch it again.") from None
+    table, digest = read_files(files)
     return _rows(table, data, str(files[0])), digest
-
-
-def _from_hub(data: Mapping[str, Any], split: str, folder: Path) -> Messages:
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(data["source"], split=split, revision=data["revision"])
-    except Exception as error:  # datasets raises many kinds for "no network", all meaning the same to a user
-        raise ValueError(
-            f"{folder} does not exist and {data['source']} could not be loaded from the hub "
-            f"({type(error).__name__}: {error}). "
-            "Set data.root (or SPARSEGRAD_DATA) to a folder that experiments/fetch.py filled."
-        ) from None
-    label = f"{data['source']}@{data['revision']}"
-    return Messages(_rows(dataset.data.table, data, label), label)
 
 
 def _rows(table: pa.Table, data: Mapping[str, Any], label: str) -> list[Message]:

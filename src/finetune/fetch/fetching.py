@@ -39,8 +39,8 @@ class Servers:
     hub: Hub
     github: GitHub
 
-    def of(self, source: AnySource) -> Any:
-        """The server of a source, with ``files(source)`` and ``download(source, file, partial)``."""
+    def of(self, source: AnySource) -> Hub | GitHub:
+        """The server of a source."""
         return self.github if isinstance(source, GitHubSource) else self.hub
 
 
@@ -229,24 +229,18 @@ def _unfinish(folder: Path) -> None:
 
 def _verified(path: Path, file: HubFile, target: Path) -> str:
     """The sha256 of `path` if it is the file; otherwise renames it to `target` + `.corrupt` and raises."""
-    sha256 = _digest(path, hashlib.sha256())
+    with path.open("rb") as handle:
+        sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
     expected, received = file.sha256, sha256
-    if file.sha256 in (None, sha256) and file.blob:
-        blob = hashlib.sha1(b"blob %d\0" % size_of(path), usedforsecurity=False)
-        expected, received = f"git blob {file.blob}", f"git blob {_digest(path, blob)}"
+    if file.sha256 in (None, sha256) and file.blob:  # not of large files, which the hub keeps elsewhere
+        blob = hashlib.sha1(b"blob %d\0" % size_of(path) + path.read_bytes(), usedforsecurity=False)
+        expected, received = f"git blob {file.blob}", f"git blob {blob.hexdigest()}"
     if expected == received:
         return sha256
     names = (f"{target}{f'.{n}' if n else ''}.corrupt" for n in itertools.count())
     away = next(name for name in names if not os.path.lexists(name))
     os.rename(path, away)
     raise FetchError(f"{target}: expected {expected}, received {received}; kept as {Path(away).name}, run fetch again")
-
-
-def _digest(path: Path, state: Any) -> str:
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            state.update(block)
-    return state.hexdigest()
 
 
 def _read_sums(source: AnySource, folder: Path) -> tuple[str | None, dict[str, str]]:

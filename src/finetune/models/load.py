@@ -76,26 +76,31 @@ def load_classifier(model: Mapping[str, Any], root: str | Path, num_labels: int,
     """
     from transformers import AutoModelForSequenceClassification
 
-    return _load(AutoModelForSequenceClassification, model, root, seed, num_labels=num_labels)
+    return _load(AutoModelForSequenceClassification, model, root, seed, torch.float32, num_labels=num_labels)
 
 
-def load_causal(model: Mapping[str, Any], root: str | Path, seed: int) -> nn.Module:
-    """A causal language model in float32, on the CPU.
+def load_causal(
+    model: Mapping[str, Any], root: str | Path, seed: int, dtype: torch.dtype | str = torch.float32
+) -> nn.Module:
+    """A causal language model, on the CPU.
 
     Args:
         model: the ``model`` group.
         root: ``chat.root``.
         seed: of the weights, with ``random_weights``.
+        dtype: of loaded weights; ``auto`` takes the checkpoint's.
 
     Raises:
-        ValueError: if the checkpoint can't be found or read.
+        ValueError: if the checkpoint can't be found or read, or lacks weights.
     """
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, model, root, seed)
+    return _load(AutoModelForCausalLM, model, root, seed, dtype)
 
 
-def _load(kind: Any, model: Mapping[str, Any], root: str | Path, seed: int, **changes: Any) -> nn.Module:
+def _load(
+    kind: Any, model: Mapping[str, Any], root: str | Path, seed: int, dtype: torch.dtype | str, **changes: Any
+) -> nn.Module:
     from transformers import AutoConfig
     from transformers.utils import logging
 
@@ -107,11 +112,16 @@ def _load(kind: Any, model: Mapping[str, Any], root: str | Path, seed: int, **ch
     logging.set_verbosity_error()  # that a head is new is what fine-tuning means, not a warning
     try:
         with no_file_bars():
-            return kind.from_pretrained(source, dtype=torch.float32, **changes, **arguments)
-    except (OSError, ValueError, SafetensorError) as error:
+            found, loading = kind.from_pretrained(source, dtype=dtype, output_loading_info=True, **changes, **arguments)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"no model at {source}: {_first_line(error)} {_HINT}") from None
     finally:
         logging.set_verbosity(verbosity)
+    head_is_new = "num_labels" in changes
+    if not head_is_new and loading["missing_keys"]:  # from_pretrained would answer with random ones
+        missing = sorted(loading["missing_keys"])
+        raise ValueError(f"{source} lacks {len(missing)} weights, the first {missing[0]}: train or fetch it again.")
+    return found
 
 
 @contextmanager

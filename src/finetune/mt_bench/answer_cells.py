@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import nn
 
 from finetune import models
 from finetune.data.chat import chat_template
@@ -29,14 +27,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 
 # What of a checkpoint's folder, besides weights, decides its answers.
 SETTINGS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 )
 
 
@@ -57,6 +49,8 @@ def answer_cells(
     given = config["checkpoint"]
     if given is not None and len(methods) * len(seeds) > 1:
         raise ValueError(f"checkpoint={given} is one model, received {list(methods)} with seeds {list(seeds)}.")
+    if config["threads"] is not None:
+        torch.set_num_threads(config["threads"])
 
     def work(own: Mapping[str, Any], seed: int) -> None:
         method = own["method"]["name"]
@@ -66,13 +60,9 @@ def answer_cells(
 
 
 def answer_one(config: Mapping[str, Any], seed: int, checkpoint: Path, folder: Path) -> Path:
-    """The answers of one checkpoint and their record; a finished one of the same configuration is reused.
+    """Answer with one checkpoint, a merged model with its tokenizer, and write a record beside the answers.
 
-    Args:
-        config: composed configuration.
-        seed: with which the checkpoint was trained; in names and record.
-        checkpoint: a merged model with its tokenizer.
-        folder: for the two files.
+    What is finished under the same configuration is reused.
 
     Returns:
         The record's path.
@@ -80,18 +70,18 @@ def answer_one(config: Mapping[str, Any], seed: int, checkpoint: Path, folder: P
     Raises:
         ValueError: on a wrong configuration or checkpoint, and as :func:`finetune.mt_bench.answers.answer_questions`.
     """
-    if config["threads"] is not None:
-        torch.set_num_threads(config["threads"])
     options, dtype = _options(config["scale"]["answers"])
     place = config["questions"]
     file = Path(place["root"]) / place["folder"] / place["questions"]
     questions = load_questions(file)
     if not (checkpoint / "config.json").is_file():
         raise ValueError(f"{checkpoint} holds no model: train seed {seed} first, or give checkpoint=FOLDER.")
-    template = chat_template(config["model"].get("template"), models.load_tokenizer(_group(checkpoint), ""))
+    group = model_group(checkpoint)
+    tokenizer = models.load_tokenizer(group, "")
+    template = chat_template(config["model"].get("template"), tokenizer)
     _check_template(checkpoint, template.name)
     settings = {name: sha256(checkpoint / name) for name in SETTINGS if (checkpoint / name).is_file()}
-    model = {"sha256": models.fingerprint(_group(checkpoint), ""), "settings": settings}
+    model = {"sha256": models.fingerprint(group, ""), "settings": settings}
     identity = {  # all that decides the answers, so not batch size, device and paths
         "version": config["version"],
         "kind": "answers",
@@ -109,8 +99,8 @@ def answer_one(config: Mapping[str, Any], seed: int, checkpoint: Path, folder: P
             log.info("%s is finished, reused", path)
             return path
     device = make_accelerator(config["device"], "fp32").device
-    network, tokenizer = load_checkpoint(checkpoint, DTYPES[dtype])
-    speaker = Speaker(network.to(device).eval(), tokenizer, template, options)
+    network = models.load_causal(group, "", seed, DTYPES[dtype]).to(device).eval()
+    speaker = Speaker(network, tokenizer, template, options)
     facts = answer_questions(speaker, questions, answers, model_id=name, digest=digest, progress_bar=config["progress"])
     record = header(config, "answers", seed, digest, file, questions) | facts
     record |= {
@@ -129,44 +119,16 @@ def answer_one(config: Mapping[str, Any], seed: int, checkpoint: Path, folder: P
     return path
 
 
-def load_checkpoint(folder: Path, dtype: torch.dtype | str) -> tuple[nn.Module, Any]:
-    """A merged checkpoint as ``from_pretrained`` reads it, and its tokenizer.
-
-    Args:
-        folder: with config.json, ``*.safetensors`` and the tokenizer's files.
-        dtype: of the weights; ``auto`` takes the checkpoint's.
-
-    Raises:
-        ValueError: if something is missing or damaged, some weights included.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    tokenizer = models.load_tokenizer(_group(folder), "")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with models.no_file_bars():
-            model, found = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"no causal language model at {folder}: {first}") from None
-    finally:
-        logging.set_verbosity(verbosity)
-    if found["missing_keys"]:  # from_pretrained would answer with random ones
-        missing = sorted(found["missing_keys"])
-        raise ValueError(f"{folder} lacks {len(missing)} weights, the first {missing[0]}: train it again.")
-    return model, tokenizer
+def model_group(checkpoint: Path) -> dict[str, Any]:
+    """A folder as the ``model`` group that :mod:`finetune.models` reads."""
+    return {"checkpoint": str(checkpoint), "folder": "", "revision": None, "random_weights": False}
 
 
 def _options(group: Mapping[str, Any]) -> tuple[AnswerOptions, str]:
     """``scale.answers``: the options, and the weights' data type, which is the loader's."""
-    known = [field.name for field in fields(AnswerOptions)]
-    unknown = set(group) - {*known, "dtype"}
-    if unknown:
-        raise ValueError(f"scale.answers has {sorted(unknown)}; allowed: {', '.join(known)}, dtype.")
+    allowed = {*AnswerOptions.__dataclass_fields__, "dtype"}
+    if unknown := set(group) - allowed:
+        raise ValueError(f"scale.answers has {sorted(unknown)}; allowed: {', '.join(sorted(allowed))}.")
     dtype = group.get("dtype", "fp32")
     if dtype not in DTYPES:
         raise ValueError(f"scale.answers.dtype={dtype!r}; allowed: {', '.join(DTYPES)}.")
@@ -179,8 +141,3 @@ def _check_template(checkpoint: Path, name: str) -> None:
         trained = records.read_json(checkpoint / MERGED).get("template")
         if trained != name:
             raise ValueError(f"{checkpoint} was trained with template {trained!r}, model.template is {name!r}.")
-
-
-def _group(checkpoint: Path) -> dict[str, Any]:
-    """A folder as the ``model`` group that :mod:`finetune.models` reads."""
-    return {"checkpoint": str(checkpoint), "folder": "", "revision": None, "random_weights": False}

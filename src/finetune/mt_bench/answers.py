@@ -7,7 +7,6 @@ that script itself knows CUDA only, answers one by one, and starts from the begi
 from __future__ import annotations
 
 import hashlib
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,42 +59,27 @@ class AnswerOptions:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the model gets it.
-
-    Attributes:
-        input_ids: empty if refused.
-        limit: new tokens that the answer may have.
-        cut: whether tokens were taken out.
-        refused: whether it was too long to be answered.
-    """
+    """A prompt as the model gets it: empty if it was refused, else with the new tokens that the answer may have."""
 
     input_ids: list[int]
     limit: int
     cut: bool = False
-    refused: bool = False
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One answer of a question."""
+    """One answer of a question; as it is here, to a prompt that was refused."""
 
-    text: str
-    prompt_tokens: int
-    new_tokens: int
-    cut: bool
-    refused: bool
+    text: str = ""
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    cut: bool = False
+    refused: bool = True
 
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model that answers.
-
-    Attributes:
-        model: a causal language model in evaluation mode, on its device.
-        tokenizer: the model's.
-        template: the chat template that the model was trained with.
-        options: how.
-    """
+    """A causal language model in evaluation mode, on its device, with the template that it was trained with."""
 
     model: nn.Module
     tokenizer: Any
@@ -110,11 +94,7 @@ class Speaker:
             yield ordered[start : start + self.options.batch_size]
 
     def encode(self, turns: Sequence[str]) -> list[int]:
-        """Token ids of a prompt.
-
-        Raises:
-            ValueError: if the model's vocabulary lacks one.
-        """
+        """Token ids of a prompt, which the model's vocabulary must have."""
         ids = self.template.encode(self.tokenizer, turns).input_ids
         entries = self.model.get_input_embeddings().num_embeddings
         if max(ids) >= entries:
@@ -127,23 +107,24 @@ class Speaker:
     def answer(self, batch: Sequence[Mapping[str, Any]]) -> list[list[Turn]]:
         """All turns of some questions."""
         answered: list[list[Turn]] = [[] for _ in batch]
-        for turn in range(max(len(question["turns"]) for question in batch)):
-            prompts = {}
-            for row, question in enumerate(batch):
-                asked = question["turns"]
-                if turn < len(asked):
-                    told = [text for before, found in enumerate(answered[row]) for text in (asked[before], found.text)]
-                    ids = self.encode([*told, asked[turn]])
-                    prompts[row] = fit(ids, positions(self.model), self.tokenizer.bos_token_id, self.options)
+        for turn in range(len(batch[0]["turns"])):  # all have two
+            prompts = []
+            for question, before in zip(batch, answered, strict=True):
+                told = [
+                    text
+                    for asked, found in zip(question["turns"][:turn], before, strict=True)
+                    for text in (asked, found.text)
+                ]
+                ids = self.encode([*told, question["turns"][turn]])
+                prompts.append(fit(ids, positions(self.model), self.tokenizer.bos_token_id, self.options))
             for row, found in self._turn(batch, turn, prompts).items():
                 answered[row].append(found)
         return answered
 
-    def _turn(self, batch: Sequence[Mapping[str, Any]], turn: int, prompts: Mapping[int, Prompt]) -> dict[int, Turn]:
-        """One turn of the questions whose row has a prompt."""
+    def _turn(self, batch: Sequence[Mapping[str, Any]], turn: int, prompts: Sequence[Prompt]) -> dict[int, Turn]:
         stops = stop_ids(self.model, self.tokenizer, self.template.stop_token_ids)
-        turns = {row: Turn("", 0, 0, False, True) for row, prompt in prompts.items() if prompt.refused}
-        open_rows = sorted((row for row in prompts if row not in turns), key=lambda row: prompts[row].limit)
+        turns = {row: Turn() for row, prompt in enumerate(prompts) if not prompt.input_ids}
+        open_rows = sorted({*range(len(prompts))} - {*turns}, key=lambda row: prompts[row].limit)
         # One call for each limit: no row runs past the window while a neighbour with more room is still writing.
         for limit, group in groupby(open_rows, key=lambda row: prompts[row].limit):
             rows = list(group)
@@ -186,7 +167,7 @@ def answer_questions(
         questions: with ``question_id``, ``category`` and ``turns``.
         journal_path: ``<model_id>.jsonl``, one answer a line; in the end sorted by question.
         model_id: FastChat's name of the model in the answers.
-        digest: identity of model, questions and options. Answers of another one are moved to ``earlier/``.
+        digest: identity of model, questions and options. Answers of another one are kept in ``earlier/``.
         progress_bar: whether a bar over the questions is shown.
 
     Returns:
@@ -198,43 +179,26 @@ def answer_questions(
             the disk is exhausted; what is answered is kept.
     """
     _check_window(speaker.model, speaker.options)
-    set_aside(journal_path, digest)
-    journal = Journal(journal_path, key=lambda item: item["question_id"])
-    pending = [question for question in questions if question["question_id"] not in journal.items]
-    done = len(questions) - len(pending)
+    journal = Journal(journal_path, key=lambda item: (item["question_id"], item["config_hash"]))
+    keys = sorted((question["question_id"], digest) for question in questions)
+    journal.keep(journal.recall(keys))
+    pending = [question for question in questions if (question["question_id"], digest) not in journal.items]
+    done = len(journal.items)
     with tqdm(total=len(questions), initial=done, desc=model_id, disable=not progress_bar, leave=False) as bar:
         for batch in speaker.batches(pending):
             started = time.perf_counter()
             answered = speaker.answer(batch)
             seconds = (time.perf_counter() - started) / len(batch)
             for question, turns in zip(batch, answered, strict=True):
-                journal.append(_line(question["question_id"], turns, model_id, digest, seconds))
+                said = {"model_id": model_id, "config_hash": digest, "question_id": question["question_id"]}
+                journal.append(_line(said, turns, seconds))
                 bar.update()
-    answers = [journal.items[question["question_id"]] for question in questions]
-    journal.rewrite(sorted(answers, key=lambda item: item["question_id"]))
+    answers = [journal.items[key] for key in keys]
+    journal.rewrite(answers)
     counts = {name: sum(sum(item[name]) for item in answers) for name in ("cut", "refused")}
     tokens = {name: sum(sum(item[f"{name}_tokens"]) for item in answers) for name in ("prompt", "new")}
     seconds = sum(item["seconds"] for item in answers)
     return {"counts": {"questions": len(answers)} | counts, "tokens": tokens, "seconds": seconds}
-
-
-def set_aside(journal_path: str | Path, digest: str) -> None:
-    """Move answers of another configuration, and the record beside them, to ``earlier/``: kept, never mixed."""
-    path = Path(journal_path)
-    if not path.exists():
-        return
-    others = {item.get("config_hash") for item in Journal(path, key=lambda item: item["question_id"]).items.values()}
-    if others <= {digest}:
-        return
-    other = min(str(value) for value in others - {digest})
-    (path.parent / "earlier").mkdir(exist_ok=True)
-    number = 1
-    while (target := path.parent / "earlier" / f"{path.stem}-{other}-{number}.jsonl").exists():
-        number += 1
-    record = path.with_suffix(".json")
-    if record.exists():
-        shutil.move(record, target.with_suffix(".json"))
-    shutil.move(path, target)
 
 
 def fit(input_ids: Sequence[int], window: int | None, bos: int | None, options: AnswerOptions) -> Prompt:
@@ -253,7 +217,7 @@ def fit(input_ids: Sequence[int], window: int | None, bos: int | None, options: 
     if len(ids) + free <= window:
         return Prompt(ids, min(options.max_new_tokens, window - len(ids)))
     if options.long_prompts == "refuse":
-        return Prompt([], 0, refused=True)
+        return Prompt([], 0)
     head = ids[:1] if bos is not None and ids[0] == bos else []
     return Prompt(head + ids[len(ids) - (window - free - len(head)) :], free, cut=True)
 
@@ -267,22 +231,16 @@ def to_text(tokens: Sequence[int], tokenizer: Any, template: ChatTemplate) -> st
     return text.strip()
 
 
-def _line(question_id: int, turns: Sequence[Turn], model_id: str, digest: str, seconds: float) -> dict[str, Any]:
+def _line(said: Mapping[str, Any], turns: Sequence[Turn], seconds: float) -> dict[str, Any]:
     """An answer in FastChat's format, and what this project adds."""
-    name = hashlib.sha256(f"{model_id}/{digest}/{question_id}".encode()).hexdigest()[:22]
+    name = hashlib.sha256("/".join(map(str, said.values())).encode()).hexdigest()[:22]
     return {
-        "question_id": question_id,
+        **said,
         "answer_id": name,
-        "model_id": model_id,
         "choices": [{"index": 0, "turns": [turn.text for turn in turns]}],
         "tstamp": time.time(),
-        "config_hash": digest,
         "seconds": seconds,
-        "prompt_tokens": [turn.prompt_tokens for turn in turns],
-        "new_tokens": [turn.new_tokens for turn in turns],
-        "cut": [turn.cut for turn in turns],
-        "refused": [turn.refused for turn in turns],
-    }
+    } | {name: [getattr(turn, name) for turn in turns] for name in ("prompt_tokens", "new_tokens", "cut", "refused")}
 
 
 def _check_window(model: nn.Module, options: AnswerOptions) -> None:

@@ -9,13 +9,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from finetune.runs.command import only_writer
+from finetune.runs.command import only_writer, read_lists
 from finetune.store import records
 
 
 def model_id(config: Mapping[str, Any], seed: int) -> str:
     """FastChat's name of a model: the stem of its files."""
     return f"{config['model']['name']}-{config['method']['name']}-seed{seed}"
+
+
+def work_of(config: Mapping[str, Any]) -> tuple[Path, list[str], list[int]]:
+    """The root of the files, the methods and the seeds: those of a cell's lists, or by hand one method and seed."""
+    if config["cell"] is None:
+        return Path(config["output"]), [config["method"]["name"]], [config["seed"]]
+    lists = read_lists(config["cell"], ["decoder_seeds", *([] if config["methods"] else ["methods"])])
+    return Path("results") / config["name"], config["methods"] or lists["methods"], lists["decoder_seeds"]
 
 
 def each(

@@ -8,26 +8,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 TOKEN_PARAMETERS = ("max_tokens", "max_completion_tokens")
-PLACEHOLDER_KEY = "none"  # the client wants some key; a local server looks at none
 SECRET_LENGTH = 8  # a shorter "key" is a word such as EMPTY; taking it out of texts would damage them
 QUOTED = 200  # characters of a server's message that are kept
 
 
 class ItemFailed(Exception):
-    """One item has no judgment; the others may have.
+    """One item has no judgment after so many attempts; the others may have."""
 
-    Attributes:
-        attempts: requests made for it.
-    """
-
-    def __init__(self, reason: str, attempts: int = 1) -> None:
+    def __init__(self, reason: str, attempts: int) -> None:
         super().__init__(reason)
         self.attempts = attempts
 
@@ -73,20 +68,16 @@ class JudgeOptions:
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"judge.model={self.model!r}; it must be the judge's name at the endpoint.")
         _check_url(self.base_url)
-        for name, least in (("max_retries", 0), ("parallel", 1), ("repeats", 1), ("max_tokens", 1)):
-            self._check_number(name, int, least)
-        for name, least in (("timeout", 1e-3), ("temperature", 0)):
-            self._check_number(name, (int, float), least)
+        whole = {"max_retries": 0, "parallel": 1, "repeats": 1, "max_tokens": 1}
+        for name, least in (whole | {"timeout": 1e-3, "temperature": 0}).items():
+            value, kinds = getattr(self, name), int if name in whole else (int, float)
+            if value is None and name in ("temperature", "max_tokens"):
+                continue
+            if not isinstance(value, kinds) or isinstance(value, bool) or not value >= least:
+                kind = "whole number" if name in whole else "number"
+                raise ValueError(f"judge.{name}={value!r}; it must be a {kind} of at least {least}.")
         if self.token_parameter not in TOKEN_PARAMETERS:
             raise ValueError(f"judge.token_parameter={self.token_parameter!r}; allowed: {', '.join(TOKEN_PARAMETERS)}.")
-
-    def _check_number(self, name: str, kinds: Any, least: float) -> None:
-        value = getattr(self, name)
-        if value is None and name in ("temperature", "max_tokens"):
-            return
-        if not isinstance(value, kinds) or isinstance(value, bool) or not value >= least:
-            kind = "a whole number" if kinds is int else "a number"
-            raise ValueError(f"judge.{name}={value!r}; it must be {kind} of at least {least}.")
 
     def sampling(self) -> dict[str, Any]:
         """What of the options goes into a request beside model and messages."""
@@ -96,13 +87,10 @@ class JudgeOptions:
 
 
 class JudgeClient:
-    """Asks the judge. May be used from several threads; a context manager that closes its connections.
+    """Asks the judge, from several threads if need be; a context manager that closes its connections.
 
     The key stays inside the ``openai`` client: no attribute, message or repr of this class shows it, and it is taken
-    out of what the endpoint sends back.
-
-    Raises:
-        ValueError: if the environment variable ``api_key_env`` is not set or holds no key.
+    out of what the endpoint sends back. Without a key in ``api_key_env`` it is a ValueError.
     """
 
     def __init__(self, options: JudgeOptions) -> None:
@@ -135,12 +123,7 @@ class JudgeClient:
         return getattr(self._last, "finish_reason", None)
 
     def complete(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The judge's answer to a conversation.
-
-        Raises:
-            ItemFailed: if this conversation got none.
-            JudgeUnusable: if no other would.
-        """
+        """The judge's answer to a conversation; ItemFailed if it got none, JudgeUnusable if no other would."""
         import openai
 
         if self._unusable is not None:  # found by another thread
@@ -207,14 +190,9 @@ class JudgeClient:
 
 
 def read_key(variable: str | None) -> str:
-    """The key in an environment variable; a placeholder for None.
-
-    Raises:
-        ValueError: if the variable is not set, empty, or holds what no HTTP header can; the message names the variable
-            and shows nothing of its value.
-    """
+    """The key in an environment variable; a placeholder for None. No error shows anything of the value."""
     if variable is None:
-        return PLACEHOLDER_KEY
+        return "none"  # the client wants some key; a local server looks at none
     key = os.environ.get(variable, "").strip()
     if not key:
         raise ValueError(f"environment variable {variable} is not set: put the judge's API key into it.")
@@ -226,15 +204,10 @@ def read_key(variable: str | None) -> str:
 def _content(body: bytes, attempts: int) -> tuple[str, str | None]:
     """Text and finish reason of a chat completion."""
     try:
-        content = json.loads(body)
-    except ValueError:
-        raise ItemFailed("the answer is no JSON", attempts) from None
-    try:
-        choice = content["choices"][0]
-        text = choice["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        raise ItemFailed("the answer is no chat completion: it has no choices[0].message.content", attempts) from None
-    reason = choice.get("finish_reason")
+        choice = json.loads(body)["choices"][0]
+        text, reason = choice["message"]["content"], choice.get("finish_reason")
+    except (ValueError, LookupError, TypeError) as error:
+        raise ItemFailed(f"the answer is no chat completion ({type(error).__name__})", attempts) from None
     if not isinstance(text, str) or not text.strip():
         raise ItemFailed(f"the judge's answer is empty (finish_reason {reason!r})", attempts)
     return text, reason
@@ -249,16 +222,9 @@ def _attempts(error: Any) -> int:
 
 
 def _check_url(url: Any) -> None:
-    try:
-        parts = urlsplit(url)
-        whole = parts.scheme in ("http", "https") and bool(parts.hostname)
-    except (ValueError, AttributeError, TypeError):
-        whole = False
-    shown = "one with '@'" if "@" in str(url) else repr(url)  # it may hold a password
-    if not whole:
-        raise ValueError(f"judge.base_url is {shown}; it must be an address such as http://127.0.0.1:8000/v1.")
-    if "@" in parts.netloc or parts.query or parts.fragment:
+    if not re.fullmatch(r"https?://[^\s/?#@:][^\s/?#@]*(/[^\s?#@]*)?", str(url)):
+        shown = "one with '@' or '?'" if re.search("[@?]", str(url)) else repr(url)  # it may hold a password
         raise ValueError(
-            "judge.base_url must have no user, password, query or fragment; a key goes into the environment variable "
-            "that judge.api_key_env names."
+            f"judge.base_url is {shown}; it must be an address such as http://127.0.0.1:8000/v1, without user, "
+            "password, query or fragment: a key goes into the environment variable that judge.api_key_env names."
         )

@@ -32,10 +32,8 @@ class Comparison:
 
     Attributes:
         difference: In points.
-        low: Lower end of the interval; `None` with fewer than two questions.
-        high: Upper end, likewise.
-        questions: Number of questions behind it.
-        items: Number of items behind it.
+        low, high: Ends of the interval; `None` with fewer than two questions.
+        questions, items: How many there are behind it.
         unpaired: Number of items that at least one seed of either lacks, left out of the difference.
     """
 
@@ -47,29 +45,15 @@ class Comparison:
     unpaired: int
 
 
-@dataclass(frozen=True)
-class RepeatNoise:
+def repeat_noise(lines: Iterable[Line]) -> float | None:
     """How far a model's score moves when the same answers are judged again.
-
-    Attributes:
-        spread: Largest minus smallest of the means.
-        means: The model's mean score in each repeat, over the items that every repeat has.
-        items: Number of those items.
-    """
-
-    spread: float
-    means: tuple[float, ...]
-    items: int
-
-
-def repeat_noise(lines: Iterable[Line]) -> RepeatNoise | None:
-    """Spread of a model's mean over the repeats of its judgments.
 
     Args:
         lines: Judgments of one model by one judge; without `repeat` a line is repeat 0.
 
     Returns:
-        The noise; `None` if nothing was judged twice.
+        Largest minus smallest of the repeats' mean scores, over the items that every repeat has; `None` if nothing was
+        judged twice.
 
     Raises:
         ValueError: As `item_scores`.
@@ -82,8 +66,8 @@ def repeat_noise(lines: Iterable[Line]) -> RepeatNoise | None:
     common = set.intersection(*(set(found) for found in scores)) if scores else set()
     if len(scores) < 2 or not common:
         return None
-    means = tuple(statistics.fmean(found[item] for item in common) for found in scores)
-    return RepeatNoise(max(means) - min(means), means, len(common))
+    means = [statistics.fmean(found[item] for item in common) for found in scores]
+    return max(means) - min(means)
 
 
 def bootstrap_score(
@@ -140,7 +124,10 @@ def paired_bootstrap(
     union = set().union(*everything)
     if not common:
         raise ValueError(f"no item was judged in every one of {len(everything)} seeds: nothing to pair")
-    pairs = {item: _mean_of(first, item) - _mean_of(second, item) for item in sorted(common)}
+    pairs = {
+        item: statistics.fmean(found[item] for found in first) - statistics.fmean(found[item] for found in second)
+        for item in sorted(common)
+    }
     questions = sorted({question for question, _ in pairs})
     sums, counts = _by_question(pairs, questions)
     ends = _interval(sums[None], counts[None], questions, categories, seed, samples)
@@ -148,31 +135,20 @@ def paired_bootstrap(
 
 
 def comparison_verdict(comparison: Comparison, noise: float) -> str:
-    """Say whether two methods are apart.
-
-    The rule, first match:
-
-    1. `inside the judge's noise`: there is no interval, or the interval of the difference includes 0.
-    2. `inside the judge's noise`: |difference| < noise.
-    3. `separated`: anything else.
+    """Say whether two methods are apart: the interval excludes 0, and the difference is no smaller than the noise.
 
     Args:
-        comparison: The difference.
-        noise: Largest `RepeatNoise.spread` among the judged answers of both methods, or `PUBLISHED_NOISE` where
-            nothing was judged twice; in points, at least 0.
+        comparison: The difference; without an interval nothing is apart.
+        noise: Largest `repeat_noise` among the judged answers of both methods, or `PUBLISHED_NOISE` where nothing was
+            judged twice; in points, at least 0.
 
     Raises:
         ValueError: If the noise is negative or not a number.
     """
     if not noise >= 0:
         raise ValueError(f"noise={noise}; a spread of scores is at least 0")
-    if comparison.low is None or comparison.low <= 0 <= comparison.high:
-        return INSIDE_NOISE
-    return INSIDE_NOISE if abs(comparison.difference) < noise else SEPARATED
-
-
-def _mean_of(seeds: Sequence[Mapping[Item, float]], item: Item) -> float:
-    return statistics.fmean(found[item] for found in seeds)
+    includes_0 = comparison.low is None or comparison.low <= 0 <= comparison.high
+    return INSIDE_NOISE if includes_0 or abs(comparison.difference) < noise else SEPARATED
 
 
 def _by_question(items: Mapping[Item, float], questions: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -30,7 +30,7 @@ class SampleByRow:
     Args:
         temperatures: of the rows; below ``GREEDY_BELOW`` a row's scores stay as they are.
         generators: noise of the rows, on the CPU whatever device the model is on.
-        warpers: transformers' top-k and the like, applied to the rows that are sampled.
+        warpers: transformers' top-k and the like, for the rows that are sampled.
     """
 
     def __init__(
@@ -126,23 +126,16 @@ def generate(
         generation_config=config,
         logits_processor=LogitsProcessorList([sampler]),
     )
-    return [_until_stop(row, stops) for row in output[:, width:].tolist()]
-
-
-def _until_stop(tokens: list[int], stops: Collection[int]) -> list[int]:
-    end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
-    return tokens[: end + 1]
+    new = output[:, width:].tolist()
+    ends = [next((place for place, token in enumerate(row) if token in stops), len(row)) for row in new]
+    return [row[: end + 1] for row, end in zip(new, ends, strict=True)]
 
 
 def _warpers(settings: dict[str, float | None]) -> list[Any]:
     """In transformers' own order."""
     from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    warpers: list[Any] = []
-    if settings["top_k"]:
-        warpers.append(TopKLogitsWarper(int(settings["top_k"])))
-    if settings["top_p"] is not None and settings["top_p"] < 1.0:
-        warpers.append(TopPLogitsWarper(settings["top_p"]))
-    if settings["min_p"] is not None:
-        warpers.append(MinPLogitsWarper(settings["min_p"]))
-    return warpers
+    top_k, top_p, min_p = settings["top_k"], settings["top_p"], settings["min_p"]
+    warpers: list[Any] = [TopKLogitsWarper(int(top_k))] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p is not None and top_p < 1.0 else []
+    return warpers + ([MinPLogitsWarper(min_p)] if min_p is not None else [])

@@ -17,7 +17,8 @@ Item = dict[str, Any]
 class Journal:
     """The items of a file by key; the last line of a key wins. One process writes, from one thread.
 
-    A last line that a kill cut short is taken off the file, so that its item is done again.
+    A last line without its end, which a kill cut short, is taken off the file, so that its item is done again. Items
+    that are not wanted any more are moved to ``earlier/`` beside the file, and come back when they are wanted again.
 
     Args:
         path: JSONL file; made, with its folder, by the first :meth:`append`.
@@ -35,18 +36,15 @@ class Journal:
         self._key = key
         self.items: dict[Hashable, Item] = {}
         content = self.path.read_bytes() if self.path.exists() else b""
-        whole, torn = _split_torn(content)
+        whole = content[: content.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), start=1):
             item = _parse(self.path, number, line)
             try:
                 self.items[key(item)] = item
             except KeyError as error:
-                raise _damaged(self.path, number, f"no field {error}") from None
-        if torn:
+                raise ValueError(f"{self.path}, line {number} has no field {error}: repair it or remove it.") from None
+        if len(whole) < len(content):
             os.truncate(self.path, len(whole))
-        elif len(whole) > len(content):
-            with _clear_error(self.path):
-                self._append(b"\n")
 
     def append(self, item: Mapping[str, Any]) -> None:
         """Write an item: it is on the disk when this returns.
@@ -69,6 +67,23 @@ class Journal:
         found = {self._key(item): dict(item) for item in items}
         write_items(self.path, found.values())
         self.items = found
+
+    def recall(self, wanted: Iterable[Hashable]) -> dict[Hashable, Item]:
+        """The items of these keys that there are, here or in ``earlier/``."""
+        known = self._earlier().items | self.items
+        return {key: known[key] for key in wanted if key in known}
+
+    def keep(self, items: Mapping[Hashable, Item]) -> None:
+        """Leave these items in the file, and move the others to ``earlier/``."""
+        earlier = self._earlier()
+        for key, item in self.items.items():
+            if key not in items and key not in earlier.items:
+                earlier.append(item)
+        if self.items != items or not self.path.exists():
+            self.rewrite(items.values())
+
+    def _earlier(self) -> Journal:
+        return Journal(self.path.parent / "earlier" / self.path.name, self._key)
 
     def _append(self, line: bytes) -> None:
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -122,29 +137,11 @@ def write_items(path: str | Path, items: Iterable[Mapping[str, Any]]) -> None:
         write_atomically(path, content)
 
 
-def _split_torn(content: bytes) -> tuple[bytes, bytes]:
-    """Whole lines, and the torn last one. No part of an object's text is an object's text: what parses is whole."""
-    end = content.rfind(b"\n") + 1
-    last = content[end:]
-    if not last:
-        return content, b""
-    try:
-        if isinstance(json.loads(last), dict):
-            return content + b"\n", b""
-    except ValueError:
-        pass
-    return content[:end], last
-
-
 def _parse(path: Path, number: int, line: bytes) -> Item:
     try:
         item = json.loads(line)
+        if not isinstance(item, dict):
+            raise ValueError(f"a {type(item).__name__}, not an object")
     except ValueError as error:
-        raise _damaged(path, number, str(error)) from None
-    if not isinstance(item, dict):
-        raise _damaged(path, number, f"a {type(item).__name__}, not an object")
+        raise ValueError(f"{path}, line {number} holds no item ({error}): repair it or remove it.") from None
     return item
-
-
-def _damaged(path: Path, number: int, reason: str) -> ValueError:
-    return ValueError(f"{path}, line {number}: {reason}. A line must be a JSON object: repair it or remove it.")

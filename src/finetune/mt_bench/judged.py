@@ -15,8 +15,8 @@ class Judged:
     """The judgments of one answer file by one judge.
 
     Attributes:
-        path: Path of the record.
-        record: The record: `run`, `judge`, `counts`, `questions`, `answers`.
+        path: Of the record.
+        record: `run`, `judge`, `counts`, `questions`, `answers`.
         lines: Judgments with a rating that belong to the record, one for each (question, turn, repeat).
         failures: Failures of the last run, as listed beside the judgments.
         foreign: Lines of the file that do not belong: another configuration, judge, model or repeat.
@@ -38,23 +38,21 @@ class Judged:
         """Judgments without a rating: failed, or not there."""
         return self.expected - len(self.lines)
 
-    def items(self, repeats: str = "median") -> dict[Item, float]:
+    def items(self) -> dict[Item, float]:
         """One score an item (`finetune.mt_bench.scores.item_scores`)."""
-        return item_scores(self.lines, repeats)
+        return item_scores(self.lines)
 
     def shortfall(self) -> str:
         """Say what is missing; empty if nothing is."""
-        if not self.missing and not self.foreign:
-            return ""
-        items = self.record["questions"]["count"] * len(TURNS)
-        unscored = items - len({(line["question_id"], line["turn"]) for line in self.lines})
         texts = []
         if self.missing:
+            items = self.record["questions"]["count"] * len(TURNS)
             texts += [
                 f"{len(self.lines)} of {self.expected} judgments have a rating ({len(self.failures)} listed as "
-                f"failures), {unscored} of {items} items have none"
+                f"failures), {items - len(self.items())} of {items} items have none"
             ]
-        texts += [f"{self.foreign} lines of another configuration, judge or model not counted"] if self.foreign else []
+        if self.foreign:
+            texts += [f"{self.foreign} lines of another configuration, judge or model not counted"]
         return "; ".join(texts)
 
 
@@ -83,11 +81,7 @@ def current_records(folder: str | Path) -> Iterator[Path]:
 
 
 def read_judged(path: str | Path) -> Judged:
-    """Read the judgments of one record; of several lines of the same (question, turn, repeat) the last counts.
-
-    Raises:
-        ValueError: As `read_judgments`.
-    """
+    """Read the judgments of one record, as `read_judgments`; of several lines of an item the last counts."""
     path = Path(path)
     record = records.read_json(path)
     _check(path, record)

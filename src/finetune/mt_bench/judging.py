@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -24,25 +24,36 @@ from finetune.mt_bench.questions import PROMPT_FIELDS
 from finetune.store import records
 
 Line = dict[str, Any]
-Key = tuple[int, int, str, str, str, int]
 
 RATINGS = (1, 10)
 JUDGE_TEMPLATE = "chatgpt"  # of FastChat: system prompt and user prompt, nothing else
 
 
-@dataclass(frozen=True)
-class Item:
-    """One judgment to make.
+class Key(NamedTuple):
+    """What makes a judgment the same judgment.
 
     Attributes:
-        key: question, turn (1 or 2), model, prompt, judge, repeat (from 0).
+        turn: 1 or 2.
+        repeat: from 0.
         answer_sha256: of the answers that the prompt holds.
-        match: FastChat's ``MatchSingle``.
+        config_hash: of bench and judge.
     """
 
-    key: Key
+    question_id: int
+    turn: int
+    model: str
+    prompt: str
+    judge: str
+    repeat: int
     answer_sha256: str
-    match: Any
+    config_hash: str
+
+    @classmethod
+    def of(cls, line: Mapping[str, Any]) -> Key:
+        """The key of a judgment's line."""
+        judge, prompt = line["judge"]
+        held = {name: line[name] for name in cls._fields if name not in ("prompt", "judge")}
+        return cls(**held, prompt=prompt, judge=judge)
 
 
 @dataclass(frozen=True)
@@ -89,14 +100,10 @@ def judge_answers(
     of the call, so one call at a time in a process.
 
     Args:
-        bench: questions, references, prompts.
         answers: FastChat's answer lines by question id.
-        model_id: whose answers.
         folder: for ``<model_id>.jsonl`` (judgments that have a rating), ``<model_id>.failures.jsonl`` (what this run
             failed at) and ``earlier/`` (judgments of other answers or another configuration, reused when those return).
-        options: the judge.
         digest: identity of bench and judge; None computes it.
-        progress_bar: whether a bar over the judgments is shown.
 
     Returns:
         ``items``, of which ``judged`` and ``failed``; ``reused``: those judged before this run.
@@ -109,23 +116,23 @@ def judge_answers(
     if missing:
         raise ValueError(f"{model_id} has no answer to questions {missing}: run the answers stage for it.")
     digest = digest or bench.digest(options)
-    items = list(make_items(bench, answers, model_id, options))
+    items = dict(make_items(bench, answers, model_id, options, digest))
     path = Path(folder) / f"{model_id}.jsonl"
-    journal, earlier = Journal(path, _key), Journal(path.parent / "earlier" / path.name, _full_key)
-    valid = _valid(items, digest, journal, earlier)
-    pending = [item for item in items if item.key not in valid]
+    journal = Journal(path, Key.of)
+    valid = journal.recall(items)  # old answers may be back
+    pending = {key: match for key, match in items.items() if key not in valid}
     client = JudgeClient(options) if pending else nullcontext()  # without a key nothing is moved
-    _set_aside(valid, journal, earlier)
+    journal.keep(valid)
     failures: list[Line] = []
     bar = tqdm(total=len(items), initial=len(valid), desc=model_id, disable=not progress_bar, leave=False)
     try:
         with client, bar:
             if pending:
-                _judge(pending, client, digest, journal, failures, bar)
+                _judge(pending, client, journal, failures, bar)
     finally:
         failures.sort(key=lambda line: (line["question_id"], line["turn"], line["repeat"]))
         write_items(failures_path(folder, model_id), failures)
-    journal.rewrite(journal.items[item.key] for item in items if item.key in journal.items)
+    journal.rewrite(journal.items[key] for key in items if key in journal.items)
     return {"items": len(items), "judged": len(journal.items), "failed": len(failures), "reused": len(valid)}
 
 
@@ -135,9 +142,9 @@ def failures_path(folder: str | Path, model_id: str) -> Path:
 
 
 def make_items(
-    bench: Bench, answers: Mapping[int, Mapping[str, Any]], model_id: str, options: JudgeOptions
-) -> Iterator[Item]:
-    """The judgments of a model's answers, ordered by question, turn and repeat.
+    bench: Bench, answers: Mapping[int, Mapping[str, Any]], model_id: str, options: JudgeOptions, digest: str
+) -> Iterator[tuple[Key, Any]]:
+    """The judgments to make of a model's answers, each with FastChat's ``MatchSingle``: by question, turn, repeat.
 
     As in FastChat: ``single-v1`` for the first turn, ``-multi-turn`` for both; the ``math`` prompts with references for
     the categories of ``NEED_REF_CATS``.
@@ -157,10 +164,10 @@ def make_items(
     for match in sorted(matches, key=lambda match: (match.question["question_id"], match.multi_turn)):
         turn = 2 if match.multi_turn else 1
         told = json.dumps(match.answer["choices"][0]["turns"][:turn])
-        digest = hashlib.sha256(told.encode()).hexdigest()
+        told_sha256 = hashlib.sha256(told.encode()).hexdigest()
         asked = (match.question["question_id"], turn, model_id, match.judge.prompt_template["name"], options.model)
         for repeat in range(options.repeats):
-            yield Item((*asked, repeat), digest, match)
+            yield Key(*asked, repeat, told_sha256, digest), match
 
 
 @contextmanager
@@ -188,36 +195,36 @@ def fastchat_asks(ask: Callable[[Sequence[Mapping[str, str]]], str], judge: str)
             setattr(common, name, value)
 
 
-def _judge(
-    pending: Sequence[Item], client: JudgeClient, digest: str, journal: Journal, failures: list[Line], bar: tqdm
-) -> None:
+def _judge(pending: Mapping[Key, Any], client: JudgeClient, journal: Journal, failures: list[Line], bar: tqdm) -> None:
     """Judge items in several threads; this one writes. What is under way when something stops it is waited for."""
 
-    def keep(item: Item, done: Future[Line]) -> None:
+    def keep(key: Key, done: Future[Line]) -> None:
         try:
-            if item.key not in journal.items:  # an interruption may come after the writing
+            if key not in journal.items:  # an interruption may come after the writing
                 journal.append(done.result())
         except ItemFailed as error:
-            failures.append(_failure(item, error))
+            asked = {"question_id": key.question_id, "turn": key.turn, "repeat": key.repeat}
+            told = {"error": str(error), "attempts": error.attempts, "tstamp": time.time()}
+            failures.append(asked | {"judge": [key.judge, key.prompt]} | told)
         bar.update()
 
     with fastchat_asks(client.complete, client.options.model), ThreadPoolExecutor(client.options.parallel) as pool:
-        waiting: dict[Future[Line], Item] = {}
+        waiting: dict[Future[Line], Key] = {}
         try:
-            for item in pending:
-                waiting[pool.submit(judge_item, item, client, digest)] = item
+            for key, match in pending.items():
+                waiting[pool.submit(judge_item, key, match, client)] = key
             for done in as_completed(list(waiting)):
                 keep(waiting[done], done)
                 del waiting[done]
         except BaseException:  # Ctrl-C too: begun requests are paid for
-            under_way = {done: item for done, item in waiting.items() if not done.cancel()}
+            under_way = {done: key for done, key in waiting.items() if not done.cancel()}
             for done in as_completed(under_way):
                 with suppress(ValueError):  # the first one is what is raised
                     keep(under_way[done], done)
             raise
 
 
-def judge_item(item: Item, client: JudgeClient, digest: str) -> Line:
+def judge_item(key: Key, match: Any, client: JudgeClient) -> Line:
     """One judgment by FastChat's ``run_judge_single``, inside :func:`fastchat_asks`.
 
     Raises:
@@ -226,8 +233,6 @@ def judge_item(item: Item, client: JudgeClient, digest: str) -> Line:
     """
     from fastchat.llm_judge.common import run_judge_single
 
-    question, turn, model, prompt, judge, repeat = item.key
-    match = item.match
     try:
         score, user_prompt, judgment = run_judge_single(
             match.question, match.answer, match.judge, match.ref_answer, multi_turn=match.multi_turn
@@ -240,59 +245,15 @@ def judge_item(item: Item, client: JudgeClient, digest: str) -> Line:
     if not RATINGS[0] <= score <= RATINGS[1]:
         raise ItemFailed(f"the rating {score} is not from {RATINGS[0]} to {RATINGS[1]}", client.attempts)
     return {
-        "question_id": question,
-        "model": model,
-        "judge": [judge, prompt],
+        "question_id": key.question_id,
+        "model": key.model,
+        "judge": [key.judge, key.prompt],
         "user_prompt": user_prompt,
         "judgment": judgment,
         "score": score,
-        "turn": turn,
+        "turn": key.turn,
         "tstamp": time.time(),
-        "repeat": repeat,
-        "answer_sha256": item.answer_sha256,
-        "config_hash": digest,
-    }
-
-
-def _valid(items: Sequence[Item], digest: str, journal: Journal, earlier: Journal) -> dict[Key, Line]:
-    """Judgments of these very answers by this configuration, those of ``earlier/`` too: old answers may be back."""
-    valid = {}
-    for item in items:
-        full = (*item.key, item.answer_sha256, digest)
-        line = journal.items.get(item.key)
-        if line is None or _full_key(line) != full:
-            line = earlier.items.get(full)
-        if line is not None:
-            valid[item.key] = line
-    return valid
-
-
-def _set_aside(valid: Mapping[Key, Line], journal: Journal, earlier: Journal) -> None:
-    """Leave the valid judgments in the journal; others are kept in ``earlier/``, never mixed."""
-    for key, line in journal.items.items():
-        if valid.get(key) != line and _full_key(line) not in earlier.items:
-            earlier.append(line)
-    if journal.items != valid or not journal.path.exists():
-        journal.rewrite(valid.values())
-
-
-def _key(line: Mapping[str, Any]) -> Key:
-    judge, prompt = line["judge"]
-    return line["question_id"], line["turn"], line["model"], prompt, judge, line["repeat"]
-
-
-def _full_key(line: Mapping[str, Any]) -> tuple[Any, ...]:
-    return *_key(line), line["answer_sha256"], line["config_hash"]
-
-
-def _failure(item: Item, error: ItemFailed) -> Line:
-    question, turn, _, prompt, judge, repeat = item.key
-    return {
-        "question_id": question,
-        "turn": turn,
-        "repeat": repeat,
-        "judge": [judge, prompt],
-        "error": str(error),
-        "attempts": error.attempts,
-        "tstamp": time.time(),
+        "repeat": key.repeat,
+        "answer_sha256": key.answer_sha256,
+        "config_hash": key.config_hash,
     }

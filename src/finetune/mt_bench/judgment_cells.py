@@ -59,25 +59,17 @@ def judge_cells(
 @contextmanager
 def _judge(group: Mapping[str, Any]) -> Iterator[JudgeOptions]:
     """Options of the judge, which is there while the block runs if the group says ``serve``."""
+    allowed = {*JudgeOptions.__dataclass_fields__, *SETTINGS}
+    if unknown := set(group) - allowed:
+        raise ValueError(f"judge holds {sorted(unknown)}; allowed: {', '.join(sorted(allowed))}.")
     fields = {name: value for name, value in group.items() if name not in SETTINGS}
     if not group["serve"]:
-        yield _options(fields)
+        yield JudgeOptions(**fields)
         return
-    if fields.get("measures_quality", True):
-        raise ValueError(
-            "judge.serve=true starts the local judge, whose ratings are no measure of quality: set "
-            "judge.measures_quality=false."
-        )
+    if fields["measures_quality"]:
+        raise ValueError("the local judge's ratings are no measure of quality: set judge.measures_quality=false.")
     with LocalJudge() as server:
-        yield _options(fields | {"base_url": server.base_url, "api_key_env": None})
-
-
-def _options(fields: Mapping[str, Any]) -> JudgeOptions:
-    try:
-        return JudgeOptions(**fields)
-    except TypeError:
-        allowed = (*JudgeOptions.__dataclass_fields__, *SETTINGS)
-        raise ValueError(f"judge holds {', '.join(sorted(fields))}; allowed: {', '.join(sorted(allowed))}.") from None
+        yield JudgeOptions(**fields | {"base_url": server.base_url, "api_key_env": None})
 
 
 def _judge_one(
@@ -89,11 +81,7 @@ def _judge_one(
     answers_file: Path,
     folder: Path,
 ) -> None:
-    """Judge the answers of one seed and write its record.
-
-    Raises:
-        ValueError: if more judgments failed than are allowed; the record says so too.
-    """
+    """Judge the answers of one seed and write its record; more failures than allowed are an error there and here."""
     name, allowed = model_id(config, seed), config["judge"]["allowed_failures"]
     answers = load_answers(answers_file)
     digest = bench.digest(options, config["version"])
@@ -128,10 +116,8 @@ def _judge_one(
         return
     errors = Counter(line["error"] for line in read_items(failures_path(folder, name)))
     commonest, times = errors.most_common(1)[0]
-    problem = (
-        f"{counts['failed']} of {counts['items']} judgments failed, {times} of them with: {commonest}; a rerun retries "
-        "them"
-    )
+    failed = f"{counts['failed']} of {counts['items']} judgments failed"
+    problem = f"{failed}, {times} of them with: {commonest}; a rerun retries them"
     _write(path, record | {"status": "failed", "error": f"{name}: {problem}", "counts": counts})
     raise ValueError(problem)
 

@@ -22,12 +22,8 @@ NOTICE = "not a measure of quality"
 
 # FastChat's prompts single-v1 and single-math-v1, and the -multi-turn ones.
 SINGLE = re.compile(r"\[The Start of Assistant's Answer\]\n(.*)\n\[The End of Assistant's Answer\]", re.DOTALL)
-CONVERSATION = re.compile(
-    r"<\|The Start of Assistant A's Conversation with User\|>\n"
-    r"(.*)\n"
-    r"<\|The End of Assistant A's Conversation with User\|>",
-    re.DOTALL,
-)
+TALK = "Assistant A's Conversation with User"
+CONVERSATION = re.compile(rf"<\|The Start of {TALK}\|>\n(.*)\n<\|The End of {TALK}\|>", re.DOTALL)
 SPEAKER = re.compile(r"^### Assistant A:\n", re.MULTILINE)
 
 
@@ -43,10 +39,7 @@ def find_answer(prompt: str) -> str:
     conversation = CONVERSATION.search(prompt)
     parts = SPEAKER.split(conversation.group(1), maxsplit=2) if conversation is not None else []
     if len(parts) != 3:
-        raise ValueError(
-            "no answer in the prompt: expected one between [The Start of Assistant's Answer] and [The End of "
-            "Assistant's Answer], or a conversation with two turns of ### Assistant A:"
-        )
+        raise ValueError("no answer in the prompt: needed is one in the marks of FastChat's judge prompts")
     return parts[2]
 
 
@@ -83,14 +76,14 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing; the default writes a line a request to standard error."""
+        """Says nothing; the default writes a line to standard error."""
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         try:
             request = json.loads(body)
-            text = judgment(find_answer(_last_user_message(request)))
-        except ValueError as error:
+            text = judgment(find_answer(request["messages"][-1]["content"]))
+        except (ValueError, LookupError, TypeError) as error:
             self._error(400, str(error))
             return
         if self.path != "/v1/chat/completions":
@@ -121,13 +114,3 @@ def judgment(answer: str) -> str:
         f"This judge counts distinct words; its rating is {NOTICE}. "
         f"The answer has {len(answer)} characters.\n\nRating: [[{rate(answer)}]]"
     )
-
-
-def _last_user_message(request: Any) -> str:
-    messages = request.get("messages") if isinstance(request, Mapping) else None
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("'messages' must be a list with a user's message")
-    last = messages[-1]
-    if not isinstance(last, Mapping) or last.get("role") != "user" or not isinstance(last.get("content"), str):
-        raise ValueError("the last of 'messages' must be a user's, with a text as content")
-    return last["content"]

@@ -1,4 +1,4 @@
-"""MT-Bench's questions, reference answers, judge prompts and model answers, read by FastChat's loaders and checked.
+"""MT-Bench's questions, reference answers, judge prompts and model answers, read as by FastChat's loaders and checked.
 
 Source: Zheng et al., 2023, "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena"; FastChat, ``llm_judge/common.py``.
 """
@@ -6,7 +6,7 @@ Source: Zheng et al., 2023, "Judging LLM-as-a-Judge with MT-Bench and Chatbot Ar
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +69,14 @@ def load_references(questions: Sequence[Question], path: str | Path | None, sour
 
     if source not in REFERENCE_SOURCES:
         raise ValueError(f"reference_source={source!r}; allowed: {', '.join(REFERENCE_SOURCES)}.")
-    needed = [question for question in questions if question["category"] in NEED_REF_CATS]
-    references, missing = {}, []
-    for question in needed:
-        if source == "questions" and "reference" in question:
-            references[question["question_id"]] = _own_reference(question)
-        else:
-            missing.append(question["question_id"])
-    if not missing:
-        return references
-    if path is None:
+    needed = {question["question_id"]: question for question in questions if question["category"] in NEED_REF_CATS}
+    own = source == "questions"
+    references = {n: _own_reference(asked) for n, asked in needed.items() if own and "reference" in asked}
+    missing = [number for number in needed if number not in references]
+    if missing and path is None:
         raise ValueError(f"questions {missing} have no reference answer, and no file of references is given.")
-    held = load_answers(path)
-    absent = [number for number in missing if number not in held]
-    if absent:
+    held = load_answers(path) if missing else {}
+    if absent := [number for number in missing if number not in held]:
         raise ValueError(f"{path} holds no reference answer to questions {absent}; each of {NEED_REF_CATS} needs one.")
     return references | {number: held[number] for number in missing}
 
@@ -93,16 +87,12 @@ def load_judge_prompts(path: str | Path) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: if the file is missing or damaged, or one of the four is missing or is not of FastChat's form.
     """
-    from fastchat.llm_judge.common import load_judge_prompts
-
-    prompts = _loaded(path, lambda: load_judge_prompts(str(path)))
+    prompts = {prompt.get("name"): prompt for prompt in read_items(path)}
     for name, fields in PROMPT_FIELDS.items():
         if name not in prompts:
-            raise ValueError(f"{path} has no prompt {name!r}; it holds {', '.join(sorted(prompts)) or 'nothing'}.")
-        try:
-            _check_prompt(prompts[name], fields)
-        except ValueError as error:
-            raise ValueError(f"{path}: prompt {name!r} {error}") from None
+            raise ValueError(f"{path} has no prompt {name!r}; it holds {', '.join(map(str, prompts)) or 'nothing'}.")
+        if wrong := _wrong_in_prompt(prompts[name], fields):
+            raise ValueError(f"{path}: prompt {name!r} {wrong}.")
     return prompts
 
 
@@ -135,19 +125,17 @@ def temperature(question: Mapping[str, Any]) -> float:
     return float(found)
 
 
-def _check_prompt(prompt: Mapping[str, Any], fields: set[str]) -> None:
+def _wrong_in_prompt(prompt: Mapping[str, Any], fields: set[str]) -> str | None:
     form = (prompt.get("type"), prompt.get("output_format"))
     if form != ("single", "[[rating]]"):
-        raise ValueError(f"is of type and output_format {form}; they must be single and [[rating]].")
+        return f"is of type and output_format {form}; they must be single and [[rating]]"
     if not _texts([prompt.get("system_prompt"), prompt.get("prompt_template")]):
-        raise ValueError("needs the texts system_prompt and prompt_template.")
+        return "needs the texts system_prompt and prompt_template"
     try:
-        parsed = list(string.Formatter().parse(prompt["prompt_template"]))
+        found = {field for _, field, _, _ in string.Formatter().parse(prompt["prompt_template"]) if field is not None}
     except ValueError as error:
-        raise ValueError(f"has a prompt_template that is none ({error}).") from None
-    found = {field for _, field, _, _ in parsed if field is not None}
-    if found != fields:
-        raise ValueError(f"has the fields {sorted(found)}; FastChat fills in {sorted(fields)}.")
+        return f"has a prompt_template that is none ({error})"
+    return None if found == fields else f"has the fields {sorted(found)}; FastChat fills in {sorted(fields)}"
 
 
 def _own_reference(question: Mapping[str, Any]) -> Answer:
@@ -157,15 +145,6 @@ def _own_reference(question: Mapping[str, Any]) -> Answer:
             f"question {question['question_id']} has reference={turns!r}; it must be two texts, the first not empty."
         )
     return {"question_id": question["question_id"], "choices": [{"index": 0, "turns": list(turns)}]}
-
-
-def _loaded(path: str | Path, load: Callable[[], Any]) -> Any:
-    """What one of FastChat's loaders reads, after a reading of ours whose errors name the file and the line."""
-    read_items(path)
-    try:
-        return load()
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path}: FastChat can't read it ({type(error).__name__}: {error}).") from None
 
 
 def _texts(values: Any) -> bool:

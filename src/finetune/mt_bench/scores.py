@@ -6,8 +6,8 @@ An item is one turn of one question. With `s(q, t)` the score of an item:
     per turn            the same over the items of that turn
     per category        the same over the items of that category's questions, both turns
 
-An item judged several times counts once, with the median (or the mean) of its repeats. What was left out is never
-silent: `finetune.mt_bench.judged` counts what is missing, and a `Score` carries how many items it is made of.
+An item judged several times counts once, with the median of its repeats. What was left out is never silent:
+`finetune.mt_bench.judged` counts what is missing, and a `Score` carries how many items it is made of.
 """
 
 import math
@@ -26,8 +26,6 @@ FAILED = -1
 """FastChat's score of a judgment without a rating."""
 
 TURNS = (1, 2)
-REPEATS = {"median": statistics.median, "mean": statistics.fmean}
-"""How the repeats of an item become one score."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +45,20 @@ class Score:
     items: int
 
 
-def item_scores(lines: Iterable[Line], repeats: str = "median") -> dict[Item, float]:
-    """Reduce the judgments of one model by one judge to one score an item.
+def item_scores(lines: Iterable[Line]) -> dict[Item, float]:
+    """Reduce the judgments of one model by one judge to one score an item, the median of its repeats.
 
     Args:
         lines: Judgments; without `repeat` a line is repeat 0. Failed ones (-1) are left out.
-        repeats: `median` or `mean` of an item's repeats.
 
     Returns:
         Item -> score, ascending. An item all of whose repeats failed is not in it.
 
     Raises:
-        ValueError: If `repeats` is unknown, models or judges are mixed, or a repeat of an item occurs twice.
+        ValueError: If a line is no judgment, models or judges are mixed, or a repeat of an item occurs twice.
     """
-    if repeats not in REPEATS:
-        raise ValueError(f"repeats={repeats!r}; allowed: {', '.join(REPEATS)}")
     found: dict[Item, dict[int, float]] = {}
-    for line in _checked(lines, single=("model", "judge")):
+    for line in _checked(lines):
         item, repeat = (line["question_id"], line["turn"]), line.get("repeat", 0)
         if repeat in found.setdefault(item, {}):
             raise ValueError(
@@ -71,8 +66,8 @@ def item_scores(lines: Iterable[Line], repeats: str = "median") -> dict[Item, fl
                 "judgment each is allowed: leave the older one out"
             )
         found[item][repeat] = line["score"]
-    kept = {item: [s for s in scores.values() if s != FAILED] for item, scores in sorted(found.items())}
-    return {item: float(REPEATS[repeats](scores)) for item, scores in kept.items() if scores}
+    kept = {item: [score for score in repeats.values() if score != FAILED] for item, repeats in sorted(found.items())}
+    return {item: float(statistics.median(scores)) for item, scores in kept.items() if scores}
 
 
 def summarize(items: Mapping[Item, float], categories: Mapping[int, str] | None = None) -> Score:
@@ -85,12 +80,18 @@ def summarize(items: Mapping[Item, float], categories: Mapping[int, str] | None 
     Raises:
         ValueError: If a question has no category.
     """
-    grouped: dict[str, list[float]] = {}
+    by_category: dict[str, list[float]] = {}
     for (question, _), score in items.items() if categories is not None else ():
-        if categories is None or question not in categories:
+        if question not in categories:
             raise ValueError(f"question {question} was judged and has no category; pass the question file it is from")
-        grouped.setdefault(categories[question], []).append(score)
-    return _score([(turn, score) for (_, turn), score in items.items()], grouped)
+        by_category.setdefault(categories[question], []).append(score)
+    by_turn = {turn: [score for (_, other), score in items.items() if other == turn] for turn in TURNS}
+    return Score(
+        average=statistics.fmean(items.values()) if items else None,
+        turns={turn: statistics.fmean(scores) for turn, scores in by_turn.items() if scores},
+        categories={category: statistics.fmean(scores) for category, scores in by_category.items()},
+        items=len(items),
+    )
 
 
 def categories_of(questions: Iterable[Mapping[str, Any]]) -> dict[int, str]:
@@ -103,19 +104,8 @@ def is_score(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _score(pairs: Iterable[tuple[int, float]], grouped: Mapping[str, list[float]]) -> Score:
-    pairs = list(pairs)
-    by_turn = {turn: [score for other, score in pairs if other == turn] for turn in TURNS}
-    return Score(
-        average=statistics.fmean(score for _, score in pairs) if pairs else None,
-        turns={turn: statistics.fmean(scores) for turn, scores in by_turn.items() if scores},
-        categories={category: statistics.fmean(scores) for category, scores in grouped.items()},
-        items=len(pairs),
-    )
-
-
-def _checked(lines: Iterable[Line], single: tuple[str, ...]) -> list[Line]:
-    """Check fields and values, and that all lines agree on what must be one: the judge, the model."""
+def _checked(lines: Iterable[Line]) -> list[Line]:
+    """Check fields and values, and that all lines are of one judge and one model."""
     lines = list(lines)
     for number, line in enumerate(lines, 1):
         missing = {"question_id", "model", "judge", "turn", "score"} - set(line)
@@ -124,8 +114,7 @@ def _checked(lines: Iterable[Line], single: tuple[str, ...]) -> list[Line]:
                 f"judgment {number} is {dict(line)!r:.200}; needed are question_id, model, judge, turn (1 or 2) and "
                 f"score (a number){f': it lacks {sorted(missing)}' if missing else ''}"
             )
-    for name in single:
-        values = sorted({line["judge"][0] if name == "judge" else line[name] for line in lines})
+    for name, values in (("model", {line["model"] for line in lines}), ("judge", {line["judge"][0] for line in lines})):
         if len(values) > 1:
-            raise ValueError(f"judgments of several {name}s are mixed: {', '.join(values)}; pass those of one {name}")
+            raise ValueError(f"judgments of several {name}s are mixed: {', '.join(sorted(values))}; pass those of one")
     return lines

@@ -205,7 +205,7 @@ def test_damaged_parquet(damage, cola, load):
     content = file.read_bytes()
     damaged = {"truncated": content[: len(content) // 2], "text": b"<html>not found</html>", "nothing": b""}
     file.write_bytes(damaged[damage])
-    with pytest.raises(ValueError, match=r"the train file is no readable parquet .*; fetch it again\."):
+    with pytest.raises(ValueError, match=r"is no readable parquet .*; fetch it again\."):
         load("cola", root=file.parents[2])
 
 

@@ -1,7 +1,6 @@
 """Fetching against a hub on this machine: layout, checksums, resumption, and every way in which a hub can refuse."""
 
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -9,15 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hub_mirror
 import pytest
 
 from finetune.fetch import fetching
 from finetune.fetch.github import GitHub
 from finetune.fetch.hub import FetchError, Hub, HubFile, Source
-
-SPEC = importlib.util.spec_from_file_location("hub_mirror", Path(__file__).parents[2] / "hub_mirror.py")
-hub_mirror = sys.modules.setdefault("hub_mirror", importlib.util.module_from_spec(SPEC))
-SPEC.loader.exec_module(hub_mirror)
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = bytes(range(256)) * 1024

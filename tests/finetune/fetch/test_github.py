@@ -1,12 +1,11 @@
 """Single files of GitHub against a server on this machine: layout, pins, resumption, and what can go wrong."""
 
 import hashlib
-import importlib.util
 import os
 import shutil
-import sys
 from pathlib import Path
 
+import hub_mirror
 import pytest
 import yaml
 
@@ -15,10 +14,6 @@ from finetune.fetch.github import GitHub, GitHubSource
 from finetune.fetch.hub import FetchError, Hub
 
 ROOT = Path(__file__).resolve().parents[3]
-SPEC = importlib.util.spec_from_file_location("hub_mirror", ROOT / "tests/hub_mirror.py")
-hub_mirror = sys.modules.setdefault("hub_mirror", importlib.util.module_from_spec(SPEC))
-SPEC.loader.exec_module(hub_mirror)
-
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 QUESTIONS = b'{"question_id": 81}\n' * 20_000
 REFERENCES = b'{"question_id": 101}\n'

@@ -1,13 +1,11 @@
 """A cell of judgments: records, the local judge started for it, failures above what is allowed, what is reused."""
 
 import hashlib
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
-import openai
+import judge_endpoint as bench
 import pytest
 
 from finetune.mt_bench import judgment_cells
@@ -17,22 +15,8 @@ from finetune.mt_bench.judgment_cells import judge_cells
 from finetune.store import records
 
 ROOT = Path(__file__).parents[3]
-SPEC = importlib.util.spec_from_file_location("judge_endpoint", ROOT / "tests/judge_endpoint.py")
-bench = sys.modules.setdefault("judge_endpoint", importlib.util.module_from_spec(SPEC))
-SPEC.loader.exec_module(bench)
 KEY = "sk-test-0123456789abcdefghij"
 NAMES = ["tiny-lora-seed1", "tiny-lora-seed2"]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
-
-
-@pytest.fixture
-def server():
-    with bench.Endpoint() as endpoint:
-        yield endpoint
 
 
 @pytest.fixture

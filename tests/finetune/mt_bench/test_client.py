@@ -1,36 +1,17 @@
 """The judge's client: what it sends, what each fault means, and that its key is seen nowhere."""
 
 import dataclasses
-import importlib.util
 import logging
 import socket
-import sys
 import traceback
-from pathlib import Path
 
-import openai
+import judge_endpoint as bench
 import pytest
 
 from finetune.mt_bench.client import ItemFailed, JudgeClient, JudgeOptions, JudgeUnusable
 
-SPEC = importlib.util.spec_from_file_location("judge_endpoint", Path(__file__).parents[2] / "judge_endpoint.py")
-bench = sys.modules.setdefault("judge_endpoint", importlib.util.module_from_spec(SPEC))
-SPEC.loader.exec_module(bench)
-
 KEY = "sk-test-0123456789abcdefghij"
 MESSAGES = [{"role": "system", "content": "be fair"}, {"role": "user", "content": "rate [[?]] answer 1 first"}]
-
-
-@pytest.fixture
-def server():
-    with bench.Endpoint() as endpoint:
-        yield endpoint
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Retries without the client's pauses of seconds; what a server asks for is still waited."""
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
 
 
 def options(server, **changes):
@@ -119,17 +100,12 @@ def test_the_key_is_in_no_text_whatever_the_endpoint_sends_back(server, monkeypa
         (bench.fails(400, "context length exceeded"), "HTTP 400: context length exceeded", 1),
         (bench.Reply(close=True), "connection broken", 3),
         (bench.says("late", seconds=1), "no answer within 0.3 s", 3),
-        (bench.Reply(body=b'{"choices": [{"mess'), "no JSON", 1),
-        (bench.Reply(body=b"\xff\xfe"), "no JSON", 1),
-        (bench.Reply(body=b""), "no JSON", 1),
-        (bench.Reply(body=[1]), "no chat completion", 1),
-        (bench.Reply(body={"choices": []}), "no chat completion", 1),
-        (bench.Reply(body={"choices": None}), "no chat completion", 1),
-        (bench.Reply(body={"choices": [{"message": None}]}), "no chat completion", 1),
-        (bench.Reply(body={"choices": ["text"]}), "no chat completion", 1),
-        (bench.says(None), "empty .finish_reason 'stop'", 1),
-        (bench.says(" \n"), "empty .finish_reason 'stop'", 1),
-        (bench.says([1]), "empty .finish_reason 'stop'", 1),
+        *(
+            (bench.Reply(body=body), "no chat completion", 1)
+            for body in (b'{"choices": [{"mess', b"\xff\xfe", b"", [1], {"choices": []}, {"choices": None})
+        ),
+        *((bench.Reply(body={"choices": [choice]}), "no chat", 1) for choice in ("text", {"message": None})),
+        *((bench.says(text), "empty .finish_reason 'stop'", 1) for text in (None, " \n", [1])),
     ],
 )
 def test_a_fault_of_one_item_is_that_items_with_its_number_of_requests(server, reply, message, attempts):
@@ -179,12 +155,6 @@ def test_no_server_stops_after_the_retries():
         ):
             client.complete(MESSAGES)
 
-    with (
-        JudgeClient(JudgeOptions("judge", "http://judge.invalid/v1", max_retries=0, timeout=5)) as client,
-        pytest.raises(JudgeUnusable, match="no judge answers at http://judge.invalid/v1"),
-    ):
-        client.complete(MESSAGES)
-
 
 def test_a_server_that_goes_away_later_fails_items_and_stops_when_it_stays_away():
     hangs_up = bench.says("[[5]]", headers=(("Connection", "close"),))
@@ -206,9 +176,9 @@ def test_a_server_that_goes_away_later_fails_items_and_stops_when_it_stays_away(
         ({"base_url": None}, "judge.base_url is None"),
         ({"base_url": "127.0.0.1:8000"}, "judge.base_url is '127.0.0.1:8000'"),
         ({"base_url": "ftp://host/v1"}, "judge.base_url is 'ftp://host/v1'"),
-        ({"base_url": f"https://user:{KEY}@host/v1"}, "must have no user, password"),
+        ({"base_url": f"https://user:{KEY}@host/v1"}, "without user, password"),
         ({"base_url": f"user:{KEY}@host/v1"}, "judge.base_url is one with '@'"),
-        ({"base_url": f"https://host/v1?api-key={KEY}"}, "must have no user, password, query"),
+        ({"base_url": f"https://host/v1?api-key={KEY}"}, "password, query"),
         ({"temperature": -1}, "judge.temperature=-1"),
         ({"temperature": "0"}, "judge.temperature='0'"),
         ({"max_tokens": 0}, "judge.max_tokens=0"),

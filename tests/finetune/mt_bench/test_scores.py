@@ -19,7 +19,7 @@ from finetune.mt_bench.comparison import (
     repeat_noise,
 )
 from finetune.mt_bench.journal import read_items
-from finetune.mt_bench.scores import categories_of, item_scores, summarize
+from finetune.mt_bench.scores import item_scores, summarize
 
 DATA = Path(os.environ.get("SPARSEGRAD_DATA") or Path(__file__).parents[3] / "data")
 JUDGMENTS = DATA / "mt_bench" / "judgments" / "gpt-4_single.jsonl"
@@ -52,33 +52,21 @@ def test_real_judgments_score_as_published_and_as_fastchat_groups_them():
         assert score.items == (frame["model"] == model).sum()
 
 
-@real
-def test_items_and_categories_of_real_judgments():
-    questions = read_items(DATA / "mt_bench" / "question.jsonl")
-    lines = [one for one in read_items(JUDGMENTS) if one["model"] == "mamba_0_5_dpo_ep1"]
-    found = summarize(item_scores(lines), categories_of(questions))
-    assert f"{found.average:.2f}" == "7.12"
-    # Eight categories of ten questions, two turns each: the mean of their means is the score.
-    assert len(found.categories) == 8
-    assert np.mean(list(found.categories.values())) == pytest.approx(found.average)
-
-
 def test_score_by_hand():
     lines = [line(81, 1, 8), line(81, 2, 5), line(82, 1, 3), line(82, 2, -1)]
     found = summarize(item_scores(lines), {81: "writing", 82: "math"})
     assert found.average == pytest.approx(16 / 3) and found.items == 3
     assert found.turns == {1: 5.5, 2: 5.0} and found.categories == {"writing": 6.5, "math": 3.0}
     assert summarize(item_scores(lines)).categories == {}
+    with pytest.raises(ValueError, match="question 82 was judged and has no category"):
+        summarize({(82, 1): 5.0}, {81: "writing"})
     assert item_scores([line(81, 1, -1)]) == {} and summarize({}) == scores.Score(None, {}, {}, 0)
 
 
-def test_repeats_become_their_median_or_mean():
+def test_repeats_become_their_median():
     lines = [line(81, 1, score, repeat=repeat) for repeat, score in enumerate((2, 9, 10))]
     lines += [line(81, 2, 4, repeat=0), line(81, 2, -1, repeat=1), line(81, 2, 7, repeat=2)]
     assert item_scores(lines) == {(81, 1): 9, (81, 2): 5.5}
-    assert item_scores(lines, "mean") == {(81, 1): 7, (81, 2): 5.5}
-    with pytest.raises(ValueError, match="repeats='mode'; allowed: median, mean"):
-        item_scores(lines, "mode")
 
 
 @pytest.mark.parametrize(
@@ -98,19 +86,13 @@ def test_lines_that_are_no_judgments_of_one_model_by_one_judge(lines, message):
         item_scores(lines)
 
 
-def test_a_question_without_a_category():
-    with pytest.raises(ValueError, match="question 82 was judged and has no category"):
-        summarize({(82, 1): 5.0}, {81: "writing"})
-
-
 # Repeats, intervals, verdicts
 
 
 def test_repeat_noise_by_hand():
     lines = [line(81, 1, 6, repeat=0), line(82, 1, 8, repeat=0), line(81, 1, 7, repeat=1), line(82, 1, 8, repeat=1)]
     lines += [line(83, 1, 1, repeat=1), line(84, 1, 1, repeat=0), line(84, 1, -1, repeat=1)]
-    found = repeat_noise(lines)  # over questions 81 and 82: the others lack a repeat
-    assert (found.means, found.spread, found.items) == ((7.0, 7.5), 0.5, 2)
+    assert repeat_noise(lines) == 0.5  # of the means 7 and 7.5 over questions 81 and 82: the others lack a repeat
     assert repeat_noise(lines[:2]) is None
     assert repeat_noise([]) is None
 
@@ -190,23 +172,16 @@ def test_verdict(low, difference, high, noise, expected):
     assert comparison_verdict(Comparison(difference, low, high, 80, 160, 0), noise) == expected
 
 
-def test_verdict_needs_a_noise():
+def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match="noise=-1"):
         comparison_verdict(Comparison(1.0, 0.5, 1.5, 80, 160, 0), -1)
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "message"),
-    [
-        ([], [{(81, 1): 5.0}], "got 0 and 1 seeds"),
-        ([{(81, 1): 5.0}], [{(82, 1): 5.0}], "no item was judged in every one of 2 seeds"),
-    ],
-)
-def test_nothing_to_pair(first, second, message):
-    with pytest.raises(ValueError, match=message):
-        paired_bootstrap(first, second, seed=0)
-    with pytest.raises(ValueError, match=r"judged items; each needs at least one"):
-        bootstrap_score([*first, {}], seed=0)
+    with pytest.raises(ValueError, match="got 0 and 1 seeds"):
+        paired_bootstrap([], [{(81, 1): 5.0}], seed=0)
+    with pytest.raises(ValueError, match="no item was judged in every one of 2 seeds"):
+        paired_bootstrap([{(81, 1): 5.0}], [{(82, 1): 5.0}], seed=0)
+    for seeds in ([], [{(81, 1): 5.0}, {}]):
+        with pytest.raises(ValueError, match="each needs at least one"):
+            bootstrap_score(seeds, seed=0)
 
 
 # Files
@@ -216,26 +191,10 @@ def write_judged(folder, name="m", *, lines=None, failures=(), record=None, repe
     """A record with two questions, its lines, its failures."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {
-        "schema": 1,
-        "status": "finished",
-        "run": {
-            "experiment": "test",
-            "kind": "judgments",
-            "model": "tiny",
-            "method": "full",
-            "task": "mt_bench",
-            "seed": 1,
-            "protocol": "sound",
-            "scale": "smoke",
-            "config_hash": "abc",
-        },
-        "judge": {
-            "model": "gpt-4",
-            "measures_quality": True,
-            "temperature": 0,
-            "max_tokens": 2048,
-            "repeats": repeats,
-        },
+        "run": dict.fromkeys(("experiment", "model", "method", "seed", "protocol", "scale"), "x")
+        | {"kind": "judgments", "config_hash": "abc"},
+        "judge": {"model": "gpt-4", "repeats": repeats}
+        | dict.fromkeys(("measures_quality", "temperature", "max_tokens"), 0),
         "questions": {"file": "q.jsonl", "sha256": "0" * 64, "count": 2},
         "answers": {"cut": 0, "refused": 0},
     }
@@ -275,31 +234,22 @@ def test_only_what_belongs_to_the_record_counts(tmp_path):
         lines[0] | {"judge": ["gpt-3", "single-v1"]},
         lines[0] | {"repeat": 1},
     ]
-    found = judged.read_judged(write_judged(tmp_path, lines=[*foreign, *lines]))
+    again = line(81, 1, 9, config_hash="abc", repeat=0)  # of two lines of an item the last counts
+    found = judged.read_judged(write_judged(tmp_path, lines=[*foreign, *lines, again]))
     assert (found.foreign, found.missing) == (4, 0)
-    assert found.items() == {(81, 1): 2, (81, 2): 3, (82, 1): 3, (82, 2): 4}
+    assert found.items() == {(81, 1): 9, (81, 2): 3, (82, 1): 3, (82, 2): 4}
     assert "4 lines of another configuration, judge or model not counted" in found.shortfall()
-
-
-def test_of_two_lines_of_an_item_the_last_counts(tmp_path):
-    lines = [*whole(repeat=0), line(81, 1, 9, config_hash="abc", repeat=0)]
-    assert judged.read_judged(write_judged(tmp_path, lines=lines)).items()[81, 1] == 9
 
 
 def test_records_that_a_cell_no_longer_lists_are_passed_over(tmp_path):
     write_judged(tmp_path / "cell", "m", lines=whole())
     write_judged(tmp_path / "cell", "stale", lines=[])
     write_judged(tmp_path / "cell" / "earlier", "m", lines=[])
+    (tmp_path / "answers.json").write_text('{"run": {"kind": "answers"}}')  # not judgments
     (tmp_path / "cell" / "cell.json").write_text('{"records": ["m.json"]}')
     assert [found.path for found in judged.read_judgments(tmp_path)] == [(tmp_path / "cell" / "m.json").as_posix()]
     (tmp_path / "cell" / "cell.json").unlink()
     assert len(list(judged.read_judgments(tmp_path))) == 3
-
-
-def test_other_records_are_no_judgments(tmp_path):
-    (tmp_path / "answers.json").write_text('{"run": {"kind": "answers"}}')
-    assert list(judged.read_judgments(tmp_path)) == []
-    assert list(judged.read_judgments(tmp_path / "nowhere")) == []
 
 
 def test_more_judgments_than_items(tmp_path):

@@ -216,7 +216,7 @@ def _label(evidence: Evidence, model: str, method: str) -> str:
 
 def _noise(judged: Sequence[Judged]) -> float | None:
     """Largest spread over repeats among the answer files of a method; `None` if none was judged twice."""
-    spreads = [noise.spread for one in judged if (noise := repeat_noise(one.lines)) is not None]
+    spreads = [noise for one in judged if (noise := repeat_noise(one.lines)) is not None]
     return max(spreads) if spreads else None
 
 
