@@ -74,13 +74,13 @@ def sources(
     data: Mapping[str, Mapping],
     questions: Mapping[str, Mapping] | None = None,
 ) -> list[AnySource]:
-    """The folders that an experiment needs.
+    """The folders that an experiment needs; what the pipeline makes itself has no source.
 
     Args:
         experiment: `models`, `decoders`, `efficiency_models` and `tasks`, lists of names.
-        models: Name -> content of conf/model/<name>.yaml. Without a checkpoint on a hub there is nothing to fetch.
-        data: Name -> content of conf/data/<name>.yaml or conf/chat/<name>.yaml. Without a `source` there is nothing to
-            fetch; with `tasks` each of the experiment's tasks is one folder, otherwise `files` gives the patterns.
+        models: Name -> content of conf/model/<name>.yaml.
+        data: Name -> content of conf/data/<name>.yaml or conf/chat/<name>.yaml; with `tasks` each of the experiment's
+            tasks is one folder, otherwise `files` gives the patterns.
         questions: Name -> content of conf/questions/<name>.yaml, whose `sources` are single files of GitHub.
 
     Raises:
@@ -136,11 +136,7 @@ def plan(wanted: Sequence[AnySource], root: Path, servers: Servers) -> list[Item
 
 
 def check_room(items: Sequence[Item], root: Path) -> None:
-    """Compares the missing bytes with the free space of the disk that holds `root`.
-
-    Raises:
-        FetchError: They don't fit.
-    """
+    """Raises a FetchError if the missing bytes don't fit on the disk that holds `root`."""
     missing = sum(item.missing for item in items)
     existing = next(path for path in (Path(root).absolute(), *Path(root).absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
@@ -162,11 +158,7 @@ def _kept(source: AnySource, folder: Path) -> tuple[HubFile, ...]:
 
 
 def fetch(items: Sequence[Item], servers: Servers) -> list[str]:
-    """Downloads and verifies every item; one that fails does not stop the others.
-
-    Returns:
-        The errors, one line each, the plan's own first; empty when every folder is complete.
-    """
+    """Downloads and verifies every item; one that fails does not stop the others. Returns the errors, one line each."""
     errors = [item.error for item in items if item.error]
     for item in items:
         try:

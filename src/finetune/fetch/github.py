@@ -4,12 +4,7 @@ GitHub's raw server lists nothing and gives no checksums, so a source names ever
 have. That checksum, not the name of a revision, says which content is meant: a tag will do. No account is used.
 """
 
-import http.client
-import logging
-import os
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +12,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from finetune.fetch.hub import FetchError, HubFile, check_below, size_of
-
-log = logging.getLogger(__name__)
+from finetune.fetch.hub import FetchError, HubFile, check_below, download, first_line
 
 ENDPOINT = "https://raw.githubusercontent.com"
 TIMEOUT = 60  # seconds without an answer
+HEADERS = {"Accept-Encoding": "identity", "User-Agent": "finetune"}  # no account
 
 
 @dataclass(frozen=True)
@@ -102,75 +96,38 @@ class GitHub:
         self._endpoint = (endpoint or ENDPOINT).rstrip("/")
 
     def files(self, source: GitHubSource) -> tuple[HubFile, ...]:
-        """The files of a source with the sizes that the server gives.
+        """The files of a source with the sizes that the server gives; a FetchError where it gives none."""
+        from huggingface_hub import get_session
+        from huggingface_hub.utils import hf_raise_for_status
 
-        Raises:
-            FetchError: The server can't be reached, has no such file, or gives no size.
-        """
         found = []
         for entry in source.entries:
-            with self._answer(entry, "HEAD") as answer:
-                size = answer.headers.get("Content-Length")
+            with self._explained(entry) as url:
+                answer = get_session().head(url, headers=HEADERS, timeout=TIMEOUT)
+                hf_raise_for_status(answer)
+            size = answer.headers.get("Content-Length")
             if size is None or not size.isdigit():
-                raise FetchError(f"{self._url(entry)}: the server gives no size, so the disk space can't be estimated")
+                raise FetchError(f"{url}: the server gives no size, so the disk space can't be estimated")
             found.append(HubFile(entry.file, int(size), entry.sha256))
         return tuple(found)
 
     def download(self, source: GitHubSource, file: HubFile, partial: Path) -> None:
-        """Downloads what `partial` does not hold yet.
-
-        Raises:
-            FetchError: The connection failed without any progress, or the disk is full.
-        """
+        """Downloads what `partial` does not hold yet; a FetchError if that brings nothing, or the disk is full."""
         entry = next(entry for entry in source.entries if entry.file == file.path)
-        try:
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            partial.touch()
-            while (done := size_of(partial)) < file.size:
-                self._append(entry, partial, done)
-                now = size_of(partial)
-                if now <= done:
-                    url = self._url(entry)
-                    raise FetchError(f"{url}: the connection ended at byte {now} of {file.size}, run again to go on")
-                if now < file.size:
-                    log.warning("%s: the connection was cut; resuming at byte %d", file.path, now)
-        except OSError as error:
-            raise FetchError(f"{partial}: {error}") from error
-
-    def _append(self, entry: GitHubFile, partial: Path, done: int) -> None:
-        with self._answer(entry, "GET", done) as answer, partial.open("ab") as handle:
-            if done and not (answer.headers.get("Content-Range") or "").startswith(f"bytes {done}-"):
-                handle.truncate(0)  # the server sends the whole file, whatever was asked
-            while block := _read(answer):
-                handle.write(block)
-            handle.flush()
-            os.fsync(handle.fileno())
+        with self._explained(entry) as url:
+            download(url, file, partial, HEADERS)
 
     @contextmanager
-    def _answer(self, entry: GitHubFile, verb: str, start: int = 0) -> Iterator[http.client.HTTPResponse]:
-        url = self._url(entry)
-        headers = {"Accept-Encoding": "identity", "User-Agent": "finetune"}
-        headers |= {"Range": f"bytes={start}-"} if start else {}
+    def _explained(self, entry: GitHubFile) -> Iterator[str]:
+        """The address of a file; what goes wrong with it becomes one line."""
+        from huggingface_hub import errors
+
+        url = f"{self._endpoint}/{entry.repo}/{entry.revision}/{quote(entry.path)}"
         try:
-            answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers, method=verb), timeout=TIMEOUT)
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code == 404:
+            yield url
+        except errors.HfHubHTTPError as error:
+            if error.response.status_code == 404:
                 raise FetchError(f"there is no {url}: check repo, revision and path in `sources`") from error
-            raise FetchError(f"{url}: the server answers HTTP {error.code} {error.reason}") from error
-        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: no address
-            reason = getattr(error, "reason", None) or error or type(error).__name__
-            raise FetchError(f"{self._endpoint} can't be reached, run again to go on: {reason}") from error
-        with answer:
-            yield answer
-
-    def _url(self, entry: GitHubFile) -> str:
-        return f"{self._endpoint}/{entry.repo}/{entry.revision}/{quote(entry.path)}"
-
-
-def _read(answer: http.client.HTTPResponse) -> bytes:
-    """The next bytes; none at the end and where the connection is cut."""
-    try:
-        return answer.read1(1 << 16)
-    except (OSError, http.client.HTTPException):
-        return b""
+            raise FetchError(f"{url}: the server answers {first_line(error)}") from error
+        except (errors.HTTPError, OSError, ValueError) as error:
+            raise FetchError(f"{url} can't be fetched, run again to go on: {first_line(error)}") from error

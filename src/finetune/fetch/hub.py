@@ -1,6 +1,6 @@
 """A hub of models and datasets: what a repository holds at one commit, and its files, over huggingface.co's protocol.
 
-The one module that imports huggingface_hub (inside functions). Every way in which a hub can refuse becomes a
+huggingface_hub is imported inside functions. Every way in which a hub can refuse becomes a
 `FetchError`: one line that says what is wrong and what to do.
 """
 
@@ -85,11 +85,7 @@ class Hub:
         self._infos: dict[tuple[str, str, str], Any] = {}
 
     def files(self, source: Source) -> tuple[HubFile, ...]:
-        """The files of a source, with sizes and checksums, as the hub lists them.
-
-        Raises:
-            FetchError: No access, no such repository, revision or file, or a checksum other than the pinned one.
-        """
+        """The files of a source as the hub lists them; a FetchError if one lacks, or is not what is pinned."""
         from huggingface_hub import get_hf_file_metadata
 
         info = self._info(source)
@@ -113,33 +109,12 @@ class Hub:
         return self._infos[key]
 
     def download(self, source: Source, file: HubFile, partial: Path) -> None:
-        """Downloads what `partial` does not hold yet.
-
-        Raises:
-            FetchError: The connection failed without any progress, or the disk is full.
-        """
-        from huggingface_hub.errors import HfHubHTTPError, HTTPError  # HTTPError: of the client library, re-exported
-        from huggingface_hub.file_download import http_get
+        """Downloads what `partial` does not hold yet; a FetchError if that brings nothing, or the disk is full."""
         from huggingface_hub.utils import build_hf_headers
 
-        # hf_hub_download throws away a partial file (2.4.0: one temporary name per process), which costs up to 10 GB
-        # per killed download here; its own http_get can resume.
-        headers = {**build_hf_headers(token=self._token), "Accept-Encoding": "identity"}
-        url = self._url(source, source.prefix + file.path)
         with self._explained(source):
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            partial.touch()
-            while (done := size_of(partial)) < file.size:
-                try:
-                    with partial.open("ab") as handle:
-                        http_get(url, handle, resume_size=done, headers=headers, displayed_filename=file.path)
-                        handle.flush()
-                        os.fsync(handle.fileno())
-                    break
-                except HTTPError as error:
-                    if isinstance(error, HfHubHTTPError) or size_of(partial) <= done:
-                        raise
-                    log.warning("%s: %s; resuming at byte %d", file.path, _first_line(error), size_of(partial))
+            headers = build_hf_headers(token=self._token)
+            download(self._url(source, source.prefix + file.path), file, partial, headers)
 
     def _url(self, source: Source, path: str) -> str:
         from huggingface_hub import hf_hub_url
@@ -163,9 +138,8 @@ class Hub:
         status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
         page = f"{self._api.endpoint}/{'' if source.kind == 'model' else 'datasets/'}{source.repo}"
         if isinstance(error, errors.OfflineModeIsEnabled):
-            return (
-                f"{source} must be downloaded, but HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: unset it to fetch"
-            )
+            named = "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE)"
+            return f"{source} must be downloaded, but {named} is set: unset it to fetch"
         if isinstance(error, errors.GatedRepoError) or status in (401, 403):
             token = "a token was sent, it gives no access" if self._token else "HF_TOKEN is not set"
             return (
@@ -174,15 +148,36 @@ class Hub:
             )
         if isinstance(error, errors.RevisionNotFoundError):
             return f"{source.repo} has no revision {source.revision}: check `revision`"
-        if isinstance(error, errors.EntryNotFoundError):
-            return f"{source}: the hub lists a file that it does not serve: {_first_line(error)}"
         if isinstance(error, errors.RepositoryNotFoundError):
             return f"there is no {source.kind} at {page}: check its name"
         if status is not None:
-            return f"{source}: the hub answers {_first_line(error)}"
+            return f"{source}: the hub answers {first_line(error)}"
         if isinstance(error, errors.HTTPError):
-            return f"{source}: {self._api.endpoint} can't be reached, run again to go on: {_first_line(error)}"
-        return f"{source}: {_first_line(error)}"
+            return f"{source}: {self._api.endpoint} can't be reached, run again to go on: {first_line(error)}"
+        return f"{source}: {first_line(error)}"
+
+
+def download(url: str, file: HubFile, partial: Path, headers: Mapping[str, str]) -> None:
+    """Download what `partial` does not hold yet, over as many connections as it takes, while each brings something."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # HTTPError: of the client library, re-exported
+    from huggingface_hub.file_download import http_get
+
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.touch()
+    # hf_hub_download throws away a partial file (2.4.0: one temporary name per process), which costs up to 10 GB
+    # per killed download here; its own http_get can resume.
+    headers = {**headers, "Accept-Encoding": "identity"}
+    while (done := size_of(partial)) < file.size:
+        try:
+            with partial.open("ab") as handle:
+                http_get(url, handle, resume_size=done, headers=headers, displayed_filename=file.path)
+                handle.flush()
+                os.fsync(handle.fileno())
+            break
+        except HTTPError as error:
+            if isinstance(error, HfHubHTTPError) or size_of(partial) <= done:
+                raise
+            log.warning("%s: %s; resuming at byte %d", file.path, first_line(error), size_of(partial))
 
 
 def _hub_file(source: Source, listed: Any) -> HubFile:
@@ -212,5 +207,6 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says first; its kind if it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

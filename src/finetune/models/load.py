@@ -63,13 +63,9 @@ def load_tokenizer(model: Mapping[str, Any], root: str | Path) -> Any:
 
 
 def load_classifier(model: Mapping[str, Any], root: str | Path, num_labels: int, seed: int) -> nn.Module:
-    """A sequence classifier; the head (and, with ``random_weights``, everything) is drawn from the seed.
+    """A sequence classifier in float32, on the CPU; with one label it does regression.
 
-    Args:
-        model: the ``model`` group.
-        root: ``data.root``.
-        num_labels: classes; 1 means regression.
-        seed: of the weights that are not loaded.
+    The head (and, with ``random_weights`` in the ``model`` group, everything) is drawn from the seed.
 
     Raises:
         ValueError: if the checkpoint can't be found or read.
@@ -82,12 +78,9 @@ def load_classifier(model: Mapping[str, Any], root: str | Path, num_labels: int,
 def load_causal(
     model: Mapping[str, Any], root: str | Path, seed: int, dtype: torch.dtype | str = torch.float32
 ) -> nn.Module:
-    """A causal language model, on the CPU.
+    """A causal language model, on the CPU; with ``random_weights`` it is drawn from the seed.
 
     Args:
-        model: the ``model`` group.
-        root: ``chat.root``.
-        seed: of the weights, with ``random_weights``.
         dtype: of loaded weights; ``auto`` takes the checkpoint's.
 
     Raises:
@@ -188,8 +181,7 @@ def fingerprint(model: Mapping[str, Any], root: str | Path) -> str:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as handle:
-            while chunk := handle.read(1 << 20):
-                digest.update(chunk)
+            hashlib.file_digest(handle, lambda: digest)
     return digest.hexdigest()
 
 

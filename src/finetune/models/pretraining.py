@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -12,18 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, DataCollatorForLanguageModeling
 
 from finetune.data.chat import ChatTemplate
-from finetune.data.oasst import IGNORED, PackedSplit, pack
+from finetune.data.oasst import PackedSplit, pack
 from finetune.models.load import no_file_bars
 from finetune.models.tokenizers import SPECIAL, train_llama_tokenizer, train_tokenizer
-
-Batch = tuple[dict[str, Tensor], Tensor]
-"""A model's inputs, and the labels of its logits, -100 where nothing is predicted."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +71,17 @@ def pretrain(
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
     model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**dict(architecture), vocab_size=len(tokenizer)))
+    masking = DataCollatorForLanguageModeling(tokenizer)  # BERT's: 15 % are predicted, most of them masked
 
-    def batch() -> Batch:
+    def batch() -> dict[str, Tensor]:
         picked = torch.randint(len(lines), (2, options.batch_size), generator=generator).tolist()
         rows = tokenizer(
             [lines[i] for i in picked[0]], [lines[i] for i in picked[1]], truncation=True, padding=True,
             return_tensors="pt", return_special_tokens_mask=True,
         )  # fmt: skip
         special = rows.pop("special_tokens_mask").bool()
-        ids, labels = mask_tokens(rows["input_ids"], special, tokenizer.mask_token_id, len(tokenizer), generator)
-        return {**rows, "input_ids": ids}, labels
+        ids, labels = masking.torch_mask_tokens(rows["input_ids"], special)
+        return {**rows, "input_ids": ids, "labels": labels}
 
     return _train_and_save(model, tokenizer, batch, folder, options)
 
@@ -96,22 +94,17 @@ def pretrain_causal(
     length: int,
     options: Pretraining,
 ) -> dict[str, float]:
-    """Train a tokenizer and a language model on dialogues, packed, and save both, whole or not at all.
+    """As :func:`pretrain`, a causal language model on dialogues, packed.
 
     Answers and their ends are learned; questions are drawn at random, nothing in them can be predicted.
 
     Args:
         dialogues: text, one dialogue a line, its turns separated by tabs.
-        folder: what ``AutoModelForCausalLM.from_pretrained`` loads later; replaced if it exists.
-        architecture: keyword arguments of the configuration; ``vocab_size`` is the tokenizer's.
         template: what the model is asked in later.
         length: tokens of a row.
 
-    Returns:
-        ``loss`` (of an answer's token, mean over the last tenth of the steps), ``steps``, ``seconds``.
-
     Raises:
-        ValueError: if the text is missing, the model type is unknown, or rows are longer than the model's window.
+        ValueError: also if rows are longer than the model's window, or the text too short for one.
     """
     window = architecture["max_position_embeddings"]
     if length > window:
@@ -124,42 +117,20 @@ def pretrain_causal(
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": tokenizer.pad_token_id}
     config = AutoConfig.for_model(**dict(architecture), **ids, vocab_size=len(tokenizer))
 
-    def batch() -> Batch:
-        found = rows.batch(torch.randint(len(rows), (options.batch_size,), generator=generator).tolist())
-        nothing = torch.full((options.batch_size, 1), IGNORED)  # the last token predicts none
-        return {"input_ids": found["input_ids"]}, torch.cat([found["labels"][:, 1:], nothing], dim=1)
+    def batch() -> dict[str, Tensor]:
+        return rows.batch(torch.randint(len(rows), (options.batch_size,), generator=generator).tolist())
 
     return _train_and_save(AutoModelForCausalLM.from_config(config), tokenizer, batch, Path(folder), options)
 
 
-def mask_tokens(ids: Tensor, special: Tensor, mask_id: int, vocab_size: int, generator: torch.Generator) -> tuple:
-    """BERT's masking: 15 % of the tokens are predicted; of them 80 % are masked, 10 % replaced, 10 % kept.
-
-    Args:
-        ids: ``(batch, tokens)``.
-        special: ``(batch, tokens)``, true where a token may not be chosen.
-
-    Returns:
-        Masked ids, and labels with -100 where nothing is predicted.
-    """
-    chosen = (torch.rand(ids.shape, generator=generator) < 0.15) & ~special
-    labels = torch.where(chosen, ids, IGNORED)
-    kind = torch.rand(ids.shape, generator=generator)
-    masked = torch.where(chosen & (kind < 0.8), mask_id, ids)
-    random_ids = torch.randint(vocab_size, ids.shape, generator=generator)
-    return torch.where(chosen & (kind >= 0.8) & (kind < 0.9), random_ids, masked), labels
-
-
 def _train_and_save(
-    model: nn.Module, tokenizer: Any, batch: Callable[[], Batch], folder: Path, options: Pretraining
+    model: nn.Module, tokenizer: Any, batch: Callable[[], dict[str, Tensor]], folder: Path, options: Pretraining
 ) -> dict[str, float]:
     started, steps, losses = time.monotonic(), options.steps, []
     model = model.to(options.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, options.beta2), weight_decay=0.01, fused=True)
     for step in tqdm(range(steps), desc=f"pretrain {folder.name}", disable=not options.progress_bar, leave=False):
-        inputs, labels = batch()
-        logits = model(**{name: value.to(options.device) for name, value in inputs.items()}).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.to(options.device).flatten(), ignore_index=IGNORED)
+        loss = model(**{name: value.to(options.device) for name, value in batch().items()}).loss
         rate = min(1.0, (step + 1) / (options.warmup * steps), 2 * (1 - step / steps))
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * rate
@@ -190,7 +161,7 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
 
 def _read_dialogues(path: Path) -> list[list[str]]:
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; the generate_chat stage writes it.")
+        raise ValueError(f"{path} does not exist; the generate stage writes it.")
     turns = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line]
     if odd := [number for number, line in enumerate(turns, 1) if len(line) % 2 or not all(line)]:
         raise ValueError(f"{path}, line {odd[0]}: needs turns of user and assistant in pairs, separated by tabs.")
@@ -199,11 +170,8 @@ def _read_dialogues(path: Path) -> list[list[str]]:
 
 def _plain(turns: Iterable[list[str]], template: ChatTemplate) -> Iterable[str]:
     """The text that a vocabulary is learned from: rendered, a line wherever a special token stands."""
-    for dialogue in turns:
-        text = template.prompt(dialogue)
-        for token in SPECIAL:
-            text = text.replace(token, "\n")
-        yield text
+    special = re.compile("|".join(SPECIAL))
+    return [special.sub("\n", template.prompt(dialogue)) for dialogue in turns]
 
 
 def _packed(turns: Iterable[list[str]], template: ChatTemplate, tokenizer: Any, length: int) -> PackedSplit:

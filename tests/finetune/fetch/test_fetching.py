@@ -35,19 +35,10 @@ EXPERIMENT = {"models": ["tiny"], "tasks": ["cola"]}
 
 
 @pytest.fixture
-def mirror(monkeypatch):
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    huggingface_hub.close_session()
-    with hub_mirror.HubMirror() as server:
-        server.repos["models", "acme/tiny"] = hub_mirror.Repo(COMMIT, dict(MODEL))
-        server.repos["datasets", "acme/glue"] = hub_mirror.Repo(COMMIT, dict(GLUE))
-        yield server
-    huggingface_hub.close_session()
+def mirror(mirror):
+    mirror.repos["models", "acme/tiny"] = hub_mirror.Repo(COMMIT, dict(MODEL))
+    mirror.repos["datasets", "acme/glue"] = hub_mirror.Repo(COMMIT, dict(GLUE))
+    return mirror
 
 
 def tiny(**changes) -> Source:

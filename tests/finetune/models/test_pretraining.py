@@ -17,7 +17,7 @@ from finetune.data.chat import chat_template
 from finetune.data.generated import write_corpus, write_task
 from finetune.data.generated_chat import write_chat
 from finetune.models import pretraining
-from finetune.models.pretraining import Pretraining, mask_tokens, pretrain, pretrain_causal
+from finetune.models.pretraining import Pretraining, pretrain, pretrain_causal
 from finetune.models.tokenizers import train_llama_tokenizer, train_tokenizer
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
@@ -118,19 +118,6 @@ def test_the_saved_model_is_loaded_by_the_classifier_and_takes_pairs(made):
     assert model(**rows).logits.shape == (2, 3)
 
 
-def test_masking_spares_special_tokens_and_keeps_the_shares():
-    ids = torch.full((400, 50), 7)
-    special = torch.zeros_like(ids, dtype=torch.bool)
-    special[:, 0] = True
-    masked, labels = mask_tokens(ids, special, 4, 100, torch.Generator().manual_seed(0))
-    chosen = labels != -100
-    assert not chosen[:, 0].any()
-    assert torch.equal(labels[chosen], ids[chosen])
-    assert torch.equal(masked[~chosen], ids[~chosen])
-    assert abs(chosen[:, 1:].float().mean() - 0.15) < 0.01
-    assert abs((masked[chosen] == 4).float().mean() - 0.8) < 0.03
-
-
 # ---- the decoder ----
 
 
@@ -176,22 +163,16 @@ def test_pretraining_lowers_the_loss_of_answers(llama, text, tmp_path):
     assert before > 5 and llama[1]["loss"] < 0.6 * before
 
 
-def test_the_loss_is_that_of_the_next_token_of_answers_alone(text, tmp_path, monkeypatch):
-    """Questions are in the rows and not in the labels; a label stands where its token is predicted."""
+def test_answers_alone_are_learned(text, tmp_path, monkeypatch):
+    """Questions are in the rows and not in the labels."""
     seen = []
     packed = pretraining.pack
     monkeypatch.setattr(pretraining, "pack", lambda *given: seen.append(packed(*given)) or seen[-1])
-    entropy = pretraining.F.cross_entropy
-    losses = []
-    monkeypatch.setattr(pretraining.F, "cross_entropy", lambda *a, **k: losses.append((a, k)) or entropy(*a, **k))
     run(text, tmp_path / "model", LLAMA, steps=1)
     tokenizer, (rows,) = saved_tokenizer(tmp_path / "model"), seen
     learned = tokenizer.decode(rows.labels[rows.labels >= 0])
     assert "[INST]" not in learned and "name the" not in learned and "</s>" in learned
     assert "name the" in tokenizer.decode(rows.input_ids.flatten())
-    ((_, labels), _), *_ = losses
-    drawn = torch.randint(len(rows), (8,), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(labels.view(8, -1)[:, :-1], rows.labels[drawn][:, 1:])
 
 
 # ---- both ----
@@ -230,7 +211,7 @@ def test_tokenizers_that_cannot_be_made_are_refused():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "the generate_chat stage"),
+        (None, "the generate stage"),
         ("a\tb\na\tb\tc\n", "line 2: needs turns of user and assistant in pairs"),
         ("a\t\n", "line 1: needs turns of user and assistant in pairs"),
         ("a\tb\n", "the dialogues have .+ tokens, too few for one row of 64"),
