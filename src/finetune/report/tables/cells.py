@@ -45,7 +45,7 @@ def _score(place: Place, frame: Frame) -> Cell:
         verdict = score_verdict(place, [scores], [place.deviation], margin)
     seeds = f"{_plural(len(runs), 'seed')} ({', '.join(str(run.seed) for run in runs)})"
     how = f"mean of {seeds}, t interval" if ours.n > 1 else f"{seeds}, no interval"
-    return trained(place, frame, runs, verdict, ours, how, reasons, **released)
+    return trained(place, frame, verdict, ours, how, reasons, **released)
 
 
 def _average(place: Place, frame: Frame) -> Cell:
@@ -74,7 +74,7 @@ def _average(place: Place, frame: Frame) -> Cell:
     per_task = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     interval = "bootstrap interval" if ours.n > 1 else "no interval"
     how = f"mean of {len(by_task)} task means, runs per task: {per_task}, {interval}"
-    return trained(place, frame, runs, verdict, ours, how, reasons, **released)
+    return trained(place, frame, verdict, ours, how, reasons, **released)
 
 
 def _of_paper(frame: Frame) -> list[str]:
@@ -95,31 +95,20 @@ def _partial(place: Place, by_task: Mapping[str, object]) -> list[Reason]:
 
 
 def _trainable(place: Place, frame: Frame) -> Cell:
-    """Trainable parameters of the model, or of one wrapped MLP matrix, as the records counted them."""
-    runs = frame.runs(place)
+    """Trainable parameters as the records counted them: of the model, of one wrapped MLP matrix, or in percent."""
+    runs, share = frame.runs(place), place.quantity == "trained_share"
     if not runs:
         return missing(place, frame)
-    counts = sorted(getattr(run, place.quantity) for run in runs)
-    count = _whole(statistics.median_low(counts))
+    counts = sorted(run.share if share else _whole(getattr(run, place.quantity)) for run in runs)
+    count = statistics.median_low(counts)
     reasons, verdict = reasons_against(place, frame.evidence, runs, sizes=False), verdicts.NOT_COMPARABLE
     if not reasons:
         verdict, reasons = digits_verdict(place.paper, count)
-    spread = f", {_whole(counts[0]):,} to {_whole(counts[-1]):,}" if counts[0] != counts[-1] else ""
-    return trained(place, frame, runs, verdict, count, f"count in {len(runs)} records{spread}", reasons)
-
-
-def _trained_share(place: Place, frame: Frame) -> Cell:
-    """Share of a decoder's parameters that train, as the records counted them."""
-    runs = frame.runs(place)
-    if not runs:
-        return missing(place, frame)
-    share = statistics.median_low(sorted(run.share for run in runs))
-    reasons, verdict = reasons_against(place, frame.evidence, runs, sizes=False), verdicts.NOT_COMPARABLE
-    if not reasons:
-        verdict, reasons = digits_verdict(place.paper, share)
-    counts = sorted({(run.trainable, run.total) for run in runs})
-    how = f"{' or '.join(f'{trained:,} of {total:,}' for trained, total in counts)} parameters"
-    return trained(place, frame, runs, verdict, Estimate(share, None, None, len(runs)), how, reasons)
+    spread = f", {counts[0]:,} to {counts[-1]:,}" if counts[0] != counts[-1] else ""
+    how = f"count in {len(runs)} records{spread}"
+    if share:
+        how = f"{' or '.join(sorted({f'{run.trainable:,} of {run.total:,}' for run in runs}))} parameters"
+    return trained(place, frame, verdict, Estimate(count, None, None, len(runs)) if share else count, how, reasons)
 
 
 def _k(place: Place, frame: Frame) -> Cell:
@@ -136,7 +125,7 @@ def _k(place: Place, frame: Frame) -> Cell:
     elif share is None:
         reasons = [Reason("no_architecture", "the records do not tell the size of a matrix")]
     of = f", {share:.3f} % of {matrix:,} entries" if share is not None else ""
-    return trained(place, frame, runs, verdict, _whole(kept), f"count in {_plural(len(runs), 'record')}{of}", reasons)
+    return trained(place, frame, verdict, _whole(kept), f"count in {_plural(len(runs), 'record')}{of}", reasons)
 
 
 def _architecture(place: Place, frame: Frame) -> Cell:
@@ -150,8 +139,8 @@ def _architecture(place: Place, frame: Frame) -> Cell:
         value = counts.share(place.part) if place.quantity == "share" else getattr(counts, place.part)
     verdict, reasons = digits_verdict(place.paper, value)
     reasons += [] if place.paper else [Reason("not_printed", "the paper prints no value")]
-    how, path = "exact count of the architecture", f"conf/model/{place.model}.yaml"
-    return finish(place, verdict, protocol="", ours=value, how=how, reasons=reasons, model=place.model, records=[path])
+    fields = {"model": place.model, "records": (f"conf/model/{place.model}.yaml",)}
+    return finish(place, "", verdict, value, "exact count of the architecture", reasons, **fields)
 
 
 def _setting(place: Place, frame: Frame) -> Cell:
@@ -171,17 +160,8 @@ def _setting(place: Place, frame: Frame) -> Cell:
         how, reasons = f"best of {trials}", reasons_against(place, frame.evidence, [search])
         verdict = verdicts.NOT_COMPARABLE if reasons else setting_verdict(place, value)
         value = Estimate(value, None, None, search.states.get("complete", 0))
-    return finish(
-        place,
-        verdict,
-        protocol=frame.evidence.experiment.protocol,
-        ours=value,
-        how=how,
-        reasons=reasons,
-        model=search.model,
-        records=[search.path],
-        **released,
-    )
+    fields = {"model": search.model, "records": (search.path,)} | released
+    return finish(place, frame.evidence.experiment.protocol, verdict, value, how, reasons, **fields)
 
 
 _BUILDERS = {
@@ -189,7 +169,7 @@ _BUILDERS = {
     "share": _architecture,
     "trainable": _trainable,
     "trainable_per_layer": _trainable,
-    "trained_share": _trained_share,
+    "trained_share": _trainable,
     "k": _k,
     "average": _average,
     "score": _score,

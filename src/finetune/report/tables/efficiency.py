@@ -73,12 +73,13 @@ def _cell(place: Place, measured: EfficiencyEvidence, evidence: Evidence, seed: 
     else:
         values = _values(place, measured)
         paths = [measured.tasks[task].path for task in values]
-    words = {"protocol": measured.protocol, "model": measured.model, "records": paths}
+    fields = {"model": measured.model, "records": tuple(paths)}
     if not values:
-        return finish(place, verdicts.NOT_RUN, reasons=_why_not(place, measured), **words)
+        return finish(place, measured.protocol, verdicts.NOT_RUN, reasons=_why_not(place, measured), **fields)
     ours = _estimate(place, values, seed)
     reasons = [*_against(place, measured), *_partial(place, values)]
-    return finish(place, verdicts.NOT_COMPARABLE, ours=ours, how=_how(place, values, ours), reasons=reasons, **words)
+    how = _how(place, values, ours)
+    return finish(place, measured.protocol, verdicts.NOT_COMPARABLE, ours, how, reasons, **fields)
 
 
 def _runs(place: Place, measured: EfficiencyEvidence, evidence: Evidence) -> dict[str, tuple[Run, ...]]:

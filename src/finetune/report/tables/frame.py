@@ -1,7 +1,8 @@
 """What all cells of a table share, and how a cell is put together."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field
+from typing import Any
 
 from finetune.report.evidence.evidence import Evidence, Run
 from finetune.report.model import Cell, Reason
@@ -10,6 +11,9 @@ from finetune.report.paper.layouts import Place
 from finetune.report.tables.comparability import keys_of, why_not_run
 from finetune.stats import verdicts
 from finetune.stats.intervals import Estimate
+
+_SAME = ("row", "column", "quantity", "method", "task", "paper", "paper_std")
+"""What a cell has from its place."""
 
 
 @dataclass(frozen=True)
@@ -41,88 +45,57 @@ class Frame:
 
 def finish(
     place: Place,
-    verdict: str,
-    *,
     protocol: str,
+    verdict: str,
     ours: Estimate | float | None = None,
     how: str = "",
     reasons: Iterable[Reason] = (),
-    flags: Iterable[str] = (),
-    model: str = "",
-    records: Iterable[str] = (),
-    released: float | None = None,
+    *,
     logs: str = "",
+    flags: Iterable[str] = (),
+    **fields: Any,
 ) -> Cell:
     """Put a cell together.
 
     Args:
         place: What the paper prints there, and what stands behind it.
-        verdict: One of `verdicts.VERDICTS`.
         protocol: Name of the protocol behind ours.
+        verdict: One of `verdicts.VERDICTS`.
         ours: Our value, with its interval if it has one.
         how: How it was computed.
         reasons: Why there is none, or why it may not be compared.
+        logs: Where the value of the authors' logs comes from.
         flags: Words on ours.
-        model: The model behind ours.
-        records: Paths of the records behind ours.
-        released: The value of the authors' logs.
-        logs: Where that comes from.
+        fields: `released`, `model` and `records` of the cell.
     """
     value, low, high, n = astuple(ours) if isinstance(ours, Estimate) else (ours, None, None, None)
     paper = f"{place.source}{f' ({place.note})' if place.note else ''}" if place.source else place.note
-    sources = {"paper": paper, "ours": how, "released": logs if released is not None else ""}
-    words = {"inferred": place.inferred, "ablation": place.ablation, "over_full": place.over_full}
-    return Cell(
-        row=place.row,
-        column=place.column,
-        quantity=place.quantity,
-        method=place.method,
-        task=place.task,
-        value=value,
-        low=low,
-        high=high,
-        n=n,
-        paper=place.paper,
-        paper_std=place.paper_std,
-        released=released,
-        verdict=verdict,
-        reasons=tuple(reasons),
-        flags=(*(word for word, holds in words.items() if holds), *flags),
-        sources={who: text for who, text in sources.items() if text},
-        protocol=protocol,
-        model=model,
-        records=tuple(records),
-    )
+    sources = {"paper": paper, "ours": how, "released": logs if fields.get("released") is not None else ""}
+    words = [word for word in ("inferred", "ablation", "over_full") if getattr(place, word)]
+    same = {name: getattr(place, name) for name in _SAME}
+    text = {who: text for who, text in sources.items() if text}
+    ends = {"value": value, "low": low, "high": high, "n": n, "verdict": verdict, "protocol": protocol}
+    return Cell(**same, **ends, **fields, reasons=tuple(reasons), flags=(*words, *flags), sources=text)
 
 
-def missing(place: Place, frame: Frame, *reasons: Reason, **released) -> Cell:
+def missing(place: Place, frame: Frame, *reasons: Reason, **released: Any) -> Cell:
     """A cell without a value of ours; the reasons are those of `why_not_run` if none is given."""
     found = reasons or why_not_run(place, frame.evidence)
-    return finish(place, verdicts.NOT_RUN, protocol=frame.evidence.experiment.protocol, reasons=found, **released)
+    return finish(place, frame.evidence.experiment.protocol, verdicts.NOT_RUN, reasons=found, **released)
 
 
 def trained(
     place: Place,
     frame: Frame,
-    runs: Sequence[Run],
     verdict: str,
     ours: Estimate | float,
     how: str,
     reasons: Iterable[Reason],
-    **released,
+    **released: Any,
 ) -> Cell:
-    """A cell that has training runs behind it."""
-    failed = any(frame.evidence.failed.get(key) for key in keys_of(place, frame.evidence))
+    """A cell that has training runs behind it; its records are theirs."""
+    runs, failed = frame.runs(place), any(frame.evidence.failed.get(key) for key in keys_of(place, frame.evidence))
     words = {"failed_runs": failed, "mixed_versions": len(frame.versions) > 1}
-    return finish(
-        place,
-        verdict,
-        protocol=frame.evidence.experiment.protocol,
-        ours=ours,
-        how=how,
-        reasons=reasons,
-        flags=[word for word, holds in words.items() if holds],
-        model=runs[0].model,
-        records=[run.path for run in runs],
-        **released,
-    )
+    fields = {"model": runs[0].model, "records": tuple(run.path for run in runs)} | released
+    flags = [word for word, holds in words.items() if holds]
+    return finish(place, frame.evidence.experiment.protocol, verdict, ours, how, reasons, flags=flags, **fields)

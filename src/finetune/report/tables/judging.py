@@ -48,16 +48,8 @@ def judged_cell(place: Place, frame: Frame) -> Cell:
         f"{', '.join(str(one.record['run']['seed']) for one in judged)}, bootstrap interval over questions, judge "
         f"{judge['model']}, median of {judge['repeats']} repeats"
     )
-    return finish(
-        place,
-        verdict,
-        protocol=frame.evidence.experiment.protocol,
-        ours=ours,
-        how=how,
-        reasons=reasons,
-        model=place.own,
-        records=[one.path for one in judged],
-    )
+    fields = {"model": place.own, "records": tuple(one.path for one in judged)}
+    return finish(place, frame.evidence.experiment.protocol, verdict, ours, how, reasons, **fields)
 
 
 def _against_judge(judged: Sequence[Judged]) -> list[Reason]:
@@ -125,10 +117,7 @@ def _details(judged: Sequence[Judged], categories: Mapping[int, str] | None) -> 
 
 
 def _pairs(
-    judged: Mapping[str, Sequence[Judged]],
-    labels: Mapping[str, str],
-    categories: Mapping[int, str] | None,
-    seed: int,
+    judged: Mapping[str, Sequence[Judged]], labels: Mapping[str, str], categories: Mapping[int, str] | None, seed: int
 ) -> list[Note]:
     """Compare each two methods' scores."""
     items = {method: [one.items() for one in found] for method, found in judged.items()}

@@ -6,14 +6,7 @@ from dataclasses import replace
 from finetune.published import TASKS
 from finetune.report.evidence.evidence import Evidence
 from finetune.report.evidence.experiment import Experiment
-from finetune.report.paper.layouts import (
-    GLUE_TABLES,
-    K_TABLES,
-    LLAMA_TABLE,
-    SEARCH_TABLES,
-    Place,
-    printed_places,
-)
+from finetune.report.paper.layouts import GLUE_TABLES, K_TABLES, LLAMA_TABLE, SEARCH_TABLES, Place, printed_places
 
 OWN_LABELS = {
     "folded": "SparseGrad, folded",
