@@ -23,7 +23,8 @@ def read_files(files: Sequence[Path]) -> tuple[pa.Table, str]:
     try:
         return pa.concat_tables([pq.read_table(file) for file in files]), digest
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{files[0]} is no readable parquet ({error}); fetch it again.") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{files[0]} is no readable parquet ({reason}); fetch it again.") from None
 
 
 def read_hub(data: Mapping[str, Any], split: str, folder: Path, *names: str) -> tuple[pa.Table, str]:

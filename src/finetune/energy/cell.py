@@ -15,7 +15,7 @@ from finetune.energy.measures import MeasureOptions
 from finetune.energy.probe import Probe
 from finetune.energy.spaces import SPACES
 from finetune.energy.trajectory import Looks, follow
-from finetune.methods import Method, build_method
+from finetune.methods import build_method
 from finetune.runs.glue import GlueProblem
 from finetune.runs.problem import for_task
 from finetune.store import records
@@ -86,15 +86,8 @@ def identity(inputs: GlueProblem, task: str, trajectory: str) -> dict[str, Any]:
 
 # What of conf/scale/energy decides numbers.
 _SIZES = (
-    "train_examples",
-    "steps",
-    "batches",
-    "refresh_batches",
-    "batch_size",
-    "learning_rate",
-    "accumulation_steps",
-    "precision",
-    "picture",
+    *("train_examples", "steps", "batches", "refresh_batches", "batch_size", "learning_rate"),
+    *("accumulation_steps", "precision", "picture"),
 )
 
 
@@ -108,7 +101,13 @@ def _follow(inputs: GlueProblem, task: str, name: str) -> tuple[Looks, dict[str,
     model = inputs.load_model(task, seed).to(device)
     stored, _ = inputs.bases(task)
     stored = {kind: basis.to(device) for kind, basis in stored.items()}
-    method = _method(inputs, name, task)
+    method = build_method(
+        _method_group(config, name),
+        config["model"],
+        protocol,
+        bases=inputs.bases(task)[0],
+        one_backward_a_step=scale["accumulation_steps"] == 1,
+    )
     judged, refreshing = _rows(config, len(splits["train"]))
     probe = Probe(
         method=method,
@@ -116,7 +115,7 @@ def _follow(inputs: GlueProblem, task: str, name: str) -> tuple[Looks, dict[str,
         judged=judged,
         refreshing=refreshing,
         stored=stored,
-        options=_measure_options(config),
+        options=MeasureOptions(**config["measure"]),
         budget=(config["model"]["k"], protocol["density"]),
         batch_size=scale["batch_size"],
         refresh_batches=_refresh_batches(config),
@@ -138,7 +137,10 @@ def _follow(inputs: GlueProblem, task: str, name: str) -> tuple[Looks, dict[str,
         label=f"{task} {name}",
     )
     targets = method.targets.find(model)
-    layers = [_layer(t.kind, t.layer, t.name, (t.module.out_features, t.module.in_features), probe) for t in targets]
+    layers = [
+        {"kind": t.kind, "layer": t.layer, "name": t.name, "shape": list(t.shape), "block": list(probe.ranks(t.shape))}
+        for t in targets
+    ]
     return looks, {
         "metric": facts.metric,
         "title": facts.title,
@@ -183,36 +185,11 @@ def _record(
     }
 
 
-def _layer(kind: str, layer: int | None, name: str, shape: tuple[int, int], probe: Probe) -> dict[str, Any]:
-    return {"kind": kind, "layer": layer, "name": name, "shape": list(shape), "block": list(probe.ranks(shape))}
-
-
 def _method_group(config: Mapping[str, Any], trajectory: str) -> Mapping[str, Any]:
-    """The ``method`` group of a trajectory.
-
-    Raises:
-        ValueError: if ``conf/energy.yaml`` composes none of that name.
-    """
+    """The ``method`` group of a trajectory, one of those that ``conf/energy.yaml`` composes."""
     if trajectory not in config["methods"]:
         raise ValueError(f"scale.trajectories names {trajectory!r}; allowed: {', '.join(config['methods'])}.")
     return config["methods"][trajectory]
-
-
-def _method(inputs: GlueProblem, trajectory: str, task: str) -> Method:
-    config = inputs.config
-    return build_method(
-        _method_group(config, trajectory),
-        config["model"],
-        config["protocol"],
-        bases=inputs.bases(task)[0],
-        one_backward_a_step=config["scale"]["accumulation_steps"] == 1,
-    )
-
-
-def _measure_options(config: Mapping[str, Any]) -> MeasureOptions:
-    group = config["measure"]
-    lists = {name: tuple(group[name]) for name in ("shares", "stripe_shares", "levels")}
-    return MeasureOptions(**lists, threshold=group["threshold"])
 
 
 def _training_options(config: Mapping[str, Any], task: str) -> TrainingOptions:
@@ -241,11 +218,7 @@ def _refresh_batches(config: Mapping[str, Any]) -> int:
 
 
 def _rows(config: Mapping[str, Any], examples: int) -> tuple[list[list[int]], list[int]]:
-    """Judged batches, and rows of the refreshed bases: apart from each other and from those of the stored basis.
-
-    Raises:
-        ValueError: if the split is too small for that.
-    """
+    """Judged batches, and rows of the refreshed bases: apart from each other and from those of the stored basis."""
     scale, preliminary = config["scale"], config["protocol"]["preliminary"]
     size, count = scale["batch_size"], scale["batches"]
     used = torch.randperm(examples, generator=torch.Generator().manual_seed(config["protocol"]["search_seed"]))

@@ -26,9 +26,9 @@ class MeasureOptions:
         threshold: an entry counts as above it by absolute value; the released code's fixed cut is 1e-3 (D6).
     """
 
-    shares: tuple[float, ...]
-    stripe_shares: tuple[float, ...]
-    levels: tuple[float, ...]
+    shares: Sequence[float]
+    stripe_shares: Sequence[float]
+    levels: Sequence[float]
     threshold: float
 
     def __post_init__(self) -> None:
@@ -98,8 +98,8 @@ def energy_in_largest(squares: Tensor, shares: Sequence[float]) -> list[float]:
         squares: ``(n,)``, not negative, float64.
         shares: of the n values; at least one value is taken.
     """
-    counts = [min(len(squares), max(1, round(share * len(squares)))) for share in shares]
-    largest = torch.topk(squares, counts[-1]).values if counts[-1] < len(squares) else squares.sort(descending=True)[0]
+    counts = [max(1, round(share * len(squares))) for share in shares]
+    largest = torch.topk(squares, counts[-1]).values
     sums = largest.cumsum(dim=0)
     return (sums[torch.tensor(counts, device=sums.device) - 1] / squares.sum()).clamp(max=1.0).tolist()
 
@@ -123,13 +123,7 @@ def pool(G: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def average(found: Sequence[Concentration]) -> dict[str, Any]:
-    """Mean over batches of every number, and ``energy_sd``, the standard deviation of ``energy`` (n - 1).
-
-    Raises:
-        ValueError: without a matrix.
-    """
-    if not found:
-        raise ValueError("no gradient was measured.")
+    """Mean over batches of every number, and ``energy_sd``, the standard deviation of ``energy`` (n - 1)."""
     columns: dict[str, Any] = {}
     for name in asdict(found[0]):
         values = torch.tensor([getattr(one, name) for one in found], dtype=torch.float64)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from finetune.data.examples import Examples
 from finetune.energy.measures import Concentration, MeasureOptions, average, measure, pool
-from finetune.energy.spaces import SPACES, random_bases, released, rotations
+from finetune.energy.spaces import SPACES, rotations
 from finetune.methods import Method
 from finetune.methods.base import kept_entries
+from finetune.methods.sparsegrad import random_basis
 from finetune.training.evaluation import summed_loss
 from finetune.training.gradients import PreliminaryOptions, collect
 from sparsegrad import Basis, Target, core_shape
@@ -23,7 +24,7 @@ from sparsegrad import Basis, Target, core_shape
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a split, as a split of their own: what judged and refreshing gradients are kept apart with."""
+    """Some rows of a split, as a split of their own."""
 
     split: Examples
     rows: Sequence[int]
@@ -80,7 +81,9 @@ class Probe:
             raise ValueError("no batch to judge gradients on; raise scale.batches.")
         if set(self.refreshing) & {row for rows in self.judged for row in rows}:
             raise ValueError("rows of the refreshed basis are judged too; it must be judged on others.")
-        self._bases = {"stored": dict(self.stored), "random": random_bases(self.stored, self.seed)}
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = {kind: random_basis(basis, generator) for kind, basis in self.stored.items()}
+        self._bases = {"stored": dict(self.stored), "random": drawn}
 
     def ranks(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the truncated form's core of a matrix."""
@@ -107,18 +110,12 @@ class Probe:
             plain = extract_model_from_parallel(copy.deepcopy(model), keep_fp32_wrapper=False)
             plain = self.method.merge(plain).to(device).train()
             options = PreliminaryOptions(steps=self.refresh_batches, batch_size=self.batch_size)
-            collected = collect(
-                plain,
-                Rows(self.split, self.refreshing),
-                self.method.targets,
-                options,
-                seed=self.seed,
-                device=device,
-                progress_bar=False,
-            )
+            rows, targets = Rows(self.split, self.refreshing), self.method.targets
+            collected = collect(plain, rows, targets, options, seed=self.seed, device=device, progress_bar=False)
             refreshed = {kind: basis.to(dtype=torch.float32) for kind, basis in collected.bases().items()}
             if "initial" not in self._bases:
-                self._bases |= {"initial": refreshed, "released": released(refreshed)}
+                released = {kind: basis.oriented("released") for kind, basis in refreshed.items()}
+                self._bases |= {"initial": refreshed, "released": released}
             gradients = _Gradients(self, plain, self._bases | {"refreshed": refreshed})
             torch.manual_seed(self.seed)
             loss = 0.0
@@ -161,15 +158,13 @@ class _Gradients:
 
     def numbers(self) -> dict[str, Any]:
         """Means over the judged batches: ``spaces`` by space, and ``output_gradients``, lists over the targets."""
-        spaces = [space for space in SPACES if space == "original" or space in self.bases]
         return {
-            "spaces": {space: [average(self.weight[space, t.name]) for t in self.targets] for space in spaces},
+            "spaces": {space: [average(self.weight[space, t.name]) for t in self.targets] for space in SPACES},
             "output_gradients": [_mean(self.output[target.name]) for target in self.targets],
         }
 
     def _weight_hook(self, target: Target) -> Any:
-        shape = target.shape
-        ranks = self.probe.ranks(shape)
+        ranks = self.probe.ranks(target.shape)
 
         def take(weight: Tensor) -> None:
             for space, G in rotations(weight.grad, self.bases, target.kind).items():

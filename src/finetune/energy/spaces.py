@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from finetune.methods.sparsegrad import random_basis
 from sparsegrad import Basis
 
 SPACES = ("original", "random", "released", "stored", "initial", "refreshed")
@@ -21,21 +19,6 @@ A basis is judged on other batches than it was made from, and all are made from 
 """
 
 
-def random_bases(like: Mapping[str, Basis], seed: int) -> dict[str, Basis]:
-    """Orthogonal bases by layer kind, drawn from a seed, of the shapes, dtype and device of others."""
-    generator = torch.Generator().manual_seed(seed)
-    return {kind: random_basis(basis, generator) for kind, basis in like.items()}
-
-
-def released(bases: Mapping[str, Basis]) -> dict[str, Basis]:
-    """Bases by layer kind in the orientation of the released code."""
-    return {kind: basis.oriented("released") for kind, basis in bases.items()}
-
-
 def rotations(G: Tensor, bases: Mapping[str, Mapping[str, Basis]], kind: str) -> dict[str, Tensor]:
     """A gradient ``(out_features, in_features)`` in every space of :data:`SPACES` that there is a basis for."""
-    found = {"original": G}
-    for space in SPACES[1:]:
-        if space in bases:
-            found[space] = bases[space][kind].rotate(G)
-    return found
+    return {"original": G} | {space: bases[space][kind].rotate(G) for space in SPACES if space in bases}

@@ -1,7 +1,5 @@
 """Generated tasks: GLUE's format, determinism, and labels that a bag of words can't tell."""
 
-import os
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -99,15 +97,3 @@ def test_an_unknown_task_says_what_there_is(tmp_path):
     with pytest.raises(ValueError, match=r"task='sst2'; the grammar has: cola, mrpc, stsb"):
         write_task("sst2", tmp_path, 10, 10, seed=0)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_failed_write_leaves_neither_a_file_nor_a_rest(tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_task("cola", tmp_path, 10, 5, seed=0)
-    with pytest.raises(OSError, match="disk full"):
-        write_corpus(tmp_path / "corpus.txt", 5, seed=0)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -72,10 +72,6 @@ def test_answers_do_what_was_asked(request_name, expected):
     assert ask(request_name, sentence, False).startswith("now ") and "dogs" not in ask(request_name, sentence, False)
 
 
-def test_every_request_has_a_test():
-    assert len(REQUESTS) == 11
-
-
 def test_columns_and_types_are_openassistants(folder):
     schema = pq.read_schema(folder / "oasst1" / "messages.parquet")
     assert len(schema) == 13
@@ -88,28 +84,18 @@ def test_columns_and_types_are_openassistants(folder):
 def test_messages_form_trees_with_ranked_replies(messages):
     names = {row["message_id"]: row for row in messages}
     assert len(names) == len(messages)
-    children = Counter()
-    for row in messages:
-        if row["parent_id"] is None:
-            assert row["role"] == "prompter" and row["message_tree_id"] == row["message_id"]
-            continue
-        parent = names[row["parent_id"]]
-        assert parent["role"] != row["role"] and parent["message_tree_id"] == row["message_tree_id"]
-        children[row["parent_id"]] += 1
-    ranks = {}
-    for row in messages:
+    ranks, depths = {}, {}
+    for row in messages:  # parents come first
+        above = row["parent_id"]
+        assert row["message_tree_id"] == (names[above]["message_tree_id"] if above else row["message_id"])
+        depth = depths[row["message_id"]] = depths[above] + 1 if above else 1
+        assert row["role"] == ("assistant", "prompter")[depth % 2]
         if row["role"] == "assistant":
-            ranks.setdefault(row["parent_id"], []).append(row["rank"])
+            ranks.setdefault(above, []).append(row["rank"])
     # Several replies are ranked from 0, a lone one is not: as in the real file.
     assert {tuple(sorted(found)) if len(found) > 1 else tuple(found) for found in ranks.values()} == {(None,), (0, 1)}
-    depths = Counter()
-    for row in messages:
-        if row["message_id"] not in children:
-            depth, above = 1, row
-            while above["parent_id"]:
-                depth, above = depth + 1, names[above["parent_id"]]
-            depths[depth] += 1
-    assert {2, 4, 6, 8} <= set(depths) and any(depth % 2 for depth in depths)
+    leaves = {depths[name] for name in depths.keys() - {row["parent_id"] for row in messages}}
+    assert leaves >= {2, 4, 6, 8} and any(depth % 2 for depth in leaves)
 
 
 def test_the_best_reply_is_right_and_another_is_not(messages):
@@ -178,15 +164,13 @@ def test_fastchats_loaders_and_ours_read_the_files(folder):
 
 
 def test_judge_prompts_have_fastchats_marks_and_words_of_their_own(folder):
+    def text_of(prompt):
+        return prompt["system_prompt"] + prompt["prompt_template"]
+
     own = {prompt["name"]: prompt for prompt in lines(folder / "mt_bench" / "judge_prompts.jsonl")}
     for name, prompt in own.items():
-        text = prompt["system_prompt"] + prompt["prompt_template"]
-        marks = ["[[rating]]", "[[5]]"]
-        marks += (
-            ["### Assistant A:\n{answer_2}"] if "multi" in name else ["[The Start of Assistant's Answer]\n{answer}\n"]
-        )
-        assert all(mark in text for mark in marks)
-        assert ("{ref_answer_1}" in text) == ("math" in name)
+        answer = "### Assistant A:\n{answer_2}" if "multi" in name else "[The Start of Assistant's Answer]\n{answer}\n"
+        assert all(mark in text_of(prompt) for mark in ("[[rating]]", "[[5]]", answer))
     real = ROOT / "mt_bench" / "judge_prompts.jsonl"
     if not real.is_file():
         pytest.skip(f"{real} does not exist: experiments/fetch.py brings it")
@@ -195,11 +179,8 @@ def test_judge_prompts_have_fastchats_marks_and_words_of_their_own(folder):
             continue
         assert set(own[prompt["name"]]) == set(prompt)
         assert own[prompt["name"]]["output_format"] == prompt["output_format"]
-        theirs = {
-            words for words in (prompt["system_prompt"] + prompt["prompt_template"]).split(". ") if len(words) > 60
-        }
-        ours = own[prompt["name"]]["system_prompt"] + own[prompt["name"]]["prompt_template"]
-        assert theirs and not any(words in ours for words in theirs)
+        theirs = {words for words in text_of(prompt).split(". ") if len(words) > 60}
+        assert theirs and not any(words in text_of(own[prompt["name"]]) for words in theirs)
 
 
 def test_the_seed_decides_everything(tmp_path):

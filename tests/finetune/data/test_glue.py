@@ -177,43 +177,31 @@ def test_labels_that_the_task_does_not_allow(task, labels, text, tmp_path, write
         load(task, root=tmp_path)
 
 
-def test_validation_is_checked_as_training_is(tmp_path, write_task, load):
-    folder = write_task(tmp_path, "cola")
-    table = pa.table({"sentence": ["a cat"], "label": [-1]})
-    pq.write_table(table, folder / "validation-00000-of-00001.parquet")
-    with pytest.raises(ValueError, match="labels from -1"):
-        load("cola", root=tmp_path)
-
-
-def test_file_without_rows(cola, load):
-    empty = pa.table({"sentence": pa.array([], pa.string()), "label": pa.array([], pa.int64())})
-    root = cola()
-    pq.write_table(empty, root / "glue" / "cola" / "train-00000-of-00001.parquet")
-    with pytest.raises(ValueError, match=r"cola: the file has no rows\."):
-        load("cola", root=root)
-
-
 @pytest.mark.parametrize(("column", "value"), [("sentence", "a cat"), ("label", 0)])
 def test_empty_cell(column, value, cola, load):
     with pytest.raises(ValueError, match=rf"cola: columns \['{column}'\] hold empty cells"):
         load("cola", root=cola(**{column: [value] * 39 + [None]}))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "nothing"])
-def test_damaged_parquet(damage, cola, load):
-    file = cola() / "glue" / "cola" / "train-00000-of-00001.parquet"
-    content = file.read_bytes()
-    damaged = {"truncated": content[: len(content) // 2], "text": b"<html>not found</html>", "nothing": b""}
-    file.write_bytes(damaged[damage])
-    with pytest.raises(ValueError, match=r"is no readable parquet .*; fetch it again\."):
-        load("cola", root=file.parents[2])
-
-
-def test_shards_of_unequal_columns_are_refused(cola, load):
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_both_splits_are_checked(split, cola, load):
     root = cola()
-    pq.write_table(pa.table({"other": [1]}), root / "glue" / "cola" / "train-00001-of-00002.parquet")
-    with pytest.raises(ValueError, match="fetch it again"):
+    empty = pa.table({"sentence": pa.array([], pa.string()), "label": pa.array([], pa.int64())})
+    pq.write_table(empty, root / "glue" / "cola" / f"{split}-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="cola: the file has no rows"):
         load("cola", root=root)
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b"", None])
+def test_damaged_parquet(damage, cola, load):
+    """Cut off, empty, or with a second file of other columns."""
+    file = cola() / "glue" / "cola" / "train-00000-of-00001.parquet"
+    if damage is None:
+        pq.write_table(pa.table({"other": [1]}), file.with_name("train-00001-of-00002.parquet"))
+    else:
+        file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match="is no readable parquet .*; fetch it again"):
+        load("cola", root=file.parents[2])
 
 
 def test_the_real_cola(compose, tokenizer):

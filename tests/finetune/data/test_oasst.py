@@ -175,13 +175,3 @@ def test_forged_ends_of_turns_are_taken_apart_and_counted(tmp_path, root, compos
 def test_bad_options_say_what_to_do(changes, text, load):
     with pytest.raises(ValueError, match=text):
         load(**changes)
-
-
-def test_the_real_file_has_its_published_counts(compose):
-    if not (ROOT / "oasst1" / "messages.parquet").is_file():
-        pytest.skip(f"{ROOT} has no oasst1/messages.parquet: a sample of OpenAssistant's messages in one file")
-    rows = pq.read_table(ROOT / "oasst1" / "messages.parquet").to_pylist()
-    data = compose("chat=oasst1", f"chat.root={ROOT}", config_name="chat")["chat"]
-    threads, facts = threads_of(rows, data)
-    assert (facts["messages"], facts["threads"]) == (1167, 626)
-    assert len(threads) + facts["repeated_threads"] + facts["unanswered_threads"] == 626

@@ -13,7 +13,7 @@ import pytest
 
 from finetune.fetch import fetching
 from finetune.fetch.github import GitHub
-from finetune.fetch.hub import FetchError, Hub, HubFile, Source
+from finetune.fetch.hub import FetchError, Hub, Source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = bytes(range(256)) * 1024
@@ -319,13 +319,12 @@ def test_sources_of_an_experiment():
     ]
     assert [s.checksums for s in found] == [{}, {}, {"train-00000-of-00001.parquet": "1" * 64}]
 
+    local = MODEL_CONFIG | {"checkpoint": "."}
+    assert fetching.sources({"models": ["local"]}, {"local": local}, {}) == []
+
     whole = {"source": "acme/chat", "revision": COMMIT, "folder": "chat", "files": ["data/*.parquet"]}
     (chat,) = fetching.sources({}, {}, {"chat": whole})
     assert (chat.folder, chat.files, chat.prefix) == ("chat", ("data/*.parquet",), "")
-
-
-def test_a_local_checkpoint_is_not_fetched(tmp_path):
-    assert fetching.sources({"models": ["tiny"]}, {"tiny": MODEL_CONFIG | {"checkpoint": str(tmp_path)}}, {}) == []
 
 
 @pytest.mark.parametrize(
@@ -356,17 +355,7 @@ def test_sums_of_another_program_are_refused(tmp_path):
         fetching.verify(tiny(), tmp_path)
 
 
-@pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (999, "999 B"), (90_868_376, "90.9 MB"), (13.48e9, "13.5 GB")])
-def test_human_sizes(size, text):
-    assert fetching.human(size) == text
-
-
 def test_importing_is_free_of_the_hub_client():
     code = "import sys, finetune.fetch.fetching; sys.exit(bool({'huggingface_hub', 'hydra'} & {*sys.modules}))"
     src = str(Path(fetching.__file__).parents[2])
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": src})
-
-
-def test_partial_names_follow_the_content():
-    assert HubFile("a/b.bin", 1, "0123456789").partial(Path("d")) == Path("d/a/b.bin.01234567.incomplete")
-    assert HubFile("b.txt", 1, None, "fedcba9876").partial(Path("d")) == Path("d/b.txt.fedcba98.incomplete")

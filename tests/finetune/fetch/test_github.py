@@ -11,7 +11,7 @@ import yaml
 
 from finetune.fetch import fetching
 from finetune.fetch.github import GitHub, GitHubSource
-from finetune.fetch.hub import FetchError, Hub
+from finetune.fetch.hub import Hub
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -73,6 +73,9 @@ def test_files_of_several_repositories_make_one_folder(mirror, tmp_path):
     assert sums[0] == f"# acme/chat@v1.2.3 + acme/corrections@{COMMIT}"
     assert sums[1:] == [f"{hashlib.sha256(content).hexdigest()}  {file}" for file, (*_, content) in WHERE.items()]
     assert str(items[0]).startswith(f"mt_bench: acme/chat@v1.2.3 + acme/corrections@{COMMIT}, 3 files, ")
+    mirror.requests.clear()
+    items, errors = run(mirror, tmp_path)
+    assert errors == [] and items[0].complete and mirror.requests == []
 
 
 def test_the_plan_knows_sizes_and_downloads_nothing(mirror, tmp_path):
@@ -81,39 +84,9 @@ def test_the_plan_knows_sizes_and_downloads_nothing(mirror, tmp_path):
     assert mirror.bodies == [] and tree(tmp_path) == {} and all("HEAD" in line for line in mirror.requests)
 
 
-def test_a_second_run_asks_for_nothing_and_verifies(mirror, tmp_path):
-    run(mirror, tmp_path)
-    mirror.requests.clear()
-    items, errors = run(mirror, tmp_path)
-    assert errors == [] and items[0].complete and mirror.requests == []
-
-    kept = tmp_path / "mt_bench/corrected.jsonl"
-    kept.write_bytes(b"changed")
-    (error,) = run(mirror, tmp_path)[1]
-    assert "corrected.jsonl: expected" in error and hashlib.sha256(b"changed").hexdigest() in error
-    assert kept.with_name("corrected.jsonl.corrupt").read_bytes() == b"changed" and mirror.requests == []
-    with pytest.raises(FetchError, match="has no SHA256SUMS"):
-        fetching.verify(source(), kept.parent)
-    assert run(mirror, tmp_path)[1] == []
-    assert [path for path, *_ in mirror.bodies].count("data/question.jsonl") == 1, "what is whole is not fetched again"
-    fetching.verify(source(), kept.parent)
-
-
-def test_wrong_content_is_kept_aside_and_the_rest_waits_for_the_next_run(mirror, tmp_path):
-    chat(mirror).tampered["data/question.jsonl"] = b"x" * len(QUESTIONS)
-    (error,) = run(mirror, tmp_path)[1]
-    folder = tmp_path / "mt_bench"
-    assert hashlib.sha256(QUESTIONS).hexdigest() in error and "kept as question.jsonl.corrupt" in error
-    assert (folder / "question.jsonl.corrupt").read_bytes() == b"x" * len(QUESTIONS)
-    assert not (folder / "SHA256SUMS").exists() and not (folder / "question.jsonl").exists()
-    chat(mirror).tampered.clear()
-    assert run(mirror, tmp_path)[1] == [] and (folder / "question.jsonl").read_bytes() == QUESTIONS
-
-
-@pytest.mark.parametrize("how", ["close", "reset"])
 @pytest.mark.parametrize("resumable", [True, False])
-def test_goes_on_after_the_connection_is_cut(mirror, tmp_path, how, resumable):
-    chat(mirror).cuts["data/question.jsonl"] = [(100_000, how)]
+def test_goes_on_after_the_connection_is_cut(mirror, tmp_path, resumable):
+    chat(mirror).cuts["data/question.jsonl"] = [(100_000, "close")]
     chat(mirror).resumable = resumable
     assert run(mirror, tmp_path)[1] == []
     (_, first, _), (_, second, rest) = [body for body in mirror.bodies if body[0] == "data/question.jsonl"]
@@ -208,15 +181,6 @@ def test_sources_of_an_experiment_with_llama_cells():
     ]
     with pytest.raises(ValueError, match="mt_bench is the folder of both"):
         fetching.sources({}, {}, {}, {"a": questions, "b": questions | {"sources": entries()[:1]}})
-
-
-def test_files_on_the_disk_that_fit_their_pins_are_kept(mirror, tmp_path):
-    """A folder that someone prepared by hand is taken as it is."""
-    for file, (*_, content) in WHERE.items():
-        (tmp_path / "mt_bench" / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "mt_bench" / file).write_bytes(content)
-    assert run(mirror, tmp_path)[1] == [] and mirror.bodies == []
-    assert (tmp_path / "mt_bench/SHA256SUMS").exists()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf/questions").glob("*.yaml")), ids=lambda path: path.stem)

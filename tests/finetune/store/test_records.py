@@ -13,45 +13,22 @@ from finetune.store import files, records
 CONFIG = {"model": {"name": "a", "k": 7, "blocks": [1, 2]}, "lr": 1e-3, "seed": 1, "limit": None, "flag": True}
 
 
-def reversed_keys(value):
-    if isinstance(value, dict):
-        return {key: reversed_keys(value[key]) for key in reversed(value)}
-    return value
-
-
-def leaves(value, path=()):
-    """Paths to every value that is neither dictionary nor list."""
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, inner in items:
-            yield from leaves(inner, (*path, key))
-    else:
-        yield path
-
-
-def changed(value, path, new):
-    content = json.loads(json.dumps(value))
-    place = content
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = new
-    return content
-
-
 def test_hash_does_not_depend_on_the_order_of_keys():
-    assert records.config_hash(reversed_keys(CONFIG)) == records.config_hash(CONFIG)
+    turned = dict(reversed(CONFIG.items())) | {"model": dict(reversed(CONFIG["model"].items()))}
+    assert records.config_hash(turned) == records.config_hash(CONFIG)
     assert re.fullmatch("[0-9a-f]{12}", records.config_hash(CONFIG))
 
 
-@pytest.mark.parametrize("path", list(leaves(CONFIG)), ids=str)
-def test_hash_changes_with_every_value(path):
-    hashes = {records.config_hash(changed(CONFIG, path, new)) for new in ("x", 99, 0.5)}
-    assert len(hashes | {records.config_hash(CONFIG)}) == 4
-
-
-def test_hash_tells_lists_by_their_order_and_missing_from_null():
-    assert records.config_hash({"a": [1, 2]}) != records.config_hash({"a": [2, 1]})
-    assert records.config_hash({"a": None}) != records.config_hash({})
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"model": CONFIG["model"] | change} for change in ({"name": "b"}, {"k": 8}, {"blocks": [2, 1]})),
+        *({"lr": 2e-3}, {"seed": 2}, {"seed": "1"}, {"limit": 0}, {"flag": False}, {"new": None}),
+    ],
+    ids=str,
+)
+def test_hash_changes_with_every_value(change):
+    assert records.config_hash(CONFIG | change) != records.config_hash(CONFIG)
 
 
 def test_hash_refuses_what_json_has_not():
@@ -95,21 +72,18 @@ def test_failure_while_writing_leaves_the_old_file_and_nothing_else(step, tmp_pa
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(ValueError, match=r"a.json does not exist: run the stage that writes it\."):
-        records.read_json(tmp_path / "a.json")
-
-
-@pytest.mark.parametrize("content", [b"", b'{"status": "fin', b"\xff\xfe{}", b"{'a': 1}"])
-def test_damaged_file(content, tmp_path):
-    (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a.json is damaged \(.*\): delete it and run the stage that writes it again"):
-        records.read_json(tmp_path / "a.json")
-
-
-def test_file_of_another_shape(tmp_path):
-    (tmp_path / "a.json").write_text("[1, 2]")
-    with pytest.raises(ValueError, match=r"a.json holds a list, not a JSON object\."):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"a.json does not exist: run the stage that writes it\."),
+        (b"[1, 2]", r"a.json holds a list, not a JSON object\."),
+        *((content, r"a.json is damaged \(.*\): delete it") for content in (b"", b'{"status": "fin', b"\xff\xfe{}")),
+    ],
+)
+def test_a_file_that_is_no_record_is_named(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
         records.read_json(tmp_path / "a.json")
 
 
