@@ -87,8 +87,8 @@ class Reply:
     close: bool = False  # cut the connection instead of answering
 
 
-def says(text, **reply):
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+def says(text, finish_reason="stop", **reply):
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
     return Reply(
         body={"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}, **reply
     )

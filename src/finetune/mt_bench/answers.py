@@ -31,8 +31,8 @@ class AnswerOptions:
 
     Attributes:
         max_new_tokens: of one turn; fewer where the model's window leaves less room. FastChat's default is 1024.
-        batch_size: questions at a time; changes no answer, but for the rounding of batched sums: none was seen to
-            change in float32, some will in bfloat16.
+        batch_size: questions at a time; changes no answer but by the rounding of batched sums: in float32 none was seen
+            to change, in bfloat16 some will.
         long_prompts: what becomes of a prompt that leaves fewer than ``reserve`` tokens of the model's window for the
             answer: ``cut`` keeps its BOS and its last tokens, ``refuse`` gives an empty answer.
         reserve: tokens of the window kept free for the answer.
@@ -163,12 +163,9 @@ def answer_questions(
     """Answer the questions that a file has no answer to; each is on the disk as soon as its batch is done.
 
     Args:
-        speaker: who answers, and how.
-        questions: with ``question_id``, ``category`` and ``turns``.
         journal_path: ``<model_id>.jsonl``, one answer a line; in the end sorted by question.
         model_id: FastChat's name of the model in the answers.
         digest: identity of model, questions and options. Answers of another one are kept in ``earlier/``.
-        progress_bar: whether a bar over the questions is shown.
 
     Returns:
         ``counts`` (questions; prompts cut and refused, of either turn), ``tokens`` (prompt, new), ``seconds``; all of
@@ -205,10 +202,8 @@ def fit(input_ids: Sequence[int], window: int | None, bos: int | None, options: 
     """Cut or refuse a prompt that leaves too little of the window, so that prompt and answer never exceed it.
 
     Args:
-        input_ids: the whole prompt.
         window: positions of the model; None for no limit.
         bos: the id that a cut prompt keeps in front if it had it there.
-        options: what to do.
     """
     ids = list(input_ids)
     if window is None:

@@ -64,13 +64,7 @@ def each(
 def header(
     config: Mapping[str, Any], kind: str, seed: int, digest: str, file: Path, questions: Sequence[Any]
 ) -> dict[str, Any]:
-    """The parts that a record of answers and one of judgments have alike.
-
-    Args:
-        kind: ``answers`` or ``judgments``.
-        digest: hash of what decides the content.
-        file: of the questions.
-    """
+    """The parts that a record of ``answers`` and one of ``judgments`` have alike; ``file`` is the questions'."""
     run = {
         "experiment": config["name"],
         "kind": kind,

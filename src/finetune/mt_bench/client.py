@@ -115,12 +115,12 @@ class JudgeClient:
     @property
     def attempts(self) -> int:
         """Requests that this thread's last answer took."""
-        return getattr(self._last, "attempts", 1)
+        return self._last.attempts
 
     @property
     def finish_reason(self) -> str | None:
         """Why this thread's last answer ended: ``stop``, or ``length`` if it was cut at ``max_tokens``."""
-        return getattr(self._last, "finish_reason", None)
+        return self._last.finish_reason
 
     def complete(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The judge's answer to a conversation; ItemFailed if it got none, JudgeUnusable if no other would."""

@@ -81,9 +81,8 @@ def bootstrap_score(
 
     Args:
         seeds: One mapping item -> score for each seed of the method.
-        seed: Seed of the local generator.
+        seed: Of the local generator.
         categories: Question id -> category: resample within each; `None` resamples all questions together.
-        samples: Number of resamples.
 
     Returns:
         The estimate, `n` the number of judged items of all seeds. No interval with fewer than two questions.
@@ -110,9 +109,8 @@ def paired_bootstrap(
     """Difference of two methods over the items that both have, with a percentile interval over questions.
 
     Args:
-        first: One mapping item -> score for each seed of the first method; seeds are averaged item by item.
-        second: Likewise; the number of seeds may differ.
-        seed, categories, samples: As in `bootstrap_score`.
+        first, second: One mapping item -> score for each seed of a method; seeds are averaged item by item.
+        seed, categories: As in `bootstrap_score`.
 
     Raises:
         ValueError: If there is no seed, no item in common, or a question without a category.

@@ -25,12 +25,9 @@ def row_generator(seed: int, question_id: int, turn: int) -> torch.Generator:
 
 
 class SampleByRow:
-    """Logits processor after which the argmax of a row is its sample.
+    """Logits processor after which the argmax of a row is its sample; with a temperature near 0 that of its scores.
 
-    Args:
-        temperatures: of the rows; below ``GREEDY_BELOW`` a row's scores stay as they are.
-        generators: noise of the rows, on the CPU whatever device the model is on.
-        warpers: transformers' top-k and the like, for the rows that are sampled.
+    The noise of the rows is drawn on the CPU whatever device the model is on; warpers are transformers' top-k and such.
     """
 
     def __init__(
@@ -92,7 +89,6 @@ def generate(
     Args:
         model: a causal language model in evaluation mode.
         prompts: token ids, not empty; shorter ones are padded on the left and masked.
-        max_new_tokens: for every row.
         temperatures, generators: of the rows.
         stops: tokens that end a row.
 

@@ -30,14 +30,7 @@ JUDGE_TEMPLATE = "chatgpt"  # of FastChat: system prompt and user prompt, nothin
 
 
 class Key(NamedTuple):
-    """What makes a judgment the same judgment.
-
-    Attributes:
-        turn: 1 or 2.
-        repeat: from 0.
-        answer_sha256: of the answers that the prompt holds.
-        config_hash: of bench and judge.
-    """
+    """What makes a judgment the same: ``answer_sha256`` is of the answers in its prompt."""
 
     question_id: int
     turn: int
@@ -58,13 +51,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Bench:
-    """What all judgments share, from :mod:`finetune.mt_bench.questions`.
-
-    Attributes:
-        questions: FastChat's.
-        references: answers by question id.
-        prompts: of the judge, by name.
-    """
+    """What all judgments share: questions, reference answers by question id, the judge's prompts by name."""
 
     questions: Sequence[Mapping[str, Any]]
     references: Mapping[int, Mapping[str, Any]]
@@ -225,12 +212,7 @@ def _judge(pending: Mapping[Key, Any], client: JudgeClient, journal: Journal, fa
 
 
 def judge_item(key: Key, match: Any, client: JudgeClient) -> Line:
-    """One judgment by FastChat's ``run_judge_single``, inside :func:`fastchat_asks`.
-
-    Raises:
-        ItemFailed: if the judge gave no rating from 1 to 10.
-        JudgeUnusable: see :class:`finetune.mt_bench.client.JudgeClient`.
-    """
+    """One judgment by FastChat's ``run_judge_single``, inside :func:`fastchat_asks`; ItemFailed without a rating."""
     from fastchat.llm_judge.common import run_judge_single
 
     try:

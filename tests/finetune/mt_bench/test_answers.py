@@ -1,6 +1,5 @@
 """Answers: FastChat's own on the same model, the same in any batch and after any kill, never beyond the window."""
 
-import errno
 import json
 import os
 import shutil
@@ -8,6 +7,7 @@ import signal
 import subprocess
 import sys
 import types
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune import models
 from finetune.data.chat import chat_template
-from finetune.mt_bench import answer_cells, answers, generation, journal
+from finetune.mt_bench import answer_cells, answers, generation
 from finetune.mt_bench.answers import AnswerOptions, Speaker, answer_questions, fit
 from finetune.mt_bench.generation import SampleByRow, row_generator
 from finetune.store.records import read_json
@@ -51,17 +51,12 @@ def checkpoint(tmp_path_factory):
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(letters),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=WINDOW,
-        initializer_range=0.4,  # peaked enough that answers differ, and stop
-    )
-    model = LlamaForCausalLM(config)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {
+        "max_position_embeddings": WINDOW,
+        "initializer_range": 0.4,
+    }  # peaked: answers differ, and stop
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(letters), num_key_value_heads=2, **sizes))
     model.generation_config.eos_token_id = [2, *range(60, 70)]  # several, or so small a model would never stop
     model.save_pretrained(folder)
     return folder
@@ -247,10 +242,8 @@ def test_no_position_beyond_the_window_is_ever_used(size, answer, monkeypatch):
     monkeypatch.setattr(LlamaModel, "forward", forward)
     lines, facts = answer(LONG, batch_size=size, max_new_tokens=60, reserve=8)
     assert max(highest) < WINDOW
-    total = [
-        sum(pair) for line in lines.values() for pair in zip(line["prompt_tokens"], line["new_tokens"], strict=True)
-    ]
-    assert WINDOW - 8 <= max(total) <= WINDOW
+    pairs = [zip(line["prompt_tokens"], line["new_tokens"], strict=True) for line in lines.values()]
+    assert WINDOW - 8 <= max(sum(pair) for pair in chain(*pairs)) <= WINDOW
     flags = [flag for line in lines.values() for flag in line["cut"]]
     assert facts["counts"] == {"questions": 7, "cut": sum(flags), "refused": 0} and 0 < sum(flags) < 14
     assert turns(answer(LONG, file="other.jsonl", batch_size=3, max_new_tokens=60, reserve=8)[0]) == turns(lines)
@@ -335,24 +328,6 @@ def test_a_killed_run_goes_on_where_it_was(checkpoint, tmp_path, monkeypatch):
     assert record["seconds"] == pytest.approx(sum(line["seconds"] for line in lines.values()))
 
 
-def test_a_full_disk_keeps_what_is_written(answer, tmp_path, monkeypatch):
-    reference, _ = answer(file="reference.jsonl")
-    calls, fsync = [], os.fsync
-
-    def full(handle):
-        calls.append(handle)
-        if len(calls) > 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        fsync(handle)
-
-    monkeypatch.setattr(journal.os, "fsync", full)
-    with pytest.raises(ValueError, match="No space left on device.*What is written is kept.*run again"):
-        answer()
-    monkeypatch.undo()
-    assert 0 < len(read(tmp_path / "answers.jsonl")) <= 3
-    assert turns(answer()[0]) == turns(reference)
-
-
 def test_answers_of_another_configuration_are_kept_apart_and_come_back(answer, tmp_path, monkeypatch):
     first, _ = answer(digest="abc")
     second, _ = answer(digest="def", seed=9)
@@ -393,17 +368,9 @@ def test_a_cell_leaves_answers_and_records_of_every_seed(cell, monkeypatch):
     assert files(folder) == ["cell.json", *(f"{stem}.{end}" for stem in stems for end in ("json", "jsonl"))]
     assert read_json(folder / "cell.json") == {"records": [f"{stem}.json" for stem in stems]}
     record, lines = read_json(folder / f"{stems[0]}.json"), read(folder / f"{stems[0]}.jsonl")
-    assert record["status"] == "finished" and record["run"] | {"config_hash": ""} == {
-        "experiment": "test",
-        "kind": "answers",
-        "model": "tiny_llama",
-        "method": "lora",
-        "task": "mt_bench",
-        "seed": 1,
-        "protocol": "sound",
-        "scale": "smoke",
-        "config_hash": "",
-    }
+    expected = {"experiment": "test", "kind": "answers", "model": "tiny_llama", "method": "lora", "seed": 1}
+    expected |= {"task": "mt_bench", "protocol": "sound", "scale": "smoke"}
+    assert record["status"] == "finished" and record["run"].items() >= expected.items()
     assert record["tokens"]["new"] == sum(sum(line["new_tokens"]) for line in lines.values())
     assert {line["config_hash"] for line in lines.values()} == {record["run"]["config_hash"]}
     assert {line["model_id"] for line in lines.values()} == {stems[0]}
@@ -415,7 +382,7 @@ def test_a_cell_leaves_answers_and_records_of_every_seed(cell, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["options", "questions", "weights", "tokenizer"])
-def test_what_decides_answers_is_in_their_identity(change, cell, checkpoint, tmp_path):
+def test_what_decides_answers_is_in_their_identity(change, cell, tmp_path, monkeypatch):
     folder = cell([1])
     path = folder / "tiny_llama-lora-seed1.json"
     before, models = read_json(path)["run"]["config_hash"], tmp_path / "models" / "lora" / "seed1"
@@ -426,12 +393,8 @@ def test_what_decides_answers_is_in_their_identity(change, cell, checkpoint, tmp
     if change == "tokenizer":
         (models / "tokenizer.json").write_text((models / "tokenizer.json").read_text() + "\n")
     if change == "questions":
-        QUESTIONS.append({"question_id": 999, "category": "math", "turns": ["One?", "Two?"]})
-    try:
-        cell([1], **({"reserve": 17} if change == "options" else {}))
-    finally:
-        if change == "questions":
-            QUESTIONS.pop()
+        monkeypatch.setitem(QUESTIONS[0], "turns", ["One?", "Two?"])
+    cell([1], **({"reserve": 17} if change == "options" else {}))
     assert read_json(path)["run"]["config_hash"] != before
     assert {line["config_hash"] for line in read(folder / "earlier/tiny_llama-lora-seed1.jsonl").values()} == {before}
 

@@ -59,27 +59,12 @@ def test_a_cell_starts_its_judge_and_writes_records_that_the_table_reads(judge, 
     answers = (tmp_path / f"answers/lora/{NAMES[0]}.jsonl").read_bytes()
     questions = (tmp_path / "bench/question.jsonl").read_bytes()
     digest = record["run"].pop("config_hash")
-    assert record["run"] == {
-        "experiment": "test",
-        "kind": "judgments",
-        "model": "tiny",
-        "method": "lora",
-        "task": "mt_bench",
-        "seed": 1,
-        "protocol": "sound",
-        "scale": "smoke",
-    }
+    expected = {"experiment": "test", "kind": "judgments", "model": "tiny", "method": "lora", "seed": 1}
+    assert record["run"] == expected | {"task": "mt_bench", "protocol": "sound", "scale": "smoke"}
     assert (record["status"], record["error"], record["version"]) == ("finished", None, 1)
     assert record["counts"] == {"items": 32, "judged": 32, "failed": 0}
-    assert record["judge"] == {
-        "name": "local",
-        "model": "local-judge",
-        "endpoint": "started by the stage",
-        "measures_quality": False,
-        "temperature": 0,
-        "max_tokens": 2048,
-        "repeats": 2,
-    }
+    asked = {"name": "local", "model": "local-judge", "endpoint": "started by the stage", "measures_quality": False}
+    assert record["judge"] == asked | {"temperature": 0, "max_tokens": 2048, "repeats": 2}
     assert record["answers"] == {"cut": 2, "refused": 0, "sha256": hashlib.sha256(answers).hexdigest()}
     assert record["questions"]["count"] == 8
     assert record["questions"]["sha256"] == hashlib.sha256(questions).hexdigest()
@@ -118,10 +103,7 @@ def test_failures_end_the_cell_after_everything_is_done_and_a_rerun_retries_them
 
     server.answer = faulty
     settings = {"group": "open_weight", "base_url": server.base_url, "repeats": 1}
-    message = (
-        r"2 of 2 failed; tiny-lora-seed1: 3 of 16 judgments failed, 2 of them with: no rating .*; a rerun retries "
-        r"them; tiny-lora-seed2: 3 of 16"
-    )
+    message = "2 of 2 failed; tiny-lora-seed1: 3 of 16 .*, 2 of them with: no rating .*; tiny-lora-seed2: 3 of 16"
     with pytest.raises(ValueError, match=message):
         judge(**settings)
     asked = len(server.requests)

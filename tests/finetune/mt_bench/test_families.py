@@ -21,31 +21,20 @@ CHATML = (
 )
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"max_position_embeddings": 128}
-LLAMAS = r".*\.layers\.(?P<layer>\d+)\.mlp\.{}_proj"
-FAMILIES = {
-    "qwen2": {
-        "architecture": {"model_type": "qwen2", "num_key_value_heads": 1, **SIZES},
-        "target_modules": {"up": LLAMAS.format("up"), "down": LLAMAS.format("down")},
-        "optional_modules": {"gate": LLAMAS.format("gate")},
-    },
-    "gpt_neox": {
-        "architecture": {"model_type": "gpt_neox", **SIZES},
-        "target_modules": {
-            "up": r".*\.layers\.(?P<layer>\d+)\.mlp\.dense_h_to_4h",
-            "down": r".*\.layers\.(?P<layer>\d+)\.mlp\.dense_4h_to_h",
-        },
-    },
+LAYER = r".*\.layers\.(?P<layer>\d+)\.mlp"
+NEOX = {
+    "architecture": {"model_type": "gpt_neox", **SIZES},
+    "target_modules": {"up": rf"{LAYER}\.dense_h_to_4h", "down": rf"{LAYER}\.dense_4h_to_h"},
 }
 COMMON = {"title": "Tiny", "checkpoint": None, "revision": None, "files": [], "random_weights": False}
 COMMON |= {"layers_to_transform": [0], "lora_rank": 1, "k": 40, "template": "tokenizer"}
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request, chat_root, llama_tokenizer, tmp_path):
-    """``chat.root`` with a checkpoint of random weights of that family, and ``conf`` with its YAML file."""
+@pytest.fixture
+def family(chat_root, llama_tokenizer, tmp_path):
+    """``chat.root`` with a checkpoint of random weights of GPT-NeoX, and ``conf`` with its YAML file."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    facts = FAMILIES[request.param]
     root, conf = tmp_path / "root", tmp_path / "conf"
     shutil.copytree(chat_root / "oasst1", root / "oasst1")
     shutil.copytree(Path(__file__).parents[3] / "conf", conf)
@@ -53,13 +42,12 @@ def family(request, chat_root, llama_tokenizer, tmp_path):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML
     torch.manual_seed(0)
-    config = AutoConfig.for_model(**facts["architecture"], vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2)
+    config = AutoConfig.for_model(**NEOX["architecture"], vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2)
     folder = root / "models" / "own"
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    content = {"name": request.param, "folder": "models/own", **COMMON, **facts}
-    (conf / "model" / f"{request.param}.yaml").write_text(yaml.safe_dump(content))
-    return request.param, root, conf
+    (conf / "model/neox.yaml").write_text(yaml.safe_dump({"name": "neox", "folder": "models/own", **COMMON, **NEOX}))
+    return root, conf
 
 
 @pytest.mark.parametrize("method", ["full", "sparsegrad"])
@@ -67,9 +55,9 @@ def test_a_step_and_an_answer(method, family, tmp_path):
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    name, root, conf = family
+    root, conf = family
     overrides = [
-        f"model={name}", f"method={method}", f"chat.root={root}", "chat=generated_chat", "scale=llama/smoke",
+        "model=neox", f"method={method}", f"chat.root={root}", "chat=generated_chat", "scale=llama/smoke",
         "scale.max_length=32", "scale.batch_size=4", "scale.micro_batch_size=4", "scale.max_steps=1",
         "scale.evaluation_steps=1", "protocol.preliminary.steps=1", "device=cpu", "progress=false",
         "wandb.mode=disabled", f"checkpoints={tmp_path / 'checkpoints'}", f"output={tmp_path / 'output'}",

@@ -276,7 +276,7 @@ def test_the_local_judge_rates_the_answer_it_was_sent(judge, lines):
 FAULTS = {
     (1, 1): (bench.says("[[5]]", seconds=1.5), "no answer within 0.5 s", 2),
     (2, 1): (bench.fails(500, "boom"), "HTTP 500: boom", 2),
-    (3, 1): (bench.says("A fine answer."), "no rating", 1),
+    (3, 1): (bench.says("A fine answer.", finish_reason="length"), "no rating [[1]] to [[10]] in the judgment (cut", 1),
     (3, 2): (bench.says("Rating: [[11]]"), "the rating 11 is not from 1 to 10", 1),
     (5, 1): (bench.says("Rating: [[0]]"), "the rating 0 is not from 1 to 10", 1),
     (5, 2): (bench.says("Rating: [[08]]"), "no number as rating", 1),
@@ -308,16 +308,6 @@ def test_faults_lose_nothing_the_rest_is_judged_and_the_next_run_completes(judge
     assert items_of(lines()) == ITEMS and [line["score"] for line in lines()] == [n for n, _ in ITEMS]
     assert lines("model.failures") == []
     assert all(server.count(item) == asked[item] for item in ITEMS if item not in FAULTS)
-
-
-def test_a_judgment_cut_at_max_tokens_says_so(judge, lines, server):
-    cut = bench.says("Let me think")
-    cut.body["choices"][0]["finish_reason"] = "length"
-    server.answer = lambda item, times: cut
-    assert judge()["failed"] == 16
-    assert {line["error"] for line in lines("model.failures")} == {
-        "no rating [[1]] to [[10]] in the judgment (cut at max_tokens)"
-    }
 
 
 @pytest.mark.parametrize("reply", [bench.fails(401, "bad key"), bench.fails(404, "no such model")])
