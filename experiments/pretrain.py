@@ -1,7 +1,7 @@
 """Pretrain a tiny model of the smoke experiment: an encoder on its text, or a decoder on its dialogues.
 
 python experiments/pretrain.py name=smoke model=tiny_bert
-python experiments/pretrain.py --config-name pretrain_chat name=smoke model=tiny_llama
+python experiments/pretrain.py name=smoke model=tiny_llama
 """
 
 import logging
@@ -12,10 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 log = logging.getLogger(__name__)
 
-OPTIONS = ("vocab_size", "steps", "batch_size", "learning_rate", "seed", "warmup", "beta2")
 
-
-@hydra.main(version_base=None, config_path="../conf", config_name="pretrain_glue")
+@hydra.main(version_base=None, config_path="../conf", config_name="pretrain")
 def main(cfg: DictConfig) -> None:
     import torch
 
@@ -25,15 +23,16 @@ def main(cfg: DictConfig) -> None:
 
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    options = Pretraining(
-        **{name: cfg[name] for name in OPTIONS}, device=torch.device(cfg.device), progress_bar=cfg.progress
-    )
+    decoder = "template" in cfg.model
+    settings = dict(cfg.decoder if decoder else cfg.encoder)
+    length = settings.pop("length", None)
+    options = Pretraining(**settings, seed=cfg.seed, device=torch.device(cfg.device), progress_bar=cfg.progress)
     architecture, results = OmegaConf.to_container(cfg.model.architecture, resolve=True), Path("results") / cfg.name
     with exit_with_message():
-        if cfg.problem == "chat":
-            folder, template = results / "chat", chat_template(cfg.model.get("template"))
+        if decoder:
+            folder, template = results / "chat", chat_template(cfg.model.template)
             text, checkpoint = folder / "text" / "dialogues.txt", folder / cfg.model.folder
-            facts = pretrain_causal(text, checkpoint, architecture, template, cfg.length, options)
+            facts = pretrain_causal(text, checkpoint, architecture, template, length, options)
         else:
             folder = results / "data"
             facts = pretrain(folder / "text" / "corpus.txt", folder / cfg.model.folder, architecture, options)

@@ -51,8 +51,7 @@ SIZES = {
         "glue": {"corpus_sentences": 400, "train": 64, "validation": 40},
         "chat": {"trees": 200, "dialogues": 400},
     },
-    "conf/pretrain_glue.yaml": {"steps": 2},
-    "conf/pretrain_chat.yaml": {"steps": 2},
+    "conf/pretrain.yaml": {"encoder": {"steps": 2}, "decoder": {"steps": 2}},
     "conf/scale/smoke.yaml": {
         "max_steps": 4,
         "evaluation_steps": 2,

@@ -67,7 +67,7 @@ class Experiment:
         """A model's group; one that the pipeline pretrains gets the vocabulary that its tokenizer will have."""
         found = dict(self.read("model", name))
         if name in self.lists["pretrain"]:
-            made = self.read("", "pretrain_chat" if "template" in found else "pretrain_glue")
+            made = self.read("", "pretrain")["decoder" if "template" in found else "encoder"]
             found["architecture"] = {"vocab_size": made["vocab_size"]} | found["architecture"]
         return found
 

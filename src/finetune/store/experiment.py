@@ -189,7 +189,7 @@ class _Stages:
     def _pretrained(self, model: str) -> dict[str, Any]:
         made = self._model(model)
         text = f"{made['checkpoint'].removesuffix(self.known[model]['folder'])}text"
-        return {"model": model, "problem": made["problem"], "text": text, "checkpoint": made["checkpoint"]}
+        return {"model": model, "text": text, "checkpoint": made["checkpoint"]}
 
     def _evidence(self) -> dict[str, str]:
         """What the report is made from. Where there is none of a kind, the runs stand in: there always are some."""
