@@ -42,7 +42,7 @@ class ChatTemplate(ABC):
     Attributes:
         name: identifies the text; in data, bases, checkpoints and answers.
         stop_token_ids: ids that end an answer, besides the tokenizer's end-of-sequence.
-        tags: its marks in brackets; ``[INST]``, ``[/INST]``, ``<s>``, ``</s>``, ``<<SYS>>``, ``<</SYS>>`` in llama-2.
+        tags: its marks in brackets, such as ``[INST]`` and ``</s>``.
     """
 
     name: str
@@ -74,10 +74,6 @@ class ChatTemplate(ABC):
 
         Besides the template's marks, the tokenizer's special tokens are taken apart in messages: ``<unk>`` as
         ``< unk>``. Cut at any user's turn, the ids are those of that prompt: a token across the border is refused.
-
-        Args:
-            tokenizer: a fast Hugging Face tokenizer; adds its beginning-of-sequence token, and no end.
-            turns: as for :meth:`prompt`.
 
         Raises:
             ValueError: as :meth:`prompt`; if the tokenizer is slow or adds an end; if the template does not end an
@@ -147,9 +143,7 @@ class FastChatTemplate(ChatTemplate):
     Its ``<s>`` and ``</s>`` are LLaMA's. A tokenizer that has none such gets its own in their place, and the name says
     so: a base checkpoint of another family can be trained in ``llama-2`` and stops at its own end of text.
 
-    Args:
-        conversation: FastChat's.
-        tokenizer: the model's; None where there is none yet, and it will be LLaMA's.
+    Without a tokenizer it is LLaMA's.
     """
 
     def __init__(self, conversation: Any, tokenizer: Any = None) -> None:
@@ -162,10 +156,7 @@ class FastChatTemplate(ChatTemplate):
         self.tags = frozenset(TAG.findall(f"{self._render(SAMPLE)} {conversation.system_template}"))
 
     def cut_at_stop(self, text: str) -> str:
-        """The answer up to the template's stop string, as FastChat's ``gen_model_answer`` cuts it.
-
-        As there, a stop string at the very beginning does not cut.
-        """
+        """As FastChat's ``gen_model_answer`` cuts; a stop string at the very beginning does not cut."""
         stops = self._conversation.stop_str or []
         found = [text.find(stop) for stop in ([stops] if isinstance(stops, str) else stops)]
         return text[: min((place for place in found if place > 0), default=len(text))]
@@ -189,10 +180,6 @@ class TokenizerTemplate(ChatTemplate):
 
     Its name holds a hash of the template's text. An answer ends with the first special token that the template writes
     after it: ``<end_of_turn>`` of Gemma, ``<|im_end|>`` of ChatML.
-
-    Raises:
-        ValueError: if the tokenizer carries none, or it can't be used: it refuses the roles user and assistant, or
-            writes no special token after an answer.
     """
 
     writes_beginning = True
@@ -235,12 +222,12 @@ def chat_template(name: str | None, tokenizer: Any = None) -> ChatTemplate:
     """The conversation template of that name: one of FastChat's, or ``tokenizer`` for the tokenizer's own.
 
     Args:
-        name: ``model.template``.
+        name: ``model.template``. FastChat's look-up by model path would silently answer with ``one_shot``, a dialogue
+            about a birthday party in front of every prompt.
         tokenizer: the model's; may be missing for a template of FastChat, if it will be LLaMA's.
 
     Raises:
-        ValueError: if there is none, or the tokenizer's own can't be used. FastChat's look-up by model path would
-            silently answer with ``one_shot``, a dialogue about a birthday party in front of every prompt.
+        ValueError: if there is none of that name, or the tokenizer's own can't be used.
     """
     from fastchat.conversation import conv_templates, get_conv_template
 
@@ -265,11 +252,7 @@ def special_tokens(tokenizer: Any) -> frozenset[str]:
 
 
 def escape(text: str, marks: Iterable[str]) -> str:
-    """Take marks in a text apart, by a space after their first character.
-
-    Args:
-        marks: strings of at least two characters.
-    """
+    """Take marks of two characters and more in a text apart, by a space after the first."""
     found = [mark for mark in marks if len(mark) > 1 and mark in text]  # few, of Gemma's 6,249
     for mark in sorted(found, key=lambda mark: (-len(mark), mark)):
         while mark in text:

@@ -90,11 +90,6 @@ def write_chat(folder: str | Path, *, trees: int, dialogues: int, seed: int) -> 
       category. One that needs a reference has none of its own, as question 123 of MT-Bench Inf;
     - ``text/dialogues.txt``: dialogues for pretraining, one a line, their turns separated by tabs.
 
-    Args:
-        trees: message trees.
-        dialogues: lines of text.
-        seed: of everything.
-
     Raises:
         ValueError: if there are more trees and dialogues than sentences.
     """

@@ -135,11 +135,7 @@ def load_task(
 
 
 def encode(table: pa.Table, task: Task, tokenizer: Any, max_length: int) -> Split:
-    """Tokenise a table after checking its columns and labels.
-
-    Raises:
-        ValueError: on missing columns, no rows, empty text cells, or labels out of range.
-    """
+    """Tokenise a table after checking that no column, row, cell or label is missing or out of range."""
     needed = [*task.columns, "label"]
     if missing := [name for name in needed if name not in table.column_names]:
         raise ValueError(

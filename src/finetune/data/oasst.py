@@ -131,8 +131,7 @@ def pack(ids: Tensor, trained: Tensor, length: int, limit: int | None = None) ->
     A block in which no token is predicted would have a mean loss of 0/0.
 
     Args:
-        ids: ``(tokens,)``, int64.
-        trained: ``(tokens,)``, bool.
+        ids, trained: ``(tokens,)``, int64 and bool.
         length: tokens of a block.
         limit: at most so many blocks, the first ones.
     """
