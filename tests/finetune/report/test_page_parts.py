@@ -92,8 +92,8 @@ def statistics(pairs, kind="methods", of=""):
     cell = {"model": "bert_base", "printed": [83.8, 86.6], "logged": [86.5, 84.2], "distance": 5.1}
     cell |= {"distance_exchanged": 0.5, "p_chance": 0.01}
     cells = [
-        cell | {"task": task, "evidence": evidence, "p_holm": p}
-        for task, evidence, p in (("mrpc", 8.0, 0.001), ("rte", 2.0, 0.5), ("stsb", -1.0, 1.0), ("cola", 9.0, 0.001))
+        cell | {"task": task, "verdict": verdict, "p_holm": 0.5}
+        for task, verdict in (("mrpc", "yes"), ("rte", "not beyond chance"), ("stsb", "no"), ("cola", "yes"))
     ]
     asked = {"model": "bert_base", "methods": ["lora", "sparsegrad"], "tasks": ["mrpc", "rte", "stsb"]}
     return {
@@ -196,10 +196,10 @@ def test_speed_is_read_from_ratios_and_warnings_go_with_it():
     table = Table(3, "table_03", "t", "test", "sound", cells, notes=(Note("warning", "load average 3."),))
     (found,) = findings(inputs(tables=[table]))
     assert found.title == "Faster than full fine-tuning a step: LoRA"
-    assert found.lines == (
+    assert found.lines == [
         "LoRA: speed × 1.10 [1.05, 1.15], peak in training × 0.90.",
         "SparseGrad: speed × 1.02 [0.97, 1.05].",
-    )
+    ]
     assert found.after.endswith("Warning: load average 3.")
 
 

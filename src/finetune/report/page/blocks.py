@@ -31,8 +31,6 @@ class Paragraph(NamedTuple):
 
 
 class Items(NamedTuple):
-    """A list."""
-
     texts: Sequence[str]
     block: str = "items"
 

@@ -6,7 +6,6 @@ protocol, differences between paper and code, what was not run, environment, cos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from finetune.published import discrepancies
@@ -28,17 +27,11 @@ class Section(NamedTuple):
 
     id: str
     title: str
-    blocks: Sequence[Block]
+    blocks: list[Block]
 
 
 def to_html(inputs: PageInputs) -> str:
-    """Render the page.
-
-    Args:
-        inputs: What `finetune.report.page.inputs.read_inputs` read.
-
-    Returns:
-        A whole HTML document.
+    """Render the page of what `finetune.report.page.inputs.read_inputs` read: a whole HTML document.
 
     Raises:
         ValueError: If the experiment's protocol has no file.
@@ -52,6 +45,12 @@ def page_context(inputs: PageInputs) -> dict[str, Any]:
     built = {name: table for name, table in inputs.tables.items() if table is not None}
     drawn = [figure.name for figure in inputs.figures]
     charts = [(heading_of(name), table, table_panels(table, inputs.labels)) for name, table in built.items()]
+    environment = records.environment(inputs) or [_none("Not run: there is no record.")]
+    cost = [
+        records.time_grid(inputs) or _none("Time: no record says how long it took."),
+        records.memory_grid(inputs) or _none("Memory: no record of a training run."),
+        records.hosvd_grid(inputs) or _none("Cost of the HOSVD: not run."),
+    ]
     return {
         "experiment": experiment["name"],
         "protocol": experiment["protocol"],
@@ -64,61 +63,44 @@ def page_context(inputs: PageInputs) -> dict[str, Any]:
         "findings": list(findings(inputs)),
         "statistics": inputs.statistics is not None,
         "charts": [chart for chart in charts if chart[2]],
-        "figures": [(figure, _bearing("figures", figure.name)) for figure in inputs.figures],
+        "figures": [(figure, protocol.bearing(figure.name)) for figure in inputs.figures],
         "undrawn": [f"{name} ({what})" for name, what in inputs.expected.items() if name not in drawn],
         "tables": [
-            (name, table, layout(table) if table is not None else why_no_table(inputs, name), _bearing("tables", name))
+            (name, table, layout(table) if table else why_no_table(inputs, name), protocol.bearing(name))
             for name, table in inputs.tables.items()
         ],
-        "before": [_statistics(inputs), _protocol(inputs)],
+        "before": [Section("statistics", "Statistics", _statistics(inputs)), _protocol(inputs)],
         "differences": discrepancies(),
         "anchors": [anchor_of(name) for name in (*inputs.tables, *drawn)],
         "after": [
-            Section("missing", "What was not run", [Items(missing(inputs))]),
-            Section(
-                "environment",
-                "Environment",
-                records.environment(inputs) or [Paragraph("Not run: there is no record.", "none")],
-            ),
-            Section(
-                "cost",
-                "Cost",
-                [
-                    records.time_grid(inputs) or Paragraph("Time: no record says how long it took.", "none"),
-                    records.memory_grid(inputs) or Paragraph("Memory: no record of a training run.", "none"),
-                    records.hosvd_grid(inputs) or Paragraph("Cost of the HOSVD: not run.", "none"),
-                ],
-            ),
+            Section("missing", "What was not run", [Items([*missing(inputs)])]),
+            Section("environment", "Environment", environment),
+            Section("cost", "Cost", cost),
         ],
         "examples": inputs.examples,
     }
 
 
-def _facts(inputs: PageInputs) -> list[tuple[str, str]]:
+def _facts(inputs: PageInputs) -> dict[str, Any]:
     built = [table for table in inputs.tables.values() if table is not None]
     cells = [cell for table in built for cell in table.cells]
-    run = sum(cell.verdict != verdicts.NOT_RUN for cell in cells)
-    finished = sum(one.content.get("status", "finished") == "finished" for one in inputs.found)
-    return [
-        ("Protocol", inputs.experiment["protocol"]),
-        ("Scale", inputs.experiment["scale"]),
-        ("Tables", f"{len(built)} of {len(inputs.tables)}"),
-        ("Cells with a value", f"{run} of {len(cells)}"),
-        ("Finished records", str(finished)),
-    ]
+    return {
+        "Protocol": inputs.experiment["protocol"],
+        "Scale": inputs.experiment["scale"],
+        "Tables": f"{len(built)} of {len(inputs.tables)}",
+        "Cells with a value": f"{sum(cell.verdict != verdicts.NOT_RUN for cell in cells)} of {len(cells)}",
+        "Finished records": sum(one.content.get("status", "finished") == "finished" for one in inputs.found),
+    }
 
 
-def _bearing(kind: str, name: str) -> list[tuple[str, str]]:
-    """The differences that bear on a table or figure of the paper."""
-    number = name.removeprefix(f"{kind[:-1]}_")
-    return protocol.bearing(kind, int(number)) if number.isdigit() else []
+def _none(text: str) -> Paragraph:
+    return Paragraph(text, "none")
 
 
-def _statistics(inputs: PageInputs) -> Section:
+def _statistics(inputs: PageInputs) -> list[Block]:
     if inputs.statistics is not None:
-        return Section("statistics", "Statistics", list(statistics_blocks(inputs.statistics, inputs.labels)))
-    words = f"Not run: results/{inputs.experiment['name']}/statistics.json is missing."
-    return Section("statistics", "Statistics", [Paragraph(words, "none")])
+        return [*statistics_blocks(inputs.statistics, inputs.labels)]
+    return [_none(f"Not run: results/{inputs.experiment['name']}/statistics.json is missing.")]
 
 
 def _protocol(inputs: PageInputs) -> Section:
@@ -128,5 +110,5 @@ def _protocol(inputs: PageInputs) -> Section:
         "runs and lower precision; what was really used is under “As run”, from the records."
     )
     grids = [protocol.choices_grid(title, used, found) for title, found in inputs.protocols.items()]
-    run = list(protocol.as_run(inputs)) or [Paragraph("As run: no training record.", "none")]
+    run = [*protocol.as_run(inputs)] or [_none("As run: no training record.")]
     return Section("protocol", "Protocol", [Paragraph(words), *grids, *run])

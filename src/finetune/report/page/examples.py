@@ -30,12 +30,7 @@ _CUT = {
 
 
 class Answers(NamedTuple):
-    """The answers of one fine-tuned model.
-
-    Attributes:
-        record: The record: `run`, `template`, `options`, `model`.
-        lines: Question id -> FastChat's answer line, with `cut` and `refused` a turn.
-    """
+    """A model's answers: their record, and question id -> FastChat's line, with `cut` and `refused`."""
 
     record: Mapping[str, Any]
     lines: Mapping[int, Mapping[str, Any]]
@@ -56,8 +51,7 @@ class Card(NamedTuple):
         label: Of the method.
         answer: `None`: there is none, for the reason `why`.
         why: Says so.
-        scores: Of all judgments of this answer.
-        score: Their median, `None` if it was not judged.
+        scores: Of all judgments of this answer; the page shows their median.
         repeats: Judgments that there should be.
         warnings: What is wrong with the answer or its judgments.
         words: (repeat, score, the judge's words).
@@ -67,10 +61,13 @@ class Card(NamedTuple):
     answer: str | None
     why: str = ""
     scores: tuple[float, ...] = ()
-    score: float | None = None
     repeats: int = 0
     warnings: tuple[str, ...] = ()
     words: tuple[tuple[int, float, str], ...] = ()
+
+    @property
+    def score(self) -> float | None:
+        return statistics.median(self.scores) if self.scores else None
 
 
 def read_answers(folder: str | Path) -> Iterator[Answers]:
@@ -101,8 +98,8 @@ def parts_of(
     Of each method the lowest seed is shown that all methods with answers have, or its lowest.
 
     Args:
-        experiment: The experiment's file: `name`, `stands_for`, `methods`; answers and judgments of other experiments
-            are passed over. A method that it does not list is shown where it has answers.
+        experiment: The experiment's file: `name`, `stands_for`, `methods`; what is of other experiments is passed over.
+            A method that it does not list is shown where it has answers.
         labels: Of methods.
         questions: All question lines of the set.
         examples: Ids of the questions to show.
@@ -123,29 +120,19 @@ def parts_of(
     first = experiment["stands_for"].get(PAPER_MODEL)
     parts = []
     for model in dict.fromkeys([first, *found] if first or not found else found):
-        own, scored = found.get(model, {}), judged.get(model, {})
-        common = set.intersection(*map(set, own.values())) if own else set()
-        shown = {}
-        for method in dict.fromkeys((*experiment.get("methods", ()), *own)):
-            seed = min(common or own[method]) if method in own else None
-            answers_of, judged_of = (of.get(method, {}).get(seed) for of in (own, scored))
-            shown[method] = Shown(labels.method(method), answers_of, judged_of)
-        parts.append(
+        shown = _shown(experiment.get("methods", ()), labels, found.get(model, {}), judged.get(model, {}))
+        asked = [
             {
-                "model": model or "none",
-                "facts": _facts(model, model == first, [*shown.values()]),
-                "quality": all(one.judged.record["judge"]["measures_quality"] for one in shown.values() if one.judged),
-                "questions": [
-                    {
-                        "id": number,
-                        "category": by_id[number]["category"],
-                        "text": by_id[number]["turns"][TURN - 1],
-                        "cards": [_card(one, number) for one in shown.values()],
-                    }
-                    for number in examples
-                ],
+                "id": number,
+                "category": by_id[number]["category"],
+                "text": by_id[number]["turns"][TURN - 1],
+                "cards": [_card(one, number) for one in shown],
             }
-        )
+            for number in examples
+        ]
+        quality = all(one.judged.record["judge"]["measures_quality"] for one in shown if one.judged)
+        facts = _facts(model, model == first, shown)
+        parts.append({"model": model or "none", "facts": facts, "quality": quality, "questions": asked})
     return parts
 
 
@@ -162,6 +149,22 @@ def _by_model(found: Iterable[Any], experiment: str) -> dict[str, dict[str, dict
         if run["experiment"] == experiment:
             by_model.setdefault(run["model"], {}).setdefault(run["method"], {})[run["seed"]] = one
     return by_model
+
+
+def _shown(
+    methods: Iterable[str],
+    labels: Labels,
+    answers: Mapping[str, Mapping[int, Answers]],
+    judged: Mapping[str, Mapping[int, Judged]],
+) -> list[Shown]:
+    """The methods with the seed that is shown of each."""
+    common = set.intersection(*map(set, answers.values())) if answers else set()
+    shown = []
+    for method in dict.fromkeys((*methods, *answers)):
+        seed = min(common or answers[method]) if method in answers else None
+        answers_of, judged_of = (of.get(method, {}).get(seed) for of in (answers, judged))
+        shown.append(Shown(labels.method(method), answers_of, judged_of))
+    return shown
 
 
 def _facts(model: str | None, stands_in: bool, shown: Sequence[Shown]) -> list[str]:
@@ -197,17 +200,14 @@ def _card(shown: Shown, number: int) -> Card:
     # As `finetune.mt_bench.judging` names the answers that a prompt for the first turn held.
     digest = hashlib.sha256(json.dumps([text]).encode()).hexdigest()
     found = [one for one in mine if one.get("answer_sha256") == digest]
-    scores = tuple(one["score"] for one in found)
-    other = "Judgments of another answer than this one are not shown: run the judgments stage again."
+    warnings = [words for name, words in _CUT.items() if any(line.get(name, ())[TURN - 1 : TURN])]
+    if len(found) < len(mine):
+        warnings.append("Judgments of another answer than this one are not shown: run the judgments stage again.")
     return Card(
         label,
         text,
-        scores=scores,
-        score=statistics.median(scores) if scores else None,
+        scores=tuple(one["score"] for one in found),
         repeats=judged.record["judge"]["repeats"] if judged else 0,
-        warnings=(
-            *([other] if len(found) < len(mine) else []),
-            *(words for name, words in _CUT.items() if any(line.get(name, ())[TURN - 1 : TURN])),
-        ),
+        warnings=tuple(warnings),
         words=tuple((one.get("repeat", 0) + 1, one["score"], str(one.get("judgment", ""))) for one in found),
     )

@@ -6,15 +6,14 @@ No sentence is written by hand: each is a rule's, which says "not separated" whe
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune.report.figures.energy_evidence import TRAJECTORIES
 from finetune.report.labels import Labels
 from finetune.report.model import Table, format_value
 from finetune.report.page.inputs import PageInputs
-from finetune.report.page.scores import NATS, POINTS, family_title, pair_name, said
+from finetune.report.page.scores import NATS, POINTS, Unit, ends, family_title, pair_name, said
 from finetune.report.page.tables import heading_of, shown
 from finetune.report.paper.layouts import PAPER_MODELS
 from finetune.report.paper.printed_averages import CONTRADICTED, CUT_OFF
@@ -26,58 +25,45 @@ FOCUS = "sparsegrad"
 """The method whose pairs are shown also where nothing separates them."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A card.
-
-    Attributes:
-        title: The answer in a few words.
-        lines: Sentences with numbers and intervals.
-        after: What limits it.
-    """
+class Finding(NamedTuple):
+    """A card: the answer in a few words, sentences with numbers and intervals, and what limits it."""
 
     title: str
-    lines: tuple[str, ...]
-    after: str = ""
+    lines: Sequence[str]
+    after: str
 
 
 def findings(inputs: PageInputs) -> Iterator[Finding]:
     """What the numbers say: our runs, then cost, then the paper's own numbers and logs."""
-    content, labels = inputs.statistics, inputs.labels
+    content, labels = inputs.statistics or {}, inputs.labels
     tables = [table for table in inputs.tables.values() if table is not None]
-    if content is not None:
-        for entry in content["runs"]:
-            yield from _compared(entry, entry["comparison"]["families"], labels)
+    for entry in content.get("runs", ()):
+        yield from _compared(entry, entry["comparison"]["families"], labels, POINTS)
     yield from _stale([one.content for one in inputs.of_kind("energy")])
     for table in tables:
         yield from _loss(table)
-    for entry in content["decoders"] if content is not None else ():
+    for entry in content.get("decoders", ()):
         families = [family for family in entry["comparison"]["families"] if family["kind"] != METHODS]
         yield from _compared(entry, families, labels, NATS)
-    yield from _speed(tables)
-    if content is not None:
+    for table in tables:
+        yield from _speed(table)
+    if content:
         yield from _logs(content["logs"], labels)
-        yield from _averages(content["averages"])
+        yield _averages([one for one in content["averages"] if not one["repeats"]])
         yield from _exchange(content["exchange"], labels)
 
 
-def pair_sentence(pair: Mapping[str, Any], labels: Labels, unit: tuple[str, int] = POINTS) -> str:
-    """Say what a paired test of two methods over all their tasks says.
-
-    Args:
-        pair: An entry of a family's `pairs` in `statistics.json`.
-        labels: Of methods.
-        unit: Of the difference, and its decimal places.
-    """
-    test, (name, places) = pair["mean"], unit
+def pair_sentence(pair: Mapping[str, Any], labels: Labels, unit: Unit = POINTS) -> str:
+    """Say what a paired test of two methods over all their tasks says: a pair of a family in `statistics.json`."""
+    test = pair["mean"]
     few = ", so few pairs separate nothing" if (test["least"] or 0) > LEVEL else ""
     numbers = f"p {p_value(test['p_holm'])}, {test['pairs']} pairs{few}"
-    difference = f"{interval(test['difference'], '+', places)} {name}"
+    difference = f"{interval(test['difference'], '+', unit.places)} {unit.name}"
     return f"{pair_name(pair, labels)}: {difference}, {said(test['verdict'], pair, labels)} ({numbers})."
 
 
 def _compared(
-    entry: Mapping[str, Any], families: Sequence[Mapping[str, Any]], labels: Labels, unit: tuple[str, int] = POINTS
+    entry: Mapping[str, Any], families: Iterable[Mapping[str, Any]], labels: Labels, unit: Unit
 ) -> Iterator[Finding]:
     """Families of pairs; of all methods only those that are separated, and the focus'."""
     for family in (one for one in families if one["pairs"]):
@@ -88,29 +74,23 @@ def _compared(
             for pair in pairs
             if pair in apart or family["kind"] != METHODS or FOCUS in (pair["first"], pair["second"])
         ]
+        if unit == POINTS:
+            lines += [
+                f"On {labels.task(task)} alone, {pair_name(pair, labels)}: {interval(test['difference'], '+')} points, "
+                f"p {p_value(test['p_holm'])}."
+                for pair in pairs
+                for task, test in pair["tasks"].items()
+                if test["verdict"] != NOT_SEPARATED
+            ]
         separated = f"{len(apart)} of {len(pairs)} pairs separated" if apart else "no pair separated"
         title = family_title(family, labels)
-        single = _single(pairs, labels) if unit == POINTS else ()
-        yield Finding(
-            f"{title[:1].upper()}{title[1:]} on {entry['title']}: {separated}",
-            (*lines, *single),
-            _limits(entry, pairs, labels, unit),
-        )
+        title = f"{title[:1].upper()}{title[1:]} on {entry['title']}: {separated}"
+        yield Finding(title, lines, _limits(entry, pairs, labels, unit))
 
 
-def _single(pairs: Iterable[Mapping[str, Any]], labels: Labels) -> Iterator[str]:
-    """Single tasks on which two methods are separated."""
-    for pair in pairs:
-        for task, test in pair["tasks"].items():
-            if test["verdict"] != NOT_SEPARATED:
-                numbers = f"{interval(test['difference'], '+')} points, p {p_value(test['p_holm'])}"
-                yield f"On {labels.task(task)} alone, {pair_name(pair, labels)}: {numbers}."
-
-
-def _limits(entry: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]], labels: Labels, unit: tuple[str, int]) -> str:
+def _limits(entry: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]], labels: Labels, unit: Unit) -> str:
     tasks = labels.in_order({task for pair in pairs for task in pair["tasks"]})
-    counts = {test["pairs"] for pair in pairs for test in pair["tasks"].values()}
-    seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    seeds = ends(test["pairs"] for pair in pairs for test in pair["tasks"].values())
     paper = [PAPER_MODELS[name] for name in entry.get("stands_for", ()) if name != entry["model"]]
     place = f" {entry['title']} stands in the place of {', '.join(paper)}." if paper else ""
     what, test = f"Mean over {', '.join(map(labels.task, tasks))}, {seeds} paired seeds a task", "sign-flip test"
@@ -126,17 +106,17 @@ def _stale(energies: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
         for record in (one for one in energies if one["titles"]["model"] == model):
             first, last = record["steps"][0], record["steps"][-1]
             start, end = _in_block(first, "initial"), _in_block(last, "initial")
-            fresh, other = _in_block(last, "refreshed"), _in_block(first, "stored")
             kept.append(end / start)
             name = TRAJECTORIES.get(record["run"]["trajectory"], record["run"]["trajectory"])
             lines.append(
                 f"{record['titles']['task']}, {name}: {start:.2f} at step {first['step']}, {end:.2f} at step "
-                f"{last['step']}, {fresh:.2f} if renewed there; a basis made under another head starts at {other:.2f}."
+                f"{last['step']}, {_in_block(last, 'refreshed'):.2f} if renewed there; a basis made under another head "
+                f"starts at {_in_block(first, 'stored'):.2f}."
             )
-        keeps = " to ".join(dict.fromkeys(f"{100 * share:.0f}" for share in (min(kept), max(kept))))
+        keeps = ends(round(100 * share) for share in kept)
         yield Finding(
             f"How a basis ages on {model}: {keeps} % of its block’s energy is left at the last look",
-            tuple(lines),
+            lines,
             f"Share of the gradient's energy in the leading block of the run's own basis, mean over {model}'s layers. "
             "One seed a trajectory.",
         )
@@ -149,74 +129,66 @@ def _in_block(step: Mapping[str, Any], space: str) -> float:
 def _loss(table: Table) -> Iterator[Finding]:
     """Validation loss of each decoder of a table, lowest first."""
     losses = [cell for cell in table.cells if cell.quantity == "loss" and cell.low is not None]
-    shares = {(one.row, one.model): one for one in table.cells if one.quantity == "trained_share" and one.value}
+    trained = {
+        (cell.row, cell.model): f", trains {format_value(cell.quantity, cell.value)}"
+        for cell in table.cells
+        if cell.quantity == "trained_share" and cell.value
+    }
     for model in dict.fromkeys(cell.model for cell in losses):
         cells = sorted((cell for cell in losses if cell.model == model), key=lambda cell: cell.value)
         if len(cells) < 2:
             continue
-        lines = []
-        for cell in cells:
-            share = shares.get((cell.row, model))
-            trains = f", trains {format_value(share.quantity, share.value)}" if share else ""
-            lines.append(f"{cell.row}: {shown(cell)} nats a token{trains}.")
+        lines = [f"{cell.row}: {shown(cell)} nats a token{trained.get((cell.row, model), '')}." for cell in cells]
         apart = cells[0].high < cells[1].low
         best = f"{cells[0].row} has the lowest validation loss" if apart else "no lowest validation loss stands apart"
-        counts = " to ".join(map(str, sorted({cell.n for cell in cells})))
-        after = f"mean over {counts} seeds, 95 % t intervals; where two overlap, neither is said to be lower."
-        yield Finding(f"Decoder: {best}", tuple(lines), f"{heading_of(table.name)}, {model}: {after}")
+        seeds = ends(cell.n for cell in cells)
+        after = f"mean over {seeds} seeds, 95 % t intervals; where two overlap, neither is said to be lower."
+        yield Finding(f"Decoder: {best}", lines, f"{heading_of(table.name)}, {model}: {after}")
 
 
-def _speed(tables: Sequence[Table]) -> Iterator[Finding]:
+def _speed(table: Table) -> Iterator[Finding]:
     """Speed and peak memory in training over full fine-tuning's, averages over tasks."""
-    for table in tables:
-        ratios = [
-            cell for cell in table.cells if "over_full" in cell.flags and not cell.task and cell.value is not None
-        ]
-        speeds = sorted((one for one in ratios if one.quantity == "speed"), key=lambda cell: -cell.value)
-        peaks = {cell.method: cell.value for cell in ratios if cell.quantity == "training"}
-        if not speeds or not peaks:  # tables 7 and 8 hold one of them, by task
-            continue
-        names = {cell.method: cell.row for cell in reversed(table.cells) if "over_full" not in cell.flags}
-        faster = [names[cell.method] for cell in speeds if (cell.low or 0) > 1]
-        lines = []
-        for cell in speeds:
-            memory = f", peak in training × {peaks[cell.method]:.2f}" if cell.method in peaks else ""
-            lines.append(f"{names[cell.method]}: speed × {shown(cell)}{memory}.")
-        warnings = "".join(f" Warning: {note.text}" for note in table.notes if note.kind == "warning")
-        yield Finding(
-            f"Faster than full fine-tuning a step: {'; '.join(faster) or 'no method'}",
-            tuple(lines),
-            f"{heading_of(table.name)}, {speeds[0].model}: ratios to full fine-tuning on the same batches of one "
-            f"machine, 95 % intervals.{warnings}",
-        )
+    ratios = [cell for cell in table.cells if "over_full" in cell.flags and not cell.task and cell.value is not None]
+    speeds = sorted((cell for cell in ratios if cell.quantity == "speed"), key=lambda cell: -cell.value)
+    peaks = {cell.method: f", peak in training × {cell.value:.2f}" for cell in ratios if cell.quantity == "training"}
+    if not speeds or not peaks:  # tables 7 and 8 hold one of them, by task
+        return
+    names = {cell.method: cell.row for cell in reversed(table.cells) if "over_full" not in cell.flags}
+    faster = [names[cell.method] for cell in speeds if (cell.low or 0) > 1]
+    warnings = "".join(f" Warning: {note.text}" for note in table.notes if note.kind == "warning")
+    yield Finding(
+        f"Faster than full fine-tuning a step: {'; '.join(faster) or 'no method'}",
+        [f"{names[cell.method]}: speed × {shown(cell)}{peaks.get(cell.method, '')}." for cell in speeds],
+        f"{heading_of(table.name)}, {speeds[0].model}: ratios to full fine-tuning on the same batches of one machine, "
+        f"95 % intervals.{warnings}",
+    )
 
 
 def _logs(logs: Sequence[Mapping[str, Any]], labels: Labels) -> Iterator[Finding]:
     """The authors' logs beside the printed averages, over the same tasks."""
+    if not logs:
+        return
     lines = []
     for entry in logs:
         parts = [
             f"{labels.method(method)} {row['logs']['mean']:.2f} (printed {row['printed_same_tasks']:.2f})"
             for method, row in entry["printed"].items()
         ]
-        over = " to ".join(map(str, sorted({len(row["tasks"]) for row in entry["printed"].values()})))
+        over = ends(len(row["tasks"]) for row in entry["printed"].values())
         lines.append(f"{entry['title']}, {over} tasks: {', '.join(parts)}.")
     pairs = [pair for entry in logs for family in entry["comparison"]["families"] for pair in family["pairs"]]
     apart = sum(pair["mean"]["verdict"] != NOT_SEPARATED for pair in pairs)
     after = "Mean of the tasks’ means over the logged seeds; printed: the mean of the printed cells of the same tasks."
-    if lines:
-        title = f"The authors’ logs separate {apart or 'no'} of {len(pairs)} pairs of methods"
-        yield Finding(title, tuple(lines), after)
+    yield Finding(f"The authors’ logs separate {apart or 'no'} of {len(pairs)} pairs of methods", lines, after)
 
 
-def _averages(averages: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
-    own = [one for one in averages if not one["repeats"]]
-    wrong = [one for one in own if one["verdict"] == CONTRADICTED]
-    cut = [f"Table {one['table']}, {one['row']}" for one in own if one["verdict"] == CUT_OFF]
+def _averages(averages: Sequence[Mapping[str, Any]]) -> Finding:
+    wrong = [one for one in averages if one["verdict"] == CONTRADICTED]
+    cut = [f"Table {one['table']}, {one['row']}" for one in averages if one["verdict"] == CUT_OFF]
     lines = [f"Table {one['table']}, {one['row']}: printed {one['printed']}, {_instead(one)}." for one in wrong]
     lines += [f"Explained by digits cut off, not rounded: {'; '.join(cut)}."] if cut else []
-    title = f"{len(wrong)} of {len(own)} printed averages do not follow from their rows"
-    yield Finding(title, tuple(lines), "Beyond what rounding of cells and average, or cutting off, can explain.")
+    title = f"{len(wrong)} of {len(averages)} printed averages do not follow from their rows"
+    return Finding(title, lines, "Beyond what rounding of cells and average, or cutting off, can explain.")
 
 
 def _instead(one: Mapping[str, Any]) -> str:
@@ -231,20 +203,17 @@ def _instead(one: Mapping[str, Any]) -> str:
 def _exchange(exchange: Mapping[str, Any], labels: Labels) -> Iterator[Finding]:
     """Whether the cells that were asked about look exchanged between two methods."""
     asked = exchange["asked"]
-    methods = " and ".join(map(labels.method, asked["methods"]))
-    lines, answers = [], []
-    for one in exchange["cells"]:
-        if one["model"] != asked["model"] or one["task"] not in asked["tasks"]:
-            continue
-        beyond = "yes" if one["p_holm"] <= LEVEL else "not beyond chance"
-        task = labels.task(one["task"])
-        answers.append(f"{task} {beyond if one['evidence'] > 0 else 'no'}")
+    cells = [one for one in exchange["cells"] if one["model"] == asked["model"] and one["task"] in asked["tasks"]]
+    lines = []
+    for one in cells:
         printed, logged = (", ".join(f"{value:.1f}" for value in one[key]) for key in ("printed", "logged"))
         lines.append(
-            f"{task}: printed {printed}; logs {logged}. Distance {one['distance']:.2f} as printed, "
+            f"{labels.task(one['task'])}: printed {printed}; logs {logged}. Distance {one['distance']:.2f} as printed, "
             f"{one['distance_exchanged']:.2f} exchanged; p by chance {p_value(one['p_chance'])}, "
             f"{p_value(one['p_holm'])} corrected."
         )
-    title = f"Are {PAPER_MODELS[asked['model']]}’s cells of {methods} exchanged? {'; '.join(answers)}"
     if lines:
-        yield Finding(title, tuple(lines), f"Pairs of numbers: {methods}.")
+        methods = " and ".join(map(labels.method, asked["methods"]))
+        answers = "; ".join(f"{labels.task(one['task'])} {one['verdict']}" for one in cells)
+        title = f"Are {PAPER_MODELS[asked['model']]}’s cells of {methods} exchanged? {answers}"
+        yield Finding(title, lines, f"Pairs of numbers: {methods}.")

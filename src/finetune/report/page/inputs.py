@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.mt_bench.judged import current_records
 from finetune.published import table_numbers
+from finetune.report.figures.figure_style import Words
 from finetune.report.labels import Labels
 from finetune.report.model import Table, read_table
 from finetune.store import records
@@ -32,19 +33,15 @@ class Found:
 
     @property
     def kind(self) -> str:
-        """Kind of run."""
         return self.run.get("kind", "")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure as its stage left it: name of its files, title, caption, notes, paths behind it, and the SVG."""
+    """A figure as its stage left it."""
 
     name: str
-    title: str
-    caption: str
-    notes: tuple[str, ...]
-    source: tuple[str, ...]
+    words: Words
     svg: bytes
 
 
@@ -57,7 +54,7 @@ class PageInputs:
         labels: Of methods and tasks.
         tables: Name -> the table, the paper's by number, then others; None where it was not built.
         figures: The figures, in the order of the page.
-        expected: Name of a figure -> what it shows, of those that an experiment makes.
+        expected: Name of a figure -> what it shows, of those that an experiment makes, in the order of the page.
         statistics: Content of `statistics.json`; None where it was not run.
         found: The records.
         protocols: What a protocol is for -> name -> content of its file.
@@ -87,17 +84,9 @@ def read_inputs(
     protocols: Mapping[str, Mapping[str, Mapping[str, Any]]],
     expected: Mapping[str, str],
 ) -> PageInputs:
-    """Read what the stages of an experiment left under its folder; what is missing stays out and is named on the page.
+    """Read what the stages of an experiment left under `results/<name>`; what is missing is named on the page.
 
-    Args:
-        results: `results/<name>`.
-        experiment: The experiment's file.
-        labels: Of methods and tasks.
-        protocols: What a protocol is for -> name -> content of its file.
-        expected: Name of a figure -> what it shows, in the order of the page.
-
-    Returns:
-        The inputs of `finetune.report.page.context.to_html`.
+    The other arguments are fields of `PageInputs`.
 
     Raises:
         ValueError: If the folder is missing, a file is damaged, or the experiment lacks a key.
@@ -126,12 +115,10 @@ def _figures(folder: Path, first: list[str]) -> Iterator[Figure]:
     """The figures of a folder: those named first, then the others by name."""
     order = {name: place for place, name in enumerate(first)}
     for path in sorted(folder.glob("*.json"), key=lambda path: (order.get(path.stem, len(order)), path)):
-        words, svg = records.read_json(path), path.with_suffix(".svg")
-        lacking = [key for key in ("title", "caption") if not words.get(key)] + [svg.name] * (not svg.is_file())
-        if lacking:
-            raise ValueError(f"{path}: no {' or '.join(lacking)}; run the stage that draws it again.")
-        notes, source = (tuple(words.get(key, ())) for key in ("notes", "source"))
-        yield Figure(path.stem, words["title"], words["caption"], notes, source, svg.read_bytes())
+        try:
+            yield Figure(path.stem, Words(**records.read_json(path)), path.with_suffix(".svg").read_bytes())
+        except (TypeError, FileNotFoundError) as error:
+            raise ValueError(f"{path} is damaged ({error}): run the stage that draws it again.") from None
 
 
 def _records(results: Path) -> Iterator[Found]:

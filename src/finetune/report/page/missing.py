@@ -6,15 +6,24 @@ from collections.abc import Iterator
 
 from finetune.published import TASKS
 from finetune.report.page.inputs import PageInputs
-from finetune.report.page.records import failures
 from finetune.report.page.tables import heading_of
 from finetune.report.paper.layouts import PAPER_MODELS
 from finetune.stats import verdicts
 
 
-def missing(inputs: PageInputs) -> list[str]:
+def missing(inputs: PageInputs) -> Iterator[str]:
     """A sentence for each gap: models, tasks, tables, cells, figures, statistics, examples, failures."""
-    return [*_models(inputs), *_tables(inputs), *_others(inputs), *failures(inputs.found)]
+    yield from _models(inputs)
+    yield "Table 2: formulas, no numbers; the tests of the layers compare them in float64."
+    for name, table in inputs.tables.items():
+        if table is None:
+            yield why_no_table(inputs, name)
+        elif count := sum(cell.verdict == verdicts.NOT_RUN for cell in table.cells):
+            yield f"{heading_of(name)}: {count} of {len(table.cells)} cells not run; the reasons stand under it."
+    yield from _others(inputs)
+    for one in inputs.found:
+        if one.content.get("status") == "failed":
+            yield f"{one.path}: failed ({str(one.content.get('error') or 'no error kept')[:200]})"
 
 
 def why_no_table(inputs: PageInputs, name: str) -> str:
@@ -35,33 +44,21 @@ def _models(inputs: PageInputs) -> Iterator[str]:
             yield f"{title}: not run; no model of experiment {experiment['name']} stands in its place."
         elif other != model:
             yield f"{title} itself: not run; {other} runs in its place, so no score reproduces a printed one."
-    tasks = [title for task, title in TASKS.items() if task not in experiment["tasks"]]
-    if tasks:
+    if tasks := [title for task, title in TASKS.items() if task not in experiment["tasks"]]:
         yield f"GLUE tasks not run: {', '.join(tasks)}; experiment {experiment['name']} does not list them."
 
 
-def _tables(inputs: PageInputs) -> Iterator[str]:
-    yield "Table 2: formulas, no numbers; the tests of the layers compare them in float64."
-    for name, table in inputs.tables.items():
-        if table is None:
-            yield why_no_table(inputs, name)
-        elif count := sum(cell.verdict == verdicts.NOT_RUN for cell in table.cells):
-            yield f"{heading_of(name)}: {count} of {len(table.cells)} cells not run; the reasons stand under it."
-
-
 def _others(inputs: PageInputs) -> Iterator[str]:
-    name, drawn = inputs.experiment["name"], {figure.name for figure in inputs.figures}
+    folder, drawn = f"results/{inputs.experiment['name']}", {figure.name for figure in inputs.figures}
     for figure, what in inputs.expected.items():
         if figure not in drawn:
-            yield f"Figure '{figure}' ({what}): not run; results/{name}/figures/{figure}.json is missing."
+            yield f"Figure '{figure}' ({what}): not run; {folder}/figures/{figure}.json is missing."
     if inputs.statistics is None:
-        yield f"Statistics: not run; results/{name}/statistics.json is missing."
+        yield f"Statistics: not run; {folder}/statistics.json is missing."
     if not inputs.examples:
-        yield f"Answers side by side (Appendix E): not run; results/{name}/examples.html is missing."
-    judges = [one.content.get("judge", {}) for one in inputs.of_kind("judgments")]
-    if judges and not all(judge.get("measures_quality") for judge in judges):
+        yield f"Answers side by side (Appendix E): not run; {folder}/examples.html is missing."
+    if not all(one.content["judge"]["measures_quality"] for one in inputs.of_kind("judgments")):
         yield "Judged quality of answers: not run; the local judge's scores are no measure of quality."
     trained = {one.run["method"] for one in inputs.of_kind("train")}
-    absent = [inputs.labels.method(one) for one in inputs.experiment.get("methods", ()) if one not in trained]
-    if absent:
+    if absent := [inputs.labels.method(one) for one in inputs.experiment.get("methods", ()) if one not in trained]:
         yield f"GLUE training of {', '.join(absent)}: not run; there is no record."

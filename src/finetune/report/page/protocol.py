@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune.published import discrepancies
 from finetune.report.page.blocks import Grid, Text
@@ -14,15 +14,8 @@ AS_RUN = {"train": "GLUE", "llama": "decoder"}
 """Kind of a record -> its name in the title of its treatment."""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """One choice of a protocol.
-
-    Attributes:
-        key: Its name; `preliminary.steps` where it stands inside another.
-        value: For readers.
-        source: Where it comes from; empty where none is given.
-    """
+class Choice(NamedTuple):
+    """A choice of a protocol: its key (`preliminary.steps` inside another), its value for readers, its source or ""."""
 
     key: str
     value: str
@@ -56,12 +49,7 @@ def read_choices(name: str, protocols: Mapping[str, Mapping[str, Any]]) -> list[
 
 
 def choices_grid(title: str, name: str, protocols: Mapping[str, Mapping[str, Any]]) -> Grid:
-    """The choices of the protocol in use beside the others'.
-
-    Args:
-        title: What it is the protocol of.
-        name: The protocol in use.
-        protocols: Protocol -> content of its file.
+    """The choices of the protocol `name` beside the others'; `title` says of what.
 
     Raises:
         ValueError: As `read_choices`.
@@ -69,35 +57,37 @@ def choices_grid(title: str, name: str, protocols: Mapping[str, Mapping[str, Any
     others = {other: {c.key: c.value for c in read_choices(other, protocols)} for other in protocols if other != name}
     rows = [
         [
-            choice.key.replace("_", " ").replace(".", ": "),
-            Text(choice.value, "strong"),
-            *(_beside(values.get(choice.key), choice.value) for values in others.values()),
-            choice.source or Text("none given", "none"),
+            key.replace("_", " ").replace(".", ": "),
+            Text(value, "strong"),
+            *(_beside(values.get(key), value) for values in others.values()),
+            source or Text("none given", "none"),
         ]
-        for choice in read_choices(name, protocols)
+        for key, value, source in read_choices(name, protocols)
     ]
     return Grid(f"{title}: protocol {name}", ["choice", f"{name} (used)", *others, "source"], rows)
 
 
-def bearing(kind: str, number: int) -> list[tuple[str, str]]:
-    """The rows (row, topic) that bear on a table or a figure: `kind` is `tables` or `figures`."""
-    return [(row["row"], row["topic"]) for row in discrepancies() if str(number) in row[kind].split()]
+def bearing(name: str) -> list[tuple[str, str]]:
+    """The rows (row, topic) of the differences that bear on a table or figure of the paper, such as `table_09`."""
+    kind, _, number = name.rpartition("_")
+    rows = [row for row in discrepancies() if number.lstrip("0") in row.get(f"{kind}s", "").split()]
+    return [(row["row"], row["topic"]) for row in rows]
 
 
 def as_run(inputs: PageInputs) -> Iterator[Grid]:
-    """What the records say was really used: a grid a kind of run, a line for each distinct treatment."""
+    """What the records say was really used: a grid a kind of run, a line for each distinct treatment and its runs."""
     for kind, title in AS_RUN.items():
-        found: dict[tuple[tuple[str, str], ...], dict[str, dict[str, None]]] = {}
+        found: dict[tuple[tuple[str, str], ...], dict[str, set[str]]] = {}
         for one in inputs.of_kind(kind):
             if treatment := one.content.get("treatment"):
                 shown = tuple((key, _text(value)) for key, value in treatment.items())
-                place = f"{one.run['model']}, {one.run['task']}"
-                found.setdefault(shown, {}).setdefault(place, {})[inputs.labels.method(one.run["method"])] = None
+                places = found.setdefault(shown, defaultdict(set))
+                places[f"{one.run['model']}, {one.run['task']}"].add(inputs.labels.method(one.run["method"]))
         keys = list(dict.fromkeys(key for shown in found for key, _ in shown))
         rows = [
             [place, "; ".join(sorted(methods)), *(dict(shown).get(key) or Text("not recorded", "none") for key in keys)]
-            for shown, runs in found.items()
-            for place, methods in runs.items()
+            for shown, places in found.items()
+            for place, methods in places.items()
         ]
         if found:
             head = ["runs", "methods", *(key.replace("_", " ") for key in keys)]
@@ -105,6 +95,7 @@ def as_run(inputs: PageInputs) -> Iterator[Grid]:
 
 
 def _beside(value: str | None, used: str) -> str | Text:
+    """Another protocol's value beside the one in use."""
     if value is None:
         return Text("no such choice", "none")
     return Text("same", "none") if value == used else value

@@ -1,9 +1,9 @@
-"""What the records say besides scores: environment, models and data, what the runs cost, failures."""
+"""What the records say besides scores: environment, models and data, and what the runs cost."""
 
 from __future__ import annotations
 
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,7 @@ _PEAKS = {"peak_training": "peak, training", "peak_evaluation": "peak, evaluatio
 
 def environment(inputs: PageInputs) -> list[Grid]:
     """Commits, packages, machines, models and data of all records."""
-    if not inputs.found:
-        return []
-    return [_commits(inputs.found), _versions(inputs.found), *_artefacts(inputs)]
-
-
-def failures(found: Iterable[Found]) -> list[str]:
-    """A sentence for each failed run."""
-    failed = [one for one in found if one.content.get("status") == "failed"]
-    return [f"{one.path}: failed ({str(one.content.get('error') or 'no error kept')[:200]})" for one in failed]
+    return [_commits(inputs.found), _versions(inputs.found), *_artefacts(inputs)] if inputs.found else []
 
 
 def time_grid(inputs: PageInputs) -> Grid | None:
@@ -49,18 +41,11 @@ def time_grid(inputs: PageInputs) -> Grid | None:
     groups, rows, total = _groups(inputs, *KINDS), [], 0.0
     for (kind, model, method), members in groups.items():
         spent = [seconds for seconds in map(_seconds, members) if seconds is not None]
-        medians = [(one.content.get("training") or {}).get("step_seconds_median") for one in members]
-        steps = [seconds for seconds in medians if seconds]
+        steps = [step for one in members if (step := (one.content.get("training") or {}).get("step_seconds_median"))]
         total += sum(spent)
-        rows.append(
-            [
-                f"{KINDS[kind]}: {method}",
-                model,
-                str(len(members)),
-                _time(sum(spent)) if spent else Text("not recorded", "none"),
-                f"{statistics.median(steps):.3g}" if steps else Text("no training", "none"),
-            ]
-        )
+        time = _time(sum(spent)) if spent else Text("not recorded", "none")
+        step = f"{statistics.median(steps):.3g}" if steps else Text("no training", "none")
+        rows.append([f"{KINDS[kind]}: {method}", model, str(len(members)), time, step])
     if not rows:
         return None
     rows.append(["all of these", "every model", str(sum(map(len, groups.values()))), _time(total), "different steps"])
@@ -73,22 +58,26 @@ def memory_grid(inputs: PageInputs) -> Grid | None:
     rows = []
     for (_, model, method), members in _groups(inputs, *TRAINING).items():
         if counted := [one.content["memory"] for one in members if one.content.get("memory")]:
-            means = [_of(statistics.fmean, counted, name) for name in _MEMORY]
-            rows.append([method, model, *means, *(_of(max, counted, name) for name in _PEAKS)])
-    if not rows:
-        return None
+            taken = [(statistics.fmean, name) for name in _MEMORY] + [(max, name) for name in _PEAKS]
+            known = [(take, [one[name] for one in counted if one.get(name) is not None]) for take, name in taken]
+            rows.append([method, model, *(_megabytes(take(values) if values else None) for take, values in known)])
     caption = "Memory in MB (10^6 bytes), means over runs; peaks are a CUDA allocator's, a CPU counts none"
-    return Grid(caption, ["method", "model", *_MEMORY.values(), *_PEAKS.values()], rows)
+    return Grid(caption, ["method", "model", *_MEMORY.values(), *_PEAKS.values()], rows) if rows else None
 
 
 def hosvd_grid(inputs: PageInputs) -> Grid | None:
     """Time and peak memory of the HOSVD by each way and shape; None where it was not measured."""
-    rows = []
-    for one in inputs.of_kind("hosvd_cost"):
-        for case in one.content["cases"]:
-            shape = f"{case['name']}, {' × '.join(map(str, case['shape']))}"
-            for entry in case["entries"]:
-                rows.append([shape, entry["way"].replace("_", " "), str(entry["gradients"]), *_hosvd_cells(entry)])
+    rows = [
+        [
+            f"{case['name']}, {' × '.join(map(str, case['shape']))}",
+            entry["way"].replace("_", " "),
+            str(entry["gradients"]),
+            *_hosvd_cells(entry),
+        ]
+        for one in inputs.of_kind("hosvd_cost")
+        for case in one.content["cases"]
+        for entry in case["entries"]
+    ]
     caption = "HOSVD of stacked gradients (D24); the paper names 78 s for BERT and 668 s for LLaMa-2 on another CPU"
     head = ["matrix", "way", "gradients", "seconds", "peak, MB", "how known"]
     return Grid(caption, head, rows) if rows else None
@@ -104,25 +93,21 @@ def _hosvd_cells(entry: Mapping[str, Any]) -> list[str | Text]:
 
 
 def _commits(found: Iterable[Found]) -> Grid:
-    groups: dict[tuple[str, bool], list[Found]] = {}
+    groups: dict[tuple[str, str | Text], list[str]] = defaultdict(list)
     for one in found:
-        provenance = one.content["provenance"]
-        groups.setdefault((provenance.get("commit") or "no repository", bool(provenance.get("dirty"))), []).append(one)
+        provenance, kind = one.content["provenance"], one.kind or Path(one.path).parent.name
+        dirty = Text("yes", "strong") if provenance.get("dirty") else "no"
+        groups[provenance.get("commit") or "no repository", dirty].append(KINDS.get(kind, kind.replace("_", " ")))
     rows = [
-        [
-            Text(commit[:12], "code"),
-            Text("yes", "strong") if dirty else "no",
-            str(len(members)),
-            ", ".join(sorted({_kind(one) for one in members})),
-        ]
-        for (commit, dirty), members in groups.items()
+        [Text(commit[:12], "code"), dirty, str(len(kinds)), ", ".join(sorted({*kinds}))]
+        for (commit, dirty), kinds in groups.items()
     ]
     return Grid("Code behind the records", ["commit", "uncommitted changes", "records", "of"], rows)
 
 
 def _versions(found: Iterable[Found]) -> Grid:
     """Every version that occurs, with the number of records where there is more than one."""
-    values: dict[str, Counter[str]] = {}
+    values: dict[str, Counter[str]] = defaultdict(Counter)
     for one in found:
         provenance, device = one.content["provenance"], one.content.get("device")
         given = {"Python": provenance.get("python"), "platform": provenance.get("platform")}
@@ -131,7 +116,7 @@ def _versions(found: Iterable[Found]) -> Grid:
             threads = f", {device['threads']} threads" if "threads" in device else ""
             given["device"] = f"{device.get('type')}, {device.get('name')}{threads}"
         for key, value in given.items():
-            values.setdefault(key, Counter())[value or "not installed"] += 1
+            values[key][value or "not installed"] += 1
     rows = [
         [key, "; ".join(f"{value} ({n} records)" if len(counts) > 1 else value for value, n in counts.items())]
         for key, counts in values.items()
@@ -144,7 +129,7 @@ def _artefacts(inputs: PageInputs) -> Iterator[Grid]:
     rows: dict[str, list[str]] = {}
     for one in inputs.of_kind(*TRAINING):
         model, data = one.content.get("model"), one.content.get("data")
-        if not isinstance(model, Mapping) or not isinstance(data, Mapping):
+        if not model or not data:
             continue
         weights = "random weights" if model.get("random_weights") else f"sha256 {str(model.get('sha256'))[:12]}"
         place = model.get("checkpoint") or "a local folder"
@@ -157,17 +142,12 @@ def _artefacts(inputs: PageInputs) -> Iterator[Grid]:
         yield Grid("Models and data", ["what", "from", "revision", "content"], lines)
 
 
-def _kind(one: Found) -> str:
-    """What a record is of, for readers; one without a kind is named by its folder."""
-    return KINDS.get(one.kind) or (one.kind or Path(one.path).parent.name).replace("_", " ")
-
-
 def _groups(inputs: PageInputs, *kinds: str) -> dict[tuple[str, str, str], list[Found]]:
     """Records by (kind, model, label of the method), in the order of the kinds."""
-    groups: dict[tuple[str, str, str], list[Found]] = {}
+    groups: dict[tuple[str, str, str], list[Found]] = defaultdict(list)
     for one in inputs.of_kind(*kinds):
         method = inputs.labels.method(one.run["method"]) if "method" in one.run else "all variants"
-        groups.setdefault((one.kind, one.run["model"], method), []).append(one)
+        groups[one.kind, one.run["model"], method].append(one)
     return groups
 
 
@@ -178,12 +158,6 @@ def _seconds(one: Found) -> float | None:
     if "trials" in one.content:
         return sum(trial.get("seconds") or 0.0 for trial in one.content["trials"])
     return one.content.get("seconds")
-
-
-def _of(take: Any, counted: Iterable[Mapping[str, Any]], name: str) -> str | Text:
-    """Mean or maximum of a component over runs, in MB."""
-    known = [one[name] for one in counted if one.get(name) is not None]
-    return _megabytes(take(known) if known else None)
 
 
 def _megabytes(value: float | None) -> str | Text:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from finetune.report.labels import Labels
 from finetune.report.page.blocks import Block, Grid, Heading, Paragraph
@@ -12,17 +12,20 @@ from finetune.report.statistics.markdown import interval as spaced
 from finetune.report.statistics.markdown import p_value
 from finetune.stats import verdicts
 
-POINTS, NATS = ("points", 2), ("nats", 3)
-"""Unit of differences of scores and of losses, and their decimal places."""
+
+class Unit(NamedTuple):
+    """Of differences."""
+
+    name: str
+    places: int
+
+
+POINTS, NATS = Unit("points", 2), Unit("nats", 3)
+"""Of scores and of losses."""
 
 
 def statistics_blocks(content: Mapping[str, Any], labels: Labels) -> Iterator[Block]:
-    """All comparisons of the record, our runs first.
-
-    Args:
-        content: Of `statistics.json`.
-        labels: Of methods and tasks.
-    """
+    """All comparisons of `statistics.json`, our runs first."""
     yield Paragraph(
         "Differences are at equal task and seed, intervals at 95 %, p corrected by Holm over a family: sign flips for "
         f"scores, the paired t test for losses. Least p is what so many pairs allow at all: above {verdicts.LEVEL} no "
@@ -53,14 +56,20 @@ def family_title(family: Mapping[str, Any], labels: Labels) -> str:
     return f"{family['kind']} {labels.method(family['of'])}" if family["of"] else family["kind"]
 
 
+def ends(counts: Iterable[int]) -> str:
+    """The least and the largest count, such as "3 to 5"; one number where they are the same."""
+    found = [*counts]
+    return " to ".join(map(str, sorted({min(found), max(found)})))
+
+
 def interval(estimate: Mapping[str, Any] | None, sign: str = "", places: int = 2) -> str:
     """An estimate with its interval, which no line break cuts."""
     return spaced(estimate, sign, places).replace(", ", ",\N{NO-BREAK SPACE}")
 
 
-def _comparison(entry: Mapping[str, Any], unit: tuple[str, int], labels: Labels) -> Iterator[Grid]:
+def _comparison(entry: Mapping[str, Any], unit: Unit, labels: Labels) -> Iterator[Grid]:
     """The means of an entry's methods, then its differences."""
-    methods, printed, places = entry["comparison"]["methods"], entry.get("printed", {}), unit[1]
+    methods, printed, places = entry["comparison"]["methods"], entry.get("printed", {}), unit.places
     tasks = labels.in_order({task for found in methods.values() for task in found["tasks"]})
     several, rows = len(tasks) > 1, []
     for name, found in methods.items():
@@ -69,7 +78,7 @@ def _comparison(entry: Mapping[str, Any], unit: tuple[str, int], labels: Labels)
         means = [interval(found["mean"], places=places) + over] if several else []
         means += [f"{printed[name]['printed_same_tasks']:.2f}"] if name in printed else []
         cells = [interval(found["tasks"].get(task), places=places) for task in tasks]
-        rows.append([labels.method(name), *means, *cells, " to ".join(map(str, sorted({min(counts), max(counts)})))])
+        rows.append([labels.method(name), *means, *cells, ends(counts)])
     head = ["method", *(["AVG"] if several else []), *(["printed, same tasks"] if printed else [])]
     caption = f"Means, {'in percent' if unit == POINTS else 'nats a token, lower is better'}"
     yield Grid(caption, [*head, *map(labels.task, tasks), "seeds"], rows)
@@ -77,26 +86,23 @@ def _comparison(entry: Mapping[str, Any], unit: tuple[str, int], labels: Labels)
         yield from _family(family, unit, labels)
 
 
-def _family(family: Mapping[str, Any], unit: tuple[str, int], labels: Labels) -> Iterator[Grid]:
+def _family(family: Mapping[str, Any], unit: Unit, labels: Labels) -> Iterator[Grid]:
     """The differences of the means, and of single tasks where there are several."""
-    title, (name, places) = family_title(family, labels), unit
+    title = family_title(family, labels)
     tasks = labels.in_order({task for pair in family["pairs"] for task in pair["tasks"]})
     rows, single = [], []
     for pair in family["pairs"]:
-        test, tested = pair["mean"], pair["tasks"]
-        unpaired = f", {pair['unpaired']} runs without partner" if pair["unpaired"] else ""
+        name, test = pair_name(pair, labels), pair["mean"]
+        difference, pairs = interval(test["difference"], "+", unit.places), str(test["pairs"])
+        pairs += f", {pair['unpaired']} runs without partner" if pair["unpaired"] else ""
         ps = [p_value(test[key]) for key in ("p", "p_holm", "least")]
-        verdict, difference = said(test["verdict"], pair, labels), interval(test["difference"], "+", places)
-        chance = interval(pair["improvement"])
-        rows.append([pair_name(pair, labels), verdict, difference, chance, f"{test['pairs']}{unpaired}", *ps])
-        cells = [
-            f"{interval(tested[task]['difference'], '+', places)}, p {p_value(tested[task]['p_holm'])}"
-            if task in tested
-            else "–"
-            for task in tasks
-        ]
-        single.append([pair_name(pair, labels), *cells])
+        rows.append([name, said(test["verdict"], pair, labels), difference, interval(pair["improvement"]), pairs, *ps])
+        cells = {
+            task: f"{interval(one['difference'], '+', unit.places)}, p {p_value(one['p_holm'])}"
+            for task, one in pair["tasks"].items()
+        }
+        single.append([name, *(cells.get(task, "–") for task in tasks)])
     head = ["pair", "verdict", "difference", "P(first > second)", "pairs", "p", "p (Holm)", "least p"]
-    yield Grid(f"Differences, {name}: {title}", head, rows)
+    yield Grid(f"Differences, {unit.name}: {title}", head, rows)
     if family["kind"] == METHODS and len(tasks) > 1:
         yield Grid(f"Single tasks, p by Holm: {title}", ["pair", *map(labels.task, tasks)], single)

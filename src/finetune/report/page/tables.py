@@ -7,8 +7,8 @@ says why.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from finetune.report.model import Cell, Table, format_value
@@ -36,22 +36,21 @@ def layout(table: Table) -> dict[str, Any]:
 
     Returns:
         `columns`: (label, which of ours, paper and logs it has); `rows`: (label, the same, cells, None where there is
-        none); `across`: whether those stand side by side; `long`: whether it is folded away; `counts`: (verdict, number
-        of cells); `reasons`: (why cells are not run or not comparable, which cells); `warnings` and `notes`.
+        none); `across`: whether those stand side by side; `long`: whether it is folded away; `counts`: verdict ->
+        number of cells; `reasons`: why cells are not run or not comparable -> which cells; `warnings` and `notes`.
     """
-    columns, rows = [], []
-    for column in table.columns:
-        columns.append((column, _kinds([cell for cell in table.cells if cell.column == column])))
+    columns = [(name, _kinds(cell for cell in table.cells if cell.column == name)) for name in table.columns]
+    rows = []
     for row in table.rows:
         own = {cell.column: cell for cell in table.cells if cell.row == row}
-        rows.append((row, _kinds([*own.values()]), [own.get(column) for column in table.columns]))
+        rows.append((row, _kinds(own.values()), [own.get(column) for column in table.columns]))
     counts = Counter(cell.verdict for cell in table.cells)
     return {
         "columns": columns,
         "rows": rows,
         "across": len(columns) <= FEW,
         "long": len(rows) > LONG,
-        "counts": [(verdict, counts[verdict]) for verdict in verdicts.VERDICTS if counts[verdict]],
+        "counts": {verdict: counts[verdict] for verdict in verdicts.VERDICTS if counts[verdict]},
         "reasons": _reasons(table),
         "warnings": list(dict.fromkeys(note.text for note in table.notes if note.kind == "warning")),
         "notes": [note.text for note in table.notes if note.kind != "warning"],
@@ -69,20 +68,20 @@ def shown(cell: Cell) -> str:
     return f"{format_value(cell.quantity, cell.value)} {interval_of(cell) or '[no interval]'}"
 
 
-def _kinds(cells: Sequence[Cell]) -> list[str]:
+def _kinds(cells: Iterable[Cell]) -> list[str]:
     """Which of ours, the paper's and the logs' numbers there are; ours always stands."""
-    there = {"paper": any(cell.paper for cell in cells), "logs": any(cell.released is not None for cell in cells)}
-    return ["ours", *(kind for kind, found in there.items() if found)]
+    printed, logged = zip(*((cell.paper, cell.released is not None) for cell in cells), strict=True)
+    return ["ours", *(["paper"] if any(printed) else []), *(["logs"] if any(logged) else [])]
 
 
-def _reasons(table: Table) -> list[tuple[str, str]]:
+def _reasons(table: Table) -> dict[str, str]:
     """Each reason once, with its cells."""
-    found: dict[str, list[Cell]] = {}
+    found: dict[str, list[Cell]] = defaultdict(list)
     for cell in table.cells:
         if cell.verdict in (verdicts.NOT_RUN, verdicts.NOT_COMPARABLE):
             for reason in cell.reasons:
-                found.setdefault(f"{cell.verdict}: {reason.text}", []).append(cell)
-    return [(reason, _where(cells, table)) for reason, cells in found.items()]
+                found[f"{cell.verdict}: {reason.text}"].append(cell)
+    return {reason: _where(cells, table) for reason, cells in found.items()}
 
 
 def _where(cells: Sequence[Cell], table: Table) -> str:
