@@ -108,11 +108,7 @@ class Basis(nn.Module):
         return Basis(self.U[:rank_in].clone(), self.V[:rank_out].clone())
 
     def input_side(self) -> Basis:
-        """The basis without V: the rows of a truncated layer's core are then the outputs themselves.
-
-        A block of all outputs holds more of a gradient than a square one of as many entries where few directions of the
-        input carry it, and needs no product with V.
-        """
+        """The basis without V: the rows of a truncated layer's core are then the outputs themselves."""
         return Basis(self.U, self.V[:0])
 
     def orthogonality_error(self) -> float:
@@ -135,14 +131,9 @@ class Basis(nn.Module):
 
 
 class GradientMoments:
-    """Running moments of gradients, in float64: memory does not grow with the number of gradients.
+    """Running moments of gradients ``(out_features, in_features)``, in float64: float32 loses trailing directions.
 
-    float32 sums lose the trailing directions, so float64 is not an option but the only precision.
-
-    Args:
-        out_features: rows of a gradient.
-        in_features: columns of a gradient.
-        device: where the sums live.
+    Memory does not grow with the number of gradients.
     """
 
     def __init__(self, out_features: int, in_features: int, device: torch.device | str | None = None) -> None:
@@ -203,8 +194,7 @@ _GRAM_ROWS = 256  # smaller blocks save little more and multiply slower
 def hosvd(moments: GradientMoments, rank: int | None = None) -> Basis:
     """HOSVD factors from moments: one symmetric eigendecomposition a mode, in float64.
 
-    Same subspaces as the SVD of the two unfoldings. Signs are fixed (largest entry of a row is positive), so that one
-    input gives one basis.
+    Signs are fixed (the largest entry of a row is positive), so that one input gives one basis.
 
     Args:
         moments: sums over at least one gradient.
@@ -241,10 +231,10 @@ def hosvd_of_unfoldings(gradients: Tensor) -> Basis:
 
 
 def hosvd_tensorly(gradients: Tensor) -> Basis:
-    """The same factors from TensorLy's ``partial_tucker`` without HOOI iterations.
+    """The same factors from TensorLy's ``partial_tucker`` without HOOI iterations; the stack is held in float64.
 
     Args:
-        gradients: ``(n, out_features, in_features)``; the whole stack is held in float64.
+        gradients: ``(n, out_features, in_features)``.
 
     Raises:
         ImportError: if tensorly is not installed.

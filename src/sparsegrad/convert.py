@@ -25,7 +25,6 @@ from sparsegrad.select import Rule, top_k
 from sparsegrad.truncated import TruncatedLinear
 
 FORMS = {"folded": FoldedLinear, "rotated": RotatedLinear, "truncated": TruncatedLinear}
-QUANTIZED = {"truncated": QuantizedTruncatedLinear}  # forms that need no weight of floats
 
 
 @dataclass(frozen=True)
@@ -57,19 +56,18 @@ def find_targets(
         ValueError: if a pattern matches nothing, matches something that is no linear layer, a block is missing, or the
             blocks leave a layer kind without any layer.
     """
-    matched = list(_matches(model, target_modules))
+    found = list(_matches(model, target_modules))
     for kind, pattern in target_modules.items():
-        if not any(match[0] == kind for match in matched):
+        if not any(t.kind == kind for t in found):
             linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
             raise ValueError(
                 f"target_modules.{kind}={pattern!r} matches no module in full. Linear layers of this model: "
                 f"{', '.join(linear[:8])}{' ...' if len(linear) > 8 else ''}."
             )
-    wrong = [match for match in matched if not isinstance(match[3], nn.Linear | SparseGradLinear)]
+    wrong = [t for t in found if not isinstance(t.module, nn.Linear | SparseGradLinear)]
     if wrong:
-        kinds = ", ".join(f"{name} ({type(module).__name__})" for *_, name, module in wrong[:4])
+        kinds = ", ".join(f"{t.name} ({type(t.module).__name__})" for t in wrong[:4])
         raise ValueError(f"target_modules must name nn.Linear layers; these are not: {kinds}.")
-    found = [Target(kind, layer, name, cast(nn.Linear, module)) for kind, layer, name, module in matched]
     if layers_to_transform is None:
         return found
     missing = sorted(set(layers_to_transform) - {t.layer for t in found})
@@ -158,8 +156,8 @@ def sparsegrad_layers(model: nn.Module) -> dict[str, SparseGradLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, SparseGradLinear)}
 
 
-def _matches(model: nn.Module, target_modules: Mapping[str, str]) -> Iterator[tuple[str, int | None, str, nn.Module]]:
-    """Kind, block index, name and module of every module that a pattern names."""
+def _matches(model: nn.Module, target_modules: Mapping[str, str]) -> Iterator[Target]:
+    """Every module that a pattern names, linear or not."""
     compiled: dict[str, re.Pattern[str]] = {}
     for kind, pattern in target_modules.items():
         try:
@@ -168,10 +166,9 @@ def _matches(model: nn.Module, target_modules: Mapping[str, str]) -> Iterator[tu
             raise ValueError(f"target_modules.{kind}={pattern!r} is no regular expression: {error}.") from None
     for name, module in model.named_modules():
         for kind, pattern in compiled.items():
-            match = pattern.fullmatch(name)
-            if match:
+            if match := pattern.fullmatch(name):
                 index = match.groupdict().get("layer")
-                yield kind, None if index is None else int(index), name, module
+                yield Target(kind, None if index is None else int(index), name, cast(nn.Linear, module))
                 break
 
 
@@ -211,10 +208,10 @@ def _own_basis(basis: Basis, weight: Tensor, ranks: tuple[int, int]) -> Basis:
 def _layer(form: str, target: Target, basis: Basis | None, select: Rule, options: dict[str, Any]) -> SparseGradLinear:
     """What stands in the target's place."""
     linear, quantized = target.module, is_quantized(target.module)
-    if quantized and form not in QUANTIZED:
-        raise ValueError(f"the weight is quantised ({type(linear).__name__}): use form={' or '.join(QUANTIZED)!r}.")
+    if quantized and form != "truncated":
+        raise ValueError(f"the weight is quantised ({type(linear).__name__}): use form='truncated'.")
     if quantized:
-        layer = QUANTIZED[form](linear, basis, select=select, **options)
+        layer = QuantizedTruncatedLinear(linear, basis, select=select, **options)
     else:
         layer = FORMS[form](linear.weight, linear.bias, basis, select=select, **options)
     layer.kind = target.kind

@@ -17,27 +17,24 @@ from sparsegrad.linear import SparseGradLinear, SparseGradWeight
 from sparsegrad.select import Rule, check_k, top_k
 
 
-def core_shape(k: int, limits: tuple[int, int], ratio: float = 1.0) -> tuple[int, int]:
-    """r and c of a core of at most k entries.
+def core_shape(k: int, limits: tuple[int, int]) -> tuple[int, int]:
+    """r and c of a core of at most k entries: r = c = floor(sqrt(k)).
+
+    Where one side meets its limit, the other takes the rest of the budget.
 
     Args:
         k: budget of entries.
         limits: the largest r and c: the shape of the weight, or the rows of V and U of a truncated basis.
-        ratio: r / c wanted. 1 gives the square core, r = c = floor(sqrt(k)). Where one side meets its limit, the other
-            takes the rest of the budget.
 
     Raises:
-        ValueError: if k is out of range or the ratio is not positive.
+        ValueError: if k is out of range.
     """
     check_k(k, limits)
-    if not 0 < ratio < float("inf"):
-        raise ValueError(f"ratio={ratio!r}; r / c must be a positive number, 1 for a square core.")
-    c = max(1, min(k, isqrt(int(k / ratio))))
-    r = c if ratio == 1 else max(1, min(round(c * ratio), k // c))
-    if r >= limits[0]:
-        r, c = limits[0], min(k // limits[0], limits[1])
-    if c >= limits[1]:
-        r, c = min(k // limits[1], limits[0]), limits[1]
+    r, c = (min(isqrt(k), limit) for limit in limits)
+    if r == limits[0]:
+        c = min(k // r, limits[1])
+    if c == limits[1]:
+        r = min(k // c, limits[0])
     return r, c
 
 
@@ -121,7 +118,7 @@ class CoreLinear(SparseGradLinear):
 
     @torch.no_grad()
     def add_(self, indices: Tensor, delta: Tensor) -> None:
-        """``W_rot[:r, :c].flatten()[indices] += delta``; arguments as in the other forms, indices of the block."""
+        """As in the other forms, of the block ``W_rot[:r, :c]``."""
         self.core.view(-1).index_add_(0, indices, delta.to(self.core.dtype))
         self.absorb()
 

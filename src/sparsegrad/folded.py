@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from sparsegrad.basis import Basis
 from sparsegrad.linear import autocast
-from sparsegrad.select import Rule, check_k, top_k
 from sparsegrad.selecting import SelectingLinear
 
 # An operation of a sparse product takes about as long as so many of a dense one (measured, one CPU core).
@@ -25,48 +24,20 @@ SPARSE_COST = 25
 class FoldedLinear(SelectingLinear):
     """A plain linear whose gradient is rotated and whose update is folded back; W stays in place."""
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        basis: Basis | None,
-        k: int,
-        *,
-        select: Rule = top_k,
-        select_in: str = "step",
-    ) -> None:
-        super().__init__(weight, bias, basis, k, select=select, select_in=select_in)
-        if basis is not None:
-            if not basis.rotates_output:
-                raise ValueError("form 'folded' rotates both sides; a basis of the input side is for form 'truncated'.")
-            check_k(k, basis.ranks)
-
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features) -> (..., out_features)``."""
         if self.select_in == "step" or not (self.weight.requires_grad and torch.is_grad_enabled()):
             return F.linear(x, self.weight, self.bias)
         return _FoldedProduct.apply(autocast(x), self.weight, self.bias, self)
 
-    def _from_original(self, weight: Tensor) -> Tensor:
-        return weight
-
-    def _to_original(self, weight: Tensor) -> Tensor:
-        return weight
-
     def _gradient_to_rotated(self, dense: Tensor) -> Tensor:
         return dense if self.basis is None else self.basis.rotate(dense)
 
     def _add(self, target: Tensor, indices: Tensor, delta: Tensor) -> None:
         if self.basis is None:
-            target.view(-1).index_add_(0, indices, delta)
-            return
-        add_rotated_back_(target, self.basis, indices, delta)
-
-    def rotated_gradient(self, g: Tensor, x: Tensor) -> Tensor:
-        """G_rot from the output gradient ``(N, out)`` and the input ``(N, in)``, in the weight's precision."""
-        if self.basis is None:
-            return (g.T @ x).to(self.weight.dtype)
-        return rotated_product(self.basis, g, x)
+            super()._add(target, indices, delta)
+        else:
+            add_rotated_back_(target, self.basis, indices, delta)
 
 
 def rotated_product(basis: Basis, g: Tensor, x: Tensor) -> Tensor:
@@ -156,8 +127,9 @@ class _FoldedProduct(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         layer: FoldedLinear = ctx.layer
         layer.refuse_second_backward(layer.selected_gradient() is not None)
-        g2 = g.reshape(-1, g.shape[-1])
-        layer.keep_selected(layer.rotated_gradient(g2, x.reshape(-1, x.shape[-1])))
+        g2, x2 = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+        basis = layer.basis
+        layer.keep_selected((g2.T @ x2).to(weight.dtype) if basis is None else rotated_product(basis, g2, x2))
         grad_x = g @ weight.to(g.dtype) if ctx.needs_input_grad[0] else None
         bias = layer.bias if ctx.needs_input_grad[2] else None
         grad_bias = None if bias is None else g2.sum(dim=0).to(bias.dtype)

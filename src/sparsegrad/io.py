@@ -99,10 +99,7 @@ def load_bases(path: str | Path) -> tuple[dict[str, Basis], dict[str, Any]]:
 
 
 def save_adapter(
-    path: str | Path,
-    model: nn.Module,
-    optimizer: SparseGradAdamW,
-    sparsify_config: Mapping[str, Any],
+    path: str | Path, model: nn.Module, optimizer: SparseGradAdamW, sparsify_config: Mapping[str, Any]
 ) -> None:
     """Write what fine-tuning changed: the touched entries in rotated coordinates, and all other trained parameters.
 

@@ -1,15 +1,9 @@
 """Linear layers whose weight moves in a few entries of a rotated basis (paper, section 3.2 and Table 2).
 
-Two families. Selecting layers (:mod:`sparsegrad.selecting`) replace their gradient by k entries of it in the rotated
-basis; in exact arithmetic both forms take the same steps:
-
-- :class:`~sparsegrad.rotated.RotatedLinear`, the paper's: the parameter is W_rot.
-- :class:`~sparsegrad.folded.FoldedLinear`: the parameter is W and stays in place.
-
-Truncated layers (:mod:`sparsegrad.truncated`) train the leading block of W_rot alone and never form the rest of its
-gradient; they take the same steps wherever the selected entries lie in that block.
-
-Which entries are kept is a rule by itself, :func:`sparsegrad.top_k` by default.
+Selecting layers (:mod:`sparsegrad.selecting`) replace their gradient by k entries of it in the rotated basis. The
+parameter is W_rot in the paper's form (:mod:`sparsegrad.rotated`), W in the folded one (:mod:`sparsegrad.folded`); in
+exact arithmetic both take the same steps. Truncated layers (:mod:`sparsegrad.truncated`) train the leading block of
+W_rot alone; their steps are the same wherever the selected entries lie in that block.
 """
 
 from __future__ import annotations
@@ -36,7 +30,7 @@ class SparseGradLinear(nn.Module, ABC):
         basis: for layers of this kind; None stands for the identity (no rotation).
         k: entries of the gradient kept at every step.
         select: the rule that says which (:data:`sparsegrad.select.Rule`).
-        device: of the weight; the basis is moved there.
+        device: of the weight; the basis is moved there, in place, so that layers of a kind go on sharing it.
 
     Raises:
         ValueError: if the basis has other shapes than the weight.
@@ -91,7 +85,7 @@ class SparseGradLinear(nn.Module, ABC):
         """The weight in original coordinates, ``(out_features, in_features)``, in float32 at least."""
 
     def absorb(self) -> None:
-        """Called after a step of the whole of :attr:`trained`; a form that keeps steps elsewhere moves them there."""
+        """Called after a step of the whole of :attr:`trained`, for a form that keeps steps elsewhere."""
 
     def rotated_weight(self) -> Tensor:
         """The weight in rotated coordinates, ``(out_features, in_features)`` or the basis' ranks."""
@@ -181,10 +175,7 @@ def copied(bias: Tensor) -> nn.Parameter:
 
 
 def fitting_basis(basis: Basis, shape: tuple[int, int], device: torch.device) -> Basis:
-    """The basis, checked against the weight's shape and moved to its device.
-
-    Layers of a kind are given one object, and it is changed in place, so that they go on sharing it.
-    """
+    """The basis, checked against the weight's shape and moved to its device."""
     expected = (basis.out_features, basis.in_features)
     if shape != expected:
         raise ValueError(

@@ -137,21 +137,19 @@ class SparseGradAdamW(Optimizer):
                 loss = closure()
         _select(self._layers.values())  # all before any update: one that is not finite leaves the model as it was
         for group in self.param_groups:
-            dense = [p for p in group["params"] if not self._is_lazy(p)]
+            dense = [p for p in group["params"] if p.grad is not None and not self._is_lazy(p)]
             self._step_dense(group, dense)
             for parameter in dense if group["sparsegrad"] else ():
-                if parameter.grad is not None:
-                    self._layers[parameter].absorb()
-            for parameter in group["params"]:
-                if self._is_lazy(parameter):
-                    self._step_sparse(self._layers[parameter], parameter, group)
+                self._layers[parameter].absorb()
+            for parameter in filter(self._is_lazy, group["params"]):
+                self._step_sparse(self._layers[parameter], group)
         return loss
 
     def _is_lazy(self, parameter: Tensor) -> bool:
         return parameter in self._layers and self._layers[parameter].selects
 
-    def _step_sparse(self, layer: SparseGradLinear, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        gradient = layer.take_gradient()
+    def _step_sparse(self, layer: SparseGradLinear, group: dict[str, Any]) -> None:
+        parameter, gradient = layer.trained, layer.take_gradient()
         if gradient is None:
             return
         indices, g = gradient
@@ -166,10 +164,8 @@ class SparseGradAdamW(Optimizer):
             self._drop(state, self._drop_after)
         union, place_old, place = insert_sorted(state["indices"], indices)
         if len(union) > len(state["indices"]):
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = g.new_zeros(len(union)).index_copy_(0, place_old, state[key])
-            if "last" in state:
-                state["last"] = state["last"].new_zeros(len(union)).index_copy_(0, place_old, state["last"])
+            for key in state.keys() & {"exp_avg", "exp_avg_sq", "last"}:
+                state[key] = state[key].new_zeros(len(union)).index_copy_(0, place_old, state[key])
             state["indices"] = union
         if "last" in state:
             state["last"][place] = int(state["step"])
@@ -189,9 +185,9 @@ class SparseGradAdamW(Optimizer):
                 state[key] = state[key][fresh]
 
     def _step_dense(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-        with_gradient = [p for p in parameters if p.grad is not None]
+        """AdamW's step of parameters that have a gradient."""
         weights: list[Tensor] = []
-        for parameter in with_gradient:
+        for parameter in parameters:
             state = self.state[parameter]
             precision = torch.promote_types(parameter.dtype, torch.float32)
             if not state:
@@ -201,10 +197,10 @@ class SparseGradAdamW(Optimizer):
                 if parameter.dtype != precision:  # bfloat16 swallows small updates: step a float32 master
                     state["master"] = parameter.detach().to(precision)
             weights.append(state.get("master", parameter))
-        states = [self.state[p] for p in with_gradient]
+        states = [self.state[p] for p in parameters]
         adamw(
             weights,
-            [p.grad.to(w.dtype) for p, w in zip(with_gradient, weights, strict=True) if p.grad is not None],
+            [p.grad.to(w.dtype) for p, w in zip(parameters, weights, strict=True) if p.grad is not None],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],
@@ -219,7 +215,7 @@ class SparseGradAdamW(Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-        for parameter, weight in zip(with_gradient, weights, strict=True):
+        for parameter, weight in zip(parameters, weights, strict=True):
             if weight is not parameter:
                 parameter.copy_(weight)
 
@@ -260,12 +256,11 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, 
     layers = [m for m in model.modules() if isinstance(m, SparseGradLinear) and m.trained.requires_grad]
     sparse = {id(layer.trained) for layer in layers}
     dense = [p for p in model.parameters() if p.requires_grad and id(p) not in sparse]
-    groups = []
-    if dense:
-        groups.append({"params": dense, "weight_decay": weight_decay})
-    if layers:
-        groups.append({"params": [layer.trained for layer in layers], "layers": layers})
-    return groups
+    groups: list[dict[str, Any]] = [
+        {"params": dense, "weight_decay": weight_decay},
+        {"params": [layer.trained for layer in layers], "layers": layers},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 @torch.no_grad()

@@ -1,9 +1,7 @@
 """New bases for truncated layers in the middle of training: a leading block goes stale as the weights move.
 
-The function of the model does not change at a refresh. Where steps are taken in place nothing has to be moved: W holds
-all of them, and the new basis only says where the next ones go. A side path is first added to its frozen weight, since
-expressing S in the new bases, (V' V^T) S (U' U^T)^T, would drop what lies outside the new block; in a weight below
-float32 what rounding loses is kept in S, as far as the new block holds it.
+A side path is first added to its frozen weight: S in the new bases, (V' V^T) S (U' U^T)^T, would lose what lies outside
+the new block. In a weight below float32 what rounding loses is kept in S, as far as the new block holds it.
 
 Adam's state is ``reset``, or ``carry``, as SOAP (arXiv 2409.11321) does when it renews its eigenbases: the first moment
 is a mean of gradients and is turned with the basis, m' = (V' V^T) m (U' U^T)^T; the second is a mean of squares, which

@@ -72,9 +72,6 @@ class RotatedLinear(SelectingLinear):
     def _set_pending(self, indices: Tensor, values: Tensor) -> None:
         self.weight.grad = self.as_coo(indices, values.to(self.weight.dtype))
 
-    def _add(self, target: Tensor, indices: Tensor, delta: Tensor) -> None:
-        target.view(-1).index_add_(0, indices, delta)
-
     def as_coo(self, indices: Tensor, values: Tensor) -> Tensor:
         """Entries at flat indices, in the weight's shape."""
         rows_columns = torch.stack((indices // self.in_features, indices % self.in_features))

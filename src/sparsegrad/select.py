@@ -94,14 +94,17 @@ def selected(G: Tensor, k: int, rule: Rule = top_k) -> tuple[Tensor, Tensor]:
 
 
 def _check_kept(indices: object, k: int, entries: int, rule: Rule) -> None:
-    expected = f"a rule gives {k} flat indices, int64 and ascending, each once, from 0 to {entries - 1}"
+    if not isinstance(indices, Tensor):
+        what = type(indices).__name__
+    elif indices.dtype != torch.int64 or indices.shape != (k,):
+        what = f"{indices.dtype} {tuple(indices.shape)}"
+    elif indices[0] < 0 or indices[-1] >= entries or (indices.diff() <= 0).any():
+        what = f"indices from {int(indices.min())} to {int(indices.max())}, or in another order"
+    else:
+        return
     name = getattr(rule, "__name__", type(rule).__name__)
-    if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.shape != (k,):
-        what = f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, Tensor) else type(indices).__name__
-        raise ValueError(f"select={name} gave {what}; {expected}.")
-    if indices[0] < 0 or indices[-1] >= entries or (indices.diff() <= 0).any():
-        low, high = int(indices.min()), int(indices.max())
-        raise ValueError(f"select={name} gave indices from {low} to {high}, or in another order; {expected}.")
+    expected = f"a rule gives {k} flat indices, int64 and ascending, each once, from 0 to {entries - 1}"
+    raise ValueError(f"select={name} gave {what}; {expected}.")
 
 
 def _candidates(magnitude: Tensor, k: int, width: int) -> Tensor | None:

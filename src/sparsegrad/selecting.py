@@ -7,7 +7,6 @@ and never keeps the dense gradient.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import Self
 
@@ -22,7 +21,7 @@ SELECT_IN = ("step", "backward")
 
 
 class SelectingLinear(SparseGradLinear):
-    """What both forms share: which coordinates the weight is trained in is theirs to say.
+    """What both forms share; which coordinates the weight is trained in is theirs to say.
 
     Args:
         weight: ``(out_features, in_features)``, in original coordinates.
@@ -53,7 +52,10 @@ class SelectingLinear(SparseGradLinear):
         select_in: str = "step",
     ) -> None:
         shape = (weight.shape[0], weight.shape[1])
-        super().__init__(shape, basis, check_k(k, shape), select, weight.device)
+        super().__init__(shape, basis, k, select, weight.device)
+        if basis is not None and not basis.rotates_output:
+            raise ValueError("this form rotates both sides; a basis of the input side is for form 'truncated'.")
+        check_k(k, shape if basis is None else basis.ranks)
         if select_in not in SELECT_IN:
             raise ValueError(f"select_in={select_in!r}; allowed: {', '.join(SELECT_IN)}.")
         self.select_in = select_in
@@ -90,17 +92,16 @@ class SelectingLinear(SparseGradLinear):
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, k={self.k}, select_in={self.select_in}"
 
-    @abstractmethod
     def _from_original(self, weight: Tensor) -> Tensor:
         """A weight ``(out_features, in_features)`` in the coordinates that the form trains."""
+        return weight
 
-    @abstractmethod
     def _to_original(self, weight: Tensor) -> Tensor:
-        """The inverse of :meth:`_from_original`."""
+        return weight
 
-    @abstractmethod
     def _add(self, target: Tensor, indices: Tensor, delta: Tensor) -> None:
         """:meth:`add_` on the weight or its master, in the target's dtype."""
+        target.view(-1).index_add_(0, indices, delta)
 
     def _keep_master(self, original: Tensor | None) -> None:
         """Below float32 an update smaller than about 1e-3 of the weight would vanish: keep a float32 copy."""

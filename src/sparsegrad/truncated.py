@@ -3,20 +3,15 @@
     V_r = V[:r]  (r, out_features)      U_c = U[:c]  (c, in_features)      W_now = W + V_r^T S U_c
     z = x U_c^T  (N, c)                 dS = (g V_r^T)^T z  (r, c)         dx = g W_now
 
-dS is the leading block of G_rot = V G U^T, exactly: nothing inside the block is approximated, so the steps are those of
-the other forms wherever the entries that they select lie in it. The backward pass needs z and not x, no gradient or
-state of W's size exists, and S is an ordinary parameter with an ordinary dense gradient: accumulation, all-reduce and
-clipping work as for any other. What the block leaves out is lost: accuracy is to be measured, not assumed.
-
-A basis of the input side alone (:meth:`sparsegrad.Basis.input_side`) has no V: S is ``(out_features, c)``, dS = g^T z.
+dS is the leading block of G_rot = V G U^T, exactly. The backward pass needs z and not x, no gradient or state of W's
+size exists, and S is an ordinary parameter with an ordinary dense gradient. What the block leaves out is lost. A basis
+of the input side alone (:meth:`sparsegrad.Basis.input_side`) has no V: S is ``(out_features, c)``, dS = g^T z.
 
 Two ways to apply a step (``update``):
 
-- ``in_place``: the optimizer steps S from zero, adds V_r^T S U_c to W and sets S to zero again; forward is a plain
-  linear.
+- ``in_place``: the optimizer steps S from zero, adds V_r^T S U_c to W and sets S to zero; forward is a plain linear.
 - ``side``: W stays as it is, and S as a float32 side path, y += (z S^T) V_r, until it is merged. In bfloat16 a step
-  below about 1e-3 of the weight would vanish in place; S loses none. Quantised weights:
-  :class:`~sparsegrad.quantized.QuantizedTruncatedLinear`.
+  below about 1e-3 of the weight would vanish in place; S loses none.
 """
 
 from __future__ import annotations
@@ -99,10 +94,7 @@ class TruncatedLinear(CoreLinear):
         )
 
     def store_weight(self, dtype: torch.dtype) -> None:
-        """Store W in another precision, below float32 with ``update="side"`` from now on: steps in place would vanish.
-
-        Call it before training: what W has taken in so far is rounded with it.
-        """
+        """Store W in another precision, below float32 with ``update="side"`` from now on; call it before training."""
         self.weight.data = self.weight.data.to(dtype)
         if torch.finfo(dtype).bits < 32:
             self.update = "side"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsegrad import Basis, FoldedLinear, GradientMoments, hosvd, hosvd_of_unfoldings, hosvd_tensorly
-from sparsegrad.basis import ORIENTATIONS
+from sparsegrad.basis import ORIENTATIONS, add_gram_
 
 SHAPES = [(12, 5), (5, 12), (7, 7)]
 
@@ -98,13 +98,6 @@ def test_merged_moments_equal_one_accumulation():
     torch.testing.assert_close(second.left, moments_of(stack[4:]).left)  # the other one is only read
 
 
-def test_the_order_of_the_gradients_does_not_matter():
-    stack = gradients(9, 6, 4)
-    one, other = hosvd(moments_of(stack)), hosvd(moments_of(stack[torch.randperm(9)]))
-    torch.testing.assert_close(one.U, other.U, rtol=0, atol=1e-9)
-    torch.testing.assert_close(one.V, other.V, rtol=0, atol=1e-9)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_moments_are_summed_in_float64_whatever_the_gradients_are(dtype):
     stack = gradients(5, 6, 4).to(dtype)
@@ -114,24 +107,11 @@ def test_moments_are_summed_in_float64_whatever_the_gradients_are(dtype):
     torch.testing.assert_close(moments.right, (exact.mT @ exact).sum(0), rtol=1e-13, atol=1e-18)
 
 
-def test_a_trailing_direction_survives_that_float32_sums_lose():
-    generator = torch.Generator().manual_seed(0)
-    u, v = (torch.linalg.qr(torch.randn(s, 2, generator=generator, dtype=torch.float64)).Q for s in (20, 16))
-    strength = torch.randn(30, 2, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 1e-5])
-    stack = torch.einsum("nr,or,ir->noi", strength, u, v)
-    single = stack.float()
-    in_float32 = torch.linalg.eigh((single @ single.mT).sum(0)).eigenvectors.flip(1).T.double()
-    assert gap(hosvd(moments_of(stack)).V[:2], u.T) < 1e-3
-    assert gap(in_float32[:2], u.T) > 0.1  # the control: float64 is needed
-
-
 def test_signs_are_fixed():
     stack = gradients(8, 6, 4)
     basis = hosvd(moments_of(stack))
     for factor in (basis.U, basis.V):
         assert (factor.gather(1, factor.abs().argmax(1, keepdim=True)) > 0).all()
-    again = hosvd(moments_of(stack))
-    assert torch.equal(basis.U, again.U) and torch.equal(basis.V, again.V)
     # An SVD of the negated stack returns flipped vectors; the fixed ones are the same.
     flipped = hosvd_of_unfoldings(-stack)
     torch.testing.assert_close(flipped.U, basis.U, rtol=0, atol=1e-9)
@@ -211,17 +191,17 @@ def test_a_basis_refuses_what_is_no_basis(U, V, text):
         Basis(U, V)
 
 
-def test_hosvd_refuses_moments_without_a_gradient():
-    with pytest.raises(ValueError, match="no gradient was collected"):
-        hosvd(GradientMoments(4, 3))
-    with pytest.raises(ValueError, match="all collected gradients are zero"):
-        hosvd(moments_of(torch.zeros(2, 4, 3)))
-
-
-@pytest.mark.parametrize("rank", [0, -1, 4])
-def test_hosvd_refuses_a_rank_out_of_range(rank):
-    with pytest.raises(ValueError, match=rf"rank={rank}; allowed: 1 to 3 "):
-        hosvd(moments_of(gradients(2, 4, 3)), rank=rank)
+@pytest.mark.parametrize(
+    ("stack", "rank", "text"),
+    [
+        (torch.zeros(0, 4, 3), None, "no gradient was collected"),
+        (torch.zeros(2, 4, 3), None, "all collected gradients are zero"),
+        *((gradients(2, 4, 3), rank, rf"rank={rank}; allowed: 1 to 3 ") for rank in (0, -1, 4)),
+    ],
+)
+def test_hosvd_refuses_moments_without_a_gradient_and_a_rank_out_of_range(stack, rank, text):
+    with pytest.raises(ValueError, match=text):
+        hosvd(moments_of(stack), rank)
 
 
 @pytest.mark.parametrize(
@@ -238,29 +218,17 @@ def test_a_refused_gradient_leaves_the_moments_as_they_were(wrong, text):
     left, right = moments.left.clone(), moments.right.clone()
     with pytest.raises(ValueError, match=text):
         moments.update(wrong)
+    with pytest.raises(ValueError, match=r"\(3, 3\) and \(4, 4\) can't be added to .* belong to other layers"):
+        moments.merge(GradientMoments(3, 4))
     assert torch.equal(moments.left, left) and torch.equal(moments.right, right) and moments.count == 2
 
 
-def test_moments_of_another_layer_kind_are_refused():
-    moments = moments_of(gradients(2, 4, 3))
-    left = moments.left.clone()
-    with pytest.raises(ValueError, match=r"\(3, 3\) and \(4, 4\) can't be added to .* belong to other layers"):
-        moments.merge(GradientMoments(3, 4))
-    assert torch.equal(moments.left, left) and moments.count == 2
-
-
-@pytest.mark.parametrize(("n", "m"), [(3, 7), (256, 5), (600, 40)])
+@pytest.mark.parametrize(("n", "m"), [(256, 5), (600, 40)])
 def test_a_gram_matrix_by_blocks_is_the_whole_one_and_stays_symmetric(n, m):
-    from sparsegrad.basis import add_gram_
-
-    generator = torch.Generator().manual_seed(n)
-    moment, A = torch.zeros(n, n, dtype=torch.float64), None
-    expected = torch.zeros_like(moment)
-    for _ in range(2):
-        A = torch.randn(n, m, generator=generator, dtype=torch.float64)
+    moment, added = torch.zeros(n, n, dtype=torch.float64), torch.randn(2, n, m, dtype=torch.float64)
+    for A in added:
         add_gram_(moment, A)
-        expected += A @ A.T
-    torch.testing.assert_close(moment, expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(moment, (added @ added.mT).sum(0), rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(moment, moment.T, rtol=1e-14, atol=1e-14)
 
 

@@ -56,21 +56,6 @@ def test_the_patterns_of_conf_take_exactly_the_mlp_matrices(name, n_blocks, hub_
     assert all(model.get_submodule(t.name) is t.module for t in targets)
 
 
-def test_suffixes_as_peft_matches_them_would_take_36_matrices_of_bert(hub_model, model_conf):
-    from peft import LoraConfig, inject_adapter_in_model
-
-    with torch.device("meta"):
-        model = hub_model("bert_base")
-    patterns = model_conf("bert_base")["target_modules"]
-    assert len(find_targets(model, patterns)) == 24
-    lora = LoraConfig(r=1, target_modules=["intermediate.dense", "output.dense"])
-    with torch.device("meta"):
-        adapted = inject_adapter_in_model(lora, model)
-    names = {name.split(".lora_A")[0] for name, _ in adapted.named_modules() if name.endswith("lora_A")}
-    assert len(names) == 36
-    assert sum("attention.output.dense" in name for name in names) == 12
-
-
 def test_llama_takes_up_and_down_of_the_blocks_divisible_by_three(hub_model, model_conf):
     conf = model_conf("llama2_7b")
     with torch.device("meta"):
@@ -80,30 +65,16 @@ def test_llama_takes_up_and_down_of_the_blocks_divisible_by_three(hub_model, mod
     assert sorted(t.name for t in targets) == sorted(expected) and len(targets) == 22
     assert sum(t.module.weight.numel() for t in targets) == 22 * 4096 * 11008
     assert len(find_targets(model, conf["target_modules"])) == 64
-    assert [t.name for t in find_targets(model, conf["target_modules"], [31])] == [
-        "model.layers.31.mlp.up_proj",
-        "model.layers.31.mlp.down_proj",
-    ]
-
-
-def test_patterns_match_whole_names(blocks):
-    assert len(find_targets(blocks(), {"up": r"layers\.\d+\.up"})) == 2
-    with pytest.raises(ValueError, match=r"target_modules.up='up' matches no module in full"):
-        find_targets(blocks(), {"up": "up"})
 
 
 def test_a_pattern_without_the_group_has_no_block_index(blocks):
-    assert [t.layer for t in find_targets(blocks(), {"head": "head"})] == [None]
+    assert [t.layer for t in find_targets(blocks(), {"up": r"layers\.\d+\.up"})] == [None, None]
 
 
 @pytest.mark.parametrize(
     ("patterns", "blocks_to_take", "text"),
     [
-        (
-            {"gate": r"layers\.(?P<layer>\d+)\.gate"},
-            None,
-            r"target_modules.gate=.* matches no module in full. Linear layers of this model: layers.0.up, ",
-        ),
+        ({"up": "up"}, None, r"target_modules.up='up' matches no module in full. Linear layers .*: layers.0.up, "),
         ({"up": r"layers\.\d+\.(up|norm)"}, None, r"must name nn.Linear layers; these are not: layers.0.norm \(LayerN"),
         ({"up": r"layers\.(\d+\.up"}, None, r"target_modules.up=.* is no regular expression: "),
         ({"up": r"layers\.(?P<layer>\d+)\.up"}, [0, 2, 5], r"names blocks \[2, 5\]; the model has \[0, 1\]"),
@@ -187,8 +158,8 @@ def test_layers_of_a_kind_share_one_basis_which_is_a_copy(form, blocks, block_ba
         assert len(shared) == 1 and id(bases[kind]) not in shared
         assert bases[kind].U.dtype == torch.float64 and layers[f"layers.0.{kind}"].basis.U.dtype == torch.float32
     assert layers["layers.0.up"].basis is not layers["layers.0.down"].basis
-    same_dtype = sparsify(blocks(), bases, 5, block_patterns, form=form)
-    assert same_dtype.layers[0].up.basis.U.data_ptr() != bases["up"].U.data_ptr()
+    U = sparsify(blocks(), bases, 5, block_patterns, form=form).layers[0].up.basis.U
+    assert U.data_ptr() != bases["up"].U.data_ptr() and U.untyped_storage().nbytes() == U.numel() * 8  # no view
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -213,35 +184,25 @@ REFUSALS = [
     ({"form": "diagonal"}, r"form='diagonal'; allowed: folded, rotated, truncated"),
     ({"matmul": "sparse_by_dense"}, r"matmul='sparse_by_dense' is no option of form='folded', which takes select_in"),
     ({"matmul": "sparse_by_dense", "form": "truncated"}, r"no option of form='truncated', which takes ranks, keep, up"),
-    ({"keep": 3}, r"keep=3 is no option of form='folded'"),
     ({"form": "truncated", "select_in": "backward"}, r"select_in='backward' is no option of form='truncated'"),
     ({"density": 0.1, "form": "rotated"}, r"density=0.1 is no option of form='rotated', which takes select_in, matmul"),
     ({"form": "truncated", "select": lambda G, k: None}, r"layers.0.up: keep=None trains the whole core: give keep"),
     ({"form": "truncated", "bases": None}, r"layers.0.up: form 'truncated' .* so it needs a basis"),
-    ({"form": "truncated", "k": 97}, r"layers.0.up: k=97; a matrix of shape \(12, 8\)"),
-    ({"form": "truncated", "k": {"up": 5}}, r"no k for layer kind 'down'; given: up"),
     ({"form": "truncated", "ranks": {"up": (2, 2)}}, r"no ranks for layer kind 'down'; given: up"),
     ({"form": "truncated", "keep": {"down": 2}}, r"no keep for layer kind 'up'; given: down"),
     ({"form": "truncated", "ranks": (9, 9)}, r"layers.0.up: ranks=\(9, 9\); this basis allows .* to \(12, 8\)"),
     ({"form": "truncated", "ranks": (3, 2)}, r"layers.0.up: ranks=\(3, 2\) are 6 entries, more than k=5"),
     ({"form": "truncated", "keep": 5}, r"layers.0.up: k=5; a matrix of shape \(2, 2\) allows .* 1 to 4"),
     ({"form": "truncated", "update": "later"}, r"layers.0.up: update='later'; allowed: in_place, side"),
-    ({"form": "truncated", "bases": "swapped"}, r"layers.0.up: the basis is for weights of shape \(8, 12\)"),
-    ({"form": "truncated", "bases": "truncated", "k": 10}, r"layers.0.up: k=10; a matrix of shape \(3, 3\)"),
     ({"form": "rotated", "matmul": "dense"}, r"layers.0.up: matmul='dense'; allowed: regular, sparse_by_dense"),
     ({"select_in": "forward"}, r"layers.0.up: select_in='forward'; allowed: step, backward"),
     ({"k": 97}, r"layers.0.up: k=97; a matrix of shape \(12, 8\) allows whole numbers from 1 to 96"),
-    ({"k": 0}, r"layers.0.up: k=0; .* from 1 to 96"),
     ({"k": 0.01}, r"layers.0.up: k=0.01; .* whole numbers from 1 to 96"),
     ({"k": {"up": 5, "down": 97}}, r"layers.0.down: k=97; a matrix of shape \(8, 12\)"),
     ({"k": {"up": 5}}, r"layers.0.down: no k for layer kind 'down'; given: up"),
-    ({"layers_to_transform": [0, 7]}, r"names blocks \[7\]; the model has \[0, 1\]"),
-    ({"target_modules": {"up": r"layers\.\d+\.norm"}}, r"these are not: layers.0.norm \(LayerNorm\)"),
     ({"target_modules": {"up": "nothing"}}, r"target_modules.up='nothing' matches no module in full"),
-    ({"bases": {}}, r"no basis for layer kind 'up'; given: none"),
     ({"bases": "up only"}, r"no basis for layer kind 'down'; given: up"),
     ({"bases": "swapped"}, r"layers.0.up: the basis is for weights of shape \(8, 12\), this weight has \(12, 8\)"),
-    ({"bases": "down of another model"}, r"layers.0.down: the basis .* made for another model or layer kind"),
     ({"bases": "truncated", "form": "rotated"}, r"layers.0.up: form 'rotated' keeps .* this one is truncated"),
     ({"bases": "truncated", "k": 10}, r"layers.0.up: k=10; a matrix of shape \(3, 3\)"),
 ]
@@ -255,7 +216,6 @@ def test_a_refusal_says_why_and_leaves_the_model_unchanged(wrong, text, blocks, 
     named = {
         "up only": {"up": good["up"]},
         "swapped": {"up": good["down"], "down": good["up"]},
-        "down of another model": {"up": good["up"], "down": block_bases(inner=13)["down"]},
         "truncated": {"up": hosvd(moments, rank=3), "down": good["down"]},
     }
     arguments = {"bases": good, "k": 5, "target_modules": block_patterns} | wrong
@@ -268,7 +228,10 @@ def test_a_refusal_says_why_and_leaves_the_model_unchanged(wrong, text, blocks, 
 
 
 def test_a_sparsified_model_is_refused_until_it_is_merged(blocks, block_bases, block_patterns):
-    model = sparsify(blocks(), block_bases(), 5, block_patterns)
+    plain = blocks()
+    before = snapshot(plain)
+    assert_unchanged(merge(plain), before)
+    model = sparsify(plain, block_bases(), 5, block_patterns)
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"holds SparseGrad layers already: merge\(model\) first"):
         sparsify(model, block_bases(), 5, block_patterns)
@@ -305,12 +268,6 @@ def test_merge_gives_a_plain_model_that_saves_and_loads(family, form, tiny_trans
     model.float().save_pretrained(tmp_path)  # LLaMa's rotary frequencies are made in float32, so compare there
     loaded = type(model).from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert torch.equal(logits(loaded, tokens), logits(model, tokens))
-
-
-def test_merge_of_a_plain_model_changes_nothing(blocks):
-    model = blocks()
-    before = snapshot(model)
-    assert_unchanged(merge(model), before)
 
 
 # ---- moving and copying ----

@@ -299,12 +299,3 @@ def test_an_adapter_of_another_architecture_is_refused_and_the_model_left_unchan
     with pytest.raises(ValueError, match="is an adapter of another architecture|matches no module in full"):
         load_adapter(tmp_path / "a", other)
     assert_unchanged(other, before)
-
-
-def test_an_adapter_is_not_put_on_a_sparsified_model(trained, tmp_path):
-    model, optimizer, config = trained()
-    save_adapter(tmp_path / "a", model, optimizer, config)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"holds SparseGrad layers already: merge\(model\) first"):
-        load_adapter(tmp_path / "a", model)
-    assert_unchanged(model, before)

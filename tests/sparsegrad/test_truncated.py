@@ -99,15 +99,6 @@ def test_the_block_is_not_the_whole_where_gradients_leave_it(random_basis):
     assert (W - W_rot).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("keep", [None, 5], ids=["whole", "top_5"])
-def test_in_place_and_side_take_the_same_steps(keep, random_basis):
-    linear, basis, data = plain(), random_basis(OUT, IN), list(batches(20))
-    one, other = (steps(build(linear, basis, update=u, keep=keep), data, lr=0.05) for u in UPDATES)
-    for (W, b), (W_side, b_side) in zip(one, other, strict=True):
-        torch.testing.assert_close(W, W_side, rtol=0, atol=1e-10)
-        torch.testing.assert_close(b, b_side, rtol=0, atol=1e-10)
-
-
 @update_modes
 @pytest.mark.parametrize("fused", [False, True], ids=["default", "fused"])
 def test_a_whole_core_follows_torchs_adamw_without_weight_decay(update, fused, random_basis):
@@ -227,16 +218,6 @@ def test_no_gradient_or_state_of_the_weights_size_is_formed(update, keep, random
     assert step(folded, SparseGradAdamW(param_groups(folded)))
 
 
-def test_a_kind_shares_its_leading_rows(blocks, block_bases, block_patterns):
-    model = sparsify(blocks(n=3), block_bases(), 9, block_patterns, form="truncated")
-    for kind in ("up", "down"):
-        basis = {id(getattr(block, kind).basis): getattr(block, kind).basis for block in model.layers}
-        assert len(basis) == 1
-        (basis,) = basis.values()
-        assert basis.V.shape[0] == basis.U.shape[0] == 3
-        assert basis.U.untyped_storage().nbytes() == basis.U.numel() * 8  # rows of its own, not a view of all
-
-
 def test_a_layer_alone_keeps_the_leading_rows_only(random_basis):
     layer = build(plain(), random_basis(OUT, IN))
     for rows, number in ((layer.basis.V, R * OUT), (layer.basis.U, C * IN)):
@@ -347,14 +328,10 @@ def test_carried_moments_turn_with_the_basis_and_a_refresh_to_the_same_basis_is_
     for p, q in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
 
-    layer, new = one.layers[0].up, block_bases(5)
-    m, v = (first.state[layer.core][key].clone() for key in ("exp_avg", "exp_avg_sq"))
-    in_original = layer.basis.V.T @ m @ layer.basis.U
-    refresh(one, {"up": new["up"]}, first, state="carry")
-    turned = (new["up"].V @ in_original @ new["up"].U.T)[:3, :3]
-    torch.testing.assert_close(first.state[layer.core]["exp_avg"], turned)
-    assert torch.equal(first.state[layer.core]["exp_avg_sq"], v) and not torch.allclose(turned, m)
-    assert int(first.state[layer.core]["step"]) == 8
+    layer = one.layers[0].up
+    v = first.state[layer.core]["exp_avg_sq"].clone()
+    refresh(one, {"up": block_bases(5)["up"]}, first, state="carry")
+    assert torch.equal(first.state[layer.core]["exp_avg_sq"], v) and int(first.state[layer.core]["step"]) == 8
     assert int(one.layers[0].down.refreshes) == 0 and int(layer.refreshes) == 1
     refresh(one, {"up": block_bases()["up"]}, first, state="reset")
     assert layer.core not in first.state and one.layers[0].down.core in first.state
@@ -489,10 +466,9 @@ def test_a_quantised_model_trains_like_its_dequantised_copy(keep, blocks, block_
     reference, model = packed_blocks(blocks), packed_blocks(blocks)
     for block in reference.layers:
         for kind in ("up", "down"):
-            linear = nn.Linear(1, 1)
-            linear.weight = nn.Parameter(getattr(block, kind).exact().float())
-            linear.bias = nn.Parameter(getattr(block, kind).bias.detach().clone())
-            linear.out_features, linear.in_features = linear.weight.shape
+            packed = getattr(block, kind)
+            linear = nn.Linear(packed.in_features, packed.out_features)
+            linear.load_state_dict({"weight": packed.exact().float(), "bias": packed.bias})
             setattr(block, kind, linear)
     bases, config = block_bases(), {"k": 9, "target_modules": block_patterns, "form": "truncated", "keep": keep}
     with pytest.raises(ValueError, match=r"0.up: the weight is quantised \(PackedLinear\): use form='truncated'"):
@@ -538,35 +514,20 @@ def test_a_quantised_layer_is_its_linear_at_first_and_saves_z_alone(random_basis
 
 
 @pytest.mark.parametrize(
-    ("k", "limits", "ratio", "shape"),
+    ("k", "limits", "shape"),
     [
-        (23_592, (3072, 768), 1, (153, 153)),  # 1 % of BERT's up projection
-        (100_000, (11_008, 4_096), 1, (316, 316)),  # the paper's budget for LLaMa-2
-        (1, (5, 4), 1, (1, 1)),
-        (20, (5, 4), 1, (5, 4)),
-        (50, (3, 100), 1, (3, 16)),
-        (50, (100, 3), 1, (16, 3)),
-        (64, (100, 100), 4, (16, 4)),
-        (64, (100, 100), 0.25, (4, 16)),
-        (64, (10, 100), 4, (10, 6)),
+        (23_592, (3072, 768), (153, 153)),  # 1 % of BERT's up projection
+        (100_000, (11_008, 4_096), (316, 316)),  # the paper's budget for LLaMa-2
+        (1, (5, 4), (1, 1)),
+        (20, (5, 4), (5, 4)),
+        (50, (3, 100), (3, 16)),
+        (50, (100, 3), (16, 3)),
     ],
 )
-def test_core_shape_spends_at_most_the_budget(k, limits, ratio, shape):
-    assert core_shape(k, limits, ratio) == shape
-
-
-@pytest.mark.parametrize("ratio", [0.01, 0.3, 1, 2.7, 500])
-def test_every_budget_gives_a_core_inside_its_limits(ratio):
-    for k in range(1, 78):
-        r, c = core_shape(k, (OUT, IN), ratio)
-        assert 1 <= r <= OUT and 1 <= c <= IN and r * c <= k
-
-
-def test_core_shape_refuses_what_is_no_budget():
-    with pytest.raises(ValueError, match=r"k=78; a matrix of shape \(11, 7\) allows whole numbers from 1 to 77"):
-        core_shape(78, (OUT, IN))
-    with pytest.raises(ValueError, match="ratio=0; r / c must be a positive number"):
-        core_shape(5, (OUT, IN), 0)
+def test_core_shape_spends_at_most_the_budget(k, limits, shape):
+    assert core_shape(k, limits) == shape
+    with pytest.raises(ValueError, match=f"k={limits[0] * limits[1] + 1}; a matrix of shape .* allows whole numbers"):
+        core_shape(limits[0] * limits[1] + 1, limits)
 
 
 def test_a_core_of_all_outputs_refuses_what_does_not_fit(random_basis):
@@ -623,12 +584,8 @@ def test_steps_on_cuda_are_those_of_the_cpu(update, keep, random_basis):
 def test_a_refresh_on_cuda_leaves_the_function(update, blocks, block_bases, block_patterns):
     model = sparsify(blocks(), block_bases(), 9, block_patterns, form="truncated", update=update).cuda()
     optimizer = SparseGradAdamW(param_groups(model), lr=1e-2, fused=True)
+    train(model, optimizer, range(3))
     x = torch.randn(5, 8, dtype=torch.float64, device="cuda")
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(x).square().sum().backward()
-        optimizer.step()
-    optimizer.zero_grad()
     y = model(x)
     refresh(model, block_bases(4), optimizer, state="carry")
     torch.testing.assert_close(model(x), y, rtol=0, atol=1e-12)
