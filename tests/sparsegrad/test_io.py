@@ -166,18 +166,6 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(step, error, tmp_path, m
     assert torch.equal(tensors["a"], torch.ones(3)) and metadata == {"version": 1}
 
 
-def test_a_file_appears_under_its_name_only_when_it_is_complete(tmp_path, monkeypatch):
-    seen, replace = [], os.replace
-
-    def watch(source, target):
-        seen.append((load_tensors(source)[1], os.path.exists(target)))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", watch)
-    save_tensors(tmp_path / "t", {"a": torch.ones(3)}, {"version": 1})
-    assert seen == [({"version": 1}, False)]
-
-
 def test_metadata_that_is_no_json_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         save_tensors(tmp_path / "t", {"a": torch.ones(3)}, {"bad": object()})
