@@ -15,17 +15,7 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parents[1] / "src"
-NOT_IN_THE_METHOD = {
-    "accelerate",
-    "datasets",
-    "finetune",
-    "hydra",
-    "optuna",
-    "peft",
-    "tensorly",
-    "transformers",
-    "wandb",
-}
+NOT_IN_THE_METHOD = set("accelerate datasets finetune hydra optuna peft tensorly transformers wandb".split())
 NOT_ON_IMPORT = {"datasets", "dvc", "fastchat", "hydra", "matplotlib", "omegaconf", "openai", "tensorly", "wandb"}
 
 # The rooms of finetune, from the ground up: a room imports from those of the lines before its own, and from itself.
@@ -48,7 +38,6 @@ TO_BE_MENDED = {  # shrinks to nothing; an entry that no longer holds fails
     ("finetune.methods.costs", "finetune.methods.base"),  # a circle
 }
 WITHOUT_TORCH = ("store", "stats", "published", "report")
-
 NOT_TO_MEASURE = NOT_ON_IMPORT | {"optuna", "pyarrow", "scipy", "sklearn"}
 
 IMPORT_AND_LIST = """
@@ -59,11 +48,10 @@ sys.stdout.write("\\n".join(sorted({name.partition(".")[0] for name in sys.modul
 """
 
 
-def modules_of(package, root):
-    """Every module under root/package, from the files: pkgutil would pass over a folder without ``__init__.py``."""
+def files_of(package, root):
+    """Every module under root/package, by name: pkgutil would pass over a folder without ``__init__.py``."""
     files = sorted((root / package).rglob("*.py"))
-    names = [".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for file in files]
-    return [package, *(name for name in names if name != package)]
+    return {".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
 
 
 def imported_with(modules, root):
@@ -76,10 +64,6 @@ def imported_with(modules, root):
     )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
-
-
-def source_files(root):
-    return sorted(root.rglob("*.py"))
 
 
 def imports_in(file):
@@ -98,18 +82,11 @@ def packages_in(file):
 
 def arrows(root):
     """Module of finetune -> modules of finetune that it imports."""
-    files = {name: file_of(name, root) for name in modules_of("finetune", root)}
-    graph = {}
+    files, graph = files_of("finetune", root), {}
     for module, file in files.items():
-        asked = imports_in(file)
-        found = {next((m for m in (name, name.rpartition(".")[0]) if m in files), None) for name in asked}
+        found = {next((m for m in (name, name.rpartition(".")[0]) if m in files), None) for name in imports_in(file)}
         graph[module] = found - {None, module}
     return graph
-
-
-def file_of(module, root):
-    path = root.joinpath(*module.split("."))
-    return path / "__init__.py" if (path / "__init__.py").is_file() else path.with_suffix(".py")
 
 
 def room_of(module):
@@ -138,36 +115,30 @@ def prints_in(file):
     ]
 
 
-def test_the_method_needs_torch_and_safetensors_only():
-    loaded = imported_with(modules_of("sparsegrad", SRC), SRC)
-    assert {"sparsegrad", "torch", "safetensors"} <= loaded
-    assert not loaded & NOT_IN_THE_METHOD
-
-
-def test_importing_the_comparison_loads_no_heavy_or_optional_package():
-    modules = modules_of("finetune", SRC)
+@pytest.mark.parametrize(
+    ("package", "rooms", "forbidden"),
+    [
+        ("sparsegrad", None, NOT_IN_THE_METHOD),
+        ("finetune", None, NOT_ON_IMPORT),
+        ("finetune", ("efficiency",), NOT_TO_MEASURE),
+        ("finetune", WITHOUT_TORCH, {"torch", "transformers", "sparsegrad"}),
+    ],
+    ids=["the method", "the comparison", "efficiency", "light rooms"],
+)
+def test_importing_loads_no_more_than_is_needed(package, rooms, forbidden):
+    modules = [name for name in files_of(package, SRC) if rooms is None or (*name.split("."), "")[1] in rooms]
+    assert rooms is None or {name.split(".")[1] for name in modules} == set(rooms)
     loaded = imported_with(modules, SRC)
-    assert "finetune" in loaded and len(modules) > 1
-    assert not loaded & NOT_ON_IMPORT
+    assert package in loaded and len(modules) > 5 and not loaded & forbidden
 
 
-def test_measuring_efficiency_needs_torch_transformers_accelerate_and_peft_alone():
-    modules = [name for name in modules_of("finetune", SRC) if name.startswith("finetune.efficiency")]
-    loaded = imported_with(modules, SRC)
-    assert len(modules) > 5 and not loaded & NOT_TO_MEASURE
-
-
-def test_the_method_never_imports_the_comparison_and_neither_imports_a_script():
+@pytest.mark.parametrize(
+    ("package", "above"), [("sparsegrad", {"finetune", "experiments"}), ("finetune", {"experiments"})]
+)
+def test_no_module_prints_or_imports_what_stands_above_it(package, above):
     """Inside functions neither."""
-    for file in source_files(SRC / "sparsegrad"):
-        assert not packages_in(file) & {"finetune", "experiments"}, file
-    for file in source_files(SRC / "finetune"):
-        assert "experiments" not in packages_in(file), file
-
-
-def test_no_module_prints():
-    found = {str(file.relative_to(SRC)): lines for file in source_files(SRC) if (lines := prints_in(file))}
-    assert not found
+    for file in files_of(package, SRC).values():
+        assert not packages_in(file) & above and not prints_in(file), file
 
 
 @pytest.fixture(scope="module")
@@ -190,14 +161,6 @@ def test_no_circle_between_modules(graph):
 
 def test_nothing_lies_loose_beside_the_rooms():
     assert [file.name for file in (SRC / "finetune").glob("*.py")] == ["__init__.py"]
-
-
-def test_light_rooms_load_without_torch():
-    modules = [
-        name for name in modules_of("finetune", SRC) if name.split(".")[1:2] and name.split(".")[1] in WITHOUT_TORCH
-    ]
-    assert {name.split(".")[1] for name in modules} == set(WITHOUT_TORCH)
-    assert not imported_with(modules, SRC) & {"torch", "transformers", "sparsegrad"}
 
 
 # ---- the checks can fail ----
@@ -245,35 +208,26 @@ def test_a_planted_circle_is_caught(planted):
         graphlib.TopologicalSorter(arrows(root)).prepare()
 
 
-@pytest.mark.parametrize("folder", ["finetune", "finetune/deep/without_init"])
 @pytest.mark.parametrize("statement", ["import omegaconf", "from omegaconf import OmegaConf"])
-def test_a_planted_import_is_caught(folder, statement, tmp_path):
-    (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "finetune" / "__init__.py").touch()
-    (tmp_path / folder / "planted.py").write_text(f"{statement}\n")
-    modules = modules_of("finetune", tmp_path)
-    assert modules[-1] == f"{folder.replace('/', '.')}.planted"
-    assert imported_with(modules, tmp_path) & NOT_ON_IMPORT == {"omegaconf"}
-    (tmp_path / folder / "planted.py").write_text(f"def lazily():\n    {statement}\n")
-    assert not imported_with(modules, tmp_path) & NOT_ON_IMPORT
+def test_a_planted_import_is_caught(statement, planted):
+    """In a folder without ``__init__.py`` too."""
+    file = planted({"deep.planted": statement}) / "finetune" / "deep" / "planted.py"
+    (file.parent / "__init__.py").unlink()
+    root, modules = file.parents[2], list(files_of("finetune", file.parents[2]))
+    assert modules == ["finetune", "finetune.deep.planted"]
+    assert imported_with(modules, root) & NOT_ON_IMPORT == {"omegaconf"}
+    file.write_text(f"def lazily():\n    {statement}\n")
+    assert not imported_with(modules, root) & NOT_ON_IMPORT
+    file.write_text("import no_such_package\n")
+    with pytest.raises(AssertionError, match="No module named 'no_such_package'"):
+        imported_with(modules, root)
 
 
 def test_the_pipelines_packages_are_seen_where_they_are_imported():
     assert "pyarrow" in imported_with(["finetune.data.glue"], SRC) & NOT_TO_MEASURE
 
 
-def test_a_planted_module_that_does_not_import_is_not_passed_over(tmp_path):
-    (tmp_path / "finetune").mkdir()
-    (tmp_path / "finetune" / "__init__.py").touch()
-    (tmp_path / "finetune" / "planted.py").write_text("import no_such_package\n")
-    with pytest.raises(AssertionError, match="No module named 'no_such_package'"):
-        imported_with(modules_of("finetune", tmp_path), tmp_path)
-
-
 def test_a_planted_import_in_a_function_and_a_planted_print_are_caught(tmp_path):
     planted = tmp_path / "planted.py"
-    planted.write_text(
-        "def f():\n    from finetune.store.records import x\n    import experiments.train\n    print(x)\n"
-    )
-    assert packages_in(planted) == {"finetune", "experiments"}
-    assert prints_in(planted) == [4]
+    planted.write_text("def f():\n    from finetune.a import x\n    import experiments.train\n    print(x)\n")
+    assert packages_in(planted) == {"finetune", "experiments"} and prints_in(planted) == [4]
