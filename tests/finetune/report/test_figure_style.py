@@ -7,16 +7,8 @@ import sys
 
 import pytest
 
-from finetune.report.figures.figure_style import (
-    COLOURS,
-    GREY,
-    Words,
-    new_figure,
-    number,
-    relative_paths,
-    save_figure,
-    styles,
-)
+from finetune.report.figures import figure_style
+from finetune.report.figures.figure_style import COLOURS, GREY, Words, new_figure, save_figure, styles
 
 WORDS = Words("A title", "What is shown.", ("A note.",), ("results/x/a.json",))
 
@@ -35,12 +27,8 @@ def test_a_figure_is_three_files_and_a_rerun_gives_the_same_bytes(tmp_path):
     first, second = draw(tmp_path / "a"), draw(tmp_path / "b")
     assert [path.name for path in first] == ["test.svg", "test.png", "test.json"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
-    assert json.loads(first[2].read_text()) == {
-        "title": "A title",
-        "caption": "What is shown.",
-        "notes": ["A note."],
-        "source": ["results/x/a.json"],
-    }
+    words = {"title": "A title", "caption": "What is shown.", "notes": ["A note."], "source": ["results/x/a.json"]}
+    assert json.loads(first[2].read_text()) == words
 
 
 def test_texts_stay_texts_nothing_is_black_or_white_or_dated_and_the_background_is_transparent(tmp_path):
@@ -76,16 +64,10 @@ def test_a_figure_without_words_or_source_is_refused_and_nothing_is_written(word
     assert not (tmp_path / "a").exists()
 
 
-def test_numbers_and_paths_of_labels(tmp_path):
-    assert [number(value) for value in (0, 0.12345, 7.0, 12.34, 123.4, 2359296)] == [
-        "0",
-        "0.123",
-        "7",
-        "12.3",
-        "123",
-        "2,359,296",
-    ]
-    assert relative_paths(["b/c.json", "a.json", "a.json"]) == ("a.json", "b/c.json")
+def test_numbers_and_paths_of_labels():
+    found = [figure_style.number(value) for value in (0, 0.12345, 7.0, 12.34, 123.4, 2359296)]
+    assert found == ["0", "0.123", "7", "12.3", "123", "2,359,296"]
+    assert figure_style.relative_paths(["b/c.json", "a.json", "a.json"]) == ("a.json", "b/c.json")
 
 
 def test_pyplot_is_never_loaded():

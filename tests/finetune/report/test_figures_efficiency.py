@@ -11,9 +11,8 @@ from finetune.report.labels import Labels
 from finetune.store.catalog import MethodFacts
 
 LABELS = Labels({"dora": MethodFacts("dora", "DoRA", "peft")})
-NAMES = {
-    name: look.label for name, look in looks_of(["full", "lora", "folded", "truncated_input", "floor"], LABELS).items()
-}
+LOOKS = looks_of(["full", "lora", "folded", "truncated_input", "floor"], LABELS)
+NAMES = {name: look.label for name, look in LOOKS.items()}
 
 FACTS = {
     "device": {"name": "a CPU", "type": "cpu", "threads": 1},
@@ -62,23 +61,15 @@ def test_the_marks_are_means_over_tasks_with_the_tasks_beside(drawn, tmp_path):
     paths = draw_figure_efficiency(evidence(**BOTH), tmp_path, LABELS)
     assert [path.name for path in paths] == [f"figure_efficiency.{suffix}" for suffix in ("svg", "png", "json")]
     [((left, right), _words)] = drawn
-    assert [text.get_text() for text in left.get_yticklabels()] == [
-        NAMES["full"],
-        NAMES["lora"],
-        NAMES["folded"],
-        "DoRA",
-    ]
+    labels = [text.get_text() for text in left.get_yticklabels()]
+    assert labels == [NAMES["full"], NAMES["lora"], NAMES["folded"], "DoRA"]
     tasks, mean = marks(left, 1)[:2], marks(left, 1)[-1]
     assert tasks == pytest.approx([1.3, 1.1]) and mean == pytest.approx(1.2)
     assert marks(right, 1) == pytest.approx([300 / 400, 700 / 800, 0.8125])
     assert [text.get_text() for text in right.texts] == ["1.00", "0.81", "0.95", "0.50"]
     low, high = marks(left, 1)[2:4]
     assert 1.0 <= low < 1.2 < high <= 1.4
-
-
-def test_the_papers_ratios_stand_beside_ours_and_nothing_stands_for_what_it_does_not_print(drawn, tmp_path):
-    draw_figure_efficiency(evidence(**BOTH), tmp_path, LABELS)
-    [((left, _), _)] = drawn
+    # The paper's ratio stands beside LoRA; it prints none of the folded form, and full fine-tuning's is 1.
     assert marks(left, 1.3) == pytest.approx([4.7 / 4.11]) and marks(left, 2.3) == [] == marks(left, 0.3)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -18,12 +18,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-@dataclass(frozen=True)
-class Space:
+class Space(NamedTuple):
     """How a space of :mod:`finetune.energy.spaces` is drawn: told apart without colour too."""
 
     label: str
-    colour: str
+    color: str
     marker: str
 
 
@@ -42,18 +41,15 @@ ANOTHER_HEAD = (
 )
 
 TRAJECTORIES = {"full": "full fine-tuning", "sparsegrad": "SparseGrad"}
-
 PAPER_MODEL = "bert_base"
+
+KEPT = 0.01
+"""The paper's share of entries (D1)."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """One trajectory of one task.
-
-    Attributes:
-        path: of the record.
-        record: see :mod:`finetune.energy.cell`.
-    """
+    """One trajectory of one task: the record of :mod:`finetune.energy.cell`, and its path."""
 
     path: Path
     record: Mapping[str, Any]
@@ -75,29 +71,29 @@ class Look:
     def kinds(self) -> list[str]:
         return list(dict.fromkeys(layer["kind"] for layer in self.record["layers"]))
 
-    def blocks(self, kind: str) -> list[int]:
-        """Places of a kind's layers in the record's lists, by block."""
-        places = [p for p, layer in enumerate(self.record["layers"]) if layer["kind"] == kind]
-        return sorted(
-            places, key=lambda p: (self.record["layers"][p]["layer"] is None, self.record["layers"][p]["layer"])
-        )
+    def blocks(self, kind: str) -> dict[int, int]:
+        """Block -> place of its layer of a kind in the record's lists, rising."""
+        layers = enumerate(self.record["layers"])
+        return dict(sorted((layer["layer"], place) for place, layer in layers if layer["kind"] == kind))
 
-    def values(self, step: int, space: str, kind: str, name: str, share: float | None = None) -> list[float]:
-        """A number of every block's layer of a kind; of a list of shares, the one asked for."""
-        found = self.record["steps"][step]["spaces"][space]
-        picked = [found[place][name] for place in self.blocks(kind)]
-        return picked if share is None else [values[self.place(share)] for values in picked]
+    def shape(self, kind: str, block: int) -> tuple[int, int]:
+        """Rows and columns of a layer's weight."""
+        rows, columns = self.record["layers"][self.blocks(kind)[block]]["shape"]
+        return rows, columns
 
-    def place(self, share: float) -> int:
-        """Where a share of entries stands in the record's lists.
+    def values(self, step: int, space: str, kind: str, name: str) -> list[float]:
+        """A number of every block's layer of a kind; the energy is that of the largest entries, `KEPT` of all.
 
         Raises:
-            ValueError: if it was not measured.
+            ValueError: if the energy of this share was not measured.
         """
+        found = [self.record["steps"][step]["spaces"][space][place][name] for place in self.blocks(kind).values()]
+        if name != "energy":
+            return found
         shares = self.record["measure"]["shares"]
-        if share not in shares:
-            raise ValueError(f"{self.path}: no energy of the largest {share:.2%} of the entries; measured: {shares}.")
-        return shares.index(share)
+        if KEPT not in shares:
+            raise ValueError(f"{self.path}: no energy of the largest {KEPT:.2%} of the entries; measured: {shares}.")
+        return [values[shares.index(KEPT)] for values in found]
 
     def maps(self) -> dict[str, np.ndarray]:
         """The heat maps beside the record, float32, by name; read without torch.
@@ -159,7 +155,3 @@ def setting(look: Look) -> str:
 def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation over blocks, such as ``0.72 ± 0.22``."""
     return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:g} %"

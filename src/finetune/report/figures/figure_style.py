@@ -90,10 +90,10 @@ class Words:
 
 
 def styles(names: Iterable[str], kin: Mapping[str, str] | None = None) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each name of a figure.
+    """Colour and marker of each name of a figure, in its order.
 
     Args:
-        names: Methods or variants, in the order of the figure; as many as there are.
+        names: Methods or variants; as many as there are.
         kin: Name -> the method or form whose colour it has where it has none of its own.
 
     Returns:
@@ -106,15 +106,9 @@ def styles(names: Iterable[str], kin: Mapping[str, str] | None = None) -> dict[s
 
 @contextmanager
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[Any]:
-    """A figure in the common style; draw and save it inside the ``with``.
+    """A figure in the common style, of a size in inches; draw and save it inside the ``with``.
 
-    Args:
-        width, height: in inches.
-        rows, columns: of the axes.
-        options: of ``Figure.subplots``, such as ``sharey=True``.
-
-    Yields:
-        The figure and its axes, an array ``(rows, columns)``.
+    The options are those of ``Figure.subplots``. Yields the figure and its axes, an array ``(rows, columns)``.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -124,20 +118,44 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
         yield figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
+def band(axis: Any, xs: Sequence[float], lines: Sequence[Sequence[float]], alpha: float, **line: Any) -> None:
+    """A line of the middle values with a shade from the lower to the upper ones: `lines` are these three."""
+    low, middle, high = lines
+    axis.plot(xs, middle, **line)
+    axis.fill_between(xs, low, high, color=line["color"], alpha=alpha, linewidth=0)
+
+
+def legend_below(figure: Figure, *axes: Any, columns: int = 3) -> None:
+    """One legend below the panels, of what the given axes name."""
+    found = [axis.get_legend_handles_labels() for axis in axes]
+    handles, labels = (list(itertools.chain.from_iterable(part)) for part in zip(*found, strict=True))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def rows_of_dots(axis: Any, labels: Sequence[str]) -> None:
+    """Make a panel a list of labels from the top, for dots with intervals at 0, 1, 2, ..."""
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_ylim(len(labels) - 0.4, -0.6)
+    axis.grid(axis="y", visible=False)
+    axis.tick_params(axis="y", length=0)
+
+
 def draw_svg(figure: Figure) -> bytes:
-    """The figure of :func:`new_figure`, still inside its ``with``, as an SVG of fixed bytes."""
-    _settle(figure)
+    """The figure of :func:`new_figure`, still inside its ``with``, as an SVG of fixed bytes.
+
+    It is laid out once, on a grid: the solver's last digits vary, and ids in an SVG are hashes of places.
+    """
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        axes.set_position([round(float(value), 5) for value in axes.get_position(original=True).bounds])
     return _drawn(figure, "svg", Date=None, Creator=None)
 
 
 def save_figure(figure: Figure, folder: str | Path, name: str, words: Words) -> list[Path]:
-    """Write ``<name>.svg``, ``<name>.png`` and ``<name>.json``, each whole or not at all.
+    """Write ``<name>.svg``, ``<name>.png`` and ``<name>.json`` (the words), each whole or not at all.
 
-    Args:
-        figure: of :func:`new_figure`, still inside its ``with``.
-        folder: made if missing.
-        name: of the files, such as ``efficiency`` or ``figure_02``.
-        words: stored as JSON.
+    The figure is that of :func:`new_figure`, still inside its ``with``.
 
     Returns:
         The three paths.
@@ -158,14 +176,6 @@ def _drawn(figure: Figure, kind: str, **metadata: None) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata, transparent=True)
     return buffer.getvalue()
-
-
-def _settle(figure: Figure) -> None:
-    """Lay out once, on a grid: the solver's last digits vary, and ids in an SVG are hashes of places."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    for axes in figure.axes:
-        axes.set_position([round(float(value), 5) for value in axes.get_position(original=True).bounds])
 
 
 def number(value: float) -> str:

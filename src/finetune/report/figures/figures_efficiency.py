@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from finetune.report.evidence.efficiency_evidence import EfficiencyEvidence, Measured
 from finetune.report.evidence.evidence import read_key
-from finetune.report.figures.figure_style import GREY, Words, new_figure, number, relative_paths, save_figure, styles
+from finetune.report.figures.figure_style import (
+    GREY,
+    Words,
+    band,
+    legend_below,
+    new_figure,
+    number,
+    relative_paths,
+    save_figure,
+    styles,
+)
 from finetune.report.labels import Labels
 from finetune.report.paper.layouts import printed_places
 from finetune.stats import intervals as stats
@@ -38,12 +47,11 @@ _PANELS = {
 }
 
 
-@dataclass(frozen=True)
-class VariantLook:
+class VariantLook(NamedTuple):
     """How a variant is drawn."""
 
     label: str
-    colour: str
+    color: str
     marker: str
 
 
@@ -52,25 +60,21 @@ def looks_of(names: Iterable[str], labels: Labels) -> dict[str, VariantLook]:
     known = list(_FORMS)
     found = sorted(set(names), key=lambda name: (known.index(name) if name in _FORMS else len(known), name))
     kin = labels.kin | {name: of for name, (_, of) in _FORMS.items()}
-    return {
-        name: VariantLook(
-            _FORMS[name][0] if name in _FORMS else labels.method(name), GREY if name == "floor" else colour, marker
-        )
-        for name, (colour, marker) in styles(found, kin).items()
-    }
+    looks = {}
+    for name, (colour, marker) in styles(found, kin).items():
+        label = _FORMS[name][0] if name in _FORMS else labels.method(name)
+        looks[name] = VariantLook(label, GREY if name == "floor" else colour, marker)
+    return looks
 
 
 def draw_figure_efficiency(evidence: EfficiencyEvidence, folder: Path, labels: Labels, *, seed: int = 0) -> list[Path]:
-    """Steps per second and peak training memory of every variant, over full fine-tuning's.
+    """Steps per second and peak training memory of every variant, over full fine-tuning's: ``figure_efficiency.*``.
 
     Args:
         evidence: of :func:`finetune.report.evidence.efficiency_evidence.collect_efficiency_evidence`.
-        folder: for the files ``figure_efficiency.*``.
+        folder: for the files.
         labels: of methods and tasks.
         seed: of the bootstrap behind the intervals of speed.
-
-    Returns:
-        The three paths.
 
     Raises:
         ValueError: if no task has a record with full fine-tuning in it.
@@ -106,16 +110,13 @@ def draw_figure_efficiency(evidence: EfficiencyEvidence, folder: Path, labels: L
 
 
 def draw_figure_cost_curves(record: Mapping[str, Any], path: str, folder: Path, labels: Labels) -> list[Path]:
-    """Milliseconds of one MLP's training step over k, tokens and width, both axes logarithmic.
+    """Milliseconds of one MLP's training step over k, tokens and width, logarithmic: ``figure_cost_curves.*``.
 
     Args:
         record: of :func:`finetune.efficiency.cost_curves.cost_curves`.
         path: of the record.
-        folder: for the files ``figure_cost_curves.*``.
+        folder: for the files.
         labels: of methods.
-
-    Returns:
-        The three paths.
 
     Raises:
         ValueError: if the record is of another kind or incomplete.
@@ -129,34 +130,29 @@ def draw_figure_cost_curves(record: Mapping[str, Any], path: str, folder: Path, 
             found = [points[place] for place in curves[curve]]
             xs = [point["k"] if key == "k" else point["point"][key] for point in found]
             for name, look in looks.items():
-                there = [(x, point["variants"][name]) for x, point in zip(xs, found, strict=True)
-                         if name in point["variants"]]  # fmt: skip
-                _curve(axis, look, _DASHES.get(name, "-"), there)
+                there = [
+                    (x, one["variants"][name]) for x, one in zip(xs, found, strict=True) if name in one["variants"]
+                ]
+                seconds = [[1000 * one["step_seconds"][end] for _, one in there] for end in ("q25", "median", "q75")]
+                style = look._asdict() | {"linestyle": _DASHES.get(name, "-")}
+                band(axis, [x for x, _ in there], seconds, 0.15, **style)
             axis.set(xscale="log", yscale="log", xlabel=label)
             axis.set_xticks(xs, [number(x) for x in xs])
             axis.set_xticks([], minor=True)
             axis.yaxis.set_major_formatter(lambda value, _: number(value))
         axes[0].set_ylabel("step time (ms)")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        legend_below(figure, axes[0], columns=4)
         return save_figure(figure, folder, "figure_cost_curves", _words_curves(record, path, looks))
-
-
-def _curve(axis: Any, look: VariantLook, dashes: str, points: list[tuple[float, Mapping[str, Any]]]) -> None:
-    """Medians with quartiles, in milliseconds."""
-    xs = [x for x, _ in points]
-    low, middle, high = ([1000 * one["step_seconds"][end] for _, one in points] for end in ("q25", "median", "q75"))
-    axis.plot(xs, middle, dashes, color=look.colour, marker=look.marker, label=look.label)
-    axis.fill_between(xs, low, high, color=look.colour, alpha=0.15, linewidth=0)
 
 
 def _dots(
     axis: Any, place: int, look: VariantLook, values: list[float], mean: float, interval: tuple[float, float] | None
 ) -> None:
     """The tasks as small dots, the mean with its interval, and the mean as a number."""
-    axis.plot(values, [place] * len(values), "o", color=look.colour, alpha=0.45, markersize=3)
+    axis.plot(values, [place] * len(values), "o", color=look.color, alpha=0.45, markersize=3)
     if interval is not None:
-        axis.plot(interval, [place, place], color=look.colour, linewidth=2.2)
-    axis.plot(mean, place, marker=look.marker, color=look.colour, markersize=7)
+        axis.plot(interval, [place, place], color=look.color, linewidth=2.2)
+    axis.plot(mean, place, marker=look.marker, color=look.color, markersize=7)
     # Beside the panel, where no mark can lie.
     axis.annotate(f"{mean:.2f}", (1, place), (6, 0), ("axes fraction", "data"), "offset points", va="center")
 

@@ -6,24 +6,27 @@ output gradient in rotated coordinates, striped by empty rows, and a histogram o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from finetune.report.figures import energy_evidence as energy
-from finetune.report.figures.energy_evidence import SPACES, Look, percent, setting, spread
+from finetune.report.figures.energy_evidence import KEPT, SPACES, Look, setting, spread
 from finetune.report.figures.figure_style import (
     COLOURS,
     GREY,
     SEQUENTIAL,
     Words,
+    band,
+    legend_below,
     new_figure,
     relative_paths,
     save_figure,
 )
 
 FLOOR = 1e-3  # of the largest entry: what a map shows as its darkest
-KEPT = 0.01  # the paper's share of entries (D1)
+MAPS = {"original": "original gradient G", "initial": "HOSVD core V G Uᵀ", "released": "released code's V G U"}
 
 
 def draw_figure_02(looks: Sequence[Look], model: str, folder: Path) -> list[Path]:
@@ -39,57 +42,47 @@ def draw_figure_02(looks: Sequence[Look], model: str, folder: Path) -> list[Path
     """
     look = energy.fully_tuned(looks)
     maps, step = look.maps(), look.steps[0]
-    spaces = ("original", "initial", "released")
-    with new_figure(11, 5.2, len(look.kinds), len(spaces) + 1, width_ratios=[1, 1, 1, 1.35]) as (figure, axes):
+    with new_figure(11, 5.2, len(look.kinds), len(MAPS) + 1, width_ratios=[1, 1, 1, 1.35]) as (figure, axes):
         for row, kind in zip(axes, look.kinds, strict=True):
             [block] = _drawn(maps, f"step{step}.original.{kind}.")
-            for axis, space in zip(row, spaces, strict=False):
-                image = _heat(axis, maps[f"step{step}.{space}.{kind}.{block}"], _shape(look, kind, block))
-                axis.set_title(_TITLES[space])
+            for axis, (space, title) in zip(row, MAPS.items(), strict=False):
+                image = _heat(axis, maps[f"step{step}.{space}.{kind}.{block}"], look.shape(kind, block))
+                axis.set_title(title)
                 axis.set_xlabel("input coordinate")
             row[0].set_ylabel(f"{kind}, block {block}\noutput coordinate")
-            _curves(row[-1], look, _place(look, kind, block))
+            _curves(row[-1], look, look.blocks(kind)[block])
         figure.colorbar(image, ax=axes[:, :-1], label="largest |entry| of a tile / largest of all", shrink=0.7)
-        handles, labels = axes[0, -1].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
-        words = _words_02(look, model, maps)
-        return save_figure(figure, folder, "figure_02", words)
-
-
-_TITLES = {"original": "original gradient G", "initial": "HOSVD core V G Uᵀ", "released": "released code's V G U"}
+        legend_below(figure, axes[0, -1])
+        return save_figure(figure, folder, "figure_02", _words_02(look, model, block, len(image.get_array())))
 
 
 def _curves(axis: Any, look: Look, place: int) -> None:
     shares = look.record["measure"]["shares"]
     for space in look.record["spaces"]:
         if space != "refreshed":  # at the first step it is the initial one
-            drawn = SPACES[space]
             values = look.record["steps"][0]["spaces"][space][place]["energy"]
-            axis.plot(shares, values, color=drawn.colour, marker=drawn.marker, label=drawn.label)
+            axis.plot(shares, values, **SPACES[space]._asdict())
     axis.axvline(KEPT, color=GREY, linestyle=":", linewidth=1)
     axis.annotate("1 %", (KEPT, 0.0), (3, 3), textcoords="offset points", fontsize=7, color=GREY)
     axis.set(xscale="log", ylim=(0, 1.02), xlabel="share of the entries, largest first", ylabel="share of the energy")
 
 
-def _words_02(look: Look, model: str, maps: dict[str, Any]) -> Words:
-    [block] = _drawn(maps, f"step{look.steps[0]}.original.{look.kinds[0]}.")
+def _words_02(look: Look, model: str, block: int, tiles: int) -> Words:
     found = []
     for kind in look.kinds:
-        place = _place(look, kind, block)
-        values = {
-            space: look.record["steps"][0]["spaces"][space][place]["energy"][look.place(KEPT)]
-            for space in ("original", "initial", "released", "random")
-        }
-        found.append(
-            f"{kind}: {values['original']:.2f} original, {values['initial']:.2f} HOSVD core, "
-            f"{values['released']:.2f} released orientation, {values['random']:.2f} random bases"
+        place = [*look.blocks(kind)].index(block)
+        original, core, released, floor = (
+            look.values(0, space, kind, "energy")[place] for space in ("original", "initial", "released", "random")
         )
-    side = maps[f"step{look.steps[0]}.original.{look.kinds[0]}.{block}"].shape
+        found.append(
+            f"{kind}: {original:.2f} original, {core:.2f} HOSVD core, {released:.2f} released orientation, "
+            f"{floor:.2f} random bases"
+        )
     return Words(
         title="Figure 2: weight gradients before and after the rotation",
         caption=(
             f"{look.task}, step {look.steps[0]}, {setting(look)}. Left: gradients of the MLP matrices of block {block} "
-            f"(counted from 0) of one batch, pooled to {side[0]} x {side[1]} tiles by the largest absolute value, on a "
+            f"(counted from 0) of one batch, pooled to {tiles} x {tiles} tiles by the largest absolute value, on a "
             "logarithmic scale; each map is relative to its own largest entry. Right: share of the squared norm in the "
             f"largest entries, mean over the batches. In the largest 1 %: {'; '.join(found)}."
         ),
@@ -120,73 +113,59 @@ def draw_figure_03(looks: Sequence[Look], model: str, folder: Path) -> list[Path
             blocks = _drawn(maps, prefix)
             for axis, block in zip(row[:2], (blocks[0], blocks[-1]), strict=True):
                 rows = maps[prefix + str(block)]
-                image = _heat(axis, rows, (len(rows), _shape(look, kind, block)[0]))
+                image = _heat(axis, rows, (len(rows), look.shape(kind, block)[0]))
                 _mark_padding(axis, maps[f"step{step}.padding"][: len(rows)])
-                axis.set_title(f"{kind}, block {block}" + (" (last)" if block == _last(look, kind) else ""))
+                axis.set_title(f"{kind}, block {block}" + (" (last)" if block == max(look.blocks(kind)) else ""))
                 axis.set_xlabel("rotated output coordinate")
             row[0].set_ylabel("token of a batch (bar: padding)")
             _histogram(row[2], look, kind)
             _over_training(row[3], look, kind)
         figure.colorbar(image, ax=axes[:, :2], label="|entry| / largest of all", shrink=0.7)
-        handles, labels = axes[0, 3].get_legend_handles_labels()
-        more, names = axes[0, 2].get_legend_handles_labels()
-        figure.legend(handles + more, labels + names, loc="outside lower center", ncols=3)
+        legend_below(figure, axes[0, 3], axes[0, 2])
         return save_figure(figure, folder, "figure_03", _words_03(look, model))
 
 
 def _histogram(axis: Any, look: Look, kind: str) -> None:
     """Training steps by percent of non-zero entries, the last block apart: its zeros have another cause."""
-    counts = look.record["nonzero_percent_of_training_steps"]
-    places = look.blocks(kind)
-    parts = (("blocks but the last", places[:-1], COLOURS["full"]), ("last block", places[-1:], COLOURS["lora"]))
-    for name, chosen, colour in parts:
-        values = [(int(percent), n) for place in chosen for percent, n in counts[place].items()]
-        if values:
-            axis.hist(
-                [v for v, _ in values],
-                bins=range(0, 106, 5),
-                weights=[n for _, n in values],
-                color=colour,
-                alpha=0.8,
-                label=f"training steps, {name}",
-            )
+    *others, last = (look.record["nonzero_percent_of_training_steps"][place] for place in look.blocks(kind).values())
+    for name, counts, colour in (("blocks but the last", others, "full"), ("last block", [last], "lora")):
+        if found := [(int(percent), number) for one in counts for percent, number in one.items()]:
+            percents, numbers = zip(*found, strict=True)
+            bins, label = range(0, 106, 5), f"training steps, {name}"
+            axis.hist(percents, bins=bins, weights=numbers, color=COLOURS[colour], alpha=0.8, label=label)
     axis.set(xlabel="% of ∂L/∂Y that is not zero", ylabel="training steps × blocks", xlim=(0, 105))
 
 
 def _over_training(axis: Any, look: Look, kind: str) -> None:
-    level = look.record["measure"]["levels"][0]
-    places, steps = look.blocks(kind), look.record["steps"]
+    def large(space: str) -> Callable[[Mapping[str, Any], int], float]:
+        return lambda step, place: step["spaces"][space][place]["large"][0]
+
+    def output(name: str) -> Callable[[Mapping[str, Any], int], float]:
+        return lambda step, place: step["output_gradients"][place][name]
+
+    level = f"at least {100 * look.record['measure']['levels'][0]:g} % of the largest"
     lines = (
-        ("∂L/∂Y, not zero", GREY, "x", lambda s, p: s["output_gradients"][p]["nonzero"]),
-        (f"∂L/∂Ỹ, at least {percent(level)} of the largest", COLOURS["rotated"], "s", _output("large_initial")),
-        (f"∂L/∂W, at least {percent(level)} of the largest", SPACES["original"].colour, "o", _large("original")),
-        (f"∂L/∂W̃, at least {percent(level)} of the largest", SPACES["initial"].colour, "D", _large("initial")),
+        ("∂L/∂Y, not zero", GREY, "x", output("nonzero")),
+        (f"∂L/∂Ỹ, {level}", COLOURS["rotated"], "s", output("large_initial")),
+        (f"∂L/∂W, {level}", SPACES["original"].color, "o", large("original")),
+        (f"∂L/∂W̃, {level}", SPACES["initial"].color, "D", large("initial")),
     )
     for name, colour, marker, take in lines:
-        values = [[100 * take(step, place) for place in places] for step in steps]
-        middle = [sum(one) / len(one) for one in values]
-        axis.plot(look.steps, middle, color=colour, marker=marker, label=name)
-        axis.fill_between(
-            look.steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.08, linewidth=0
-        )
+        found = [[100 * take(step, place) for place in look.blocks(kind).values()] for step in look.record["steps"]]
+        ends = [[of(one) for one in found] for of in (min, fmean, max)]
+        band(axis, look.steps, ends, 0.08, color=colour, marker=marker, label=name)
     axis.set(xlabel="training step", ylabel="% of the entries", ylim=(0, 100))
-
-
-def _large(space: str) -> Any:
-    return lambda step, place: step["spaces"][space][place]["large"][0]
-
-
-def _output(name: str) -> Any:
-    return lambda step, place: step["output_gradients"][place][name]
 
 
 def _words_03(look: Look, model: str) -> Words:
     first = look.record["steps"][0]["output_gradients"]
-    last = [look.blocks(kind)[-1] for kind in look.kinds]
-    inner = [first[p] for kind in look.kinds for p in look.blocks(kind)[:-1]] or [first[p] for p in last]
-    padding = sum(one["padding"] for one in inner) / len(inner)
-    other = sum(one["zero_rows"] - one["zero_rows_padding"] for one in inner) / len(inner)
-    text = sum(first[p]["zero_rows"] - first[p]["zero_rows_padding"] for p in last) / len(last)
+    inner, last = [], []
+    for kind in look.kinds:
+        *others, end = (first[place] for place in look.blocks(kind).values())
+        inner, last = [*inner, *others], [*last, end]
+    inner = inner or last
+    padding = fmean(one["padding"] for one in inner)
+    other, text = (fmean(one["zero_rows"] - one["zero_rows_padding"] for one in part) for part in (inner, last))
     zero = [v for space in ("original", "initial") for kind in look.kinds for v in look.values(0, space, kind, "zero")]
     padded = "the longest of a batch" if look.record["padding"] == "longest" else "a fixed length"
     return Words(
@@ -217,8 +196,7 @@ def _heat(axis: Any, values: Any, shape: tuple[int, int]) -> Any:
     empty = np.broadcast_to((values == 0).all(axis=1, keepdims=True), values.shape)
     shown = np.ma.masked_where(empty, np.clip(values, FLOOR, 1))
     axis.grid(False)
-    extent = (0, shape[1], shape[0], 0)
-    norm = LogNorm(FLOOR, 1)
+    extent, norm = (0, shape[1], shape[0], 0), LogNorm(FLOOR, 1)
     return axis.imshow(shown, aspect="auto", cmap=SEQUENTIAL, norm=norm, extent=extent, interpolation="nearest")
 
 
@@ -232,22 +210,9 @@ def _mark_padding(axis: Any, padding: Any) -> None:
             )
 
 
-def _drawn(maps: dict[str, Any], prefix: str) -> list[int]:
+def _drawn(maps: Mapping[str, Any], prefix: str) -> list[int]:
     """The blocks that there are maps of, rising."""
     blocks = sorted(int(name.removeprefix(prefix)) for name in maps if name.startswith(prefix))
     if not blocks:
         raise ValueError(f"no heat map {prefix}*: run the energy stage again.")
     return blocks
-
-
-def _place(look: Look, kind: str, block: int) -> int:
-    return next(p for p in look.blocks(kind) if look.record["layers"][p]["layer"] == block)
-
-
-def _shape(look: Look, kind: str, block: int) -> tuple[int, int]:
-    rows, columns = look.record["layers"][_place(look, kind, block)]["shape"]
-    return rows, columns
-
-
-def _last(look: Look, kind: str) -> int:
-    return look.record["layers"][look.blocks(kind)[-1]]["layer"]

@@ -4,12 +4,12 @@ First our runs, a panel for each model and family of comparisons, then the decod
 logs by the same code.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from finetune.report.figures.figure_style import GREY, Words, new_figure, save_figure, styles
+from finetune.report.figures.figure_style import GREY, Words, new_figure, rows_of_dots, save_figure, styles
 from finetune.report.labels import Labels
 
 NAME = "methods_scores"
@@ -23,16 +23,8 @@ COLUMNS, LINE, PANEL = 2, 0.17, 4.6
 POINTS, NATS = "difference (points)", "difference of losses (nats)"
 
 
-@dataclass(frozen=True)
-class Line:
-    """One difference of a panel.
-
-    Attributes:
-        text: Its label.
-        difference: `value`, `low` and `high` in the panel's unit; ends `None` without an interval.
-        colour: Of the method compared with.
-        average: Whether it is over all tasks.
-    """
+class Line(NamedTuple):
+    """A difference: its label, `value`, `low` and `high` (None without an interval), colour, and if over all tasks."""
 
     text: str
     difference: Mapping[str, float | None]
@@ -40,8 +32,7 @@ class Line:
     average: bool = True
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """The differences of one family, in one unit."""
 
     title: str
@@ -50,75 +41,58 @@ class Panel:
 
 
 def draw_scores(content: Mapping[str, Any], folder: str | Path, source: Sequence[str], labels: Labels) -> list[Path]:
-    """Draw the figure from the record of the statistics.
-
-    Args:
-        content: As `build_statistics` gives it, or as read back from `statistics.json`.
-        folder: Folder of the figures.
-        source: Paths of what it is drawn from.
-        labels: Of methods and tasks.
-
-    Returns:
-        Paths of the SVG, the PNG and the JSON.
-    """
+    """Draw the figure from `statistics.json`, of which `source` names the path; its three files."""
     groups = panels(content, labels)
     rows = [group[start : start + COLUMNS] for group in groups for start in range(0, len(group), COLUMNS)]
     heights = [max(len(panel.lines) for panel in row) for row in rows]
-    cut = False
     size = (PANEL * COLUMNS, LINE * sum(heights) + 1.0 * len(rows))
     with new_figure(*size, len(rows), COLUMNS, height_ratios=heights) as (figure, axes):
-        for found, row in zip(axes, rows, strict=True):
-            for axis, panel in zip(found, row, strict=False):
-                cut = _draw(axis, panel) or cut
-            for axis in found[len(row) :]:
-                axis.set_axis_off()
-        return save_figure(figure, folder, NAME, _words(content, source, cut))
+        cut = [
+            _draw(axis, panel)
+            for found, row in zip(axes, rows, strict=True)
+            for axis, panel in itertools.zip_longest(found, row)
+        ]
+        return save_figure(figure, folder, NAME, _words(content, source, any(cut)))
 
 
 def panels(content: Mapping[str, Any], labels: Labels) -> list[list[Panel]]:
     """The panels of our runs, of the decoders and of the authors' logs; a group starts a line of its own."""
+    groups = (("runs", "our runs", POINTS), ("decoders", "our runs", NATS), ("logs", "authors' logs", POINTS))
     return [
-        [panel for entry in content["runs"] for panel in _of(entry, "our runs", POINTS, labels)],
-        [panel for entry in content["decoders"] for panel in _of(entry, "our runs", NATS, labels)],
-        [panel for entry in content["logs"] for panel in _of(entry, "authors' logs", POINTS, labels)],
+        [panel for entry in content[group] for panel in _of(entry, whose, unit, labels)]
+        for group, whose, unit in groups
     ]
 
 
 def _of(entry: Mapping[str, Any], whose: str, unit: str, labels: Labels) -> list[Panel]:
     """A panel a family: the methods against one of them, with tasks; all others by their means over tasks alone."""
-    families = [family for family in entry["comparison"]["families"] if family["pairs"]]
     found = []
-    for family in families:
-        pairs, colours = family["pairs"], [_colour(pair, labels) for pair in family["pairs"]]
+    for family in (one for one in entry["comparison"]["families"] if one["pairs"]):
+        pairs = family["pairs"]
         firsts, seconds = (list(dict.fromkeys(pair[side] for pair in pairs)) for side in ("first", "second"))
         if family["name"] == MAIN:
             first = FOCUS if FOCUS in firsts else firsts[0]
             what = f"{labels.method(first)} minus ..."
-            own = [(pair, colour) for pair, colour in zip(pairs, colours, strict=True) if pair["first"] == first]
-            lines = [line for pair, colour in own for line in _lines(pair, colour, labels)]
+            lines = [line for pair in pairs if pair["first"] == first for line in _lines(pair, labels)]
         else:
-            alone = len(seconds) == 1
-            what = f"... minus {labels.method(seconds[0])}" if alone else family["name"]
-            texts = [
-                " − ".join(map(labels.method, (pair["first"], *([] if alone else [pair["second"]])))) for pair in pairs
+            sides = ("first",) if len(seconds) == 1 else ("first", "second")
+            what = f"... minus {labels.method(seconds[0])}" if len(seconds) == 1 else family["name"]
+            texts = [" − ".join(labels.method(pair[side]) for side in sides) for pair in pairs]
+            lines = [
+                Line(text, pair["mean"]["difference"], _colour(pair, labels))
+                for text, pair in zip(texts, pairs, strict=True)
             ]
-            lines = [_average(*one) for one in zip(pairs, texts, colours, strict=True)]
         found.append(Panel(f"{entry['title']}, {whose}\n{what}", lines, unit))
     return found
 
 
-def _average(pair: Mapping[str, Any], text: str, colour: str) -> Line:
-    """A pair over all its tasks."""
-    return Line(text, pair["mean"]["difference"], colour)
-
-
-def _lines(pair: Mapping[str, Any], colour: str, labels: Labels) -> list[Line]:
-    """One pair: the mean over tasks, then its tasks."""
-    tasks = pair["tasks"]
-    average = _average(pair, f"{labels.method(pair['second'])}{', AVG' if len(tasks) > 1 else ''}", colour)
-    order = labels.in_order(set(tasks))
-    single = [Line(labels.task(task), tasks[task]["difference"], colour, False) for task in order]
-    return [average, *single] if len(single) > 1 else [average]
+def _lines(pair: Mapping[str, Any], labels: Labels) -> list[Line]:
+    """One pair: the mean over tasks, then its tasks where there are several."""
+    tasks, colour, name = pair["tasks"], _colour(pair, labels), labels.method(pair["second"])
+    if len(tasks) < 2:
+        return [Line(name, pair["mean"]["difference"], colour)]
+    single = [Line(labels.task(one), tasks[one]["difference"], colour, False) for one in labels.in_order({*tasks})]
+    return [Line(f"{name}, AVG", pair["mean"]["difference"], colour), *single]
 
 
 def _colour(pair: Mapping[str, Any], labels: Labels) -> str:
@@ -127,10 +101,12 @@ def _colour(pair: Mapping[str, Any], labels: Labels) -> str:
     return styles([name], labels.kin)[name][0]
 
 
-def _draw(axis, panel: Panel) -> bool:
-    """Draw a panel from the top; say whether an interval was cut at the edge."""
-    lines, limit = panel.lines, _limit(panel.lines)
-    cut = False
+def _draw(axis: Any, panel: Panel | None) -> bool:
+    """Draw a panel from the top, or nothing; say whether an interval was cut at the edge."""
+    if panel is None:
+        axis.set_axis_off()
+        return False
+    lines, limit, cut = panel.lines, _limit(panel.lines), False
     for place, line in enumerate(lines):
         value, low, high = (line.difference[key] for key in ("value", "low", "high"))
         width, mark, size = (2.2, "D", 5) if line.average else (1.1, "o", 3)
@@ -144,13 +120,11 @@ def _draw(axis, panel: Panel) -> bool:
                     cut = True
         axis.plot([value], [place], mark, color=line.colour, markersize=size)
     axis.axvline(0, color=GREY, linewidth=1)
-    axis.set(xlim=(-limit, limit), ylim=(len(lines) - 0.4, -0.6), xlabel=panel.unit)
-    axis.set_yticks(range(len(lines)), [line.text for line in lines])
+    axis.set(xlim=(-limit, limit), xlabel=panel.unit)
+    rows_of_dots(axis, [line.text for line in lines])
     if not all(line.average for line in lines):  # bold, so that they stand out of the tasks
         for text, line in zip(axis.get_yticklabels(), lines, strict=True):
             text.set_fontweight("bold" if line.average else "normal")
-    axis.grid(axis="y", visible=False)
-    axis.tick_params(axis="y", length=0)
     axis.set_title(panel.title, loc="left")
     return cut
 
@@ -166,7 +140,7 @@ def _words(content: Mapping[str, Any], source: Sequence[str], cut: bool) -> Word
     titles = ", ".join(f"{entry['title']} ({entry['model']})" for entry in content["runs"]) or "nothing ran"
     methods = [found for entry in content["runs"] for found in entry["comparison"]["methods"].values()]
     seeds = sorted({one["n"] for found in methods for one in found["tasks"].values()})
-    spread = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))) if seeds else "no"
+    spread = " to ".join(map(str, dict.fromkeys((*seeds[:1], *seeds[-1:])))) or "no"
     losses = " Validation losses are in nats a token: left of 0 the first method is lower, which is better."
     return Words(
         title="Differences between methods at equal task and seed",

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from finetune.report.figures.figure_style import GREY, draw_svg, new_figure, styles
+from finetune.report.figures.figure_style import GREY, draw_svg, new_figure, rows_of_dots, styles
 from finetune.report.labels import Labels
 from finetune.report.model import Cell, Table, format_value
 from finetune.report.paper.layouts import PAPER_MODELS
@@ -24,17 +23,8 @@ NO_QUALITY = "no_quality"
 _WIDTH, _LINE, _FRAME = 3.3, 0.26, 0.75  # inches
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One column.
-
-    Attributes:
-        title: Its label.
-        unit: Of its values, and what they are no measure of.
-        words: Its values, for who can't see the picture.
-        printed: Whether printed values stand beside ours.
-        svg: The picture.
-    """
+class Panel(NamedTuple):
+    """One column: its label, its unit, its values in words, whether printed values stand beside ours, the picture."""
 
     title: str
     unit: str
@@ -72,12 +62,9 @@ def _panel(rows: Sequence[str], cells: Sequence[Cell], looks: Mapping[str, tuple
     with new_figure(_WIDTH, _FRAME + _LINE * len(rows)) as (figure, [[axis]]):
         for cell in cells:
             _line(axis, rows.index(cell.row), cell, looks[cell.method][0])
-        axis.set_yticks(range(len(rows)), rows)
-        axis.set_ylim(len(rows) - 0.4, -0.6)
+        rows_of_dots(axis, rows)
         axis.locator_params(axis="x", nbins=4)
         axis.margins(x=0.06)
-        axis.grid(axis="y", visible=False)
-        axis.tick_params(axis="y", length=0)
         printed = any(_is_own(cell) for cell in cells)
         return Panel(cells[0].column, unit, "; ".join(map(_words, cells)), printed, draw_svg(figure))
 
