@@ -17,21 +17,19 @@ CONF = Path(__file__).parents[2] / "conf" / "model"
 class Block(nn.Module):
     """A residual MLP with a norm: SparseGrad weights, biases and LayerNorm in one place."""
 
-    def __init__(self, width, inner, bias):
+    def __init__(self):
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, inner, bias=bias)
-        self.down = nn.Linear(inner, width, bias=bias)
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 8)
 
     def forward(self, x):
         return x + self.down(torch.tanh(self.up(self.norm(x))))
 
 
 class Blocks(nn.Module):
-    def __init__(self, n=2, width=8, inner=12, bias=True):
+    def __init__(self, n):
         super().__init__()
-        self.layers = nn.ModuleList(Block(width, inner, bias) for _ in range(n))
-        self.head = nn.Linear(width, 3)
+        self.layers = nn.ModuleList(Block() for _ in range(n))
+        self.head = nn.Linear(8, 3)
 
     def forward(self, x):
         for layer in self.layers:
@@ -72,24 +70,21 @@ def block_patterns():
 
 @pytest.fixture
 def blocks():
-    """``blocks(dtype=..., n=..., width=..., inner=...)``: a plain stack of residual MLPs."""
+    """``blocks(dtype=..., n=...)``: a plain stack of residual MLPs."""
 
-    def make(dtype=torch.float64, seed=0, **sizes):
+    def make(dtype=torch.float64, seed=0, n=2):
         torch.manual_seed(seed)
-        return Blocks(**sizes).to(dtype)
+        return Blocks(n).to(dtype)
 
     return make
 
 
 @pytest.fixture
 def block_bases(random_basis):
-    """``block_bases(seed, dtype)``: one basis a kind for ``blocks()`` of the standard size."""
+    """``block_bases(seed, dtype)``: one basis a kind for ``blocks()``."""
 
-    def make(seed=0, dtype=torch.float64, width=8, inner=12):
-        return {
-            "up": random_basis(inner, width, 2 * seed, dtype),
-            "down": random_basis(width, inner, 2 * seed + 1, dtype),
-        }
+    def make(seed=0, dtype=torch.float64):
+        return {"up": random_basis(12, 8, 2 * seed, dtype), "down": random_basis(8, 12, 2 * seed + 1, dtype)}
 
     return make
 
@@ -123,9 +118,9 @@ def tiny_transformer(hub_model, model_conf):
         "llama": ("llama2_7b", {"num_hidden_layers": 4, "num_key_value_heads": 2}),
     }
 
-    def make(family, seed=0, dtype=torch.float64, **sizes):
+    def make(family, dtype=torch.float64, **sizes):
         name, own = families[family]
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = hub_model(name, **(small | own | sizes)).to(dtype).eval()
         tokens = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
         return model, model_conf(name)["target_modules"], tokens
@@ -135,9 +130,5 @@ def tiny_transformer(hub_model, model_conf):
 
 @pytest.fixture
 def transformer_bases(random_basis):
-    """``transformer_bases(seed)``: bases for ``tiny_transformer`` of the standard size."""
-
-    def make(seed=0, dtype=torch.float64):
-        return {"up": random_basis(24, 16, seed, dtype), "down": random_basis(16, 24, seed + 1, dtype)}
-
-    return make
+    """``transformer_bases()``: bases for ``tiny_transformer`` of the standard size."""
+    return lambda: {"up": random_basis(24, 16), "down": random_basis(16, 24, 1)}
