@@ -36,6 +36,7 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_from_gradients_to_table_6(script, work):
     def done(name, *arguments):
         ran = script(name, *arguments)

@@ -102,6 +102,7 @@ def test_everything_is_measured_once_and_drawn(well, bases, efficiency, lists, t
     assert cells["SparseGrad, Regular", "CoLA"]["verdict"] == "not run"
 
 
+@pytest.mark.slow
 def test_by_hand(well, efficiency):
     done = well("efficiency", *efficiency, "data.task=mrpc", "variants=[full]")
     assert (done.folder / "outputs" / "test" / "efficiency" / "tiny_bert" / "mrpc.json").is_file()
