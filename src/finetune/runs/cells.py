@@ -138,31 +138,18 @@ def _run_missing(
         digest = problem.digest(run)
         path = folder / f"{run.task}-seed{run.seed}-{digest}.json"
         keep = models / f"seed{run.seed}" if problem.keeps_models else None
-        found[path] = _finished(path)
-        if found[path] is None or (keep is not None and not _is_of(keep, digest)):
-            jobs[path] = partial(_run_and_write, problem, run, path, keep)
+        found[path] = records.read_json(path) if path.is_file() else {}
+        if found[path].get("status") != "finished" or (keep is not None and not _is_of(keep, digest)):
+            jobs[path] = partial(run_once, problem, run, path=path, keep=keep)
         else:
             log.info("%s is finished, reused", path)
     done = run_all(list(jobs.values()), workers, label="runs", bar=problem.config["progress"])
     return found | dict(zip(jobs, done, strict=True))
 
 
-def _finished(path: Path) -> dict[str, Any] | None:
-    """The record at a path that its hash names, if it is finished."""
-    record = records.read_json(path) if path.is_file() else {}
-    return record if record.get("status") == "finished" else None
-
-
 def _is_of(model: Path, digest: str) -> bool:
     """Whether a merged model is there, whole, and of the run with this hash."""
     return (model / MERGED).is_file() and records.read_json(model / MERGED)["config_hash"] == digest
-
-
-def _run_and_write(problem: Problem, run: Run, path: Path, keep: Path | None) -> dict[str, Any]:
-    record = run_once(problem, run, keep=keep)
-    if is_first_process():
-        records.write_json(path, record)
-    return record
 
 
 def _keep_only(folder: Path, listed: Sequence[str]) -> None:

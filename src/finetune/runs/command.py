@@ -8,12 +8,12 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
+from finetune.store.files import read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -60,17 +60,9 @@ def read_lists(path: str | Path, names: Sequence[str] = ("tasks", "seeds")) -> d
     """Lists of an experiment file.
 
     Raises:
-        ValueError: if the file is missing or a list is missing or empty.
+        ValueError: if the file, or a list, is missing or empty.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; a cell needs an experiment file such as params.yaml.")
-    try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, no mapping with lists {list(names)}.")
+    content = read_yaml(Path(path))
     for name in names:
         if not isinstance(content.get(name), list) or not content[name]:
             raise ValueError(f"{path}: {name!r} is {content.get(name)!r}; it must be a list of at least one.")

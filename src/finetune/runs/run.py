@@ -32,14 +32,16 @@ def run_once(
     run: Run,
     *,
     on_evaluation: Callable[[int, float], None] | None = None,
+    path: Path | None = None,
     keep: Path | None = None,
 ) -> dict[str, Any]:
-    """Prepare, train and evaluate one model.
+    """Prepare, train and evaluate one model. Its checkpoints go when all that is kept of it is on disk.
 
     Args:
         problem: may be shared with other runs.
         run: what to run.
         on_evaluation: see :class:`finetune.training.loop.Training`.
+        path: file for the record; None writes none.
         keep: folder for the merged, plain model with the best weights and its tokenizer; None keeps none.
 
     Returns:
@@ -94,6 +96,8 @@ def run_once(
         tracker.summary(chosen(record, SUMMARY))
     if record["status"] == "finished" and accelerator.is_main_process and keep is not None:
         save_merged(problem, method.merge(model), keep, training.digest)
+    if accelerator.is_main_process and path is not None:
+        records.write_json(path, record)
     accelerator.wait_for_everyone()
     _forget(training)
     return record

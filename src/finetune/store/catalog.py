@@ -6,12 +6,11 @@ model is added by its file alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from finetune.store.files import read_yaml
 
 CONF = Path("conf")
 
@@ -50,16 +49,12 @@ def read_methods(conf: Path = CONF) -> dict[str, MethodFacts]:
     Raises:
         ValueError: if a file is no mapping with a name, or extends a method that has no file.
     """
-    found = {}
-    for path, content in _files(conf / "method"):
-        name = _name(path, content)
-        found[name] = MethodFacts(
-            name=name,
-            label=content.get("label", name),
-            base=content.get("base", name),
-            control=bool(content.get("control", False)),
-            extends=content.get("extends", ""),
+    found = {
+        name: MethodFacts(
+            name, file.get("label", name), file.get("base", name), file.get("control", False), file.get("extends", "")
         )
+        for name, file in _files(conf / "method").items()
+    }
     unknown = {name: one.extends for name, one in found.items() if one.extends and one.extends not in found}
     if unknown:
         raise ValueError(f"{conf / 'method'}: extends names no method there: {unknown}.")
@@ -73,34 +68,23 @@ def read_tasks(data: str, conf: Path = CONF) -> dict[str, TaskFacts]:
         ValueError: if there is no such file, or an entry lacks its metric.
     """
     path = conf / "data" / f"{data}.yaml"
-    content = dict(_files(path.parent)).get(path)
-    if content is None:
-        raise ValueError(f"data={data!r}; there is no {path}.")
-    lacking = [name for name, task in content["tasks"].items() if "metric" not in task]
+    tasks = read_yaml(path)["tasks"]
+    lacking = [name for name, task in tasks.items() if "metric" not in task]
     if lacking:
         raise ValueError(f"{path}: {', '.join(lacking)}: each task needs its metric.")
-    return {name: TaskFacts(name, task.get("title", name), task["metric"]) for name, task in content["tasks"].items()}
+    return {name: TaskFacts(name, task.get("title", name), task["metric"]) for name, task in tasks.items()}
 
 
-def read_models(conf: Path = CONF) -> dict[str, Mapping[str, Any]]:
+def read_models(conf: Path = CONF) -> dict[str, dict[str, Any]]:
     """Every file of ``conf/model`` by name."""
-    return {_name(path, content): content for path, content in _files(conf / "model")}
+    return _files(conf / "model")
 
 
-def _files(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    found = []
-    for path in sorted(folder.glob("*.yaml")):
-        try:
-            content = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} holds a {type(content).__name__}, no mapping.")
-        found.append((path, content))
+def _files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every file of a folder by its name, which must stand in it too."""
+    found = {path.stem: read_yaml(path) for path in sorted(folder.glob("*.yaml"))}
+    for name, content in found.items():
+        if content.get("name") != name:
+            path = folder / f"{name}.yaml"
+            raise ValueError(f"{path}: name is {content.get('name')!r}; it must be that of the file, {name!r}.")
     return found
-
-
-def _name(path: Path, content: Mapping[str, Any]) -> str:
-    if content.get("name") != path.stem:
-        raise ValueError(f"{path}: name is {content.get('name')!r}; it must be that of the file, {path.stem!r}.")
-    return path.stem

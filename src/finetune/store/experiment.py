@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from finetune.store.catalog import CONF, read_methods, read_models, read_tasks
-from finetune.store.files import write_atomically
+from finetune.store.files import read_yaml, write_atomically
 
 TABLES = {
     "bert_base": (5, 9, 11, 13, 14),
@@ -33,10 +33,7 @@ _HEAD = "# Written by `make repro EXPERIMENT={name}` from experiments/{name}.yam
 
 
 def read_experiment(path: str | Path) -> dict[str, Any]:
-    """What an experiment names, defaults filled in; of a params.yaml all that it holds.
-
-    Args:
-        path: a file of ``experiments/``, with ``base.yaml`` beside it, or a params.yaml.
+    """What a file of ``experiments/`` names, the defaults of ``base.yaml`` beside it filled in; all of a params.yaml.
 
     Raises:
         ValueError: if there is no such file, it is no YAML mapping, or a key or its kind of value is another than
@@ -60,11 +57,7 @@ def read_experiment(path: str | Path) -> dict[str, Any]:
 
 
 def expand(experiment: Mapping[str, Any], conf: Path = CONF) -> dict[str, Any]:
-    """An experiment as params.yaml holds it: checked, every list given, and ``stages``.
-
-    Args:
-        experiment: of `read_experiment`.
-        conf: the configuration's folder.
+    """An experiment, of `read_experiment`, as params.yaml holds it: checked, every list given, and ``stages``.
 
     Raises:
         ValueError: if it names what ``conf`` lacks, something twice, a model where it cannot stand, or a table or
@@ -80,7 +73,9 @@ def expand(experiment: Mapping[str, Any], conf: Path = CONF) -> dict[str, Any]:
     given["stands_for"] = stands
     if given["efficiency_models"] is None:
         given["efficiency_models"] = [stands["roberta_base"]] if stands["roberta_base"] else given["models"][:1]
-    given |= {key: _those(key, given[key], can) for key, can in _fillable(given).items()}
+    for key, can in _fillable(given).items():
+        _check(key, given[key], can)
+        given[key] = can if given[key] is None else given[key]
     return given | {"stages": _Stages(given, known, conf).all()}
 
 
@@ -94,7 +89,7 @@ def _check_names(given: Mapping[str, Any], known: Mapping[str, Any], conf: Path)
     decoders = {name for name, model in known.items() if "template" in model}
     for keys, allowed in ((_ENCODERS, known.keys() - decoders), (_DECODERS, decoders), (("pretrain",), known.keys())):
         for key in keys:
-            _check(key, given[key] or [], sorted(allowed))
+            _check(key, given[key], sorted(allowed))
     methods = read_methods(conf)
     for key in _METHODS:
         _check(key, given[key], methods)
@@ -112,7 +107,7 @@ def _check_names(given: Mapping[str, Any], known: Mapping[str, Any], conf: Path)
 
 
 def _check(key: str, names: Any, allowed: Any) -> None:
-    unknown = [str(name) for name in names if name not in allowed]
+    unknown = [str(name) for name in names or () if name not in allowed]
     if unknown:
         raise ValueError(f"{key}: {', '.join(unknown)}; allowed: {', '.join(map(str, allowed)) or 'none'}.")
 
@@ -127,11 +122,6 @@ def _fillable(given: Mapping[str, Any]) -> dict[str, list[Any]]:
     return {"tables": sorted(tables), "figures": figures}
 
 
-def _those(key: str, asked: Sequence[Any] | None, can: list[Any]) -> list[Any]:
-    _check(key, asked or [], can)
-    return can if asked is None else list(asked)
-
-
 class _Stages:
     """What dvc.yaml loops over: the entry of a stage holds all that its command and dependencies are made from."""
 
@@ -144,14 +134,14 @@ class _Stages:
         encoders, decoders = ({m: self._model(m) for m in given[key]} for key in ("models", "decoders"))
         models = encoders | decoders
         cells = {f"{m}-{method}": self._cell(models[m], method) for m, method in self._pairs()}
-        answered = {m: self._answered(m) for m in decoders}
-        entries = {"bases": models, "train": cells, "energy": encoders, "answers": answered}
+        answered = {"methods": given["methods"], "seeds": given["decoder_seeds"]}
+        entries = {"bases": models, "train": cells, "energy": encoders}
+        entries["answers"] = {m: {"model": m, **answered} for m in decoders}
         entries["efficiency"] = {m: self._model(m) for m in given["efficiency_models"]}
         entries["pretrain"] = {m: self._pretrained(m) for m in given["pretrain"]}
         named = {stage: {f"{name}-{key}": entry for key, entry in found.items()} for stage, found in entries.items()}
-        made, shown = (
-            [name] if condition else [] for condition in (given["generate"], given["stands_for"]["llama2_7b"])
-        )
+        made = [name] if given["generate"] else []
+        shown = [name] if given["stands_for"]["llama2_7b"] else []
         return {"generate": made, "examples": shown, "evidence": self._evidence(), **named}
 
     def _pairs(self) -> list[tuple[str, str]]:
@@ -182,10 +172,6 @@ class _Stages:
         launch = self.given["launch"] if chat else "python"
         return {**model, "method": method, "seeds": self.given[seeds], "launch": launch, "kept": kept}
 
-    def _answered(self, model: str) -> dict[str, Any]:
-        given = self.given
-        return {"model": model, "methods": given["methods"], "seeds": given["decoder_seeds"]}
-
     def _pretrained(self, model: str) -> dict[str, Any]:
         made = self._model(model)
         text = f"{made['checkpoint'].removesuffix(self.known[model]['folder'])}text"
@@ -205,24 +191,6 @@ class _Stages:
         content = read_yaml(self.conf / group / f"{self.given[group]}.yaml")
         root = re.sub(r"\$\{oc\.env:\w+,([^}]*)\}", r"\1", content["root"]).replace("${name}", self.given["name"])
         return root, content["folder"]
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping.
-
-    Raises:
-        ValueError: if there is no such file, or it is no YAML mapping.
-    """
-    if not path.is_file():
-        there = ", ".join(sorted(found.name for found in path.parent.glob("*.yaml"))) or "no YAML file"
-        raise ValueError(f"there is no {path}; its folder has {there}.")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, no mapping.")
-    return content
 
 
 def write_params(source: str | Path, target: str | Path, conf: Path = CONF) -> bool:

@@ -1,18 +1,19 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and YAML files with one clear error."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 
 def write_atomically(path: str | Path, content: bytes | str) -> None:
     """Write beside the target, sync, and swap: a kill leaves the old file or the new one, never a part.
 
-    Args:
-        path: missing parent folders are made.
-        content: text is written as UTF-8.
+    Missing parent folders are made; text is written as UTF-8.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,3 +28,21 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping.
+
+    Raises:
+        ValueError: if there is no such file, or it is no YAML mapping.
+    """
+    if not path.is_file():
+        there = ", ".join(sorted(found.name for found in path.parent.glob("*.yaml"))) or "no YAML file"
+        raise ValueError(f"there is no {path}; its folder has {there}.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, no mapping.")
+    return content

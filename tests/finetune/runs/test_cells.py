@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -101,6 +102,20 @@ def test_a_killed_cell_keeps_its_finished_records_and_resumes(train, trained, re
     folder = train("scale.checkpoint_seconds=0")
     assert trained == [("cola", 1), ("cola", 2), ("cola", 2)]
     assert [record["training"]["resumed"] for record in read(folder).values()] == [0, 1]
+
+
+def test_a_run_killed_before_its_record_is_on_disk_still_has_its_checkpoints(
+    train, numbers, read, monkeypatch, tmp_path
+):
+    folder = train("scale.checkpoint_seconds=0", seeds=[1])
+    whole = read(folder)["cola", 1]
+    shutil.rmtree(folder)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(records, "write_json", Mock(side_effect=KeyboardInterrupt))
+        train("scale.checkpoint_seconds=0", seeds=[1])
+    again = read(train("scale.checkpoint_seconds=0", seeds=[1]))["cola", 1]
+    assert again["training"]["resumed"] == 1 and numbers(again) == numbers(whole)
+    assert not list((tmp_path / "checkpoints").glob("*"))
 
 
 # By hand

@@ -13,10 +13,8 @@ from finetune.runs.command import exit_with_message, only_writer, read_lists
         ("tasks: [cola]\n", r"params.yaml: 'seeds' is None; it must be a list of at least one\."),
         ("tasks: []\nseeds: [1]\n", r"params.yaml: 'tasks' is \[\]; it must be a list of at least one\."),
         ("tasks: cola\nseeds: [1]\n", r"params.yaml: 'tasks' is 'cola'; it must be a list of at least one\."),
-        ("", r"params.yaml: 'tasks' is None"),
-        ("- cola\n", r"params.yaml .* no mapping"),
-        ("tasks: [cola\n", r"params.yaml is no YAML"),
-        (None, r"params.yaml does not exist; a cell needs an experiment file"),
+        ("", r"params.yaml holds a NoneType, no mapping"),
+        (None, r"there is no .*params.yaml; its folder has no YAML file"),
     ],
 )
 def test_lists_of_an_experiment_file(content, text, tmp_path):

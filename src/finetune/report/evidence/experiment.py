@@ -7,6 +7,7 @@ from pathlib import Path
 from finetune.report.labels import Labels, read_labels
 from finetune.store import experiment as files
 from finetune.store.catalog import CONF
+from finetune.store.files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def load_experiment(path: str | Path, name: str, conf: Path = CONF) -> Experimen
     Raises:
         ValueError: If it is another experiment's, or names what the configuration lacks.
     """
-    content = files.read_yaml(Path(path))
+    content = read_yaml(Path(path))
     if "name" not in content:
         content = files.expand(files.read_experiment(path), conf)
     if content["name"] != name:
