@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from html.parser import HTMLParser
 
 import pytest
 
@@ -54,12 +53,9 @@ def write_answers(root, method, seed, *, model="tiny", numbers=(84, 95), cut=(),
 def write_judgments(root, method, seed, scores, *, quality=True, text=answer_of):
     """As the judgments stage leaves them; scores: (question, repeat) -> score of the first turn, of three repeats."""
     name = f"tiny-{method}-seed{seed}"
-    record = {
-        "run": run_of("judgments", "tiny", method, seed),
-        "judge": {"model": "judge<1>", "measures_quality": quality, "temperature": 0, "max_tokens": 64, "repeats": 3},
-        "questions": {"file": "question.jsonl", "sha256": "0" * 64, "count": 2},
-        "answers": {"cut": 0, "refused": 0},
-    }
+    judge = {"model": "judge<1>", "measures_quality": quality, "temperature": 0, "max_tokens": 64, "repeats": 3}
+    record = {"run": run_of("judgments", "tiny", method, seed), "judge": judge, "answers": {"cut": 0, "refused": 0}}
+    record |= {"questions": {"file": "question.jsonl", "sha256": "0" * 64, "count": 2}}
     lines = [
         {
             "question_id": number,
@@ -90,30 +86,6 @@ def cards(root, number=84):
     return {card.label: card for card in question["cards"]}
 
 
-class Tree(HTMLParser):
-    """Checks that tags are balanced and gathers tags, attributes and texts."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.open, self.tags, self.attributes, self.texts = [], [], [], []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if data.strip():
-            self.texts.append(data.strip())
-
-
 @pytest.fixture
 def root(tmp_path):
     for method in METHODS:
@@ -138,32 +110,23 @@ def test_answers_scores_and_words_of_every_method(root):
     ]
 
 
-def test_the_page_is_whole_escaped_and_needs_nothing_from_outside(root):
+def test_the_page_is_whole_escaped_and_needs_nothing_from_outside(root, whole):
     html = to_html("test <b>", parts_of(root))
-    tree = Tree(html)
-    assert tree.tags.count("article") == 2 * len(METHODS) and tree.tags.count("details") == 6 * len(METHODS)
-    for text in (
-        QUESTIONS[0]["turns"][0],
-        answer_of("dora", 1, 95),
-        "Words 1 <i>on</i> dora. Rating: [[9]]",
-        "DoRA <i>",
-    ):
+    tree = whole(html)
+    assert tree.names().count("article") == 2 * len(METHODS) and tree.names().count("details") == 6 * len(METHODS)
+    words = "Words 1 <i>on</i> dora. Rating: [[9]]"
+    for text in (QUESTIONS[0]["turns"][0], answer_of("dora", 1, 95), words, "DoRA <i>", "Answers: test <b>"):
         assert text in tree.texts, text
-    assert any("test <b>" in text for text in tree.texts) and "<script" not in html and "<i>" not in html
-    assert "Second turn" not in html and "second answer" not in html
-    assert not {"src", "href", "srcset", "onclick", "onload"} & {name for name, _ in tree.attributes}
-    assert not {"link", "script", "iframe"} & set(tree.tags) and "https:" not in html and "@import" not in html
-    assert "prefers-color-scheme: dark" in html and 'name="viewport"' in html
+    assert "Second turn" not in html and "second answer" not in html and not tree.values("href")
 
 
-def test_a_second_decoder_is_a_part_of_its_own(root):
+def test_a_second_decoder_is_a_part_of_its_own(root, whole):
     write_answers(root, "full", 5, model="second")
     first, second = parts_of(root)
     assert (first["model"], second["model"]) == ("tiny", "second")
     assert second["facts"][0] == "Tiny LLaMA (second) is a decoder that the paper has not."
     assert [card.answer is None for card in second["questions"][0]["cards"]] == [False, True, True]
-    ids = [value for name, value in Tree(to_html("test", parts_of(root))).attributes if name == "id"]
-    assert len(ids) == len(set(ids)) == 4
+    assert len(whole(to_html("test", parts_of(root))).values("id")) == 4
 
 
 def test_scores_that_measure_no_quality(tmp_path):

@@ -15,6 +15,7 @@ from finetune.report.page.scores import statistics_blocks
 from finetune.store.catalog import MethodFacts
 
 NAMES = {"full": "Regular FT", "lora": "LoRA", "meprop": "MeProp", "sparsegrad": "SparseGrad", "dora": "DoRA"}
+SIDES = ("first", "second")
 LABELS = Labels({name: MethodFacts(name, label, name) for name, label in NAMES.items()})
 
 
@@ -56,15 +57,9 @@ def test_the_differences_are_whole():
 
 
 def pair(verdict="not separated", first="sparsegrad", second="lora", least=0.03, tasks=None):
-    test = {
-        "difference": {"value": 1.5, "low": -1.0, "high": 4.0},
-        "pairs": 6,
-        "p": 0.125,
-        "p_holm": 0.25,
-        "least": least,
-    }
-    other = {"improvement": {"mean": 0.75, "low": 0.5, "high": 1.0}, "unpaired": 1}
-    return {"first": first, "second": second, "mean": test | {"verdict": verdict}, "tasks": tasks or {}} | other
+    test = {"difference": {"value": 1.5, "low": -1.0, "high": 4.0}, "pairs": 6, "p": 0.125, "p_holm": 0.25}
+    other = {"improvement": {"mean": 0.75, "low": 0.5, "high": 1.0}, "unpaired": 1, "tasks": tasks or {}}
+    return {"first": first, "second": second, "mean": test | {"least": least, "verdict": verdict}} | other
 
 
 def inputs(statistics=None, tables=(), found=()):
@@ -74,27 +69,22 @@ def inputs(statistics=None, tables=(), found=()):
 
 def statistics(pairs, kind="methods", of=""):
     mean = {"mean": 50.0, "low": 49.0, "high": 51.0, "n": 3}
-    means = {"tasks": {"cola": mean, "ninth": mean}, "mean": mean}
-    families = [
-        {"name": f"{kind} {of}".strip(), "kind": kind, "of": of, "pairs": pairs},
-        {"name": "variants of lora", "kind": "variants of", "of": "lora", "pairs": []},
-    ]
-    methods = {name: means for one in pairs for name in (one["first"], one["second"])}
+    methods = {one[side]: {"tasks": {"cola": mean, "ninth": mean}, "mean": mean} for one in pairs for side in SIDES}
+    none = {"name": "variants of lora", "kind": "variants of", "of": "lora", "pairs": []}
+    families = [{"name": f"{kind} {of}".strip(), "kind": kind, "of": of, "pairs": pairs}, none]
     entry = {"title": "Tiny", "model": "tiny", "stands_for": ["bert_base"]}
-    row = {"table": 9, "repeats": False, "missing": [], "twin": None}
+    row = {"table": 9, "repeats": False, "missing": [], "twin": None, "verdict": "does not follow"}
+    implied = {"implied": [91.1, 92.7], "missing": ["SST2"], "twin": "table 10, SparseGrad", "twin_value": "94.2"}
     averages = [
-        row | {"row": "MeProp", "printed": "82.1", "verdict": "does not follow", "mean": 81.47},
+        row | {"row": "MeProp", "printed": "82.1", "mean": 81.47},
         row | {"row": "LoRA", "printed": "81.6", "verdict": "follows", "mean": 81.6},
-        row | {"row": "LoRA again", "printed": "1", "verdict": "does not follow", "mean": 2.0, "repeats": True},
-        row | {"table": 12, "row": "100", "printed": "83.6", "verdict": "does not follow", "mean": None}
-        | {"implied": [91.1, 92.7], "missing": ["SST2"], "twin": "table 10, SparseGrad", "twin_value": "94.2"},
-    ]  # fmt: skip
-    cell = {"model": "bert_base", "printed": [83.8, 86.6], "logged": [86.5, 84.2], "distance": 5.1}
-    cell |= {"distance_exchanged": 0.5, "p_chance": 0.01}
-    cells = [
-        cell | {"task": task, "verdict": verdict, "p_holm": 0.5}
-        for task, verdict in (("mrpc", "yes"), ("rte", "not beyond chance"), ("stsb", "no"), ("cola", "yes"))
+        row | {"row": "LoRA again", "printed": "1", "mean": 2.0, "repeats": True},
+        row | {"table": 12, "row": "100", "printed": "83.6", "mean": None} | implied,
     ]
+    cell = {"model": "bert_base", "printed": [83.8, 86.6], "logged": [86.5, 84.2], "distance": 5.1}
+    cell |= {"distance_exchanged": 0.5, "p_chance": 0.01, "p_holm": 0.5}
+    answers = {"mrpc": "yes", "rte": "not beyond chance", "stsb": "no", "cola": "yes"}
+    cells = [cell | {"task": task, "verdict": verdict} for task, verdict in answers.items()]
     asked = {"model": "bert_base", "methods": ["lora", "sparsegrad"], "tasks": ["mrpc", "rte", "stsb"]}
     return {
         "runs": [entry | {"comparison": {"methods": methods, "families": families}}],
@@ -115,20 +105,17 @@ def statistics(pairs, kind="methods", of=""):
     ],
 )
 def test_a_sentence_claims_what_its_test_says(verdict, least, words):
-    assert (
-        pair_sentence(pair(verdict, least=least), LABELS) == f"SparseGrad − LoRA: +1.50 [-1.00, +4.00] points, {words}."
-    )
+    said = pair_sentence(pair(verdict, least=least), LABELS)
+    assert said == f"SparseGrad − LoRA: +1.50 [-1.00, +4.00] points, {words}."
 
 
 def test_findings_of_the_statistics():
     task = {"difference": {"value": -2.0, "low": -3.0, "high": -1.0}, "pairs": 5, "p_holm": 0.01}
     single = {"ninth": task | {"verdict": "second is better"}, "mrpc": task | {"verdict": "not separated"}}
-    pairs = [
-        pair(tasks=single),
-        pair("first is better", "dora", "full", tasks=single),
-        pair(first="lora", second="dora"),
-    ]
-    own, averages, exchange = findings(inputs(statistics(pairs)))
+    apart = pair("first is better", "dora", "full", tasks=single)
+    own, averages, exchange = findings(
+        inputs(statistics([pair(tasks=single), apart, pair(first="lora", second="dora")]))
+    )
     assert own.title == "Methods on Tiny: 1 of 3 pairs separated"
     assert [line.partition(":")[0] for line in own.lines] == [
         "SparseGrad − LoRA",
@@ -153,10 +140,10 @@ def test_the_statistics_are_shown_from_their_fields():
     content = statistics([pair("second is better", tasks={"cola": task, "ninth": task})])
     blocks = list(statistics_blocks(content, LABELS))
     assert [block.id for block in blocks if block.block == "heading"] == ["statistics-runs-1"]
-    rows = {block.caption: list(block.rows) for block in blocks if block.block == "grid"}
     rows = {
-        caption: [[text.replace("\N{NO-BREAK SPACE}", " ") for text in line] for line in lines]
-        for caption, lines in rows.items()
+        block.caption: [[text.replace("\N{NO-BREAK SPACE}", " ") for text in line] for line in block.rows]
+        for block in blocks
+        if block.block == "grid"
     }
     assert rows["Means, in percent"][0] == ["SparseGrad", *["50.00 [49.00, 51.00]"] * 3, "3"]
     assert rows["Differences, points: methods"] == [
@@ -212,11 +199,9 @@ def test_findings_of_a_stale_basis_are_means_over_layers():
         titles = {"task": task, "model": "a BERT"}
         return Found("x.json", {"titles": titles, "run": {"kind": "energy", "trajectory": "full"}, "steps": steps})
 
-    records = [
-        record("RTE", look(50, initial=[0.2, 0.2], refreshed=[0.3, 0.5])),
-        record("QNLI", look(50, initial=[0.1, 0.1], refreshed=[0.4, 0.6])),
-    ]
-    (found,) = findings(inputs(found=records))
+    rte = record("RTE", look(50, initial=[0.2, 0.2], refreshed=[0.3, 0.5]))
+    qnli = record("QNLI", look(50, initial=[0.1, 0.1], refreshed=[0.4, 0.6]))
+    (found,) = findings(inputs(found=[rte, qnli]))
     assert found.title == "How a basis ages on a BERT: 25 to 50 % of its block’s energy is left at the last look"
     assert found.lines[0] == (
         "RTE, full fine-tuning: 0.40 at step 0, 0.20 at step 50, 0.40 if renewed there; "
