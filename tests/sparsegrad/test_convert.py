@@ -126,14 +126,15 @@ def test_options_reach_the_layers(blocks, block_bases, block_patterns):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_layers_of_a_kind_share_one_basis_which_is_a_copy(form, blocks, block_bases, block_patterns):
+    """After casts and deepcopy too."""
     bases = block_bases()
     model = sparsify(blocks(n=3, dtype=torch.float32), bases, 5, block_patterns, form=form)
-    layers = sparsegrad_layers(model)
-    for kind in ("up", "down"):
-        shared = {id(layers[f"layers.{i}.{kind}"].basis) for i in range(3)}
-        assert len(shared) == 1 and id(bases[kind]) not in shared
-        assert bases[kind].U.dtype == torch.float64 and layers[f"layers.0.{kind}"].basis.U.dtype == torch.float32
-    assert layers["layers.0.up"].basis is not layers["layers.0.down"].basis
+    assert bases["up"].U.dtype == torch.float64 and model.layers[0].up.basis.U.dtype == torch.float32
+    moves = (model.float, model.double, model.bfloat16, lambda: copy.deepcopy(model), lambda: model.to("meta"))
+    for move in moves:
+        layers = move().layers
+        shared = [{id(getattr(block, kind).basis) for block in layers} for kind in ("up", "down")]
+        assert [len(s) for s in shared] == [1, 1] and len(set.union(*shared, map(id, bases.values()))) == 4
     U = sparsify(blocks(), bases, 5, block_patterns, form=form).layers[0].up.basis.U
     assert U.data_ptr() != bases["up"].U.data_ptr() and U.untyped_storage().nbytes() == U.numel() * 8  # no view
 
@@ -247,16 +248,6 @@ def test_merge_gives_a_plain_model_that_saves_and_loads(family, form, tiny_trans
 
 
 # ---- moving and copying ----
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_sharing_survives_casts_and_deepcopy(form, blocks, block_bases, block_patterns):
-    model = sparsify(blocks(n=3, dtype=torch.float32), block_bases(), 5, block_patterns, form=form)
-    for moved in (model.to(torch.float64), model.to(torch.bfloat16), copy.deepcopy(model), model.to("meta")):
-        layers = sparsegrad_layers(moved)
-        for kind in ("up", "down"):
-            assert len({id(layers[f"layers.{i}.{kind}"].basis) for i in range(3)}) == 1
-        assert layers["layers.0.up"].basis is not layers["layers.0.down"].basis
 
 
 @pytest.mark.parametrize("form", FORMS)
