@@ -9,13 +9,12 @@ from torch import Tensor
 
 
 class Examples(Protocol):
-    """Rows that batches are cut from: :class:`finetune.data.glue.Split`, :class:`finetune.data.oasst.PackedSplit`.
+    """Rows that batches are cut from: :class:`finetune.data.glue.Split`, :class:`finetune.data.oasst.PackedSplit`."""
 
-    Attributes:
-        sha256: of the file that they came from.
-    """
-
-    sha256: str
+    @property
+    def sha256(self) -> str:
+        """Of the file that they came from."""
+        ...
 
     def __len__(self) -> int: ...
 

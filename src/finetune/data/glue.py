@@ -48,7 +48,7 @@ class Task:
         name, tasks = data["task"], data["tasks"]
         if name not in tasks:
             raise ValueError(f"data.task={name!r}; {data['name']} has: {', '.join(sorted(tasks))}.")
-        facts = {
+        facts: dict[str, Any] = {
             key: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
             for key, value in tasks[name].items()
         }

@@ -39,9 +39,16 @@ class Servers:
     hub: Hub
     github: GitHub
 
-    def of(self, source: AnySource) -> Hub | GitHub:
-        """The server of a source."""
-        return self.github if isinstance(source, GitHubSource) else self.hub
+    def files(self, source: AnySource) -> tuple[HubFile, ...]:
+        """The files of a source, as its server lists them."""
+        return self.github.files(source) if isinstance(source, GitHubSource) else self.hub.files(source)
+
+    def download(self, source: AnySource, file: HubFile, partial: Path) -> None:
+        """Downloads what `partial` does not hold yet."""
+        if isinstance(source, GitHubSource):
+            self.github.download(source, file, partial)
+        else:
+            self.hub.download(source, file, partial)
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,7 @@ def plan(wanted: Sequence[AnySource], root: Path, servers: Servers) -> list[Item
         folder = Path(root) / source.folder
         try:
             kept = _kept(source, folder)
-            items.append(Item(source, folder, kept or servers.of(source).files(source), complete=bool(kept)))
+            items.append(Item(source, folder, kept or servers.files(source), complete=bool(kept)))
         except FetchError as error:
             items.append(Item(source, folder, error=str(error)))
     return items
@@ -167,14 +174,14 @@ def fetch(items: Sequence[Item], servers: Servers) -> list[str]:
             if item.complete:
                 verify(item.source, item.folder)
             else:
-                _complete(item, servers.of(item.source))
+                _complete(item, servers)
         except FetchError as error:
             log.error("%s", error)
             errors.append(str(error))
     return errors
 
 
-def _complete(item: Item, server: Any) -> None:
+def _complete(item: Item, servers: Servers) -> None:
     _unfinish(item.folder)
     sums = {}
     missing = item.missing
@@ -184,7 +191,7 @@ def _complete(item: Item, server: Any) -> None:
             sums[file.path] = _verified(target, file, target)
         else:
             partial = file.partial(item.folder)
-            server.download(item.source, file, partial)
+            servers.download(item.source, file, partial)
             sums[file.path] = _verified(partial, file, target)
             os.replace(partial, target)
     text = f"# {item.source}\n" + "".join(f"{sha}  {name}\n" for name, sha in sums.items())

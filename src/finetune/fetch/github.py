@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from finetune.fetch.hub import FetchError, HubFile, check_below, download, first_line
+from finetune.fetch.hub import FetchError, HubFile, check_below, download, first_line, transport_error
 
 ENDPOINT = "https://raw.githubusercontent.com"
 TIMEOUT = 60  # seconds without an answer
@@ -129,5 +129,5 @@ class GitHub:
             if error.response.status_code == 404:
                 raise FetchError(f"there is no {url}: check repo, revision and path in `sources`") from error
             raise FetchError(f"{url}: the server answers {first_line(error)}") from error
-        except (errors.HTTPError, OSError, ValueError) as error:
+        except (transport_error(), OSError, ValueError) as error:
             raise FetchError(f"{url} can't be fetched, run again to go on: {first_line(error)}") from error

@@ -125,11 +125,9 @@ class Hub:
 
     @contextmanager
     def _explained(self, source: Source) -> Iterator[None]:
-        from huggingface_hub import errors
-
         try:
             yield
-        except (errors.HTTPError, OSError, ValueError) as error:  # ValueError: no JSON, a malformed name
+        except (transport_error(), OSError, ValueError) as error:  # ValueError: no JSON, a malformed name
             raise FetchError(self._explanation(source, error)) from error
 
     def _explanation(self, source: Source, error: Exception) -> str:
@@ -152,14 +150,21 @@ class Hub:
             return f"there is no {source.kind} at {page}: check its name"
         if status is not None:
             return f"{source}: the hub answers {first_line(error)}"
-        if isinstance(error, errors.HTTPError):
+        if isinstance(error, transport_error()):
             return f"{source}: {self._api.endpoint} can't be reached, run again to go on: {first_line(error)}"
         return f"{source}: {first_line(error)}"
 
 
+def transport_error() -> type[Exception]:
+    """What the client library below huggingface_hub raises; which library that is changes with its version."""
+    from huggingface_hub import errors
+
+    return errors.HTTPError  # pyright: ignore[reportPrivateImportUsage] # the one name that holds for either library
+
+
 def download(url: str, file: HubFile, partial: Path, headers: Mapping[str, str]) -> None:
     """Download what `partial` does not hold yet, over as many connections as it takes, while each brings something."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # HTTPError: of the client library, re-exported
+    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.file_download import http_get
 
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +179,7 @@ def download(url: str, file: HubFile, partial: Path, headers: Mapping[str, str])
                 handle.flush()
                 os.fsync(handle.fileno())
             break
-        except HTTPError as error:
+        except transport_error() as error:
             if isinstance(error, HfHubHTTPError) or size_of(partial) <= done:
                 raise
             log.warning("%s: %s; resuming at byte %d", file.path, first_line(error), size_of(partial))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from finetune.methods.base import Configuration, Method, kept_entries
@@ -69,10 +70,11 @@ class MeProp(Method):
         return MatrixMemory(4 * whole, state, selection=6 * whole)
 
     @torch.no_grad()
-    def _mask(self, weights: list[nn.Parameter]) -> None:
+    def _mask(self, weights: Sequence[Tensor]) -> None:
         for weight in weights:
             if weight.grad is None:
                 continue
-            kept = top_k(weight.grad, self.entries(tuple(weight.shape)))
+            rows, columns = weight.shape
+            kept = top_k(weight.grad, self.entries((rows, columns)))
             values = weight.grad.flatten()[kept]
             weight.grad.zero_().view(-1)[kept] = values

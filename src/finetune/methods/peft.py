@@ -78,8 +78,7 @@ class PEFT(Method):
         return _wrapped_alone(self.config, json.dumps(dict(self.arguments), sort_keys=True), shape)
 
     def _check_rank(self, limit: int) -> None:
-        rank = self.arguments.get("r")
-        if issubclass(_config_class(self.config), peft.LoraConfig) and not 1 <= rank <= limit:
+        if issubclass(_config_class(self.config), peft.LoraConfig) and not 1 <= (rank := self.arguments["r"]) <= limit:
             raise ValueError(f"lora_rank={rank}; allowed: 1 to {limit} for these matrices.")
 
 

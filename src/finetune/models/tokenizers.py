@@ -33,8 +33,9 @@ def train_tokenizer(lines: list[str], model_type: str, vocab_size: int, max_leng
         tokenizer.decoder = decoders.WordPiece()
         trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
         tokenizer.train_from_iterator(lines, trainer)
-        ends = [(names[key], tokenizer.token_to_id(names[key])) for key in ("sep", "cls")]
-        tokenizer.post_processor = processors.BertProcessing(*ends)
+        ids = tokenizer.get_vocab()
+        sep, cls = ((names[key], ids[names[key]]) for key in ("sep", "cls"))
+        tokenizer.post_processor = processors.BertProcessing(sep, cls)
         inputs = ["input_ids", "token_type_ids", "attention_mask"]
     elif model_type == "roberta":
         names = {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>", "mask": "<mask>"}

@@ -145,7 +145,8 @@ def comparison_verdict(comparison: Comparison, noise: float) -> str:
     """
     if not noise >= 0:
         raise ValueError(f"noise={noise}; a spread of scores is at least 0")
-    includes_0 = comparison.low is None or comparison.low <= 0 <= comparison.high
+    low, high = comparison.low, comparison.high
+    includes_0 = low is None or high is None or low <= 0 <= high
     return INSIDE_NOISE if includes_0 or abs(comparison.difference) < noise else SEPARATED
 
 

@@ -108,13 +108,13 @@ def judge_answers(
     journal = Journal(path, Key.of)
     valid = journal.recall(items)  # old answers may be back
     pending = {key: match for key, match in items.items() if key not in valid}
-    client = JudgeClient(options) if pending else nullcontext()  # without a key nothing is moved
+    client = JudgeClient(options) if pending else None  # without a key nothing is moved
     journal.keep(valid)
     failures: list[Line] = []
     bar = tqdm(total=len(items), initial=len(valid), desc=model_id, disable=not progress_bar, leave=False)
     try:
-        with client, bar:
-            if pending:
+        with client or nullcontext(), bar:
+            if client is not None:
                 _judge(pending, client, journal, failures, bar)
     finally:
         failures.sort(key=lambda line: (line["question_id"], line["turn"], line["repeat"]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from finetune.mt_bench.journal import read_items
 
@@ -73,9 +73,11 @@ def load_references(questions: Sequence[Question], path: str | Path | None, sour
     own = source == "questions"
     references = {n: _own_reference(asked) for n, asked in needed.items() if own and "reference" in asked}
     missing = [number for number in needed if number not in references]
-    if missing and path is None:
+    if not missing:
+        return references
+    if path is None:
         raise ValueError(f"questions {missing} have no reference answer, and no file of references is given.")
-    held = load_answers(path) if missing else {}
+    held = load_answers(path)
     if absent := [number for number in missing if number not in held]:
         raise ValueError(f"{path} holds no reference answer to questions {absent}; each of {NEED_REF_CATS} needs one.")
     return references | {number: held[number] for number in missing}
@@ -87,10 +89,10 @@ def load_judge_prompts(path: str | Path) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: if the file is missing or damaged, or one of the four is missing or is not of FastChat's form.
     """
-    prompts = {prompt.get("name"): prompt for prompt in read_items(path)}
+    prompts = {str(prompt.get("name")): prompt for prompt in read_items(path)}
     for name, fields in PROMPT_FIELDS.items():
         if name not in prompts:
-            raise ValueError(f"{path} has no prompt {name!r}; it holds {', '.join(map(str, prompts)) or 'nothing'}.")
+            raise ValueError(f"{path} has no prompt {name!r}; it holds {', '.join(prompts) or 'nothing'}.")
         if wrong := _wrong_in_prompt(prompts[name], fields):
             raise ValueError(f"{path}: prompt {name!r} {wrong}.")
     return prompts
@@ -147,5 +149,5 @@ def _own_reference(question: Mapping[str, Any]) -> Answer:
     return {"question_id": question["question_id"], "choices": [{"index": 0, "turns": list(turns)}]}
 
 
-def _texts(values: Any) -> bool:
+def _texts(values: Any) -> TypeGuard[list[str]]:
     return isinstance(values, list) and all(isinstance(value, str) for value in values)

@@ -81,10 +81,13 @@ def summarize(items: Mapping[Item, float], categories: Mapping[int, str] | None 
         ValueError: If a question has no category.
     """
     by_category: dict[str, list[float]] = {}
-    for (question, _), score in items.items() if categories is not None else ():
-        if question not in categories:
-            raise ValueError(f"question {question} was judged and has no category; pass the question file it is from")
-        by_category.setdefault(categories[question], []).append(score)
+    if categories is not None:
+        for (question, _), score in items.items():
+            if question not in categories:
+                raise ValueError(
+                    f"question {question} was judged and has no category; pass the question file it is from"
+                )
+            by_category.setdefault(categories[question], []).append(score)
     by_turn = {turn: [score for (_, other), score in items.items() if other == turn] for turn in TURNS}
     return Score(
         average=statistics.fmean(items.values()) if items else None,

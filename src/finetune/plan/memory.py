@@ -189,8 +189,9 @@ def meta_model(architecture: Mapping[str, Any], *, causal: bool) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     made = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+    options: dict[str, Any] = {} if causal else {"num_labels": 2}
     with torch.device("meta"):
-        return made.from_config(AutoConfig.for_model(**architecture, **({} if causal else {"num_labels": 2})))
+        return made.from_config(AutoConfig.for_model(**architecture, **options))
 
 
 def preliminary_memory(

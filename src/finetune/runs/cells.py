@@ -202,7 +202,7 @@ def _search(problem: Problem, whole: Run, path: Path) -> None:
     space = SearchSpace.of(config)
 
     def objective(point: dict[str, Any], report: Any) -> tuple[float, float]:
-        trial = Run(whole.task, whole.seed, point | whole.hyperparameters, search=True)
+        trial = Run(whole.task, whole.seed, {**point, **whole.hyperparameters}, search=True)
         record = run_once(problem, trial, on_evaluation=report)
         if record["status"] != "finished":
             raise NonFiniteLoss(record["error"])

@@ -126,7 +126,7 @@ def _start(threads: int | None, devices: Sequence[str], number: Any) -> None:
         torch.set_num_threads(threads)
     if devices:
         with number.get_lock():
-            os.environ["CUDA_VISIBLE_DEVICES"] = devices[number.value % len(devices)]
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices[int(number.value) % len(devices)]
             number.value += 1
 
 

@@ -224,6 +224,7 @@ _OneLine.add_representer(dict, _OneLine.represent_dict)
 
 if __name__ == "__main__":
     try:
-        write_params(*sys.argv[1:3])
+        source, target = sys.argv[1:3]
+        write_params(source, target)
     except ValueError as error:
         sys.exit(f"error: {error}")

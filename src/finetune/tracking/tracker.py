@@ -186,7 +186,8 @@ class Tracker:
         """
         run = record["run"]
         mode = {} if main_process else {"mode": "disabled"}
-        job_type = JOB_TYPES.get(run["kind"], run["kind"])
+        kind: str = run["kind"]
+        job_type = JOB_TYPES.get(kind, kind)
         return cls.of_run(run, {**settings, **mode}, chosen(record, CONFIG), job_type)
 
     @property

@@ -6,6 +6,7 @@ protocol, differences between paper and code, what was not run, environment, cos
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from finetune.published import discrepancies
@@ -27,7 +28,7 @@ class Section(NamedTuple):
 
     id: str
     title: str
-    blocks: list[Block]
+    blocks: Sequence[Block]
 
 
 def to_html(inputs: PageInputs) -> str:

@@ -161,9 +161,12 @@ def _shown(
     common = set.intersection(*map(set, answers.values())) if answers else set()
     shown = []
     for method in dict.fromkeys((*methods, *answers)):
-        seed = min(common or answers[method]) if method in answers else None
-        answers_of, judged_of = (of.get(method, {}).get(seed) for of in (answers, judged))
-        shown.append(Shown(labels.method(method), answers_of, judged_of))
+        label, by_seed = labels.method(method), answers.get(method)
+        if not by_seed:
+            shown.append(Shown(label, None, None))
+            continue
+        seed = min(common or by_seed)
+        shown.append(Shown(label, by_seed[seed], judged.get(method, {}).get(seed)))
     return shown
 
 

@@ -149,7 +149,7 @@ def _loss(table: Table) -> Iterator[Finding]:
 def _speed(table: Table) -> Iterator[Finding]:
     """Speed and peak memory in training over full fine-tuning's, averages over tasks."""
     ratios = [cell for cell in table.cells if "over_full" in cell.flags and not cell.task and cell.value is not None]
-    speeds = sorted((cell for cell in ratios if cell.quantity == "speed"), key=lambda cell: -cell.value)
+    speeds = sorted((cell for cell in ratios if cell.quantity == "speed"), key=lambda cell: -(cell.value or 0))
     peaks = {cell.method: f", peak in training × {cell.value:.2f}" for cell in ratios if cell.quantity == "training"}
     if not speeds or not peaks:  # tables 7 and 8 hold one of them, by task
         return

@@ -15,6 +15,9 @@ from finetune.report.model import format_value
 from finetune.report.page.tables import anchor_of, heading_of, interval_of
 from finetune.stats.verdicts import MARKS, MEANINGS
 
+_PACKAGE = "finetune.report.page"
+"""Where the templates and the stylesheet lie."""
+
 _ROW = re.compile(r"\bD\d+\b")
 
 _DARK = "<style>@media (prefers-color-scheme:dark){text{fill:#b9c0cb!important}}</style></svg>"
@@ -29,7 +32,7 @@ def render(template: str, **context: Any) -> str:
         **context: What it shows.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__, "."),
+        loader=jinja2.PackageLoader(_PACKAGE, "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -41,7 +44,7 @@ def render(template: str, **context: Any) -> str:
         "meanings": MEANINGS,
         "value": format_value,
         "interval": interval_of,
-        "style": Markup(resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")),
+        "style": Markup(resources.files(_PACKAGE).joinpath("page.css").read_text(encoding="utf-8")),
     }
     return environment.get_template(template).render(context)
 

@@ -48,4 +48,6 @@ def to_markdown(content: Mapping[str, Any]) -> str:
         "FOLLOWS": printed_averages.FOLLOWS,
         "paper_tasks": [*TASKS],
     }
-    return environment.from_string(files(__package__).joinpath("statistics.md.j2").read_text()).render(content)
+    return environment.from_string(files("finetune.report.statistics").joinpath("statistics.md.j2").read_text()).render(
+        content
+    )
