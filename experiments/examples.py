@@ -7,12 +7,11 @@ import logging
 from pathlib import Path
 
 import hydra
-import yaml
 from omegaconf import DictConfig
 
 from finetune.mt_bench.judged import read_judgments
 from finetune.mt_bench.questions import load_questions
-from finetune.report.labels import read_labels
+from finetune.report.evidence.experiment import load_experiment
 from finetune.report.page.examples import parts_of, read_answers, to_html
 from finetune.store.files import write_atomically
 
@@ -21,14 +20,10 @@ log = logging.getLogger(__name__)
 
 @hydra.main(version_base=None, config_path="../conf", config_name="examples")
 def main(cfg: DictConfig) -> None:
-    experiment = yaml.safe_load(Path(cfg.experiment).read_text())
     results = Path("results") / cfg.name
     try:
-        if experiment["name"] != cfg.name:
-            raise ValueError(f"{cfg.experiment} is experiment {experiment['name']!r}, not {cfg.name!r}.")
         parts = parts_of(
-            experiment,
-            read_labels(experiment.get("data")),
+            load_experiment(cfg.experiment, cfg.name),
             questions=load_questions(Path(cfg.questions.root) / cfg.questions.folder / cfg.questions.questions),
             examples=list(cfg.questions.examples),
             answers=read_answers(results / "mt_bench" / "answers"),

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from finetune.mt_bench.judged import read_judgments
+from finetune.report.evidence.experiment import Experiment
 from finetune.report.labels import Labels
 from finetune.report.page.examples import parts_of as build_parts
 from finetune.report.page.examples import read_answers, to_html
@@ -74,9 +75,9 @@ def write_judgments(root, method, seed, scores, *, quality=True, text=answer_of)
 
 
 def parts_of(root, *, examples=(84, 95), model="tiny"):
-    experiment = {"name": "test", "stands_for": {"llama2_7b": model}, "methods": METHODS}
+    experiment = Experiment("test", "sound", {"llama2_7b": model}, tuple(METHODS), labels=LABELS)
     answers, judgments = read_answers(root / "answers"), read_judgments(root / "judgments")
-    return build_parts(experiment, LABELS, questions=QUESTIONS, examples=examples, answers=answers, judgments=judgments)
+    return build_parts(experiment, questions=QUESTIONS, examples=examples, answers=answers, judgments=judgments)
 
 
 def cards(root, number=84):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from finetune.mt_bench.journal import read_items
 from finetune.mt_bench.judged import Judged, current_records
-from finetune.report.labels import Labels
+from finetune.report.evidence.experiment import Experiment
 from finetune.report.page.render import render
 from finetune.report.paper.layouts import PAPER_MODELS
 from finetune.store import records
@@ -85,8 +85,7 @@ def read_answers(folder: str | Path) -> Iterator[Answers]:
 
 
 def parts_of(
-    experiment: Mapping[str, Any],
-    labels: Labels,
+    experiment: Experiment,
     *,
     questions: Iterable[Mapping[str, Any]],
     examples: Sequence[int],
@@ -98,9 +97,8 @@ def parts_of(
     Of each method the lowest seed is shown that all methods with answers have, or its lowest.
 
     Args:
-        experiment: The experiment's file: `name`, `stands_for`, `methods`; what is of other experiments is passed over.
-            A method that it does not list is shown where it has answers.
-        labels: Of methods.
+        experiment: The experiment; what is of others is passed over. A method that it does not list is shown where it
+            has answers.
         questions: All question lines of the set.
         examples: Ids of the questions to show.
         answers: What `read_answers` found.
@@ -116,11 +114,11 @@ def parts_of(
     by_id = {question["question_id"]: question for question in questions}
     if not examples or not set(examples) <= set(by_id):
         raise ValueError(f"examples={[*examples]}; name at least one question, each of them of {sorted(by_id)}")
-    found, judged = (_by_model(of, experiment["name"]) for of in (answers, judgments))
-    first = experiment["stands_for"].get(PAPER_MODEL)
+    found, judged = (_by_model(of, experiment.name) for of in (answers, judgments))
+    first = experiment.stands_for.get(PAPER_MODEL)
     parts = []
     for model in dict.fromkeys([first, *found] if first or not found else found):
-        shown = _shown(experiment.get("methods", ()), labels, found.get(model, {}), judged.get(model, {}))
+        shown = _shown(experiment, found.get(model, {}), judged.get(model, {}))
         asked = [
             {
                 "id": number,
@@ -151,17 +149,12 @@ def _by_model(found: Iterable[Any], experiment: str) -> dict[str, dict[str, dict
     return by_model
 
 
-def _shown(
-    methods: Iterable[str],
-    labels: Labels,
-    answers: Mapping[str, Mapping[int, Answers]],
-    judged: Mapping[str, Mapping[int, Judged]],
-) -> list[Shown]:
+def _shown(experiment: Experiment, answers: Mapping[str, Any], judged: Mapping[str, Any]) -> list[Shown]:
     """The methods with the seed that is shown of each."""
     common = set.intersection(*map(set, answers.values())) if answers else set()
     shown = []
-    for method in dict.fromkeys((*methods, *answers)):
-        label, by_seed = labels.method(method), answers.get(method)
+    for method in dict.fromkeys((*experiment.methods, *answers)):
+        label, by_seed = experiment.labels.method(method), answers.get(method)
         if not by_seed:
             shown.append(Shown(label, None, None))
             continue
