@@ -86,6 +86,7 @@ def test_twenty_bfloat16_steps_follow_float32(form, options, cast_later, task):
     assert layer.weight.dtype == torch.bfloat16
     rounded = list(task.train(layer))
     assert relative_error(rounded[-1] - rounded[0], exact[-1] - exact[0]) < 1e-2
+    assert cast_later or relative_error(rounded[0], task.start.double()) < 1e-6  # W_rot is not rounded either
     if form == "truncated":
         assert layer.update == "side" and layer.core.dtype == torch.float32 and torch.equal(layer.weight, task.start)
     else:
