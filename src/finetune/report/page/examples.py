@@ -118,7 +118,7 @@ def parts_of(
     first = experiment.stands_for.get(PAPER_MODEL)
     parts = []
     for model in dict.fromkeys([first, *found] if first or not found else found):
-        shown = _shown(experiment, found.get(model, {}), judged.get(model, {}))
+        shown = _shown(experiment, found.get(model or "", {}), judged.get(model or "", {}))
         asked = [
             {
                 "id": number,
