@@ -190,14 +190,15 @@ def test_function_and_gradients_are_those_of_linear(form, options, dims, bias, r
 
 
 @selecting
-def test_no_basis_is_the_original_space(form, options):
+@pytest.mark.parametrize("k", [1, K, OUT * IN])
+def test_no_basis_is_the_original_space(form, options, k):
     """MeProp's space: the top k of the gradient of linear itself."""
     linear = plain()
-    layer = build(form, linear, None, **options)
+    layer = build(form, linear, None, k, **options)
     for module in (layer, linear):
         loss_of(module, *next(batches(1))).backward()
     indices, values = layer.take_gradient()
-    assert torch.equal(indices, literal.top_k(linear.weight.grad))
+    assert torch.equal(indices, literal.top_k(linear.weight.grad, k))
     torch.testing.assert_close(values, linear.weight.grad.flatten()[indices])
     layer.add_(indices, -values)
     expected = linear.weight.detach().clone()
