@@ -60,11 +60,7 @@ class Difference:
 def mean_interval(values: Sequence[float]) -> Estimate:
     """Mean of the runs of one cell with Student's t interval.
 
-    Args:
-        values: One value per seed; finite.
-
-    Returns:
-        The estimate. A single run has no interval: its spread is unknown, which is not the same as none.
+    A single run has no interval: its spread is unknown, which is not the same as none.
 
     Raises:
         ValueError: If there is no value, or one is not finite.
@@ -77,10 +73,8 @@ def mean_over_tasks(tasks: Sequence[Sequence[float]]) -> Difference:
     """Mean of the tasks' means with its t interval; tasks weigh the same and are fixed.
 
     Args:
-        tasks: One sequence over seeds for each task: scores, or paired differences of two methods.
-
-    Returns:
-        The mean; no interval where a task has a single value.
+        tasks: One sequence over seeds for each task: scores, or paired differences of two methods. Where a task has a
+            single value there is no interval.
 
     Raises:
         ValueError: If there is no task, a task has no value, or a value is not finite.
@@ -98,11 +92,9 @@ def difference_from_paper(
     Args:
         runs: One sequence of scores per task: a single one for the cell of a task, eight for `AVG`.
         paper_mean: The printed value.
-        paper_stds: The printed population standard deviation of each task, `None` where none is printed.
+        paper_stds: The printed population standard deviation of each task, `None` where none is printed. Then, or if a
+            sample has one run, there is no interval.
         paper_n: The paper's number of runs per task.
-
-    Returns:
-        The difference; without an interval if a sample has one run or a deviation is not printed.
 
     Raises:
         ValueError: If there is no task, the lengths differ, a score is not finite or a deviation is negative.
@@ -138,7 +130,7 @@ def bootstrap(tasks: Sequence[Sequence[float]], *, seed: int, iqm: bool = False,
         samples: Number of resamples.
 
     Returns:
-        The estimate, `n` the least number of values of a task; no interval where that is one.
+        The estimate; no interval where `n` is one.
 
     Raises:
         ValueError: As `mean_over_tasks`.
@@ -157,14 +149,13 @@ def percentiles(
 
     Args:
         data: The samples, each of at least two values.
-        statistic: Called with the resampled samples, of shape (samples, values), and `axis=-1`.
+        statistic: Called with resampled `data`, each of shape (samples, values), and `axis=-1`.
         seed: Seed of the local generator.
         samples: Number of resamples.
     """
-    generator = np.random.default_rng(seed)
     options = {"n_resamples": samples, "confidence_level": verdicts.CONFIDENCE, "method": "percentile"}
-    found = stats.bootstrap(data, statistic, vectorized=True, rng=generator, **options).confidence_interval
-    return float(found.low), float(found.high)
+    found = stats.bootstrap(data, statistic, vectorized=True, rng=np.random.default_rng(seed), **options)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def finite(tasks: Sequence[Sequence[float]]) -> list[np.ndarray]:
@@ -179,47 +170,26 @@ def finite(tasks: Sequence[Sequence[float]]) -> list[np.ndarray]:
     return arrays
 
 
-def verdict(
-    difference: Difference | None, *, ran: bool = True, comparable: bool = True, rounding: float, margin: float = 1.0
-) -> str:
-    """Say what a score claims about the printed one.
+def verdict(difference: Difference, *, rounding: float, margin: float = 1.0) -> str:
+    """Say what a score that may be compared claims about the printed one.
 
     The rule, first match:
 
-    1. `not run`: there is no value of ours.
-    2. `not comparable`: the model that ran is not the paper's, the protocol, scale or metric is another, or the paper
-       prints no value (`comparable=False`, or no difference).
-    3. `inconclusive`: there is no interval (one run, or no printed deviation).
-    4. `differs`: the interval of (ours - paper) excludes 0 and |ours - paper| exceeds the rounding of the print.
-    5. `agrees`: the interval lies within ±`margin`.
-    6. `inconclusive`: anything else.
+    1. `inconclusive`: there is no interval (one run, or no printed deviation).
+    2. `differs`: the interval of (ours - paper) excludes 0 and |ours - paper| exceeds the rounding of the print.
+    3. `agrees`: the interval lies within ±`margin`.
+    4. `inconclusive`: anything else.
 
     Args:
         difference: Ours minus the paper's, in points.
-        ran: Whether there is a value of ours.
-        comparable: Whether the two may be compared at all.
         rounding: Half a unit of the last printed digit, in points.
         margin: Largest difference that counts as agreement, in points.
-
-    Returns:
-        One of `verdicts.VERDICTS`.
     """
-    if not ran:
-        return verdicts.NOT_RUN
-    if not comparable or difference is None:
-        return verdicts.NOT_COMPARABLE
     if difference.low is None or difference.high is None:
         return verdicts.INCONCLUSIVE
     if (difference.low > 0 or difference.high < 0) and abs(difference.value) > rounding:
         return verdicts.DIFFERS
     return verdicts.AGREES if -margin <= difference.low and difference.high <= margin else verdicts.INCONCLUSIVE
-
-
-def within_factor(ours: float, paper: float, factor: float = 2.0) -> bool:
-    """Whether two positive values lie within `factor` of each other, the bound included."""
-    if not (ours > 0 and paper > 0 and factor >= 1):
-        raise ValueError(f"ours={ours}, paper={paper}, factor={factor}; positive values and a factor >= 1 are needed")
-    return max(ours, paper) <= factor * min(ours, paper) * (1 + 1e-12)
 
 
 def _with_interval(value: float, samples: Sequence[tuple[float, int]], tasks: int) -> Difference:

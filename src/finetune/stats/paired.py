@@ -33,12 +33,10 @@ class SignFlips:
     Attributes:
         p: Its p-value.
         least: The smallest p-value that so many pairs allow.
-        exact: Whether all patterns were tried.
     """
 
     p: float
     least: float
-    exact: bool
 
 
 def sign_flip_test(tasks: Sequence[Sequence[float]], *, seed: int, samples: int = 100_000) -> SignFlips:
@@ -56,11 +54,11 @@ def sign_flip_test(tasks: Sequence[Sequence[float]], *, seed: int, samples: int 
     weighted = np.concatenate([array / len(array) / len(arrays) for array in arrays])
     patterns = 2 ** len(weighted)
     if patterns == 2:
-        return SignFlips(1.0, 1.0, True)
+        return SignFlips(1.0, 1.0)
     exact = patterns <= max(samples, 2**EXACT_PAIRS)
     options = {"n_resamples": np.inf if exact else samples, "batch": 10_000, "rng": np.random.default_rng(seed)}
     found = stats.permutation_test((weighted,), _sum, permutation_type="samples", vectorized=True, **options)
-    return SignFlips(float(found.pvalue), 2 / patterns if exact else 2 / (samples + 1), exact)
+    return SignFlips(float(found.pvalue), 2 / patterns if exact else 2 / (samples + 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -84,7 +82,7 @@ def probability_of_improvement(
         samples: Number of resamples.
 
     Returns:
-        The estimate, `n` the least number of runs of a task; no interval where that is one.
+        The estimate; no interval where `n` is one.
 
     Raises:
         ValueError: If the numbers of tasks differ, or as `sign_flip_test`.

@@ -40,11 +40,8 @@ def of_test(difference: float, p: float | None, *, lower_is_better: bool = False
 
     Args:
         difference: First minus second.
-        p: Corrected p-value; `None` where no test was possible.
+        p: Corrected p-value, up to `LEVEL` of two that are separated; `None` where no test was possible.
         lower_is_better: Whether a smaller value is the better one, as of a loss.
-
-    Returns:
-        `FIRST_BETTER`, `SECOND_BETTER` or `NOT_SEPARATED`; it is up to `LEVEL` that two are separated.
     """
     if p is None or p > LEVEL:
         return NOT_SEPARATED

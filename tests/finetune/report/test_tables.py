@@ -298,6 +298,9 @@ def test_search_tables():
     assert kinds(table.cell("SST2", "learning rate")) == {"no_value"}
     assert kinds(table.cell("STSB", "learning rate")) == {"no_search"}
     assert {cell.verdict for cell in built(14, searches=searches).cells} == {"not run"}
+    for value, verdict in ((1.36e-4, "agrees"), (1.37e-4, "differs"), (3.41e-5, "agrees"), (3.4e-5, "differs")):
+        found = built(13, searches=[search("sparsegrad", "rte", best | {"learning_rate": value})])
+        assert found.cell("RTE", "learning rate").verdict == verdict  # within a factor of two
     for model, scale, kind in (("minilm", "paper", "other_model"), ("bert_base", "local", "scale")):
         found = built(13, searches=[search("sparsegrad", "rte", best, model, scale)], stands_for={"bert_base": model})
         assert kinds(found.cell("RTE", "batch size")) == {kind}
@@ -414,9 +417,9 @@ def test_printed_numbers(text, value, rounding, exact, rounded, truncated):
 
 
 def test_unreadable_print():
-    assert printed.parse("") is None
-    with pytest.raises(ValueError, match="cannot read 'about 5'"):
-        printed.parse("about 5")
+    for text in ("", "about 5"):
+        with pytest.raises(ValueError, match=f"cannot read '{text}'"):
+            printed.parse(text)
 
 
 # Files

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from finetune.stats import intervals, verdicts
+from finetune.stats import intervals, paired, verdicts
 from finetune.stats.intervals import Difference, Estimate
 
 
@@ -35,6 +35,7 @@ def test_values_that_are_none(tasks):
         intervals.mean_over_tasks,
         lambda given: intervals.bootstrap(given, seed=0),
         lambda given: intervals.difference_from_paper(given, 1.0, [1.0] * len(given), 5),
+        lambda given: paired.sign_flip_test(given, seed=0),
     ):
         with pytest.raises(ValueError, match="at least one finite value"):
             call(tasks)
@@ -109,10 +110,6 @@ def test_what_a_difference_from_the_paper_needs():
 @pytest.mark.parametrize(
     ("difference", "options", "expected"),
     [
-        (None, {"ran": False}, "not run"),
-        (None, {"ran": False, "comparable": False}, "not run"),
-        (Difference(0.0, -0.1, 0.1), {"comparable": False}, "not comparable"),
-        (None, {}, "not comparable"),
         (Difference(0.0), {}, "inconclusive"),
         (Difference(2.0, 0.5, 3.5), {}, "differs"),
         (Difference(-2.0, -3.5, -0.5), {}, "differs"),
@@ -146,11 +143,3 @@ def test_vocabulary_is_complete():
 )
 def test_verdict_of_a_test(difference, p, lower, expected):
     assert verdicts.of_test(difference, p, lower_is_better=lower) == expected
-
-
-def test_within_factor():
-    assert intervals.within_factor(2e-5, 1e-5) and intervals.within_factor(1e-5, 2e-5)
-    assert not intervals.within_factor(2.01e-5, 1e-5) and not intervals.within_factor(1e-5, 2.01e-5)
-    assert intervals.within_factor(2.9e-5, 1e-5, factor=3)
-    with pytest.raises(ValueError, match="positive values"):
-        intervals.within_factor(0.0, 1e-5)

@@ -36,8 +36,6 @@ class TaskRecord:
     """All variants on one task.
 
     Attributes:
-        path: Path of the record.
-        variants: Name -> what was measured.
         missing: Name -> why a variant was not measured.
         facts: The record itself, for the notes.
     """
@@ -53,8 +51,6 @@ class EfficiencyEvidence:
     """What was measured in one experiment.
 
     Attributes:
-        experiment: Name of the experiment.
-        protocol: `printed`, `released` or `sound`.
         model: The model measured in RoBERTa-base's place; empty: none.
         tasks: Task -> record, the paper's tasks first, in its order.
         left_out: Sentences on records that the tables cannot use.
@@ -63,9 +59,9 @@ class EfficiencyEvidence:
 
     experiment: str
     protocol: str
-    model: str
-    tasks: Mapping[str, TaskRecord]
-    left_out: tuple[str, ...]
+    model: str = ""
+    tasks: Mapping[str, TaskRecord] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
     methods: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -92,9 +88,10 @@ def collect_efficiency_evidence(
 ) -> EfficiencyEvidence:
     """Check and index what was measured.
 
+    Records of another experiment, protocol, model or task are left out and listed.
+
     Args:
-        experiment: What the experiment names; records of another experiment, protocol, model or task are left out and
-            listed.
+        experiment: What the experiment names.
         records: (relative path, record).
 
     Raises:

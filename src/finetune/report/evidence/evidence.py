@@ -32,17 +32,9 @@ class Run:
     """A finished training run.
 
     Attributes:
-        path: Path of its record.
-        model: Name of the model that ran.
-        title: Its title for readers.
-        task: Task of the run.
-        seed: Seed of the run.
-        score: Metric on the validation split: in percent, of a decoder the best loss in nats a token.
-        metric: Name of the metric.
+        score: `metric` on the validation split: in percent, of a decoder the best loss in nats a token.
         scale: Sizes and steps: `smoke`, `local` or `paper`.
         version: Version of the configuration.
-        random_weights: Whether the model started from random weights.
-        trainable: Number of trainable parameters of the model.
         trainable_per_layer: Entries of one wrapped MLP matrix that a step updates, mean over the wrapped matrices.
         matrix: Entries of one wrapped MLP matrix; `None` where the record's configuration does not tell.
         total: Number of parameters of the model; 0 where the record does not tell.
@@ -74,11 +66,7 @@ class Search:
     """A finished hyper-parameter search.
 
     Attributes:
-        path: Path of its result.
-        model: Name of the model that ran.
-        scale: As in `Run`.
-        learning_rate: Of the best trial; `None` if no trial completed.
-        batch_size: Likewise.
+        learning_rate: Of the best trial, as `batch_size`; `None` if no trial completed.
         states: State of a trial -> number of trials.
     """
 
@@ -95,10 +83,8 @@ class Evidence:
     """All that is of one experiment under its protocol.
 
     Attributes:
-        experiment: What the experiment names.
-        runs: (model, method, task) -> finished runs by ascending seed.
-        failed: (model, method, task) -> paths of the records of failed runs.
-        searches: (model, method, task) -> search.
+        runs: Finished runs by ascending seed.
+        failed: Paths of the records of failed runs.
         judged: (model, method) -> judgments by ascending seed, all by one judge on one question file.
         models: Name -> model configuration with `architecture`.
         left_out: Model -> sentences on records that no table can use.
@@ -150,8 +136,7 @@ def collect_evidence(
 
     Args:
         experiment: What the experiment names.
-        records: (relative path, record) of each run.
-        searches: (relative path, result) of each search.
+        records: (relative path, record) of each run; `searches` likewise.
         judgments: What `finetune.mt_bench.judged.read_judgments` found.
         models: Name -> model configuration, for titles, table 1 and the shares of table 6.
 
@@ -229,8 +214,8 @@ def _by_seed(found: Mapping[tuple, Any]) -> dict[Any, tuple]:
 
 def _run(path: str, record: Mapping[str, Any]) -> Run:
     """Read a finished run."""
-    names = ("model", "task", "seed", "scale", "kind")
-    model, task, seed, scale, kind = (read_key(path, record, "run", name) for name in names)
+    run = {name: read_key(path, record, "run", name) for name in ("model", "task", "seed", "scale", "kind")}
+    kind, seed = run.pop("kind"), run["seed"]
     decoder, score, version = kind == "llama", read_key(path, record, "score"), read_key(path, record, "version")
     if not is_number(score) or not (score >= 0 if decoder else -1 <= score <= 1):
         allowed = "a loss >= 0" if decoder else "a finite score in [-1, 1] (a fraction, not percent)"
@@ -244,27 +229,19 @@ def _run(path: str, record: Mapping[str, Any]) -> Run:
     good = good and (not decoder or 0 < counts["trainable"] <= counts["total"])
     if not good or not isinstance(seed, int) or not isinstance(version, int):
         raise ValueError(f"{path}: seed={seed!r}, version={version!r}, {counts}; integers and counts >= 0 are needed")
-    return Run(
-        path=path,
-        model=model,
-        title=read_key(path, record, "model", "title"),
-        task=task,
-        seed=seed,
-        score=float(score) if decoder else 100 * score,
-        metric=read_key(path, record, "metric"),
-        scale=scale,
-        version=version,
-        random_weights=bool(read_key(path, record, "model", "random_weights")),
-        matrix=_matrix(record),
-        **counts,
-    )
-
-
-def _matrix(record: Mapping[str, Any]) -> int | None:
-    """Entries of one MLP matrix of the model that ran."""
     architecture = record.get("config", {}).get("model", {}).get("architecture", {})
     sides = [architecture.get(name) for name in ("hidden_size", "intermediate_size")]
-    return sides[0] * sides[1] if all(isinstance(side, int) for side in sides) else None
+    return Run(
+        path=path,
+        title=read_key(path, record, "model", "title"),
+        score=float(score) if decoder else 100 * score,
+        metric=read_key(path, record, "metric"),
+        version=version,
+        random_weights=bool(read_key(path, record, "model", "random_weights")),
+        matrix=sides[0] * sides[1] if all(isinstance(side, int) for side in sides) else None,
+        **run,
+        **counts,
+    )
 
 
 def _search(path: str, result: Mapping[str, Any]) -> Search:

@@ -15,15 +15,11 @@ class Experiment:
     """An experiment's file, and the labels of the names in it.
 
     Attributes:
-        name: Name of the experiment.
-        protocol: Name of the protocol.
         stands_for: The paper's model -> the model that ran in its place, or `None`. Equal names: the paper's own.
         methods: Names of the methods that it compares.
         ablations: Model -> names of the ablations that are run on it.
         tasks: Names of its tasks; a decoder's is not among them.
         efficiency_models: The models whose speed is measured; the first stands in RoBERTa-base's place.
-        tables: Numbers of the tables that it builds.
-        figures: Names of the figures that it draws.
         labels: What readers call its methods and tasks.
 
     Raises:
@@ -52,15 +48,10 @@ class Experiment:
 
 
 def load_experiment(path: str | Path, name: str, conf: Path = CONF) -> Experiment:
-    """Read `params.yaml`, or a file of `experiments/`.
-
-    Args:
-        path: The file.
-        name: The experiment that is expected in it.
-        conf: Folder of the configuration.
+    """Read `params.yaml`, or a file of `experiments/`, and the labels of the names in it.
 
     Raises:
-        ValueError: If it is another experiment's, or names what the configuration lacks.
+        ValueError: If it is another experiment's than the one named, or names what the configuration lacks.
     """
     content = read_yaml(Path(path))
     if "name" not in content:

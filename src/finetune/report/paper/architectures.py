@@ -30,14 +30,7 @@ PARTS = {"bert": _ENCODER, "roberta": _ENCODER, "llama": _LLAMA}
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of parameters of a model and its parts.
-
-    Attributes:
-        total: The whole model: an encoder with its pooler and without a task head, or LLaMa with its output head.
-        mlp: Weights and biases of the MLP layers.
-        attention: Weights and biases of the attention projections.
-        embeddings: Embedding tables without LayerNorm.
-    """
+    """Numbers of parameters of a model (an encoder without a task head, LLaMa with its output head) and its parts."""
 
     total: int
     mlp: int
@@ -45,7 +38,7 @@ class ParameterCounts:
     embeddings: int
 
     def share(self, part: str) -> float:
-        """Share of `total`, `mlp`, `attention` or `embeddings` in the model, in percent."""
+        """Share of a part in the model, in percent."""
         return 100 * getattr(self, part) / self.total
 
 
@@ -53,11 +46,8 @@ def count_parameters(architecture: Mapping[str, Any]) -> ParameterCounts:
     """Count the parameters of an architecture without allocating them.
 
     Args:
-        architecture: Arguments of a transformers configuration with `model_type`: `bert`, `roberta` (counted as the
-            base model) or `llama` (counted as the causal language model).
-
-    Returns:
-        The exact counts; a tied matrix counts once.
+        architecture: Arguments of a transformers configuration with `model_type`, one of `PARTS`. A tied matrix counts
+            once.
 
     Raises:
         ValueError: If the model type is none of these, or a part of the model was not found by its name.

@@ -12,13 +12,8 @@ ENTRIES = 3072 * 768
 
 
 def k_notes(cells: Sequence[Place]) -> list[str]:
-    """Say what is known of the rows of table 11 or 12, as found in the printed cells.
-
-    Args:
-        cells: Its cells, as `layouts.printed_places` gives them.
-    """
-    number = cells[0].table
-    model = PAPER_MODELS[cells[0].model]
+    """Say what is known of the rows of table 11 or 12, as found in its printed cells."""
+    number, model = cells[0].table, PAPER_MODELS[cells[0].model]
     notes = [
         "Row labels are shares of one MLP matrix in percent as printed; k itself is not printed but inferred from the "
         f"released run script's grid. Of a matrix of another width than {model}'s ({ENTRIES:,} entries) the same share "
@@ -37,7 +32,11 @@ def k_notes(cells: Sequence[Place]) -> list[str]:
                 f"it is no run with {check.row} % of the entries. Ours in this row is SparseGrad with the protocol's "
                 "k, or density."
             )
-    return notes + _no_evidence(number)
+    lines = [(f"row {line['row']} {line['column']}", line) for line in paper_table(number) if line["column"] != K]
+    inferred = [f"{where} {line['value']}" for where, line in lines if line["source"] == "inferred"]
+    notes += [f"Inferred, not printed, and compared with nothing: {'; '.join(inferred)}."] if inferred else []
+    unknown = [where for where, line in lines if line["source"] == "unknown"]
+    return notes + ([f"Not known: {'; '.join(unknown)}."] if unknown else [])
 
 
 def average_notes(number: int) -> list[Note]:
@@ -62,14 +61,3 @@ def explain(check: printed_averages.AverageCheck) -> str:
     elif check.elsewhere is not None:
         parts.append(f"printed of this model elsewhere: {check.elsewhere[0]:g} to {check.elsewhere[1]:g}")
     return ", ".join(parts)
-
-
-def _no_evidence(number: int) -> list[str]:
-    """Name the scores that a reader inferred, and those that nobody knows."""
-    lines = [line for line in paper_table(number) if line["column"] != K]
-    notes = []
-    inferred = [f"row {line['row']} {line['column']} {line['value']}" for line in lines if line["source"] == "inferred"]
-    if inferred:
-        notes.append(f"Inferred, not printed, and compared with nothing: {'; '.join(inferred)}.")
-    unknown = [f"row {line['row']} {line['column']}" for line in lines if line["source"] == "unknown"]
-    return [*notes, f"Not known: {'; '.join(unknown)}."] if unknown else notes

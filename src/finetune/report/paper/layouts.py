@@ -99,22 +99,16 @@ class Place:
     """A cell before it has a value of ours: the paper's labels and print, and what stands behind them.
 
     Attributes:
-        table: Number of the table.
-        row: Row label as printed.
-        column: Column label as printed.
         quantity: `count`, `share`, `trainable`, `trainable_per_layer`, `k`, `average`, `score`, `batch_size`,
             `learning_rate`, `trained_share`, `loss`, `judged`; of tables 3, 7 and 8 `speed`, `evaluation`, `training`.
         model: The paper's model, one of `PAPER_MODELS`.
         method: A method or variant; empty in table 1. Of tables 3, 7 and 8 a variant of the efficiency stage.
         task: A task; empty where the cell is not about one.
         part: Field of `ParameterCounts`, table 1 only.
-        paper: The printed value, empty where there is none.
-        paper_std: The printed standard deviation, empty where there is none.
-        source: Where the printed value comes from.
-        note: Remark on the printed value.
+        paper: The printed value, empty where there is none; `paper_std` likewise its standard deviation.
+        source: Where the printed value comes from; `note` is a remark on it.
         over_full: Whether the value is divided by full fine-tuning's.
         own: The model of ours behind it; empty where none stands for the paper's.
-        ablation: Whether the row is an ablation's.
     """
 
     table: int
@@ -141,9 +135,7 @@ class Place:
     @property
     def number(self) -> Printed:
         """The printed value; `ValueError` if none is printed."""
-        if (found := parse(self.paper)) is None:
-            raise ValueError(f"table {self.table} prints no value at {self.row}, {self.column}")
-        return found
+        return parse(self.paper)
 
     @property
     def deviation(self) -> float | None:
@@ -152,13 +144,7 @@ class Place:
 
 
 def stands_for(paper_model: str, own: str, title: str = "") -> str:
-    """Say which model stands in the place of one of the paper's.
-
-    Args:
-        paper_model: One of `PAPER_MODELS`.
-        own: The model of ours; empty where none ran.
-        title: Its title for readers.
-    """
+    """Say which model stands in the place of one of `PAPER_MODELS`; `own` is empty where none ran."""
     paper = f"{PAPER_MODELS[paper_model]} ({paper_model})"
     if not own:
         return f"Nothing ran in the place of {paper}."
@@ -184,47 +170,33 @@ def title(number: int) -> str:
 def printed_places(number: int) -> list[Place]:
     """List the cells of a table in the order of the print; table 1 ends with RoBERTa-large, which the paper leaves out.
 
-    Args:
-        number: One of `TITLES`.
-
     Raises:
         ValueError: If the table has no layout.
     """
     title(number)
-    found = []
+    found: list[Place] = []
     lines = paper_table(number)
     kept = {line["row"]: line["value"] for line in lines if line["column"] == K}
     for line in lines:
-        behind = _meaning(number, line["row"], line["column"])
+        row, column = line["row"], line["column"]
+        behind = _meaning(number, row, column)
         if number in K_TABLES:
-            behind["method"] = k_variant(kept[line["row"]])
-        source = f"{line['source']} table{number}"
-        print_: dict[str, Any] = {
-            "paper": line["value"],
-            "paper_std": line["std"],
-            "source": source,
-            "note": line["note"],
-        }
-        found.append(Place(number, line["row"], line["column"], **behind, **print_))
+            behind["method"] = f"sparsegrad_{int(kept[row]) // 1000}k" if kept[row] else "sparsegrad"
+        print_: dict[str, Any] = {"paper": line["value"], "paper_std": line["std"], "note": line["note"]}
+        found.append(Place(number, row, column, **behind, **print_, source=f"{line['source']} table{number}"))
     if number == 1:
-        found += _extra_model("roberta_large")
+        name, note = PAPER_MODELS["roberta_large"], "the paper's table leaves RoBERTa-large out"
+        for row, part in _PARTS.items():
+            behind: dict[str, Any] = {"model": "roberta_large", "part": part, "note": note}
+            found += [Place(1, row, f"{name} {kind}", kind, **behind) for kind in ("count", "share")]
     return found
 
 
 def scores_of_row(place: Place) -> dict[str, Place]:
-    """Task -> the printed score in the row of an average; of table 5, which prints averages alone, the model's own.
-
-    Args:
-        place: An average, or a score.
-    """
+    """Task -> the printed score in the row of an average; of table 5, which prints averages alone, the model's own."""
     table = place.table if place.table in K_TABLES else GLUE_TABLES[place.model]
     found = [other for other in printed_places(table) if other.quantity == "score" and other.method == place.method]
     return {other.task: other for other in found if other.row == place.row or table != place.table}
-
-
-def k_variant(k: str) -> str:
-    """Name the method behind a row of tables 11 and 12: `sparsegrad_18k`, or `sparsegrad` where no k is known."""
-    return f"sparsegrad_{int(k) // 1000}k" if k else "sparsegrad"
 
 
 def _meaning(number: int, row: str, column: str) -> dict[str, Any]:
@@ -252,13 +224,3 @@ def _meaning(number: int, row: str, column: str) -> dict[str, Any]:
 
 def _model(label: str) -> str:
     return next(model for model, name in PAPER_MODELS.items() if name == label)
-
-
-def _extra_model(model: str) -> list[Place]:
-    """Cells of table 1 for a model that the paper's table leaves out."""
-    note = f"the paper's table leaves {PAPER_MODELS[model]} out"
-    return [
-        Place(1, row, f"{PAPER_MODELS[model]} {quantity}", quantity, model, part=part, note=note)
-        for row, part in _PARTS.items()
-        for quantity in ("count", "share")
-    ]

@@ -13,7 +13,6 @@ class Printed:
     """A printed number with its digits.
 
     Attributes:
-        text: As printed.
         number: The number before the unit, digits kept (`Decimal("0.10")` has two decimals).
         unit: `%`, `M`, `mln`, `B` or empty.
     """
@@ -30,7 +29,7 @@ class Printed:
     @property
     def rounding(self) -> float:
         """Half a unit of the last printed digit, in the unit of `value`: 0.05 for `82.5`."""
-        return float(Decimal(1).scaleb(self._exponent) * _SCALES[self.unit] / 2)
+        return float(self.digit * _SCALES[self.unit] / 2)
 
     def round(self, exact: float) -> "Printed":
         """Print `exact` with the same digits and unit, halves away from zero."""
@@ -41,29 +40,21 @@ class Printed:
         return self._print(exact, ROUND_DOWN)
 
     @property
-    def _exponent(self) -> int:
-        return int(self.number.as_tuple().exponent)
+    def digit(self) -> Decimal:
+        """A unit of the last printed digit, before the unit: 0.1 for `82.5` and for `6.7 B`."""
+        return Decimal(1).scaleb(int(self.number.as_tuple().exponent))
 
     def _print(self, exact: float, mode: str) -> "Printed":
-        scaled = Decimal(repr(exact)) / _SCALES[self.unit]
-        number = scaled.quantize(Decimal(1).scaleb(self._exponent), rounding=mode)
+        number = (Decimal(repr(exact)) / _SCALES[self.unit]).quantize(self.digit, rounding=mode)
         return Printed(f"{number}{'' if self.unit in ('', '%') else ' '}{self.unit}", number, self.unit)
 
 
-def parse(text: str) -> Printed | None:
+def parse(text: str) -> Printed:
     """Read a printed number.
-
-    Args:
-        text: As printed; empty where the paper prints nothing.
-
-    Returns:
-        The number, or `None` for an empty text.
 
     Raises:
         ValueError: If the text is not a number with a known unit.
     """
-    if not text.strip():
-        return None
     match = _PATTERN.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"cannot read {text!r} as a printed number; a number and one of %, M, mln, B are understood")

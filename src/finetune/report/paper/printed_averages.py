@@ -18,6 +18,7 @@ for that model and task elsewhere. Arithmetic is exact (decimal fractions).
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from statistics import mean
 
 from finetune.published import TASKS, paper_table, table_numbers
 from finetune.report.paper import printed
@@ -30,6 +31,12 @@ CONTRADICTED = "does not follow"
 IMPLAUSIBLE = "follows only with an odd cell"
 UNDECIDED = "cannot be told"
 VERDICTS = (CONTRADICTED, IMPLAUSIBLE, CUT_OFF, UNDECIDED, FOLLOWS)
+
+Row = Mapping[str, Mapping[str, str]]
+"""Column -> cell, of the printed tasks and the average."""
+
+Place = tuple[int, str]
+"""(table, row label)."""
 
 _READINGS = {(True, False): "cells rounded, average cut off", (False, True): "cells cut off, average rounded"}
 _READINGS[False, False] = "cells and average cut off"
@@ -55,11 +62,9 @@ class AverageCheck:
     """One printed average against its row.
 
     Attributes:
-        table: Number of the table.
-        row: Row label as printed.
         printed: The average as printed.
-        verdict: `follows`, `follows only if cut off`, `does not follow`, `follows only with an odd cell` (one cell is
-            not printed and would have to lie outside everything printed for its model and task) or `cannot be told`.
+        verdict: One of `VERDICTS`; `IMPLAUSIBLE` says that one cell is not printed and would have to lie outside
+            everything printed for its model and task.
         mean: Mean of the printed cells; `None` where one is missing.
         low: Least exact mean that the rounded cells allow; `None` where one is missing.
         high: Largest one.
@@ -96,9 +101,6 @@ def check_averages(tables: Mapping[int, Iterable[Mapping[str, str]]] | None = No
 
     Returns:
         One check for each row with a printed average and printed cells of tasks, in the order of the tables.
-
-    Raises:
-        ValueError: If a cell is not a printed number.
     """
     given = {number: paper_table(number) for number in table_numbers()} if tables is None else tables
     rows = {(number, label): row for number, cells in given.items() for label, row in _rows(cells).items()}
@@ -109,13 +111,6 @@ def counts(checks: Iterable[AverageCheck]) -> dict[str, int]:
     """Count verdicts over distinct rows: verdict -> number, without the rows that repeat another table's."""
     found = [check.verdict for check in checks if not check.repeats]
     return {verdict: found.count(verdict) for verdict in VERDICTS}
-
-
-Row = Mapping[str, Mapping[str, str]]
-"""Column -> cell, of the printed tasks and the average."""
-
-Place = tuple[int, str]
-"""(table, row label)."""
 
 
 def _rows(cells: Iterable[Mapping[str, str]]) -> dict[str, Row]:
@@ -135,8 +130,10 @@ def _check(place: Place, rows: Mapping[Place, Row]) -> AverageCheck:
     found = AverageCheck(*place, average, missing=missing)
     if twin is not None:
         found = replace(found, twin=f"table {twin[0]}, {twin[1]}", repeats=twin[0] < place[0])
+    if len(missing) > 1:
+        return found
     if missing:
-        return found if len(missing) > 1 else _with_missing(found, [*known.values()], rows[twin] if twin else {}, rows)
+        return _with_missing(found, [*known.values()], rows[twin] if twin else {}, rows)
     spans = {rounded: _mean([_span(value, rounded) for value in known.values()]) for rounded in (True, False)}
     readings = tuple(name for (c, a), name in _READINGS.items() if spans[c].meets(_span(average, a)))
     follows = spans[True].meets(_span(average, True))
@@ -179,32 +176,24 @@ def _twin(place: Place, rows: Mapping[Place, Row]) -> Place | None:
         if model is None or _MODELS.get(other[0]) != model or other[0] == place[0]:
             continue
         both = [column for column in row if column in cells]
-        if len(both) >= min(len(row), len(cells)) and all(_print(row[name]) == _print(cells[name]) for name in both):
+        same = all(row[name][what] == cells[name][what] for name in both for what in ("value", "std"))
+        if same and len(both) >= min(len(row), len(cells)):
             return other
     return None
 
 
-def _print(cell: Mapping[str, str]) -> tuple[str, str]:
-    return cell["value"], cell["std"]
-
-
 def _exact(value: str) -> Fraction:
-    number = printed.parse(value)
-    if number is None:
-        raise ValueError("an empty cell is no printed number; leave it out")
-    return Fraction(number.number)
+    return Fraction(printed.parse(value).number)
 
 
 def _span(value: str, rounded: bool) -> Span:
     """What a printed number may have been."""
-    exact = _exact(value)
-    unit = Fraction(10) ** int(printed.parse(value).number.as_tuple().exponent)
+    exact, unit = _exact(value), Fraction(printed.parse(value).digit)
     return Span(exact - unit / 2, exact + unit / 2) if rounded else Span(exact, exact + unit, open=True)
 
 
 def _mean(spans: Sequence[Span]) -> Span:
-    low, high = (sum(getattr(span, end) for span in spans) / len(spans) for end in ("low", "high"))
-    return Span(low, high, spans[0].open)
+    return Span(mean(span.low for span in spans), mean(span.high for span in spans), spans[0].open)
 
 
 def _hull(values: Sequence[str]) -> Span:

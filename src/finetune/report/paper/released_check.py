@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 from scipy import stats as distributions
 
-from finetune.published import TASKS, paper_table, released_scores
-from finetune.report.paper import printed
-from finetune.report.paper.layouts import GLUE_TABLES, METHODS, PAPER_RUNS
+from finetune.published import TASKS, released_scores
+from finetune.report.paper.layouts import GLUE_TABLES, PAPER_RUNS, printed_places
 from finetune.stats import paired
 from finetune.stats.intervals import sample_std
 from finetune.stats.verdicts import LEVEL
@@ -46,9 +45,6 @@ class PrintedCell:
     """A printed score beside the logs of its method.
 
     Attributes:
-        model: The paper's model.
-        method: Method.
-        task: Task.
         printed: Printed mean, percent.
         printed_std: Printed deviation; `None` where there is none.
         unit: A unit of the last printed digit.
@@ -83,13 +79,8 @@ class Exchange:
     """Whether two printed cells fit the logs better exchanged.
 
     Attributes:
-        model: The paper's model.
-        task: Task.
-        methods: The two methods.
-        printed: Their printed means.
-        logged: Their logged means.
-        printed_std: Their printed deviations.
-        logged_std: Their logged ones.
+        printed: The printed means of the two methods.
+        logged: Their logged means; `printed_std` and `logged_std` likewise their deviations.
         distance: Σ |printed - logged| as printed, in points.
         distance_exchanged: The same with the two printed cells exchanged.
         evidence: Log-likelihood of exchanged minus as printed, nats.
@@ -120,27 +111,18 @@ class Exchange:
 
 
 def printed_cells(model: str) -> list[PrintedCell]:
-    """List the printed scores of a model that have logs.
-
-    Args:
-        model: A key of `layouts.GLUE_TABLES`.
-    """
-    tasks = {label: task for task, label in TASKS.items()}
+    """List the printed scores of a model (a key of `layouts.GLUE_TABLES`) that have logs."""
     found = []
-    for line in paper_table(GLUE_TABLES[model]):
-        value, task = printed.parse(line["value"]) if line["column"] in tasks else None, tasks.get(line["column"])
-        scores = released_scores(model, METHODS[line["row"]], task) if value and task else {}
+    for place in printed_places(GLUE_TABLES[model]):
+        scores = released_scores(model, place.method, place.task) if place.paper and place.quantity == "score" else {}
         logged = tuple(scores[seed] for seed in SEEDS.get(model, scores) if seed in scores)
-        if not logged or line["source"] != "arxiv_pdf":
+        if not logged or not place.source.startswith("arxiv_pdf"):
             continue
-        mean = float(np.mean(logged))
-        match = ROUNDED if value.round(mean).number == value.number else OTHER
+        value, mean = place.number, float(np.mean(logged))
         cut_off = value.truncate(mean).number == value.number
-        match = CUT if match == OTHER and cut_off else match
-        std = float(line["std"]) if line["std"] else None
-        found.append(
-            PrintedCell(model, METHODS[line["row"]], task, value.value, std, 2 * value.rounding, logged, match, cut_off)
-        )
+        match = ROUNDED if value.round(mean).number == value.number else CUT if cut_off else OTHER
+        numbers = (value.value, place.deviation, 2 * value.rounding)
+        found.append(PrintedCell(model, place.method, place.task, *numbers, logged, match, cut_off))
     return found
 
 
@@ -151,26 +133,21 @@ def counts(cells: Iterable[PrintedCell]) -> dict[str, int]:
     return by_match | {"rounded_alone": found.count((ROUNDED, False))}
 
 
-def exchanges(
-    models: Iterable[str] = tuple(GLUE_TABLES), pair: tuple[str, str] = ("lora", "sparsegrad"), *, seed: int = 0
-) -> list[Exchange]:
-    """Ask of every task whether the printed cells of two methods look exchanged.
+def exchanges(pair: tuple[str, str], *, seed: int = 0) -> list[Exchange]:
+    """Ask of every task and model whether the printed cells of two methods look exchanged.
 
     Args:
-        models: The paper's models.
         pair: The two methods.
         seed: Seed of the draws behind `p_chance`.
     """
-    couples = [couple for model in models for couple in _couples(printed_cells(model), pair)]
+    couples = [couple for model in GLUE_TABLES for couple in _couples(printed_cells(model), pair)]
     evidence = [_evidence(first, second) for first, second in couples]
     chances = [
         _chance(found, (PAPER_RUNS[first.model], len(first.logged), len(second.logged)), seed)
         for found, (first, second) in zip(evidence, couples, strict=True)
     ]
-    corrected = paired.holm(chances)
-    return [
-        _exchange(*couple, *numbers) for couple, *numbers in zip(couples, evidence, chances, corrected, strict=True)
-    ]
+    numbers = zip(couples, evidence, chances, paired.holm(chances), strict=True)
+    return [_exchange(first, second, *others) for (first, second), *others in numbers]
 
 
 def exchange_counts() -> list[dict[str, Any]]:
@@ -190,15 +167,12 @@ def exchange_counts() -> list[dict[str, Any]]:
 
 
 def averages_with(exchanged: Iterable[str], model: str, pair: tuple[str, str]) -> dict[str, tuple[float, float, float]]:
-    """Mean of the printed task cells, the same with some tasks exchanged between two methods, and the logs' mean.
+    """Method -> mean of its printed cells, the same with the cells of some tasks exchanged, and the logs' mean.
 
     Args:
         exchanged: Tasks whose two printed cells are exchanged.
         model: The paper's model; it needs print and logs of all tasks.
         pair: The two methods.
-
-    Returns:
-        Method -> (as printed, exchanged, logs).
     """
     cells = {(cell.method, cell.task): cell for cell in printed_cells(model)}
     moved, other = set(exchanged), {pair[0]: pair[1], pair[1]: pair[0]}
@@ -219,7 +193,7 @@ def _couples(cells: Iterable[PrintedCell], pair: tuple[str, str]) -> list[tuple[
 
 
 def _evidence(first: PrintedCell, second: PrintedCell) -> float:
-    """Log-likelihood ratio of the module's docstring, nats."""
+    """The evidence of the module's docstring, in nats."""
     n = PAPER_RUNS[first.model]
     sums = [(float(np.var(cell.logged)) * len(cell.logged), len(cell.logged) - 1) for cell in (first, second)]
     printed_stds = [cell.printed_std for cell in (first, second) if cell.printed_std is not None]
@@ -255,13 +229,14 @@ def _chance(evidence: float, runs: tuple[int, int, int], seed: int, samples: int
 
 def _exchange(first: PrintedCell, second: PrintedCell, evidence: float, chance: float, corrected: float) -> Exchange:
     cells = (first, second)
-    prints, stds = np.array([cell.printed for cell in cells]), [cell.printed_std for cell in cells]
-    means, logged_stds = np.array([cell.mean for cell in cells]), np.array([cell.std for cell in cells])
+    prints, means = np.array([cell.printed for cell in cells]), np.array([cell.mean for cell in cells])
+    stds = np.array([cell.printed_std or np.nan for cell in cells])
+    logged_stds = np.array([cell.std for cell in cells])
     digits = [round(-np.log10(cell.unit)) for cell in cells]
     crossed = [round(mean, place) for mean, place in zip(means[::-1], digits, strict=True)]
     as_printed = None
-    if all(stds) and all(logged_stds):
-        apart, exchanged = (np.abs(np.log(np.divide(stds, found))).sum() for found in (logged_stds, logged_stds[::-1]))
+    if not np.isnan(stds).any() and all(logged_stds):
+        apart, exchanged = (np.abs(np.log(stds / found)).sum() for found in (logged_stds, logged_stds[::-1]))
         as_printed = bool(apart <= exchanged)
     return Exchange(
         model=first.model,
@@ -269,7 +244,7 @@ def _exchange(first: PrintedCell, second: PrintedCell, evidence: float, chance: 
         methods=(first.method, second.method),
         printed=tuple(prints.tolist()),
         logged=tuple(means.tolist()),
-        printed_std=tuple(stds),
+        printed_std=(first.printed_std, second.printed_std),
         logged_std=tuple(logged_stds.tolist()),
         distance=float(np.abs(prints - means).sum()),
         distance_exchanged=float(np.abs(prints - means[::-1]).sum()),

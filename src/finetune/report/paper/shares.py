@@ -20,12 +20,7 @@ _TEXT, _GATED = ("up", "down"), ("gate", "up", "down")
 
 @dataclass(frozen=True)
 class Variant:
-    """One reading of which matrices train.
-
-    Attributes:
-        name: Such as `gate+up+down of 11 blocks`.
-        shares: Method -> trainable numbers in percent of the model.
-    """
+    """A reading of which matrices train, such as `up+down of 11 blocks`; method -> trainable percent of the model."""
 
     name: str
     shares: Mapping[str, float]
@@ -36,12 +31,10 @@ class Shares:
     """The shares of one model.
 
     Attributes:
-        total: Number of parameters of the model.
         variants: The text's reading first: `up+down` of the selected blocks; with `gate`; `up+down` of all blocks.
         matrix: Entries of one matrix.
         gate: Share of the gate matrices of the selected blocks, in percent.
         k: Entries that SparseGrad and MeProp keep of a matrix.
-        rank: Rank of LoRA.
     """
 
     total: int

@@ -44,7 +44,6 @@ class Family:
         name: Such as `methods` or `variants of sparsegrad`.
         kind: `METHODS`, `CONTROL` or `VARIANTS`.
         of: The control, or the method that the pairs' first ones are variants of; empty for `METHODS`.
-        pairs: The comparisons.
         left_out: Pairs without a task and seed in common.
     """
 
@@ -56,17 +55,10 @@ class Family:
 
 
 def families_of(names: Iterable[str], design: Design) -> list[Family]:
-    """Say which methods are compared with which.
-
-    Args:
-        names: Those that ran.
-        design: What they are, and which come first.
-
-    Returns:
-        Families whose pairs are (first, second); those without a pair are left out.
+    """Say which of the methods that ran are compared with which, as (first, second); no family is without a pair.
 
     Raises:
-        ValueError: If a name has no facts.
+        ValueError: If a method has no facts.
     """
     ran, facts = list(names), design.labels.methods
     unknown = [name for name in ran if name not in facts]

@@ -5,12 +5,12 @@ from typing import Any
 
 
 def row(cells: Iterable[Any]) -> str:
-    """Lay out a line of a Markdown table."""
+    """A line of a Markdown table."""
     return f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def head(cells: Sequence[Any]) -> str:
-    """Lay out the head of a Markdown table."""
+    """The head of a Markdown table."""
     return f"{row(cells)}\n{row(['---'] * len(cells))}"
 
 
@@ -18,11 +18,9 @@ def interval(estimate: Mapping[str, Any] | None, sign: str = "", places: int = 2
     """Format an estimate or a difference with its interval; `-` where there is none."""
     if not estimate:
         return "-"
-    value = estimate["mean"] if "mean" in estimate else estimate["value"]
-    text = f"{value:{sign}.{places}f}"
-    if estimate["low"] is None:
-        return f"{text} [no interval]"
-    return f"{text} [{estimate['low']:{sign}.{places}f}, {estimate['high']:{sign}.{places}f}]"
+    value, low, high = (estimate.get(name) for name in ("mean" if "mean" in estimate else "value", "low", "high"))
+    ends = "no interval" if low is None else f"{low:{sign}.{places}f}, {high:{sign}.{places}f}"
+    return f"{value:{sign}.{places}f} [{ends}]"
 
 
 def p_value(p: float | None) -> str:

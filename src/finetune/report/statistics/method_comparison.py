@@ -6,8 +6,10 @@ three seeds of a decoder that can separate nothing, so losses take the paired t 
 differences are normal.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from finetune.published import TASKS, released_scores
 from finetune.report.evidence.evidence import Evidence
@@ -45,7 +47,6 @@ class Test:
 
     Attributes:
         difference: Mean paired difference in points (losses: in nats a token), t interval.
-        pairs: Number of pairs behind it.
         p: Two-sided p-value; `None` where no test is possible, a t test of one pair.
         p_holm: The same, corrected for the family.
         least: Smallest p-value that so many pairs allow; `None` for a t test.
@@ -65,8 +66,6 @@ class Pair:
     """Two methods, the first minus the second.
 
     Attributes:
-        first: Method.
-        second: Method.
         tasks: Task -> test over seeds.
         mean: Test over all tasks, which weigh the same.
         bootstrap: The same difference with a stratified bootstrap's interval (rliable).
@@ -115,9 +114,6 @@ def compare_methods(scores: Scores, design: Design, *, losses: bool = False) -> 
         scores: Of one model, in percent; or losses in nats a token.
         design: What is compared with what.
         losses: Whether lower is better, and the test is a t test.
-
-    Raises:
-        ValueError: If a method is unknown, or has no score.
     """
     ordered = {name: {task: tasks[task] for task in design.labels.in_order({*tasks})} for name, tasks in scores.items()}
     families = tuple(_compared(family, ordered, design, losses) for family in families_of(ordered, design))
@@ -131,10 +127,9 @@ def _summary(tasks: Mapping[str, Mapping[int, float]], design: Design) -> Summar
 
 def _averages(values: Mapping[str, Sequence[float]], design: Design) -> tuple[Estimate, Estimate | None]:
     """The mean over tasks, and the interquartile mean where there are enough values; both by bootstrap."""
-    options = {"seed": design.seed, "samples": design.samples}
     enough = sum(map(len, values.values())) >= paired.LEAST_FOR_IQM
-    tasks = [*values.values()]
-    return bootstrap(tasks, **options), bootstrap(tasks, iqm=True, **options) if enough else None
+    drawn = partial(bootstrap, [*values.values()], seed=design.seed, samples=design.samples)
+    return drawn(), drawn(iqm=True) if enough else None
 
 
 def _compared(family: Family, scores: Scores, design: Design, losses: bool) -> Family:
@@ -169,9 +164,7 @@ def _differences(first: Mapping[str, Mapping[int, float]], second: Mapping[str, 
     return {task: [first[task][s] - second[task][s] for s in seeds] for task, seeds in shared.items() if seeds}
 
 
-def _tests(
-    differences: Mapping[Hashable, Sequence[Sequence[float]]], design: Design, losses: bool
-) -> dict[Hashable, Test]:
+def _tests(differences: Mapping[Any, Sequence[Sequence[float]]], design: Design, losses: bool) -> dict[Any, Test]:
     """Test several mean differences and correct them together."""
     means = {key: mean_over_tasks(tasks) for key, tasks in differences.items()}
     ps, least = {key: mean.p for key, mean in means.items()}, {}
@@ -179,8 +172,8 @@ def _tests(
         options = {"seed": design.seed, "samples": 10 * design.samples}
         flips = {key: paired.sign_flip_test(tasks, **options) for key, tasks in differences.items()}
         ps, least = ({key: getattr(one, name) for key, one in flips.items()} for name in ("p", "least"))
-    tested = [key for key, p in ps.items() if p is not None]
-    corrected = dict(zip(tested, paired.holm([ps[key] for key in tested]), strict=True))
+    tested = {key: p for key, p in ps.items() if p is not None}
+    corrected = dict(zip(tested, paired.holm([*tested.values()]), strict=True))
     found = {}
     for key, mean in means.items():
         p_holm, pairs = corrected.get(key), sum(map(len, differences[key]))

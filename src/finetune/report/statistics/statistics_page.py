@@ -15,11 +15,7 @@ from finetune.stats import verdicts
 
 
 def to_markdown(content: Mapping[str, Any]) -> str:
-    """Render the record as a Markdown page.
-
-    Args:
-        content: As `build_statistics` gives it, or as read back from `statistics.json`.
-    """
+    """Render the record, as `build_statistics` gives it or as read back from `statistics.json`, as a Markdown page."""
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
@@ -48,6 +44,5 @@ def to_markdown(content: Mapping[str, Any]) -> str:
         "FOLLOWS": printed_averages.FOLLOWS,
         "paper_tasks": [*TASKS],
     }
-    return environment.from_string(files("finetune.report.statistics").joinpath("statistics.md.j2").read_text()).render(
-        content
-    )
+    template = files("finetune.report.statistics").joinpath("statistics.md.j2").read_text()
+    return environment.from_string(template).render(content)

@@ -26,15 +26,10 @@ ASKED = {"model": "bert_base", "methods": ("lora", "sparsegrad"), "tasks": ("mrp
 def build_statistics(evidence: Evidence, design: Design) -> dict[str, Any]:
     """Compute the statistics of an experiment.
 
-    Args:
-        evidence: What ran (`collect_evidence`).
-        design: What is compared with what.
-
     Returns:
-        JSON values with the keys `schema`, `experiment`, `protocol`, `settings`, `methods` and `tasks` (name -> label
-        for readers, tasks in the order of columns), `runs` (one entry a model that ran), `decoders` (likewise, of
-        losses), `logs` (one a model with logs), `averages` (the printed ones), `average_counts` (verdict -> number of
-        distinct rows), `cells` (printed against logs), `cell_counts` and `exchange`.
+        JSON values: among them `methods` and `tasks` (name -> label, tasks in the order of columns), `runs` (one entry
+        a model), `decoders` (likewise, of losses), `logs` (one a model with logs), `averages` (the printed ones),
+        `average_counts` (verdict -> number of distinct rows) and `cells` (printed against logs).
     """
     averages = printed_averages.check_averages()
     named = {*METHODS.values(), *(method for _, method, _ in evidence.runs)}
@@ -70,7 +65,7 @@ def build_statistics(evidence: Evidence, design: Design) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     """Turn dataclasses and tuples into JSON values; an infinity, which JSON has not, into `None`."""
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
     if isinstance(value, Mapping):
         return {key: plain(found) for key, found in value.items()}
@@ -134,7 +129,7 @@ def _exchange(seed: int) -> dict[str, Any]:
     model, pair = ASKED["model"], ASKED["methods"]
     return {
         "asked": ASKED,
-        "cells": released_check.exchanges(pair=pair, seed=seed),
+        "cells": released_check.exchanges(pair, seed=seed),
         "counts": released_check.exchange_counts(),
         "averages": released_check.averages_with(ASKED["tasks"], model, pair),
     }

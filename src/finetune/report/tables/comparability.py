@@ -107,9 +107,9 @@ def digits_verdict(text: str, exact: float | None, prints: str = "the paper prin
     Returns:
         The verdict, and a reason `cut_off` or `other_digits` where other digits are printed than the count rounds to.
     """
-    paper = printed.parse(text)
-    if paper is None or exact is None:
+    if not text or exact is None:
         return verdicts.NOT_COMPARABLE, []
+    paper = printed.parse(text)
     if paper.round(exact).number == paper.number:
         return verdicts.AGREES, []
     cut = paper.truncate(exact).number == paper.number
@@ -121,6 +121,6 @@ def digits_verdict(text: str, exact: float | None, prints: str = "the paper prin
 
 def setting_verdict(place: Place, value: float) -> str:
     """Compare a batch size (equal) or a learning rate (within a factor of 2) with the print."""
-    paper = place.number.value
-    same = value == paper if place.quantity == "batch_size" else intervals.within_factor(value, paper)
+    ratio = value / place.number.value
+    same = ratio == 1 if place.quantity == "batch_size" else 0.5 <= ratio <= 2
     return verdicts.AGREES if same else verdicts.DIFFERS

@@ -38,18 +38,11 @@ def score_places(number: int, evidence: Evidence) -> list[Place]:
         first = printed
         for model in evidence.decoders[1 if experiment.stands_for.get("llama2_7b") else 0 :]:
             printed = [*printed, *_of_decoder(model, first, evidence)]
-    return _row_by_row(printed)
+    return row_by_row(printed)
 
 
 def efficiency_places(number: int, variants: list[str], tasks: list[str], experiment: Experiment) -> list[Place]:
-    """The cells of table 3, 7 or 8: printed rows, other variants, and every row over full fine-tuning's.
-
-    Args:
-        number: Number of the table.
-        variants: Those that the records list.
-        tasks: Those that the records are of.
-        experiment: What the experiment names.
-    """
+    """The cells of table 3, 7 or 8: printed rows, then the records' variants and tasks, every row over full's."""
     own = next(iter(experiment.efficiency_models), "")
     found = [replace(one, own=own) for one in printed_places(number)]
     columns = list({one.column: one for one in found}.values())
@@ -72,7 +65,7 @@ def efficiency_places(number: int, variants: list[str], tasks: list[str], experi
         found += [_bare(one, column="Score", quantity="average") for one in last]
     if number == 8:
         found += [_bare(one, row=f"{one.row}, peak in training", quantity="training") for one in found]
-    return _row_by_row(found)
+    return row_by_row(found)
 
 
 def _other_methods(printed: list[Place], evidence: Evidence) -> Iterator[Place]:
@@ -109,10 +102,8 @@ def _over_full(found: list[Place]) -> list[Place]:
     """Every row but full fine-tuning's, divided by it; the paper's are quotients of two printed values."""
     full = {one.column: one for one in found if one.method == "full"}
     ratios = []
-    for one in found:
+    for one in (one for one in found if one.method != "full"):
         below = full[one.column]
-        if one.method == "full":
-            continue
         ratio = _bare(one, row=f"{one.row} / {below.row}", over_full=True)
         if one.paper:
             source = f"{one.source}, {one.paper} / {below.paper}"
@@ -121,6 +112,7 @@ def _over_full(found: list[Place]) -> list[Place]:
     return ratios
 
 
-def _row_by_row(places: list[Place]) -> list[Place]:
+def row_by_row(places: list[Place]) -> list[Place]:
+    """Sort cells by row and column, each in the order of first appearance."""
     rows, columns = ([*dict.fromkeys(getattr(one, name) for one in places)] for name in ("row", "column"))
     return sorted(places, key=lambda one: (rows.index(one.row), columns.index(one.column)))

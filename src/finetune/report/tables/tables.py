@@ -30,7 +30,7 @@ from finetune.report.tables.cells import Frame, build_cell
 from finetune.report.tables.comparability import keys_of
 from finetune.report.tables.efficiency import build_efficiency_table
 from finetune.report.tables.judging import judging_notes, reading_notes
-from finetune.report.tables.places import score_places
+from finetune.report.tables.places import row_by_row, score_places
 
 
 def build_table(
@@ -58,24 +58,17 @@ def build_table(
     """
     name, experiment = title(number), evidence.experiment
     if number in EFFICIENCY_TABLES:
-        nothing = EfficiencyEvidence(experiment.name, experiment.protocol, "", {}, ())
-        return build_efficiency_table(number, measured or nothing, evidence, seed=seed)
+        measured = measured or EfficiencyEvidence(experiment.name, experiment.protocol)
+        return build_efficiency_table(number, measured, evidence, seed=seed)
     places = score_places(number, evidence)
     used = _used(places, evidence)
     versions = frozenset(run.version for run in used if isinstance(run, Run))
     wanted = {place.model for place in places if number == 1} & set(evidence.models)
+    counts = {model: count_parameters(evidence.models[model]["architecture"]) for model in wanted}
     llama = evidence.models.get("llama2_7b") if number == LLAMA_TABLE else None
     shares = trainable_shares(llama) if llama else None
     readings = {one.name: one.shares for one in shares.variants} if shares else {}
-    frame = Frame(
-        evidence,
-        versions=versions,
-        counts={model: count_parameters(evidence.models[model]["architecture"]) for model in wanted},
-        readings=readings,
-        categories=categories,
-        margin=margin,
-        seed=seed,
-    )
+    frame = Frame(evidence, versions, counts, readings, categories, margin, seed)
     cells = [build_cell(place, frame) for place in _with_readings(places, readings)]
     judged = judging_notes(evidence, categories, seed) if number == LLAMA_TABLE else []
     found = (
@@ -115,10 +108,7 @@ def _with_readings(places: Sequence[Place], readings: Iterable[str]) -> list[Pla
     found = list(places)
     for one in printed_places(LLAMA_TABLE):
         if one.quantity == "trained_share":
-            columns = {name: f"{PAPER_MODELS[one.model]} {name} share" for name in readings}
-            found += [
-                replace(one, column=column, quantity="share", part=name, own=one.model)
-                for name, column in columns.items()
-            ]
-    rows = list(dict.fromkeys(one.row for one in found))
-    return sorted(found, key=lambda one: rows.index(one.row))
+            like = replace(one, quantity="share", own=one.model)
+            paper = PAPER_MODELS[one.model]
+            found += [replace(like, column=f"{paper} {name} share", part=name) for name in readings]
+    return row_by_row(found)
