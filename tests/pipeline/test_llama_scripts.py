@@ -110,7 +110,7 @@ def test_of_two_processes_the_first_writes(work, ranks):
         ("train", "model.template=nonsense", "nonsense"),
         ("train", "chat.threads=some", "threads"),
         ("train", "basis=nowhere.safetensors", "nowhere.safetensors does not exist"),
-        ("train", "cell=nowhere.yaml", "nowhere.yaml does not exist"),
+        ("train", "cell=nowhere.yaml", "there is no nowhere.yaml"),
         ("basis", "name=other", "run the stage that writes it"),
         ("answers", "seed=9", "train seed 9 first"),
         ("judgments", "seed=9", "seed9.jsonl does not exist: run the stage"),

@@ -127,7 +127,7 @@ def test_by_hand(well, efficiency):
         ("efficiency", ["variants=[nope]"], "variants=['nope']; allowed"),
         ("efficiency", ["scale.rounds=0"], "rounds=0; it must be a whole number"),
         ("efficiency", ["data.task=nope"], "data.task='nope'"),
-        ("efficiency", ["cell=nowhere.yaml"], "nowhere.yaml does not exist"),
+        ("efficiency", ["cell=nowhere.yaml"], "there is no nowhere.yaml"),
         ("energy", ENERGY, "run the gradients and basis stages"),
         ("figure", ["figure=nope", "name=test"], "figure='nope'; allowed: all, figure_02"),
         ("figure", ["figure=figure_02", "name=other"], "is experiment 'test', not 'other'"),

@@ -153,7 +153,7 @@ ERRORS = {
     "tracking": (["wandb.mode=nope"], "wandb.mode='nope'; allowed: offline, online, disabled"),
     "missing basis": (["method=sparsegrad", "basis=no/such/file"], "no/such/file does not exist"),
     "damaged basis": (["method=sparsegrad", "basis=damaged.safetensors"], "damaged.safetensors is damaged"),
-    "cell": (["cell=no.yaml"], "no.yaml does not exist; a cell needs an experiment file"),
+    "cell": (["cell=no.yaml"], "there is no no.yaml; its folder has"),
     "search's seed": (["cell=params.yaml"], "seed 34 is the search's"),
 }
 
