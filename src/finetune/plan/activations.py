@@ -22,11 +22,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from finetune.training.evaluation import summed_loss
+from finetune.training.memory import Saved
 
 
 @dataclass
@@ -78,7 +80,8 @@ def measure(model: nn.Module, rows: int, tokens: int, *, precision: str) -> Acti
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 logits = model(input_ids=ids, **options).logits
             labels = ids if causal else torch.zeros(rows, dtype=torch.long)
-            summed_loss(logits.float(), labels)
+            loss = summed_loss(logits.float(), labels)
+        del loss  # until all was counted it held the graph
         found.logits = 2 * 4 * logits.numel()
     return found
 
@@ -134,23 +137,27 @@ def _blocks(model: nn.Module, found: Activations, causal: bool) -> Iterator[list
 
 @contextmanager
 def _saved(model: nn.Module, found: Activations, own: set[int], current: list[int]) -> Iterator[None]:
-    """Count every saved storage once, in its block, as a copy of a weight, or outside."""
+    """Count every storage that the forward pass leaves saved: in its block, as a copy of a weight, or outside."""
     weights = {tuple(p.shape) for p in model.parameters() if p.requires_grad and p.dim() == 2}
     weights |= {shape[::-1] for shape in weights}
-    seen: dict[int, Tensor] = {}  # kept: the address of a freed storage may be given out again
+    places: WeakKeyDictionary[Saved, int | None] = WeakKeyDictionary()  # in the order of saving
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata in own or storage._cdata in seen:
-            return tensor
-        seen[storage._cdata] = tensor
+    def pack(tensor: Tensor) -> Saved:
+        held = Saved(tensor)
+        places[held] = current[0] if current else None
+        return held
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        yield
+    counted = set(own)
+    for held, block in places.items():
+        storage, tensor = held.tensor.untyped_storage(), held.tensor
+        if storage._cdata in counted:
+            continue
+        counted.add(storage._cdata)
         if tuple(tensor.shape) in weights and tensor.dtype == torch.bfloat16:
             found.copies += storage.nbytes()
-        elif current:
-            found.blocks[current[0]] += storage.nbytes()
+        elif block is not None:
+            found.blocks[block] += storage.nbytes()
         else:
             found.outside += storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield

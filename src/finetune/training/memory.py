@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -46,24 +47,34 @@ def gradient_bytes(model: nn.Module) -> int:
     return tensor_bytes([*dense, *(tensor for pair in selected if pair is not None for tensor in pair)])
 
 
+class Saved:
+    """What autograd keeps in place of a saved tensor: it dies with its node of the graph, and can be watched."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 @contextmanager
 def saved_activations(model: nn.Module, notes: dict[str, int | None], active: bool) -> Iterator[None]:
-    """Count what autograd saves in a forward pass, parameters and buffers left out, into ``saved_activations``."""
+    """Count what a forward pass leaves saved for the backward pass into ``saved_activations``.
+
+    Parameters and buffers are left out, and so is what was saved for a result that nobody kept.
+    """
     if not active:
         yield
         return
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    seen: dict[int, int] = {}
+    saved: WeakSet[Saved] = WeakSet()
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def pack(tensor: Tensor) -> Saved:
+        saved.add(held := Saved(tensor))
+        return held
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
         yield
-    notes["saved_activations"] = max(notes.get("saved_activations") or 0, sum(seen.values()))
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    storages = {s.data_ptr(): s.nbytes() for s in (held.tensor.untyped_storage() for held in saved)}
+    found = sum(size for pointer, size in storages.items() if pointer not in own)
+    notes["saved_activations"] = max(notes.get("saved_activations") or 0, found)
 
 
 def reset_peak(device: torch.device) -> None:
