@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -26,12 +27,11 @@ ORTHOGONALITY_TOLERANCE = 1e-3  # a float32 basis of 11,008 rows stays below 1e-
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors and JSON metadata to one safetensors file, atomically."""
+    """Write tensors, JSON metadata and a checksum of both to one safetensors file, atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    blob = save(
-        {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {"sparsegrad": json.dumps(dict(metadata))}
-    )
+    stored, text = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, json.dumps(dict(metadata))
+    blob = save(stored, {"sparsegrad": text, "sha256": _sha256(stored, text)})
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -49,20 +49,35 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`save_tensors` wrote.
 
     Raises:
-        ValueError: if the file is missing, damaged, or not of this library.
+        ValueError: if the file is missing, damaged (a changed byte too), or not of this library.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist: run the stage that writes it, or check the path.")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = (file.metadata() or {}).get("sparsegrad")
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and run the stage that writes it again.") from None
-    if metadata is None:
+        raise ValueError(f"{path} is damaged, or no safetensors file ({error}): {_AGAIN}") from None
+    if "sparsegrad" not in metadata:
         raise ValueError(f"{path} is a safetensors file of another program: it has no 'sparsegrad' metadata.")
-    return tensors, json.loads(metadata)
+    if metadata.get("sha256") != _sha256(tensors, metadata["sparsegrad"]):
+        fault = "its content does not fit its checksum" if "sha256" in metadata else "it has no checksum"
+        raise ValueError(f"{path} is damaged, or of an older version ({fault}): {_AGAIN}")
+    return tensors, json.loads(metadata["sparsegrad"])
+
+
+_AGAIN = "run the stage that writes it again, or give another file."
+
+
+def _sha256(tensors: Mapping[str, Tensor], metadata: str) -> str:
+    """Of the metadata, and of every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(metadata.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def save_bases(path: str | Path, bases: Mapping[str, Basis], metadata: Mapping[str, Any] | None = None) -> None:

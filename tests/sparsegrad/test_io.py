@@ -118,7 +118,29 @@ class TestEveryLoader:
         blob = (tmp_path / "b").read_bytes()
         assert len(blob) > 300
         (tmp_path / "b").write_bytes(blob[:keep])
-        with pytest.raises(ValueError, match=r"b is damaged \(.*\): delete it and run the stage that writes it again"):
+        with pytest.raises(
+            ValueError, match=r"b is damaged, or no safetensors file \(.*\): run the stage that writes it"
+        ):
+            loader(tmp_path / "b")
+
+    def test_finds_every_changed_byte(self, loader, block_bases, tmp_path):
+        save_bases(tmp_path / "b", block_bases(), {"seed": 3})
+        blob = (tmp_path / "b").read_bytes()
+        header = 8 + int.from_bytes(blob[:8], "little")
+        for place in (*range(0, header, 7), *range(header, len(blob), 97), len(blob) - 1):
+            if blob[place : place + 1].isspace():
+                continue  # between JSON's words, a space is as good as a tab
+            changed = bytearray(blob)
+            changed[place] ^= 1
+            (tmp_path / "b").write_bytes(changed)
+            with pytest.raises(ValueError, match=r"b (is damaged|is a safetensors file of another program)"):
+                loader(tmp_path / "b")
+
+    def test_refuses_a_file_without_a_checksum(self, loader, tmp_path):
+        save_file({"up.U": torch.eye(2), "up.V": torch.eye(2)}, tmp_path / "b", {"sparsegrad": '{"content": "bases"}'})
+        with pytest.raises(
+            ValueError, match=r"of an older version \(it has no checksum\): run the stage that writes it"
+        ):
             loader(tmp_path / "b")
 
     def test_refuses_a_pickle_and_does_not_run_it(self, loader, tmp_path):
