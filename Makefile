@@ -28,10 +28,10 @@ plan: .venv/installed ## time by kind of card, memory, disk and judge calls that
 	python experiments/plan.py experiment=experiments/$(EXPERIMENT).yaml
 
 test: .venv/installed ## the default tests: CPU, offline, short
-	python -m pytest -q -n auto
+	python -m pytest -q -n auto --dist worksteal
 
 test-all: .venv/installed ## the slow ones too
-	python -m pytest -q -n auto -m "slow or not slow"
+	python -m pytest -q -n auto --dist worksteal -m "slow or not slow"
 
 lint: .venv/installed ## ruff; types: the library's strict, the comparison's basic
 	ruff check . && ruff format --check .

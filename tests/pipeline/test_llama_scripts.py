@@ -83,6 +83,7 @@ def test_by_hand(script, work):
     assert ran.code == 0, ran.err
 
 
+@pytest.mark.slow
 def test_of_two_processes_the_first_writes(work, ranks):
     """As ``accelerate launch`` and torchrun start them; that they take one process' steps is tested with the runs."""
     own = ["method=sparsegrad", "output=two", "checkpoints=two/checkpoints", "scale.micro_batch_size=4"]

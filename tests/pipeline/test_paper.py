@@ -66,7 +66,8 @@ def overrides(tmp_path_factory) -> tuple[list[str], Path]:
     ], root  # fmt: skip
 
 
-@pytest.mark.timeout(1200)  # a minute on free cores
+@pytest.mark.slow  # a minute on a free core
+@pytest.mark.timeout(1200)
 def test_one_cell_of_each_stage_runs_at_bert_bases_true_size(overrides):
     arguments, root = overrides
     results = root / "results"

@@ -1,6 +1,7 @@
 """Several processes, and a batch however cut, take the steps of one process: encoders and decoders, in float64."""
 
 import os
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -57,7 +58,7 @@ REAL = Path(os.environ.get("SPARSEGRAD_DATA", Path(__file__).parents[3] / "data"
 
 
 @pytest.fixture(params=["glue", "chat", "real chat"])
-def trained(request, config, chat_config, ranks, tmp_path):
+def trained(request, config, chat_config, ranks, tmp_path, monkeypatch):
     """``trained(processes, accumulation, checkpointing)``: weights and steps of every method."""
     make, change, (wide, narrow) = chat_config, ["scale.train_examples=40"], (48, 32)
     names = ["full", "lora", "sparsegrad"]
@@ -84,17 +85,21 @@ def trained(request, config, chat_config, ranks, tmp_path):
         out = tmp_path / f"{processes}-{accumulation}-{checkpointing}"
         out.mkdir()
         files = [tmp_path / "script.py", tmp_path / "config.yaml", out, tmp_path / "bases.safetensors"]
-        command = [sys.executable, *map(str, files), str(accumulation), str(checkpointing)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        started = [
-            subprocess.Popen(
-                command, stderr=subprocess.PIPE, text=True, env=environment | (ranks(r) if processes > 1 else {})
-            )
-            for r in range(processes)
-        ]
-        for process in started:
-            _, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors[-3000:]
+        arguments = [*map(str, files), str(accumulation), str(checkpointing)]
+        if processes == 1:
+            monkeypatch.setattr(sys, "argv", arguments)
+            runpy.run_path(arguments[0])
+        else:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            started = [
+                subprocess.Popen(
+                    [sys.executable, *arguments], stderr=subprocess.PIPE, text=True, env=environment | rank
+                )
+                for rank in map(ranks, range(processes))
+            ]
+            for process in started:
+                _, errors = process.communicate(timeout=240)
+                assert process.returncode == 0, errors[-3000:]
         weights = {name: load_file(out / f"{name}.safetensors") for name in found["methods"]}
         return weights, {name: (out / f"{name}.txt").read_text().split() for name in weights}
 
