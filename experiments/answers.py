@@ -7,22 +7,19 @@ As DVC runs it: ``cell=params.yaml name=smoke model=tiny_llama``; see conf/mt_be
 was.
 """
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
+from typing import Any
+
+from finetune.runs.command import script
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="mt_bench")
-def main(cfg: DictConfig) -> None:
+@script("mt_bench")
+def main(config: dict[str, Any]) -> None:
     from finetune.mt_bench.answer_cells import answer_cells
     from finetune.mt_bench.cells import work_of
-    from finetune.runs import command
 
-    with command.exit_with_message():
-        config = OmegaConf.to_container(cfg, resolve=True)
-        root, methods, seeds = work_of(config)
-        models = root if cfg.cell is None else root / "models"
-        folder = root / "mt_bench" / "answers" / cfg.model.name
-        answer_cells(config, methods, seeds, models / cfg.model.name, folder)
+    root, methods, seeds = work_of(config)
+    name, models = config["model"]["name"], root if config["cell"] is None else root / "models"
+    answer_cells(config, methods, seeds, models / name, root / "mt_bench" / "answers" / name)
 
 
 if __name__ == "__main__":

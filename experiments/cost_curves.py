@@ -7,27 +7,24 @@ The floor is the frozen MLP: forward, and backward to the input.
 """
 
 import logging
+from typing import Any
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
+from finetune.runs.command import only_writer, script
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="cost_curves")
-def main(cfg: DictConfig) -> None:
+@script("cost_curves")
+def main(config: dict[str, Any]) -> None:
     from finetune.efficiency import cost_curves
     from finetune.efficiency.stage import Stage
-    from finetune.runs import command
 
-    with command.exit_with_message():
-        config = OmegaConf.to_container(cfg, resolve=True)
-        stage = Stage.from_config("cost_curves", config)
-        with command.only_writer(stage.path, cfg.checkpoints):
-            record = cost_curves.cost_curves(cost_curves.read_config(config), stage)
-        for line in cost_curves.summary(record):
-            log.info("%s", line)
-        log.info("%s", stage.path)
+    stage = Stage.from_config("cost_curves", config)
+    with only_writer(stage.path, config["checkpoints"]):
+        record = cost_curves.cost_curves(cost_curves.read_config(config), stage)
+    for line in cost_curves.summary(record):
+        log.info("%s", line)
+    log.info("%s", stage.path)
 
 
 if __name__ == "__main__":

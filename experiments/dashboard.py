@@ -5,30 +5,28 @@ WANDB_API_KEY=... python experiments/dashboard.py entity=me project=sparsegrad d
 """
 
 import logging
+from typing import Any
 
-import hydra
-from omegaconf import DictConfig
+from finetune.runs.command import script
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="dashboard")
-def main(cfg: DictConfig) -> None:
+@script("dashboard")
+def main(config: dict[str, Any]) -> None:
     from finetune.efficiency.variants import VARIANTS
-    from finetune.runs import command
     from finetune.store.files import write_atomically
     from finetune.tracking import dashboard
 
-    with command.exit_with_message():
-        if not cfg.dry_run and cfg.entity is None:
-            raise ValueError("entity is missing: give the wandb user or team that owns the project, entity=NAME.")
-        workspace = dashboard.build(
-            cfg.entity or "entity", cfg.project, dashboard.sections([variant.name for variant in VARIANTS])
-        )
-        write_atomically(cfg.output, dashboard.serialise(workspace) + "\n")
-        log.info("%s", cfg.output)
-        if not cfg.dry_run:
-            log.info("%s", dashboard.publish(workspace))
+    entity, output = config["entity"], config["output"]
+    if not config["dry_run"] and entity is None:
+        raise ValueError("entity is missing: give the wandb user or team that owns the project, entity=NAME.")
+    sections = dashboard.sections([variant.name for variant in VARIANTS])
+    workspace = dashboard.build(entity or "entity", config["project"], sections)
+    write_atomically(output, dashboard.serialise(workspace) + "\n")
+    log.info("%s", output)
+    if not config["dry_run"]:
+        log.info("%s", dashboard.publish(workspace))
 
 
 if __name__ == "__main__":

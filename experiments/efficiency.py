@@ -8,28 +8,26 @@ The lengths files are for ``python -m finetune.efficiency``, which measures on a
 """
 
 from pathlib import Path
+from typing import Any
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
+from finetune.runs.command import only_writer, read_lists, script
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="efficiency")
-def main(cfg: DictConfig) -> None:
+@script("efficiency")
+def main(config: dict[str, Any]) -> None:
     from finetune.efficiency import cell
-    from finetune.runs import command
 
-    with command.exit_with_message():
-        config = OmegaConf.to_container(cfg, resolve=True)
-        if cfg.cell is None:
-            tasks, root = [cfg.data.task], Path(cfg.output)
-        else:
-            tasks, root = command.read_lists(cfg.cell, ["tasks"])["tasks"], Path("results") / cfg.name
-        folder = root / "efficiency" / cfg.model.name
-        if cfg.lengths_only:
-            cell.write_lengths(config, tasks, Path(cfg.output) / "lengths" / cfg.model.name)
-            return
-        with command.only_writer(folder, cfg.checkpoints):
-            cell.efficiency_cell(config, tasks, folder)
+    model, output = config["model"]["name"], Path(config["output"])
+    if config["cell"] is None:
+        tasks, root = [config["data"]["task"]], output
+    else:
+        tasks, root = read_lists(config["cell"], ["tasks"])["tasks"], Path("results") / config["name"]
+    if config["lengths_only"]:
+        cell.write_lengths(config, tasks, output / "lengths" / model)
+        return
+    folder = root / "efficiency" / model
+    with only_writer(folder, config["checkpoints"]):
+        cell.efficiency_cell(config, tasks, folder)
 
 
 if __name__ == "__main__":

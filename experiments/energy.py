@@ -5,25 +5,22 @@ python experiments/energy.py cell=params.yaml name=local model=minilm basis=resu
 """
 
 from pathlib import Path
+from typing import Any
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
+from finetune.runs.command import only_writer, read_lists, script
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="energy")
-def main(cfg: DictConfig) -> None:
+@script("energy")
+def main(config: dict[str, Any]) -> None:
     from finetune.energy.cell import energy_cell
-    from finetune.runs import command
 
-    with command.exit_with_message():
-        config = OmegaConf.to_container(cfg, resolve=True)
-        if cfg.cell is None:
-            tasks, root = [cfg.data.task], Path(cfg.output)
-        else:
-            tasks, root = command.read_lists(cfg.cell, ["tasks"])["tasks"], Path("results") / cfg.name
-        folder = root / "energy" / cfg.model.name
-        with command.only_writer(folder, cfg.checkpoints):
-            energy_cell(config, tasks, folder)
+    if config["cell"] is None:
+        tasks, root = [config["data"]["task"]], Path(config["output"])
+    else:
+        tasks, root = read_lists(config["cell"], ["tasks"])["tasks"], Path("results") / config["name"]
+    folder = root / "energy" / config["model"]["name"]
+    with only_writer(folder, config["checkpoints"]):
+        energy_cell(config, tasks, folder)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
 from finetune.fetch import fetching
 from finetune.fetch.github import GitHub
 from finetune.fetch.hub import FetchError, Hub
+from finetune.runs.command import script
 from finetune.store.experiment import read_experiment
 
 log = logging.getLogger("fetch")
@@ -51,17 +50,16 @@ def wanted(experiment: Mapping[str, Any]) -> list[fetching.AnySource]:
     return fetching.sources(experiment, found["model"], data, found["questions"])
 
 
-def run(cfg: DictConfig) -> list[str]:
+def run(config: Mapping[str, Any]) -> list[str]:
     """One fetch, dry run or verification; returns its errors, one line each, already logged."""
-    if OmegaConf.is_missing(cfg, "experiment"):
-        raise ValueError("name an experiment file: experiment=experiments/local.yaml")
-    root, sources = Path(cfg.data.root).expanduser(), wanted(read_experiment(cfg.experiment))
+    file, verify, dry_run = (config[name] for name in ("experiment", "verify", "dry_run"))
+    root, sources = Path(config["data"]["root"]).expanduser(), wanted(read_experiment(file))
     if not sources:
-        log.info("nothing to fetch: the pipeline makes every model and dataset of %s itself", cfg.experiment)
+        log.info("nothing to fetch: the pipeline makes every model and dataset of %s itself", file)
         return []
     hub = Hub(os.environ.get("HF_ENDPOINT") or None, os.environ.get("HF_TOKEN"))
     servers = fetching.Servers(hub, GitHub(os.environ.get("GITHUB_RAW_ENDPOINT") or None))
-    if cfg.verify:
+    if verify:
         items = [fetching.Item(source, root / source.folder, complete=True) for source in sources]
     else:
         items = fetching.plan(sources, root, servers)
@@ -69,18 +67,18 @@ def run(cfg: DictConfig) -> list[str]:
             log.log(logging.ERROR if item.error else logging.INFO, "%s", item)
         log.info("to download: %s, into %s", fetching.human(sum(item.missing for item in items)), root)
         fetching.check_room(items, root)
-    errors = [item.error for item in items if item.error] if cfg.dry_run else fetching.fetch(items, servers)
-    if not cfg.dry_run:
+    errors = [item.error for item in items if item.error] if dry_run else fetching.fetch(items, servers)
+    if not dry_run:
         log.info("%d of %d folders are complete under %s", len(items) - len(errors), len(items), root)
     return errors
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="fetch")
-def main(cfg: DictConfig) -> None:
+@script("fetch")
+def main(config: dict[str, Any]) -> None:
     """Runs it; errors become one line each and exit code 1."""
     try:
-        failed = bool(run(cfg))
-    except (FetchError, ValueError, OSError, OmegaConfBaseException) as error:
+        failed = bool(run(config))
+    except (FetchError, OSError) as error:
         log.error("%s", error)
         failed = True
     if failed:

@@ -6,9 +6,7 @@ python experiments/figure.py figure=all name=local     # those that the experime
 
 import logging
 from pathlib import Path
-
-import hydra
-from omegaconf import DictConfig
+from typing import Any
 
 from finetune.report.evidence.efficiency_evidence import read_efficiency_evidence
 from finetune.report.evidence.experiment import Experiment, load_experiment
@@ -17,6 +15,7 @@ from finetune.report.figures.energy_figure import draw_figure_energy
 from finetune.report.figures.figures_efficiency import draw_figure_cost_curves, draw_figure_efficiency
 from finetune.report.figures.gradient_figures import draw_figure_02, draw_figure_03
 from finetune.report.figures.scores_figure import draw_scores
+from finetune.runs.command import script
 from finetune.store import records
 
 log = logging.getLogger(__name__)
@@ -24,21 +23,18 @@ log = logging.getLogger(__name__)
 GRADIENTS = {"figure_02": draw_figure_02, "figure_03": draw_figure_03, "figure_energy": draw_figure_energy}
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="figure")
-def main(cfg: DictConfig) -> None:
-    results = Path("results") / cfg.name
+@script("figure")
+def main(config: dict[str, Any]) -> None:
+    results = Path("results") / config["name"]
     drawers = dict.fromkeys(GRADIENTS, _gradients) | {"figure_efficiency": _efficiency, "figure_cost_curves": _costs}
     drawers["methods_scores"] = _scores
-    try:
-        experiment = load_experiment(cfg.experiment, cfg.name)
-        wanted = experiment.figures if cfg.figure == "all" else [cfg.figure]
-        if unknown := [name for name in wanted if name not in drawers]:
-            raise ValueError(f"figure={unknown[0]!r}; allowed: all, {', '.join(drawers)}.")
-        for name in wanted:
-            for path in drawers[name](name, experiment, results):
-                log.info("%s", path)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    experiment = load_experiment(config["experiment"], config["name"])
+    wanted = experiment.figures if config["figure"] == "all" else [config["figure"]]
+    if unknown := [name for name in wanted if name not in drawers]:
+        raise ValueError(f"figure={unknown[0]!r}; allowed: all, {', '.join(drawers)}.")
+    for name in wanted:
+        for path in drawers[name](name, experiment, results):
+            log.info("%s", path)
 
 
 def _gradients(name: str, experiment: Experiment, results: Path) -> list[Path]:

@@ -4,24 +4,20 @@ python experiments/generate.py name=smoke
 """
 
 from pathlib import Path
-
-import hydra
-from omegaconf import DictConfig
+from typing import Any
 
 from finetune.data.generated import write_corpus, write_task
 from finetune.data.generated_chat import write_chat
+from finetune.runs.command import script
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="generate")
-def main(cfg: DictConfig) -> None:
-    folder, glue = Path("results") / cfg.name, cfg.glue
-    try:
-        write_corpus(folder / "data" / "text" / "corpus.txt", glue.corpus_sentences, cfg.seed)
-        for task in glue.tasks:
-            write_task(task, folder / "data" / "glue", glue.train, glue.validation, cfg.seed)
-        write_chat(folder / "chat", trees=cfg.chat.trees, dialogues=cfg.chat.dialogues, seed=cfg.seed)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+@script("generate")
+def main(config: dict[str, Any]) -> None:
+    folder, glue, seed = Path("results") / config["name"], config["glue"], config["seed"]
+    write_corpus(folder / "data" / "text" / "corpus.txt", glue["corpus_sentences"], seed)
+    for task in glue["tasks"]:
+        write_task(task, folder / "data" / "glue", glue["train"], glue["validation"], seed)
+    write_chat(folder / "chat", **config["chat"], seed=seed)
 
 
 if __name__ == "__main__":

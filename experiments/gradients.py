@@ -4,16 +4,16 @@ python experiments/gradients.py cell=params.yaml name=smoke model=tiny_bert scal
 python experiments/gradients.py --config-name chat cell=params.yaml name=smoke model=tiny_llama scale=llama/smoke
 """
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
+from typing import Any
+
+from finetune.runs.command import script
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="glue")
-def main(cfg: DictConfig) -> None:
-    from finetune.runs import cells, command
+@script("glue")
+def main(config: dict[str, Any]) -> None:
+    from finetune.runs import cells
 
-    with command.exit_with_message():
-        cells.gradients_cell(cells.Cell.of(OmegaConf.to_container(cfg, resolve=True)))
+    cells.gradients_cell(cells.Cell.of(config))
 
 
 if __name__ == "__main__":

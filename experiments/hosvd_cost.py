@@ -7,27 +7,24 @@ Gradients are made, with a known shared subspace: time and memory do not depend 
 """
 
 import logging
+from typing import Any
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
+from finetune.runs.command import only_writer, script
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="hosvd_cost")
-def main(cfg: DictConfig) -> None:
+@script("hosvd_cost")
+def main(config: dict[str, Any]) -> None:
     from finetune.efficiency import hosvd_cost
     from finetune.efficiency.stage import Stage
-    from finetune.runs import command
 
-    with command.exit_with_message():
-        config = OmegaConf.to_container(cfg, resolve=True)
-        stage = Stage.from_config("hosvd_cost", config)
-        with command.only_writer(stage.path, cfg.checkpoints):
-            record = hosvd_cost.hosvd_cost(*hosvd_cost.read_config(config), stage)
-        for line in hosvd_cost.summary(record):
-            log.info("%s", line)
-        log.info("%s", stage.path)
+    stage = Stage.from_config("hosvd_cost", config)
+    with only_writer(stage.path, config["checkpoints"]):
+        record = hosvd_cost.hosvd_cost(*hosvd_cost.read_config(config), stage)
+    for line in hosvd_cost.summary(record):
+        log.info("%s", line)
+    log.info("%s", stage.path)
 
 
 if __name__ == "__main__":

@@ -8,21 +8,19 @@ What is judged is not judged again; failures are counted, listed in ``<model>-<m
 done again by the next run.
 """
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
+from typing import Any
+
+from finetune.runs.command import script
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="mt_bench")
-def main(cfg: DictConfig) -> None:
+@script("mt_bench")
+def main(config: dict[str, Any]) -> None:
     from finetune.mt_bench.cells import work_of
     from finetune.mt_bench.judgment_cells import judge_cells
-    from finetune.runs import command
 
-    with command.exit_with_message():
-        config = OmegaConf.to_container(cfg, resolve=True)
-        root, methods, seeds = work_of(config)
-        answers, folder = (root / "mt_bench" / kind / cfg.model.name for kind in ("answers", "judgments"))
-        judge_cells(config, methods, seeds, answers, folder)
+    root, methods, seeds = work_of(config)
+    answers, folder = (root / "mt_bench" / kind / config["model"]["name"] for kind in ("answers", "judgments"))
+    judge_cells(config, methods, seeds, answers, folder)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import hydra
 import yaml
-from omegaconf import DictConfig, OmegaConf
 
 from finetune.plan.estimate import plan_experiment
 from finetune.plan.experiment import Experiment
 from finetune.plan.text import plan_lines
 from finetune.plan.throughput import Processor
+from finetune.runs.command import script
 from finetune.store.experiment import expand, read_experiment
 from finetune.store.files import write_atomically
 
@@ -34,7 +33,7 @@ def read(group: str, name: str) -> Mapping[str, Any]:
     path = CONF / group / f"{name}.yaml"
     if not path.is_file():
         there = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "nothing"
-        raise FileNotFoundError(f"there is no {path.relative_to(CONF.parent)}; its folder has {there}.")
+        raise ValueError(f"there is no {path.relative_to(CONF.parent)}; its folder has {there}.")
     return yaml.safe_load(path.read_text())
 
 
@@ -44,27 +43,24 @@ def unplanned(folder: Path) -> list[str]:
     return [stage for stage in yaml.safe_load(path.read_text())["stages"] if stage not in PLANNED]
 
 
-def plan(cfg: DictConfig) -> dict[str, Any]:
+def plan(settings: dict[str, Any]) -> dict[str, Any]:
     """The plan, logged and returned."""
-    lists = expand(read_experiment(cfg.experiment) | ({"decoders": list(cfg.models)} if cfg.models else {}), CONF)
-    settings = OmegaConf.to_container(cfg, resolve=True)
+    models = {"decoders": settings["models"]} if settings["models"] else {}
+    lists = expand(read_experiment(settings["experiment"]) | models, CONF)
     cards = [Processor(name=name, **values) for name, values in settings["cards"].items()]
-    experiment = Experiment(lists, read, settings, Path(cfg.results), cfg.data_root)
+    experiment = Experiment(lists, read, settings, Path(settings["results"]), settings["data_root"])
     found = plan_experiment(experiment, cards, settings)
     for line in plan_lines(found, unplanned(CONF.parent)):
         log.info("%s", line)
     return found
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="plan")
-def main(cfg: DictConfig) -> None:
-    try:
-        found = plan(cfg)
-        path = Path(cfg.json or f"outputs/plan/{found['experiment']}.json")
-        write_atomically(path, json.dumps(found, indent=1) + "\n")
-        log.info("%s", path)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+@script("plan")
+def main(config: dict[str, Any]) -> None:
+    found = plan(config)
+    path = Path(config["json"] or f"outputs/plan/{found['experiment']}.json")
+    write_atomically(path, json.dumps(found, indent=1) + "\n")
+    log.info("%s", path)
 
 
 if __name__ == "__main__":

@@ -6,37 +6,36 @@ python experiments/pretrain.py name=smoke model=tiny_llama
 
 import logging
 from pathlib import Path
+from typing import Any
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
+from finetune.runs.command import script
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="pretrain")
-def main(cfg: DictConfig) -> None:
+@script("pretrain")
+def main(config: dict[str, Any]) -> None:
     import torch
 
     from finetune.data.chat import chat_template
     from finetune.models.pretraining import Pretraining, pretrain, pretrain_causal
-    from finetune.runs.command import exit_with_message
 
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
-    decoder = "template" in cfg.model
-    settings = dict(cfg.decoder if decoder else cfg.encoder)
+    if config["threads"] is not None:
+        torch.set_num_threads(config["threads"])
+    model, results = config["model"], Path("results") / config["name"]
+    decoder = "template" in model
+    settings = dict(config["decoder" if decoder else "encoder"])
     length = settings.pop("length", None)
-    options = Pretraining(**settings, seed=cfg.seed, device=torch.device(cfg.device), progress_bar=cfg.progress)
-    architecture, results = OmegaConf.to_container(cfg.model.architecture, resolve=True), Path("results") / cfg.name
-    with exit_with_message():
-        if decoder:
-            folder, template = results / "chat", chat_template(cfg.model.template)
-            text, checkpoint = folder / "text" / "dialogues.txt", folder / cfg.model.folder
-            facts = pretrain_causal(text, checkpoint, architecture, template, length, options)
-        else:
-            folder = results / "data"
-            facts = pretrain(folder / "text" / "corpus.txt", folder / cfg.model.folder, architecture, options)
-    log.info("%s: %s", cfg.model.name, facts)
+    device = torch.device(config["device"])
+    options = Pretraining(**settings, seed=config["seed"], device=device, progress_bar=config["progress"])
+    if decoder:
+        folder, template = results / "chat", chat_template(model["template"])
+        text, checkpoint = folder / "text" / "dialogues.txt", folder / model["folder"]
+        facts = pretrain_causal(text, checkpoint, model["architecture"], template, length, options)
+    else:
+        folder = results / "data"
+        facts = pretrain(folder / "text" / "corpus.txt", folder / model["folder"], model["architecture"], options)
+    log.info("%s: %s", model["name"], facts)
 
 
 if __name__ == "__main__":

@@ -5,18 +5,18 @@
 A killed search goes on where it was; see conf/glue.yaml, conf/scale and conf/protocol for what it searches.
 """
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
+from typing import Any
+
+from finetune.runs.command import only_writer, script
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="glue")
-def main(cfg: DictConfig) -> None:
-    from finetune.runs import cells, command
+@script("glue")
+def main(config: dict[str, Any]) -> None:
+    from finetune.runs import cells
 
-    with command.exit_with_message():
-        cell = cells.Cell.of(OmegaConf.to_container(cfg, resolve=True))
-        with command.only_writer(cell.folder("runs"), cfg.checkpoints):
-            cells.search_cell(cell)
+    cell = cells.Cell.of(config)
+    with only_writer(cell.folder("runs"), config["checkpoints"]):
+        cells.search_cell(cell)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ python experiments/table.py number=all name=local questions=mt_bench_inf
 
 import logging
 from pathlib import Path
-
-import hydra
-from omegaconf import DictConfig, ListConfig
+from typing import Any
 
 from finetune.mt_bench.journal import read_items
 from finetune.mt_bench.scores import categories_of
@@ -18,29 +16,28 @@ from finetune.report.evidence.evidence import read_evidence
 from finetune.report.evidence.experiment import load_experiment
 from finetune.report.tables.render import write_files
 from finetune.report.tables.tables import build_table
+from finetune.runs.command import script
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="table")
-def main(cfg: DictConfig) -> None:
-    results = Path("results") / cfg.name
-    try:
-        experiment = load_experiment(cfg.experiment, cfg.name)
-        numbers = experiment.tables if cfg.number == "all" else cfg.number
-        evidence, measured = read_evidence(experiment, results), read_efficiency_evidence(experiment, results)
-        for number in numbers if isinstance(numbers, tuple | ListConfig) else [numbers]:
-            table = build_table(number, evidence, measured, categories=_categories(cfg))
-            for path in write_files(results / "tables", table):
-                log.info("%s", path)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+@script("table")
+def main(config: dict[str, Any]) -> None:
+    results = Path("results") / config["name"]
+    experiment = load_experiment(config["experiment"], config["name"])
+    numbers = experiment.tables if config["number"] == "all" else config["number"]
+    evidence, measured = read_evidence(experiment, results), read_efficiency_evidence(experiment, results)
+    categories = _categories(config.get("questions"))
+    for number in [numbers] if isinstance(numbers, int) else numbers:
+        table = build_table(number, evidence, measured, categories=categories)
+        for path in write_files(results / "tables", table):
+            log.info("%s", path)
 
 
-def _categories(cfg: DictConfig) -> dict[int, str] | None:
-    if cfg.get("questions") is None:
+def _categories(place: dict[str, Any] | None) -> dict[int, str] | None:
+    if place is None:
         return None
-    return categories_of(read_items(Path(cfg.questions.root) / cfg.questions.folder / cfg.questions.questions))
+    return categories_of(read_items(Path(place["root"]) / place["folder"] / place["questions"]))
 
 
 if __name__ == "__main__":

@@ -9,22 +9,21 @@ As DVC runs it: ``cell=params.yaml name=smoke model=tiny_bert method=lora``: wha
 see conf/glue.yaml and conf/chat.yaml.
 """
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
+from typing import Any
+
+from finetune.runs.command import only_writer, script
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="glue")
-def main(cfg: DictConfig) -> float | None:
+@script("glue")
+def main(config: dict[str, Any]) -> float | None:
     """Returns the score of a single run, for sweepers that optimise it."""
-    from finetune.runs import cells, command
+    from finetune.runs import cells
 
-    with command.exit_with_message():
-        config = OmegaConf.to_container(cfg, resolve=True)
-        if cfg.cell is None:
-            return cells.run_by_hand(config)
-        cell = cells.Cell.of(config)
-        with command.only_writer(cell.folder("runs"), cfg.checkpoints):
-            cells.train_cell(cell)
+    if config["cell"] is None:
+        return cells.run_by_hand(config)
+    cell = cells.Cell.of(config)
+    with only_writer(cell.folder("runs"), config["checkpoints"]):
+        cells.train_cell(cell)
     return None
 
 

@@ -171,7 +171,7 @@ def test_gated_model(project, mirror):
         (["dry_run=true"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "http://127.0.0.1:9 can't be reached"),
         (["experiment=experiments/none.yaml"], {}, "its folder has base.yaml, real.yaml, smoke.yaml"),
         (["verify=true"], {}, "has no SHA256SUMS: run fetch without verify=true"),
-        (["experiment=???"], {}, "name an experiment file"),
+        (["experiment=???"], {}, "Missing mandatory value: experiment"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_1(project, mirror, overrides, environment, message):

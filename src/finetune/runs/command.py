@@ -1,4 +1,4 @@
-"""What every script does around its work: a user's error as one line, lists of an experiment file, one writer a folder.
+"""What every script does around its work: its configuration, a user's error as one line, one writer a folder.
 
 Nothing heavy is imported here.
 """
@@ -8,14 +8,67 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from finetune.store.files import read_yaml
 
 log = logging.getLogger(__name__)
+
+
+def script(config_name: str) -> Callable[[Callable[[dict[str, Any]], Any]], Callable[[], None]]:
+    """Make a function the main of a script in ``experiments/``: Hydra composes its configuration from ``conf``.
+
+    The function gets it as plain dictionaries, interpolations resolved. An error that a user can mend, in what Hydra is
+    told too, is one line and exit code 1.
+
+    Args:
+        config_name: the file of ``conf`` that holds where ``--config-name`` names no other.
+    """
+
+    def decorate(main: Callable[[dict[str, Any]], Any]) -> Callable[[], None]:
+        import hydra
+        from omegaconf import DictConfig, OmegaConf
+
+        @hydra.main(version_base=None, config_path="../conf", config_name=config_name)
+        @wraps(main)
+        def composed(cfg: DictConfig) -> Any:
+            with _hydra_in_one_line():
+                config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+            with exit_with_message():
+                return main(config)
+
+        @wraps(main)
+        def run() -> None:
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come here; else it would print pages
+            with _hydra_in_one_line():
+                composed()
+
+        return run
+
+    return decorate
+
+
+@contextmanager
+def _hydra_in_one_line() -> Iterator[None]:
+    """End with an error of Hydra or OmegaConf, and the names that are nearest to one that is not there."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        text = " ".join(re.split(r"\s+(?:full_key|Config search path):", str(error))[0].split())
+        where = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+        there, key = getattr(where, "parent_node", None), str(getattr(where, "key", None))
+        names = [str(name) for name in there] if isinstance(there, Mapping) else []
+        near = [] if key in names else get_close_matches(key, names)
+        raise SystemExit(f"error: {text}" + (f" (nearest: {', '.join(near)})" if near else "")) from None
 
 
 @contextmanager
