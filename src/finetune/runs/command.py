@@ -16,6 +16,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from finetune.config.check import SCRIPTS, check_script
 from finetune.store.files import read_yaml
 
 log = logging.getLogger(__name__)
@@ -24,8 +25,8 @@ log = logging.getLogger(__name__)
 def script(config_name: str) -> Callable[[Callable[[dict[str, Any]], Any]], Callable[[], None]]:
     """Make a function the main of a script in ``experiments/``: Hydra composes its configuration from ``conf``.
 
-    The function gets it as plain dictionaries, interpolations resolved. An error that a user can mend, in what Hydra is
-    told too, is one line and exit code 1.
+    The function gets it as plain dictionaries, interpolations resolved, checked against the schema. An error that a
+    user can mend, in what Hydra is told too, is one line and exit code 1.
 
     Args:
         config_name: the file of ``conf`` that holds where ``--config-name`` names no other.
@@ -33,6 +34,7 @@ def script(config_name: str) -> Callable[[Callable[[dict[str, Any]], Any]], Call
 
     def decorate(main: Callable[[dict[str, Any]], Any]) -> Callable[[], None]:
         import hydra
+        from hydra.core.hydra_config import HydraConfig
         from omegaconf import DictConfig, OmegaConf
 
         @hydra.main(version_base=None, config_path="../conf", config_name=config_name)
@@ -41,6 +43,8 @@ def script(config_name: str) -> Callable[[Callable[[dict[str, Any]], Any]], Call
             with _hydra_in_one_line():
                 config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
             with exit_with_message():
+                named = Path(HydraConfig.get().job.config_name or "").stem
+                check_script(named if named in SCRIPTS else config_name, config)
                 return main(config)
 
         @wraps(main)
@@ -63,7 +67,7 @@ def _hydra_in_one_line() -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        text = " ".join(re.split(r"\s+(?:full_key|Config search path):", str(error))[0].split())
+        text = " ".join(re.split(r"\s+(?:full_key:|Config search path:|To append to)", str(error))[0].split())
         where = error if isinstance(error, OmegaConfBaseException) else error.__cause__
         there, key = getattr(where, "parent_node", None), str(getattr(where, "key", None))
         names = [str(name) for name in there] if isinstance(there, Mapping) else []
