@@ -24,7 +24,7 @@ from sparsegrad import load_tensors
 
 WORKER = ["-m", "finetune.efficiency.hosvd_ways"]
 SPARE = 0.8  # share of the free memory that a way may take
-Entry = dict[str, Any]
+Entry = dict[str, Any]  # one way at one number of gradients
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,13 @@ def hosvd_cost(cases: Sequence[Case], options: HosvdOptions, stage: Stage) -> di
     """
 
     def measure(device: torch.device, folder: Path) -> dict[str, Any]:
-        entries: dict[str, list[Entry]] = {case.name: [] for case in cases}
         plan = [(case, way, n) for case in cases for way, n in case.plan()]
-        for case, way, n in tqdm(plan, desc="hosvd", disable=not stage.progress):
-            entries[case.name].append(_measure(case, way, n, options, device, folder))
-        finished = [(case, e) for case in cases for e in entries[case.name] if _is_finished(e)]
-        for case in cases:
-            for entry in entries[case.name]:
-                entry["calculated"] = _calculated(case, entry, finished)
-        return {"treatment": treatment, "cases": [_case_record(case, entries[case.name], folder) for case in cases]}
+        progress = tqdm(plan, desc="hosvd", disable=not stage.progress)
+        found = [(case, _measure(case, way, n, options, device, folder)) for case, way, n in progress]
+        for case, entry in found:
+            entry["calculated"] = _calculated(case, entry, found)
+        parts = [_case_record(case, [entry for one, entry in found if one is case], folder) for case in cases]
+        return {"treatment": treatment, "cases": parts}
 
     treatment = {
         **asdict(options),
@@ -119,21 +117,21 @@ def hosvd_cost(cases: Sequence[Case], options: HosvdOptions, stage: Stage) -> di
 
 def summary(record: Mapping[str, Any]) -> list[str]:
     """The record in a few lines; what is calculated is in brackets."""
+
+    def shown(value: float | None, form: str) -> str:
+        return "unknown" if value is None else format(value, form)
+
     lines = []
     for case in record["cases"]:
         lines.append(f"{case['name']}: gradients of {case['shape'][0]} x {case['shape'][1]}")
         for entry in case["entries"]:
-            measured = entry["status"] == "finished"
-            seconds = entry["seconds"]["total"] if measured else entry["calculated"]["seconds"]
-            size = entry["peak_bytes"] if measured else entry["calculated"]["bytes"]
-            text = f"{'unknown' if seconds is None else f'{seconds:.4g}'} s, {size / 1e6:,.0f} MB"
-            text = text if measured else f"({text}) {entry['status']}: {entry['reason']}"
+            seconds, size = _cost(entry)
+            text = f"{shown(seconds, '.4g')} s, {size / 1e6:,.0f} MB"
+            text = text if _is_finished(entry) else f"({text}) {entry['status']}: {entry['reason']}"
             lines.append(f"  {entry['way']:<20}n={entry['gradients']:<5}{text}")
         for name, ratio in case["ratios"].items():
-            times = [ratio["time"], ratio["cpu_time"]]
-            time, cpu = ("unknown" if value is None else f"{value:.3f}" for value in times)
-            text = f"time {time}, time on the CPU {cpu}, memory {ratio['memory']:.3f}, {ratio['from']}"
-            lines.append(f"  {REFERENCE} / {name}: {text}")
+            times = f"time {shown(ratio['time'], '.3f')}, time on the CPU {shown(ratio['cpu_time'], '.3f')}"
+            lines.append(f"  {REFERENCE} / {name}: {times}, memory {shown(ratio['memory'], '.3f')}, {ratio['from']}")
     return lines
 
 
@@ -143,12 +141,11 @@ def _measure(case: Case, way: str, n: int, options: HosvdOptions, device: torch.
     if n not in case.ways[way]:
         return entry | {"status": "not run", "reason": "not among the numbers of gradients to measure"}
     needed, limit = peak_bytes(way, case.shape, n), SPARE * machine.free_memory(device)
-    if options.limit_bytes is not None:
-        limit = min(limit, options.limit_bytes)
+    limit = limit if options.limit_bytes is None else min(limit, options.limit_bytes)
     if needed > limit:
         reason = f"needs {needed / 1e9:.1f} GB by formula, allowed here are {limit / 1e9:.1f} GB"
         return entry | {"status": "not run", "reason": reason}
-    answer = _answer(folder, case.name, way, n)
+    answer = _answer(folder, case, entry)
     if not answer.is_file():
         request = {"way": way, "shape": case.shape, "gradients": n, "rank": options.rank, "noise": options.noise}
         request |= {"seed": options.seed, "device": device.type, "threads": options.threads}
@@ -176,57 +173,50 @@ def _run_alone(request: Mapping[str, Any], answer: Path, limit_seconds: float) -
     return None
 
 
-def _answer(folder: Path, case: str, way: str, n: int) -> Path:
-    return folder / f"{case}-{way}-{n}.json"
+def _answer(folder: Path, case: Case, entry: Entry, suffix: str = ".json") -> Path:
+    return folder / f"{case.name}-{entry['way']}-{entry['gradients']}{suffix}"
 
 
-def _calculated(case: Case, entry: Entry, finished: Sequence[tuple[Case, Entry]]) -> dict[str, Any]:
+def _calculated(case: Case, entry: Entry, found: Sequence[tuple[Case, Entry]]) -> dict[str, Any]:
     """Bytes and operations by formula, and seconds from the nearest other measurement of the same way."""
     way, n = entry["way"], entry["gradients"]
-    operations = flop(way, case.shape, n)
-    found: dict[str, Any] = {"bytes": peak_bytes(way, case.shape, n), "flop": sum(operations.values())}
-    found["seconds"] = found["seconds_from"] = None
-    known = [(c, e) for c, e in finished if e["way"] == way and e is not entry]
+    operations, size = flop(way, case.shape, n), peak_bytes(way, case.shape, n)
+    made: dict[str, Any] = {"bytes": size, "flop": sum(operations.values()), "seconds": None, "seconds_from": None}
+    known = [(c, e) for c, e in found if _is_finished(e) and e["way"] == way and e is not entry]
     if known:  # of the same shape if there is one, then the one with most work
         other, source = max(known, key=lambda pair: (pair[0].name == case.name, pair[1]["gradients"]))
         theirs = flop(way, other.shape, source["gradients"])
-        found["seconds"] = sum(source["seconds"][part] * operations[part] / theirs[part] for part in operations)
-        found["seconds_from"] = f"{other.name}, {source['gradients']} gradients, by operations"
+        made["seconds"] = sum(source["seconds"][part] * operations[part] / theirs[part] for part in operations)
+        made["seconds_from"] = f"{other.name}, {source['gradients']} gradients, by operations"
     if _is_finished(entry):
-        found["bytes_over_measured"] = found["bytes"] / entry["peak_bytes"] if entry["peak_bytes"] else None
-    return found
+        made["bytes_over_measured"] = size / entry["peak_bytes"] if entry["peak_bytes"] else None
+    return made
 
 
 def _case_record(case: Case, entries: list[Entry], folder: Path) -> dict[str, Any]:
-    for entry in entries:
-        reference = _answer(folder, case.name, REFERENCE, entry["gradients"]).with_suffix(".safetensors")
-        if entry["status"] == "finished" and entry["way"] != REFERENCE and reference.is_file():
-            own = _answer(folder, case.name, entry["way"], entry["gradients"]).with_suffix(".safetensors")
-            ours, theirs = load_tensors(own)[0], load_tensors(reference)[0]
-            entry[f"angle_to_{REFERENCE}"] = {name: angle(ours[name], theirs[name]) for name in ("U", "V")}
-    return {
-        "name": case.name,
-        "shape": list(case.shape),
-        "asked": case.asked,
-        "entries": entries,
-        "ratios": _ratios(case, entries),
-    }
-
-
-def _ratios(case: Case, entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
-    """Streaming over each other way, at the number of gradients asked for and where both were measured with most."""
     index = {(entry["way"], entry["gradients"]): entry for entry in entries}
+    for entry in entries:
+        reference = index.get((REFERENCE, entry["gradients"]))
+        if entry["way"] != REFERENCE and _is_finished(entry) and _is_finished(reference):
+            ours, theirs = (load_tensors(_answer(folder, case, one, ".safetensors"))[0] for one in (entry, reference))
+            entry[f"angle_to_{REFERENCE}"] = {name: angle(ours[name], theirs[name]) for name in ("U", "V")}
+    facts = {"name": case.name, "shape": list(case.shape), "asked": case.asked}
+    return facts | {"entries": entries, "ratios": _ratios(case, index)}
+
+
+def _ratios(case: Case, index: Mapping[tuple[str, int], Entry]) -> dict[str, dict[str, Any]]:
+    """Streaming over each other way, at the number of gradients asked for and where both were measured with most."""
     found = {}
     for way in (way for way in case.ways if way != REFERENCE and REFERENCE in case.ways):
-        both = [n for n in case.ways[way] if all(_is_finished(index.get((w, n))) for w in (way, REFERENCE))]
+        both = [n for n in case.ways[way] if all(_is_finished(index.get((one, n))) for one in (way, REFERENCE))]
         for n in sorted({case.asked, *both[-1:]}):
             ours, theirs = index[REFERENCE, n], index[way, n]
             (a, b), (c, d) = _cost(ours), _cost(theirs)
-            measured = _is_finished(ours) and _is_finished(theirs)
+            measured = n in both
             found[f"{way}, {n} gradients"] = {
                 "time": a / c if a is not None and c is not None else None,
                 "cpu_time": ours["cpu_seconds"] / theirs["cpu_seconds"] if measured else None,
-                "memory": b / d,
+                "memory": b / d if d else None,
                 "from": "measured" if measured else "calculated where not measured",
             }
     return found
@@ -237,6 +227,7 @@ def _is_finished(entry: Entry | None) -> bool:
 
 
 def _cost(entry: Entry) -> tuple[float | None, int]:
+    """Seconds and bytes, measured or calculated."""
     if _is_finished(entry):
         return entry["seconds"]["total"], entry["peak_bytes"]
     return entry["calculated"]["seconds"], entry["calculated"]["bytes"]

@@ -22,10 +22,14 @@ warm: LAPACK's work spaces are in it, which torch's allocator never sees. On CUD
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +41,6 @@ from finetune.store.records import write_json
 from sparsegrad import Basis, GradientMoments, hosvd, hosvd_of_unfoldings, hosvd_tensorly, save_tensors
 
 Shape = tuple[int, int]
-Seconds = dict[str, float]
 
 WAYS = ("streaming", "unfoldings", "unfoldings_float32", "tensorly")
 REFERENCE = "streaming"
@@ -48,6 +51,9 @@ MEASURED_BY = {
     "cuda": "torch.cuda.max_memory_allocated of a process of its own",
     "cpu": "VmHWM of a process of its own, over what was resident before",
 }
+# Bytes an entry of the stack. The float32 stack; in float64 its cast, an unfolding (the other is a view), LAPACK's copy
+# and right factor, and what TensorLy holds besides.
+ENTRY_BYTES = {"unfoldings": 4 + 4 * 8, "unfoldings_float32": 3 * 4, "tensorly": 4 + 5 * 8}
 
 
 @dataclass(frozen=True)
@@ -72,25 +78,24 @@ class Gradients:
         if len(self.shape) != 2 or not 1 <= self.rank <= min(self.shape):
             raise ValueError(f"rank={self.rank} of gradients of shape {self.shape}; allowed: 1 to the smaller side.")
 
+    @cached_property
     def planted(self) -> Basis:
         """The shared subspaces: ``V`` ``(rank, out_features)`` and ``U`` ``(rank, in_features)``, float32."""
         generator = torch.Generator().manual_seed(self.seed)
-        V, U = (
-            torch.linalg.qr(torch.randn(size, self.rank, generator=generator, dtype=torch.float64)).Q.T
-            for size in self.shape
-        )
-        return Basis(U.float().contiguous().to(self.device), V.float().contiguous().to(self.device))
+        sides = (torch.randn(size, self.rank, generator=generator, dtype=torch.float64) for size in self.shape)
+        V, U = (torch.linalg.qr(side).Q.T.float().contiguous().to(self.device) for side in sides)
+        return Basis(U, V)
 
-    def gradient(self, number: int, planted: Basis) -> Tensor:
+    def gradient(self, number: int) -> Tensor:
         """Gradient ``number`` (from 0), float32 ``(out_features, in_features)``."""
         generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + number + 1)
         decay = torch.logspace(0, -0.5, self.rank, device=self.device)
         S = torch.randn(self.rank, self.rank, generator=generator, device=self.device) * decay[:, None] * decay
         G = torch.randn(self.shape, generator=generator, device=self.device).mul_(self.noise)
-        return G.addmm_(planted.V.T, S @ planted.U)
+        return G.addmm_(self.planted.V.T, S @ self.planted.U)
 
 
-def run(way: str, gradients: Gradients, n: int) -> tuple[Basis, Seconds]:
+def run(way: str, gradients: Gradients, n: int) -> tuple[Basis, dict[str, float]]:
     """Find the factors of the first n gradients.
 
     Returns:
@@ -99,59 +104,48 @@ def run(way: str, gradients: Gradients, n: int) -> tuple[Basis, Seconds]:
         into a stack is not counted.
 
     Raises:
-        ValueError: on an unknown way.
         ImportError: if tensorly is asked for and not installed.
     """
-    if way not in WAYS:
-        raise ValueError(f"way={way!r}; allowed: {', '.join(WAYS)}.")
-    planted, device = gradients.planted(), gradients.device
-    updates, factors = _Clock(device), _Clock(device)
+    seconds: dict[str, float] = defaultdict(float)
+    timed = partial(_timed, seconds, gradients.device)
     if way == "streaming":
-        moments = GradientMoments(*gradients.shape, device=device)
+        moments = GradientMoments(*gradients.shape, device=gradients.device)
         for number in range(n):
-            G = gradients.gradient(number, planted)
-            with updates:
+            G = gradients.gradient(number)
+            with timed("updates"):
                 moments.update(G)
             del G
-        with factors:
+        with timed("factors"):
             basis = hosvd(moments)
-        return basis, {"updates": updates.seconds, "factors": factors.seconds, "cpu": updates.cpu + factors.cpu}
-    if way == "unfoldings_float32":
-        basis = Basis(*(_float32(gradients, n, planted, transposed, factors) for transposed in (True, False)))
+    elif way == "unfoldings_float32":
+        basis = Basis(*(_float32(gradients, n, transposed, timed) for transposed in (True, False)))
     else:
-        stack = torch.empty(n, *gradients.shape, device=device)
+        stack = torch.empty(n, *gradients.shape, device=gradients.device)
         for number in range(n):
-            stack[number] = gradients.gradient(number, planted)
-        with factors:
+            stack[number] = gradients.gradient(number)
+        with timed("factors"):
             basis = hosvd_of_unfoldings(stack) if way == "unfoldings" else hosvd_tensorly(stack)
-    return basis, {"factors": factors.seconds, "cpu": factors.cpu}
+    return basis, dict(seconds)
 
 
 def flop(way: str, shape: Shape, n: int) -> dict[str, float]:
     """Floating-point operations by formula, under the names of :func:`run`'s seconds."""
     o, i = shape
+    moments = 2.0 * n * o * i * (o + i)
     if way == "streaming":
-        return {"updates": 2.0 * n * o * i * (o + i), "factors": 9.0 * (o**3 + i**3)}
+        return {"updates": moments, "factors": 9.0 * (o**3 + i**3)}
     total = sum(6.0 * m * m * M + 12.0 * m**3 for m, M in (sorted((o, n * i)), sorted((i, n * o))))
-    if way == "tensorly":  # it multiplies the core out too
-        total += 2.0 * n * o * i * (o + i)
-    return {"factors": total}
+    return {"factors": total + (moments if way == "tensorly" else 0)}  # TensorLy multiplies the core out too
 
 
 def peak_bytes(way: str, shape: Shape, n: int) -> int:
     """Most bytes at once by formula, gradients included."""
     o, i = shape
-    entries, widest = n * o * i, max(o, i)
+    widest = max(o, i)
     if way == "streaming":
         return 8 * (o * o + i * i) + max(17 * o * i, 8 * 4 * widest**2)
     unit = 4 if way == "unfoldings_float32" else 8
-    work = 8 * unit * min(widest, n * min(o, i)) ** 2
-    if way == "unfoldings_float32":
-        return 3 * unit * entries + work
-    # The float32 stack; in float64 its cast, an unfolding (the other is a view), LAPACK's copy and right factor, and
-    # what TensorLy holds besides.
-    copies = 4 if way == "unfoldings" else 5
-    return 4 * entries + copies * unit * entries + work
+    return ENTRY_BYTES[way] * n * o * i + 8 * unit * min(widest, n * min(o, i)) ** 2
 
 
 def angle(found: Tensor, reference: Tensor) -> float:
@@ -161,37 +155,31 @@ def angle(found: Tensor, reference: Tensor) -> float:
     return float(torch.linalg.svdvals(P - (P @ Q.T) @ Q)[0].clamp(max=1.0).asin())
 
 
-def _float32(gradients: Gradients, n: int, planted: Basis, transposed: bool, clock: _Clock) -> Tensor:
+def _float32(
+    gradients: Gradients, n: int, transposed: bool, timed: Callable[[str], AbstractContextManager[None]]
+) -> Tensor:
     """U (of the transposed gradients) or V, by the SVD of one unfolding, which is freed before the next one is made."""
     rows, columns = reversed(gradients.shape) if transposed else gradients.shape
     unfolding = torch.empty(rows, n * columns, device=gradients.device)
-    for number in range(n):
-        G = gradients.gradient(number, planted)
-        unfolding[:, number * columns : (number + 1) * columns] = G.T if transposed else G
+    for number, part in enumerate(unfolding.split(columns, dim=1)):
+        G = gradients.gradient(number)
+        part.copy_(G.T if transposed else G)
         del G
-    with clock:
+    with timed("factors"):
         left = torch.linalg.svd(unfolding, full_matrices=False).U
     return left.T.contiguous()
 
 
-class _Clock:
-    """Seconds by the clock, and those of the process on the CPU, of all blocks that it was entered for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds, self.cpu = device, 0.0, 0.0
-
-    def __enter__(self) -> None:
-        self._wait()
-        self._started, self._cpu = time.perf_counter(), time.process_time()
-
-    def __exit__(self, *_: object) -> None:
-        self._wait()
-        self.seconds += time.perf_counter() - self._started
-        self.cpu += time.process_time() - self._cpu
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+@contextmanager
+def _timed(seconds: dict[str, float], device: torch.device, part: str) -> Iterator[None]:
+    """Add a block's seconds by the clock to ``part``, those of the process on the CPU to ``cpu``."""
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    wait()
+    started, cpu = time.perf_counter(), time.process_time()
+    yield
+    wait()
+    seconds[part] += time.perf_counter() - started
+    seconds["cpu"] += time.process_time() - cpu
 
 
 def measure(request: Mapping[str, Any]) -> tuple[dict[str, Any], Basis]:
@@ -213,10 +201,10 @@ def measure(request: Mapping[str, Any]) -> tuple[dict[str, Any], Basis]:
     options: dict[str, Any] = {name: request[name] for name in ("noise", "seed")} | {"device": device}
     run(request["way"], Gradients((6, 4), 2, **options), 3)  # libraries loaded, kernels and handles made
     gradients = Gradients(tuple(request["shape"]), request["rank"], **options)
-    before = _start(device)
+    before = _peak(device, reset=True)
     basis, seconds = run(request["way"], gradients, request["gradients"])
     peak = max(0, _peak(device) - before)
-    leading, planted = basis.leading(request["rank"], request["rank"]), gradients.planted()
+    leading, planted = basis.leading(request["rank"], request["rank"]), gradients.planted
     cpu_seconds = seconds.pop("cpu")
     answer = {
         "seconds": {**seconds, "total": sum(seconds.values())},
@@ -228,11 +216,22 @@ def measure(request: Mapping[str, Any]) -> tuple[dict[str, Any], Basis]:
     return answer, leading
 
 
+def _peak(device: torch.device, *, reset: bool = False) -> int:
+    """Most bytes so far, or, where the peak so far is forgotten, those in use now."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        if reset:
+            RESET.write_text("5")
+        return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", STATUS.read_text())[0])
+    except (OSError, IndexError) as error:
+        raise ValueError(f"{STATUS} tells no VmHWM ({error}): peak memory is measured on Linux or CUDA.") from None
+
+
 def main(request: str, answer: str) -> None:
     """Write ``answer`` (JSON) and beside it ``.safetensors`` with the leading rows ``U`` and ``V``.
-
-    Args:
-        request: of :func:`measure`, as JSON.
 
     Raises:
         SystemExit: with one line, if the request is refused or a package is missing.
@@ -244,32 +243,6 @@ def main(request: str, answer: str) -> None:
         raise SystemExit(f"error: {error}") from None
     save_tensors(path.with_suffix(".safetensors"), {"U": basis.U, "V": basis.V}, {"way": asked["way"]})
     write_json(path, found)
-
-
-def _start(device: torch.device) -> int:
-    """Forget the peak so far; bytes in use now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    try:
-        RESET.write_text("5")  # VmHWM falls to what is resident now
-    except OSError as error:
-        raise ValueError(
-            f"{RESET} can't be written ({error}): a CPU's peak memory is measured on Linux alone."
-        ) from None
-    return _status("VmHWM")
-
-
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    for line in STATUS.read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"{STATUS} names no {name}: peak memory is measured on Linux or CUDA.")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from finetune.efficiency import hosvd_cost as module
-from finetune.efficiency import machine
+from finetune.efficiency import hosvd_ways, machine
 from finetune.efficiency.hosvd_cost import Case, HosvdOptions, hosvd_cost, read_config, summary
 from finetune.efficiency.hosvd_ways import WAYS, Gradients, angle, flop, measure, peak_bytes, run
 from finetune.efficiency.stage import Stage
@@ -35,13 +36,19 @@ def stage(tmp_path):
     return Stage(tmp_path / "hosvd.json", "hosvd_cost", tmp_path / "kept", progress=False)
 
 
+@pytest.fixture
+def here(monkeypatch):
+    """Ways run in this process: one of its own is for the memory alone."""
+    monkeypatch.setattr(module, "_run_alone", lambda asked, path, _: hosvd_ways.main(json.dumps(asked), path))
+
+
 # ---- the ways ----
 
 
 def test_gradients_are_the_same_in_any_order_and_differ_from_each_other(gradients):
-    planted = gradients.planted()
-    first = [gradients.gradient(number, planted) for number in range(3)]
-    again = gradients.gradient(1, gradients.planted())
+    planted = gradients.planted
+    first = [gradients.gradient(number) for number in range(3)]
+    again = replace(gradients).gradient(1)
     assert torch.equal(first[1], again) and not torch.equal(first[0], first[1])
     assert first[0].shape == (24, 10) and first[0].dtype == torch.float32
     rest = first[0] - planted.V.T @ planted.V @ first[0] @ planted.U.T @ planted.U
@@ -51,7 +58,7 @@ def test_gradients_are_the_same_in_any_order_and_differ_from_each_other(gradient
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_finds_the_planted_subspace_and_the_same_one(way, gradients):
     reference, found = run("streaming", gradients, 12)[0], run(way, gradients, 12)[0]
-    planted = gradients.planted()
+    planted = gradients.planted
     for name in ("U", "V"):
         leading = getattr(found, name)[:3]
         assert angle(leading, getattr(reference, name)[:3]) < 1e-5
@@ -79,8 +86,6 @@ def test_operations_and_bytes_grow_as_they_should():
 @pytest.mark.parametrize("way", WAYS)
 def test_bytes_by_formula_hold_the_tensors_that_a_way_has_at_once(way, gradients, tmp_path):
     """Counted by torch's profiler: LAPACK's work spaces, which the formula has too, are not among them."""
-    from torch.profiler import ProfilerActivity, profile
-
     gradients = replace(gradients, shape=(96, 64))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run(way, gradients, 12)
@@ -111,7 +116,7 @@ def test_time_on_the_cpu_is_not_the_clocks(gradients, monkeypatch):
 # ---- the record ----
 
 
-def test_a_record_holds_every_way_and_is_reused(stage, tmp_path):
+def test_a_record_holds_every_way_and_is_reused(stage, here, tmp_path):
     ways = {way: [12] for way in WAYS}
     found = hosvd_cost([case(**ways)], OPTIONS, stage)
     assert json.loads(stage.path.read_text()) == found and list((tmp_path / "kept").iterdir()) == []
@@ -150,7 +155,7 @@ def test_a_killed_stage_goes_on_where_it_was(stage, tmp_path, monkeypatch):
     assert "angle_to_streaming" in found["cases"][0]["entries"][1]
 
 
-def test_what_does_not_fit_is_said_and_calculated_from_what_did(stage):
+def test_what_does_not_fit_is_said_and_calculated_from_what_did(stage, here):
     limit = peak_bytes("unfoldings", (24, 10), 6)
     cases = [case(streaming=[6, 12], unfoldings=[6, 12], tensorly=[])]
     found = hosvd_cost(cases, replace(OPTIONS, limit_bytes=limit), stage)
