@@ -33,20 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names = [lengths.task for lengths in tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"--lengths are of the tasks {', '.join(names)}; one file a task.")
-        model["architecture"] = model.get("architecture", {}) | _vocabulary(given.vocabulary)
+        if given.vocabulary is not None:
+            model["architecture"] = model.get("architecture", {}) | {"vocab_size": given.vocabulary}
+        own = ("batch_size", "batches", "rounds", "warmup_steps", "variants", "keep", "device", "threads", "seed")
         options = EfficiencyOptions(
-            batch_size=given.batch_size,
-            batches=given.batches,
-            rounds=given.rounds,
-            warmup_steps=given.warmup,
-            padding=given.padding or protocol["padding"],
-            max_length=given.max_length or protocol["max_length"],
-            precision=given.precision or protocol["precision"],
-            variants=given.variants,
-            keep=given.keep,
-            device=given.device,
-            threads=given.threads,
-            seed=given.seed,
+            **{name: getattr(given, name) for name in own},
+            **{name: getattr(given, name) or protocol[name] for name in ("padding", "max_length", "precision")},
         )
         for lengths in tasks:
             path = Path(given.output) / f"{lengths.task}.json"
@@ -88,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=32, help="rows of a step (default: 32)")
     parser.add_argument("--batches", type=int, default=8, help="different batches of a round (default: 8)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds over all variants (default: 5)")
-    parser.add_argument("--warmup", type=int, default=8, help="untimed steps of a fresh variant (default: 8)")
+    parser.add_argument(
+        "--warmup", dest="warmup_steps", type=int, default=8, help="untimed steps of a fresh variant (default: 8)"
+    )
     parser.add_argument("--padding", choices=PADDINGS, help="default: the protocol's")
     parser.add_argument("--max-length", type=int, help="default: the protocol's")
     parser.add_argument("--precision", choices=tuple(PRECISIONS), help="default: the protocol's")
@@ -110,10 +104,6 @@ def _read(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, no mapping.")
     return content
-
-
-def _vocabulary(size: int | None) -> dict[str, int]:
-    return {} if size is None else {"vocab_size": size}
 
 
 if __name__ == "__main__":

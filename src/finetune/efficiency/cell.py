@@ -54,15 +54,10 @@ def _lengths(config: Mapping[str, Any], task: str, tokenizer: Any) -> tuple[Leng
     """Lengths of the tokenised training split, and the number of labels."""
     from finetune.data.glue import load_task
 
-    facts, splits = load_task(
-        dict(config["data"]) | {"task": task},
-        tokenizer,
-        max_length=config["protocol"]["max_length"],
-        padding=config["protocol"]["padding"],
-        limit=config["scale"]["rows"],
-    )
+    how = {name: config["protocol"][name] for name in ("max_length", "padding")} | {"limit": config["scale"]["rows"]}
+    facts, splits = load_task(dict(config["data"]) | {"task": task}, tokenizer, **how)
     split = splits["train"]
-    rows = f"first {len(split)} rows of the" if config["scale"]["rows"] is not None else "whole"
+    rows = "whole" if how["limit"] is None else f"first {len(split)} rows of the"
     source = f"{config['data']['name']} {task}, {rows} training split (sha256 {split.sha256}), model's own tokenizer"
     return Lengths(task, source, tuple(len(row) for row in split.input_ids)), facts.num_labels
 
@@ -71,16 +66,9 @@ def _options(config: Mapping[str, Any], num_labels: int) -> EfficiencyOptions:
     scale, protocol = config["scale"], config["protocol"]
     return EfficiencyOptions(
         batch_size=config["batch_size"] or scale["batch_size"],
-        batches=scale["batches"],
-        rounds=scale["rounds"],
-        warmup_steps=scale["warmup_steps"],
-        padding=protocol["padding"],
-        max_length=protocol["max_length"],
         precision=scale["precision"] or protocol["precision"],
-        variants=config["variants"],
-        keep=scale["keep"],
-        device=config["device"],
-        threads=config["threads"],
-        seed=config["seed"],
         num_labels=num_labels,
+        **{name: scale[name] for name in ("batches", "rounds", "warmup_steps", "keep")},
+        **{name: protocol[name] for name in ("padding", "max_length")},
+        **{name: config[name] for name in ("variants", "device", "threads", "seed")},
     )

@@ -6,7 +6,7 @@ One base point; each curve changes one thing of it. Variants are interleaved in 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from finetune.efficiency.layer_variants import (
     layer_step,
     make_bases,
     make_batch,
-    makers,
+    make_layer,
     step_flop,
     touched,
     variants_at,
@@ -146,9 +146,14 @@ def measure_point(point: Point, options: CurveOptions, device: torch.device) -> 
         :data:`PAIRS`.
     """
     bases = make_bases(point, options.seed, device)
-    batch, kept = make_batch(point, bases, options.seed + 1), {}
+    batch, kept, names = make_batch(point, bases, options.seed + 1), {}, variants_at(point)
+
+    def make(name: str) -> Trainee:
+        kept[name] = make_layer(name, point, bases, seed=options.seed)
+        return kept[name]
+
     seconds = time_variants(
-        {name: partial(_keep, kept, name, make) for name, make in makers(point, bases, options.seed).items()},
+        {name: partial(make, name) for name in names},
         [batch] * options.steps,
         rounds=options.rounds,
         warmup_steps=options.warmup_steps,
@@ -158,7 +163,12 @@ def measure_point(point: Point, options: CurveOptions, device: torch.device) -> 
         step=layer_step,
         clock=CLOCKS[options.clock],
     )
-    found = {name: _of_variant(name, seconds, point, touched(kept[name])) for name in variants_at(point)}
+    found = {name: _of_variant(name, seconds, point, touched(kept[name])) for name in names}
+    pairs = {
+        f"{a}_over_{b}": ratio(seconds[a], seconds[b]) | {"flop": found[a]["flop"] / found[b]["flop"]}
+        for a, b in PAIRS
+        if a in found
+    }
     kept.clear()
     release(device)
     return {
@@ -167,13 +177,8 @@ def measure_point(point: Point, options: CurveOptions, device: torch.device) -> 
         "lora_rank": point.lora_rank,
         "core": list(core_shape(point.k, (point.inner, point.hidden))),
         "variants": found,
-        "pairs": {f"{a}_over_{b}": _pair(a, b, seconds, found) for a, b in PAIRS if a in found},
+        "pairs": pairs,
     }
-
-
-def _keep(kept: dict[str, Trainee], name: str, make: Callable[[], Trainee]) -> Trainee:
-    kept[name] = make()
-    return kept[name]
 
 
 def _of_variant(
@@ -188,11 +193,6 @@ def _of_variant(
         "flop": step_flop(name, point, held),
         "touched": dict(held),
     }
-
-
-def _pair(one: str, other: str, seconds: Mapping[str, list[list[float]]], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Step time of one variant over another's of the same round, and their operations by formula."""
-    return {**ratio(seconds[one], seconds[other]), "flop": found[one]["flop"] / found[other]["flop"]}
 
 
 def summary(record: Mapping[str, Any]) -> list[str]:

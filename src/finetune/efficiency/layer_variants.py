@@ -10,9 +10,8 @@ in none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -142,11 +141,6 @@ def layer_step(trainee: Trainee, batch: Mapping[str, Tensor], precision: str) ->
         trainee.optimizer.zero_grad()
 
 
-def makers(point: Point, bases: Mapping[str, Basis], seed: int) -> dict[str, Callable[[], Trainee]]:
-    """What builds each variant, for :func:`finetune.efficiency.timing.time_variants`."""
-    return {name: partial(make_layer, name, point, bases, seed=seed) for name in variants_at(point)}
-
-
 def variants_at(point: Point) -> list[str]:
     """Those of :data:`LAYER_VARIANTS` that the point allows: a core of all outputs has an entry a row at least."""
     fits = point.k >= max(point.inner, point.hidden)
@@ -184,11 +178,7 @@ def step_flop(name: str, point: Point, held: Mapping[str, Sequence[int]] | None 
 
 def _fold_back(a: int, b: int, k: int, o: int, i: int) -> int:
     """Operations of the way that the layer takes; it weighs those of a sparse product by what they cost."""
-    ways = [
-        (b * o * i, a * b * o, 1),
-        (a * o * i, a * b * i, 1),
-        (b * o * i, k * o, SPARSE_COST),
-        (a * o * i, k * i, SPARSE_COST),
-    ]
-    second, first, _ = min(ways, key=lambda way: way[0] + way[1] * way[2])
+    dense = [(b * o * i, a * b * o, 1), (a * o * i, a * b * i, 1)]
+    sparse = [(b * o * i, k * o, SPARSE_COST), (a * o * i, k * i, SPARSE_COST)]
+    second, first, _ = min(dense + sparse, key=lambda way: way[0] + way[1] * way[2])
     return 2 * (second + first)
