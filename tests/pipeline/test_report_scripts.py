@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from finetune.mt_bench.questions import answer_sha256
+from finetune.store.files import sha256
+
 ROOT = Path(__file__).parents[2]
 RUN = {"experiment": "test", "model": "tiny", "method": "lora", "seed": 1, "protocol": "sound", "scale": "smoke"}
 
@@ -42,12 +45,13 @@ def results(tmp_path):
     write(runs / "cell.json", {"records": ["oasst1-seed1-a.json"]})
     name = "tiny-lora-seed1"
     answers = root / "mt_bench" / "answers" / "tiny" / "lora"
-    write(answers / f"{name}.json", {"run": RUN | {"kind": "answers", "config_hash": "b"}, "template": "llama-2"})
     lines = [
         {"question_id": q, "choices": [{"index": 0, "turns": [f"Answer {q}", "more"]}], "config_hash": "b"}
         for q in (84, 95)
     ]
     write(answers / f"{name}.jsonl", lines)
+    record = {"run": RUN | {"kind": "answers", "config_hash": "b"}, "template": "llama-2"}
+    write(answers / f"{name}.json", record | {"answers": {"sha256": sha256(answers / f"{name}.jsonl")}})
     judge = {"model": "local", "measures_quality": False, "temperature": 0, "max_tokens": 64, "repeats": 1}
     record = {
         "run": RUN | {"kind": "judgments", "config_hash": "c"},
@@ -58,7 +62,11 @@ def results(tmp_path):
     judgments = root / "mt_bench" / "judgments" / "tiny" / "lora"
     write(judgments / f"{name}.json", record)
     facts = {"model": name, "judge": ["local", "single-v1"], "repeat": 0, "judgment": "[[6]]", "config_hash": "c"}
-    lines = [{"question_id": q, "turn": t, "score": 6} | facts for q in (84, 95) for t in (1, 2)]
+    lines = [
+        facts | {"question_id": q, "turn": t, "score": 6, "answer_sha256": answer_sha256([f"Answer {q}", "more"][:t])}
+        for q in (84, 95)
+        for t in (1, 2)
+    ]
     write(judgments / f"{name}.jsonl", lines)
     return root
 

@@ -13,11 +13,13 @@ import torch
 from finetune import models
 from finetune.data.chat import chat_template
 from finetune.mt_bench.answers import AnswerOptions, Speaker, answer_questions
-from finetune.mt_bench.cells import each, header, model_id, sha256
+from finetune.mt_bench.cells import each, header, model_id
 from finetune.mt_bench.generation import sampling_settings
+from finetune.mt_bench.judged import vouched_answers
 from finetune.mt_bench.questions import load_questions
 from finetune.runs.run import MERGED
 from finetune.store import records
+from finetune.store.files import sha256
 from finetune.training import memory
 from finetune.training.loop import make_accelerator
 
@@ -93,16 +95,15 @@ def answer_one(config: Mapping[str, Any], seed: int, checkpoint: Path, folder: P
     }
     digest, name = records.config_hash(identity), model_id(config, seed)
     answers, path = folder / f"{name}.jsonl", folder / f"{name}.json"
-    if path.exists() and answers.exists():
-        record = records.read_json(path)
-        if record["run"]["config_hash"] == digest and record["answers"]["sha256"] == sha256(answers):
-            log.info("%s is finished, reused", path)
-            return path
+    start = header(config, "answers", seed, digest, file, questions)
+    if _is_finished(path, answers, start, questions):
+        log.info("%s is finished, reused", path)
+        return path
     device = make_accelerator(config["device"], "fp32").device
     network = models.load_causal(group, "", seed, DTYPES[dtype]).to(device).eval()
     speaker = Speaker(network, tokenizer, template, options)
     facts = answer_questions(speaker, questions, answers, model_id=name, digest=digest, progress_bar=config["progress"])
-    record = header(config, "answers", seed, digest, file, questions) | facts
+    record = start | facts
     record |= {
         "status": "finished",
         "options": asdict(options) | {"dtype": dtype},
@@ -117,6 +118,19 @@ def answer_one(config: Mapping[str, Any], seed: int, checkpoint: Path, folder: P
     records.write_json(path, record)
     log.info("%s answers in %.0f s  %s", facts["counts"]["questions"], facts["seconds"], path)
     return path
+
+
+def _is_finished(path: Path, answers: Path, start: Mapping[str, Any], questions: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the record is this one's, and its file holds an answer to each question as it was written."""
+    try:
+        record, asked = records.read_json(path), {question["question_id"] for question in questions}
+        return (
+            {name: record.get(name) for name in start} == start
+            and record.get("status") == "finished"
+            and vouched_answers(answers).keys() == asked
+        )
+    except ValueError:  # missing or damaged: it is done again
+        return False
 
 
 def model_group(checkpoint: Path) -> dict[str, Any]:

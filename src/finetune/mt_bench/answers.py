@@ -7,6 +7,7 @@ that script itself knows CUDA only, answers one by one, and starts from the begi
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from finetune.data.chat import ChatTemplate, special_tokens
 from finetune.models import positions
 from finetune.mt_bench.generation import generate, row_generator, stop_ids
 from finetune.mt_bench.journal import Journal
-from finetune.mt_bench.questions import temperature
+from finetune.mt_bench.questions import temperature, turns_of
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,12 @@ def answer_questions(
             the disk is exhausted; what is answered is kept.
     """
     _check_window(speaker.model, speaker.options)
-    journal = Journal(journal_path, key=lambda item: (item["question_id"], item["config_hash"]))
+    journal = Journal(
+        journal_path,
+        key=lambda item: (item["question_id"], item["config_hash"]),
+        fault=lambda item: fault_of(item, model_id),
+        checked=True,
+    )
     keys = sorted((question["question_id"], digest) for question in questions)
     journal.keep(journal.recall(keys))
     pending = [question for question in questions if (question["question_id"], digest) not in journal.items]
@@ -236,6 +242,23 @@ def _line(said: Mapping[str, Any], turns: Sequence[Turn], seconds: float) -> dic
         "tstamp": time.time(),
         "seconds": seconds,
     } | {name: [getattr(turn, name) for turn in turns] for name in ("prompt_tokens", "new_tokens", "cut", "refused")}
+
+
+def fault_of(item: Mapping[str, Any], model_id: str) -> str | None:
+    """Why a line of the journal is no answer of this model, None if it is one."""
+    if item.get("model_id") != model_id:
+        return f"an answer of {item.get('model_id')!r:.80}"
+    if type(item.get("question_id")) is not int or not isinstance(item.get("config_hash"), str):
+        return "it lacks what an answer is known by"
+    kinds = {"prompt_tokens": int, "new_tokens": int, "cut": bool, "refused": bool}
+    lists = {name: item.get(name) for name in kinds}
+    if turns_of(item) is None or any(
+        not isinstance(values, list) or [type(value) for value in values] != [kinds[name]] * 2
+        for name, values in lists.items()
+    ):
+        return "it has not two turns with their tokens"
+    seconds = item.get("seconds")
+    return None if type(seconds) in (int, float) and 0 <= seconds < math.inf else f"it took seconds={seconds!r:.40}"
 
 
 def _check_window(model: nn.Module, options: AnswerOptions) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from tqdm import tqdm
 
 from finetune.runs.command import only_writer, read_lists
 from finetune.store import records
+from finetune.store.files import sha256
 
 
 def model_id(config: Mapping[str, Any], seed: int) -> str:
@@ -78,9 +78,3 @@ def header(
     }
     asked = {"name": config["questions"]["name"], "file": file.name, "sha256": sha256(file), "count": len(questions)}
     return {"schema": records.SCHEMA, "version": config["version"], "run": run, "questions": asked}
-
-
-def sha256(path: Path) -> str:
-    """Of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,30 +1,37 @@
 """One question to a judge model behind an OpenAI-compatible endpoint, and what its failure means.
 
 What concerns one item (a time-out, 429 or 5xx after retries, broken JSON, an empty answer) is an :class:`ItemFailed`;
-what every other item would meet too (a refused key, an unknown model, no server) is a :class:`JudgeUnusable`.
+what every other item would meet too (a refused key, an unknown model, no server) is a :class:`JudgeUnusable`. What the
+endpoint sends back reaches nobody but through :meth:`JudgeClient._shown`, which takes the key out.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
+
+from finetune.mt_bench.rating import LAST, PARSINGS
 
 TOKEN_PARAMETERS = ("max_tokens", "max_completion_tokens")
 SECRET_LENGTH = 8  # a shorter "key" is a word such as EMPTY; taking it out of texts would damage them
 QUOTED = 200  # characters of a server's message that are kept
+MOST_CHARACTERS = 100_000  # of a judgment
+CUT = ("length", "max_tokens", "content_filter")  # finish reasons of an answer that is not whole
 
 
 class ItemFailed(Exception):
-    """One item has no judgment after so many attempts; the others may have."""
+    """One item has no judgment after so many attempts; the others may have. ``said``: words without a rating."""
 
-    def __init__(self, reason: str, attempts: int) -> None:
+    def __init__(self, reason: str, attempts: int, said: Mapping[str, str] | None = None) -> None:
         super().__init__(reason)
-        self.attempts = attempts
+        self.attempts, self.said = attempts, dict(said or {})
 
 
 class JudgeUnusable(ValueError):
@@ -47,6 +54,8 @@ class JudgeOptions:
         parallel: requests at a time.
         repeats: judgments of each item.
         measures_quality: False for a judge whose scores only show that the pipeline works.
+        parsing: which rating of a judgment counts, one of :data:`finetune.mt_bench.rating.PARSINGS`.
+        progress: whether a bar over the judgments is shown.
 
     Raises:
         ValueError: on a value out of range.
@@ -63,6 +72,8 @@ class JudgeOptions:
     parallel: int = 8
     repeats: int = 1
     measures_quality: bool = True
+    parsing: str = LAST
+    progress: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
@@ -73,11 +84,12 @@ class JudgeOptions:
             value, kinds = getattr(self, name), int if name in whole else (int, float)
             if value is None and name in ("temperature", "max_tokens"):
                 continue
-            if not isinstance(value, kinds) or isinstance(value, bool) or not value >= least:
+            if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value < math.inf:
                 kind = "whole number" if name in whole else "number"
                 raise ValueError(f"judge.{name}={value!r}; it must be a {kind} of at least {least}.")
-        if self.token_parameter not in TOKEN_PARAMETERS:
-            raise ValueError(f"judge.token_parameter={self.token_parameter!r}; allowed: {', '.join(TOKEN_PARAMETERS)}.")
+        for name, words in {"token_parameter": TOKEN_PARAMETERS, "parsing": PARSINGS}.items():
+            if getattr(self, name) not in words:
+                raise ValueError(f"judge.{name}={getattr(self, name)!r}; allowed: {', '.join(words)}.")
 
     def sampling(self) -> dict[str, Any]:
         """What of the options goes into a request beside model and messages."""
@@ -90,16 +102,22 @@ class JudgeClient:
     """Asks the judge, from several threads if need be; a context manager that closes its connections.
 
     The key stays inside the ``openai`` client: no attribute, message or repr of this class shows it, and it is taken
-    out of what the endpoint sends back. Without a key in ``api_key_env`` it is a ValueError.
+    out of what the endpoint sends back. Without a key in ``api_key_env`` it is a ValueError, as are a proxy or
+    certificates of the environment that can't be used; an address of this machine asks for neither.
     """
 
     def __init__(self, options: JudgeOptions) -> None:
         from openai import OpenAI
 
+        from finetune.mt_bench.transport import http_client
+
         self.options = options
-        key = read_key(options.api_key_env)
         self._client = OpenAI(
-            base_url=options.base_url, api_key=key, timeout=options.timeout, max_retries=options.max_retries
+            base_url=options.base_url,
+            api_key=read_key(options.api_key_env),
+            timeout=options.timeout,
+            max_retries=options.max_retries,
+            http_client=http_client(options.base_url, options.timeout),
         )
         self._reached = False  # whether the endpoint has ever answered
         self._missed = 0  # items in a row that found no server
@@ -119,8 +137,13 @@ class JudgeClient:
 
     @property
     def finish_reason(self) -> str | None:
-        """Why this thread's last answer ended: ``stop``, or ``length`` if it was cut at ``max_tokens``."""
+        """Why this thread's last answer ended: ``stop``, or one of ``CUT`` if it is not whole."""
         return self._last.finish_reason
+
+    @property
+    def words(self) -> str:
+        """This thread's last answer."""
+        return self._last.words
 
     def complete(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The judge's answer to a conversation; ItemFailed if it got none, JudgeUnusable if no other would."""
@@ -137,11 +160,38 @@ class JudgeClient:
             if isinstance(found, JudgeUnusable):
                 self._unusable = str(found)
             raise found from None
+        except UnicodeError:
+            raise ItemFailed("the prompt has characters that UTF-8 has not", 1) from None
         self._reached, self._missed = True, 0
         self._last.attempts = 1 + response.retries_taken
-        self._last.finish_reason = None
-        text, self._last.finish_reason = _content(response.http_response.content, self.attempts)
-        return self._without_key(text)
+        choice = _choice(response.http_response.content, self.attempts)
+        reason = choice.get("finish_reason")
+        self._last.finish_reason = self._quote(reason) if isinstance(reason, str) else None
+        self._last.words = self._content(choice["message"])
+        return self.words
+
+    def _content(self, message: Mapping[str, Any]) -> str:
+        """What the judge says in a message: its text, and of typed parts those of type text."""
+        content, ended = message.get("content"), f"finish_reason {self.finish_reason!r}"
+        if isinstance(content, list):
+            parts = [part for part in content if isinstance(part, Mapping)]
+            texts = [part.get("text") for part in parts if part.get("type") in ("text", "output_text")]
+            content = "".join(text for text in texts if isinstance(text, str))
+        else:
+            parts = []
+        if content is not None and not isinstance(content, str):
+            raise ItemFailed(f"the answer's content is a {type(content).__name__}, not a text", self.attempts)
+        if content and content.strip():
+            if len(content) > MOST_CHARACTERS:
+                raise ItemFailed(f"the judge's answer has {len(content):,} characters ({ended})", self.attempts)
+            return self._shown(content)
+        if message.get("refusal"):
+            raise ItemFailed(f"the judge refuses: {self._quote(message['refusal'])}", self.attempts)
+        if parts or message.get("reasoning_content") or message.get("reasoning"):
+            raise ItemFailed(
+                f"the judge's answer holds no text, only reasoning or other parts ({ended})", self.attempts
+            )
+        raise ItemFailed(f"the judge's answer is empty ({ended})", self.attempts)
 
     def _refused(self, error: Any) -> Exception:
         """What an HTTP status means, as an exception to raise."""
@@ -153,6 +203,11 @@ class JudgeClient:
             return JudgeUnusable(f"{url} refuses access (HTTP {status}): check the key in {where} and what it may use.")
         told = error.body.get("message") if isinstance(error.body, Mapping) else None
         said = self._quote(told or error.response.text or error.message)
+        if 300 <= status < 400:
+            where = self._quote(error.response.headers.get("Location", "no address"))
+            return JudgeUnusable(
+                f"{url} sends requests elsewhere (HTTP {status}: {where}): set judge.base_url to the judge's own."
+            )
         if status == 404:
             return JudgeUnusable(f"{url} has no judge model {model!r}, or is no such address (HTTP 404: {said}).")
         if status == 402 or error.code == "insufficient_quota":
@@ -179,20 +234,40 @@ class JudgeClient:
             return ItemFailed("no connection", attempts)
         if isinstance(error, openai.APITimeoutError):
             return ItemFailed(f"no answer within {self.options.timeout:g} s", attempts)
+        if type(cause).__name__ == "BodyRefused":
+            return ItemFailed(f"the answer is refused: {cause}", attempts)
         return ItemFailed(f"connection broken ({type(cause).__name__})", attempts)
 
     def _quote(self, text: Any) -> str:
-        return self._without_key(" ".join(str(text).split()))[:QUOTED]
+        return " ".join(self._shown(str(text)).split())[:QUOTED]
 
-    def _without_key(self, text: str) -> str:
-        key = self._client.api_key
-        return text.replace(key, "***") if len(key) >= SECRET_LENGTH else text
+    def _shown(self, text: str) -> str:
+        """A text of the endpoint without the key, or any part of it, and without halves of surrogate pairs."""
+        return without_key(text.encode(errors="replace").decode(), self._client.api_key)
+
+
+def without_key(text: str, key: str) -> str:
+    """A text in which ``***`` stands for a key and for all parts of it that are ``SECRET_LENGTH`` long or more."""
+    lowered, secret, hidden = text.lower(), key.lower(), [False] * len(text)
+    if len(lowered) != len(text):  # of some letters the small one is two characters
+        lowered, secret = text, key
+    for start in range(len(secret) - SECRET_LENGTH + 1):
+        part, place = secret[start : start + SECRET_LENGTH], -1
+        while (place := lowered.find(part, place + 1)) >= 0:
+            hidden[place : place + SECRET_LENGTH] = [True] * SECRET_LENGTH
+    runs = groupby(zip(text, hidden, strict=True), key=lambda pair: pair[1])
+    return "".join("***" if secret_run else "".join(mark for mark, _ in run) for secret_run, run in runs)
 
 
 def read_key(variable: str | None) -> str:
     """The key in an environment variable; a placeholder for None. No error shows anything of the value."""
     if variable is None:
         return "none"  # the client wants some key; a local server looks at none
+    if not re.fullmatch(r"[A-Z]+(_[A-Z0-9]+)*", str(variable)) or len(variable) > QUOTED:
+        raise ValueError(  # what stands there instead may be the key itself
+            "judge.api_key_env is not the name of an environment variable: give a name of capital letters, such as "
+            "OPENAI_API_KEY, and put the key into that variable."
+        )
     key = os.environ.get(variable, "").strip()
     if not key:
         raise ValueError(f"environment variable {variable} is not set: put the judge's API key into it.")
@@ -201,16 +276,15 @@ def read_key(variable: str | None) -> str:
     return key
 
 
-def _content(body: bytes, attempts: int) -> tuple[str, str | None]:
-    """Text and finish reason of a chat completion."""
+def _choice(body: bytes, attempts: int) -> dict[str, Any]:
+    """The first choice of a chat completion, with its message."""
     try:
         choice = json.loads(body)["choices"][0]
-        text, reason = choice["message"]["content"], choice.get("finish_reason")
-    except (ValueError, LookupError, TypeError) as error:
+        if isinstance(choice["message"], dict) and isinstance(choice, dict):
+            return choice
+        raise TypeError
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ItemFailed(f"the answer is no chat completion ({type(error).__name__})", attempts) from None
-    if not isinstance(text, str) or not text.strip():
-        raise ItemFailed(f"the judge's answer is empty (finish_reason {reason!r})", attempts)
-    return text, reason
 
 
 def _attempts(error: Any) -> int:
@@ -223,7 +297,7 @@ def _attempts(error: Any) -> int:
 
 def _check_url(url: Any) -> None:
     if not re.fullmatch(r"https?://[^\s/?#@:][^\s/?#@]*(/[^\s?#@]*)?", str(url)):
-        shown = "one with '@' or '?'" if re.search("[@?]", str(url)) else repr(url)  # it may hold a password
+        shown = "one with '@', '?' or '#'" if re.search("[@?#]", str(url)) else repr(url)  # it may hold a password
         raise ValueError(
             f"judge.base_url is {shown}; it must be an address such as http://127.0.0.1:8000/v1, without user, "
             "password, query or fragment: a key goes into the environment variable that judge.api_key_env names."

@@ -1,9 +1,16 @@
-"""An append-only JSONL file, one item a line: what was written stays, through a kill and through a full disk."""
+"""An append-only JSONL file, one item a line: what was written stays, through a kill and through a full disk.
+
+Each line carries a checksum of the rest of it (``line_sha256``), so that a flipped byte or an edit is found. Items are
+handed out without it. FastChat's loaders pass over the field.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,18 +18,25 @@ from typing import Any
 
 from finetune.store.files import write_atomically
 
+log = logging.getLogger(__name__)
+
 Item = dict[str, Any]
+
+CHECKSUM = "line_sha256"
 
 
 class Journal:
     """The items of a file by key; the last line of a key wins. One process writes, from one thread.
 
-    A last line without its end, which a kill cut short, is taken off the file, so that its item is done again. Items
-    that are not wanted any more are moved to ``earlier/`` beside the file, and come back when they are wanted again.
+    A last line without its end, which a kill cut short, is taken off the file, so that its item is done again; so is
+    what is not believed: a line whose checksum does not fit, or with a fault. The log names them. Items that are not
+    wanted any more are moved to ``earlier/`` beside the file, and come back when they are wanted again.
 
     Args:
         path: JSONL file; made, with its folder, by the first :meth:`append`.
         key: what makes an item the same item.
+        fault: says what is wrong with an item, or None.
+        checked: whether a line without a checksum is a fault.
 
     Attributes:
         items: the items by key, in the order of the file.
@@ -31,20 +45,37 @@ class Journal:
         ValueError: if a line other than a torn last one holds no item; the message gives its number.
     """
 
-    def __init__(self, path: str | Path, key: Callable[[Mapping[str, Any]], Hashable]) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        key: Callable[[Mapping[str, Any]], Hashable],
+        fault: Callable[[Mapping[str, Any]], str | None] = lambda item: None,
+        checked: bool = False,
+    ) -> None:
         self.path = Path(path)
-        self._key = key
+        self._key, self._fault, self._checked = key, fault, checked
         self.items: dict[Hashable, Item] = {}
         content = self.path.read_bytes() if self.path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
+        refused: Counter[str] = Counter()
         for number, line in enumerate(whole.splitlines(), start=1):
-            item = _parse(self.path, number, line)
+            item, wrong = _parse(self.path, number, line)
+            wrong = wrong or ("no checksum" if checked and CHECKSUM not in item else fault(item))
+            item.pop(CHECKSUM, None)
+            if wrong is not None:
+                refused[wrong] += 1
+                continue
             try:
                 self.items[key(item)] = item
-            except KeyError as error:
+            except (KeyError, TypeError) as error:
                 raise ValueError(f"{self.path}, line {number} has no field {error}: repair it or remove it.") from None
+        if refused:
+            reasons = "; ".join(f"{reason} ({times})" for reason, times in refused.items())
+            log.warning("%s: %d lines are not believed, done again: %s", path, refused.total(), reasons)
         if len(whole) < len(content):
+            log.warning("%s: its last line was cut short, done again", path)
             os.truncate(self.path, len(whole))
+        self._as_on_disk = not refused
 
     def append(self, item: Mapping[str, Any]) -> None:
         """Write an item: it is on the disk when this returns.
@@ -52,7 +83,7 @@ class Journal:
         Raises:
             ValueError: if it can't be written (a full disk); the file then ends with its last whole line.
         """
-        line = json.dumps(item, allow_nan=False).encode() + b"\n"
+        line = _line(item).encode()
         with _clear_error(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._append(line)
@@ -66,7 +97,7 @@ class Journal:
         """
         found = {self._key(item): dict(item) for item in items}
         write_items(self.path, found.values())
-        self.items = found
+        self.items, self._as_on_disk = found, True
 
     def recall(self, wanted: Iterable[Hashable]) -> dict[Hashable, Item]:
         """The items of these keys that there are, here or in ``earlier/``."""
@@ -79,11 +110,11 @@ class Journal:
         for key, item in self.items.items():
             if key not in items and key not in earlier.items:
                 earlier.append(item)
-        if self.items != items or not self.path.exists():
+        if self.items != items or not self._as_on_disk or not self.path.exists():
             self.rewrite(items.values())
 
     def _earlier(self) -> Journal:
-        return Journal(self.path.parent / "earlier" / self.path.name, self._key)
+        return Journal(self.path.parent / "earlier" / self.path.name, self._key, self._fault, self._checked)
 
     def _append(self, line: bytes) -> None:
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -117,13 +148,21 @@ def read_items(path: str | Path) -> list[Item]:
     """The items of a JSONL file that another stage wrote; the file is left as it is.
 
     Raises:
-        ValueError: if the file is missing, or a line holds no item; the message gives its number.
+        ValueError: if the file is missing, or a line holds no item, or does not fit its checksum; the message gives its
+            number.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist: run the stage that writes it, or give the path of a file that does.")
-    lines = path.read_bytes().splitlines()
-    return [_parse(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    items = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if line.strip():
+            item, wrong = _parse(path, number, line)
+            if wrong:
+                raise ValueError(f"{path}, line {number}: {wrong}; run the stage that writes it again.")
+            item.pop(CHECKSUM, None)
+            items.append(item)
+    return items
 
 
 def write_items(path: str | Path, items: Iterable[Mapping[str, Any]]) -> None:
@@ -132,16 +171,28 @@ def write_items(path: str | Path, items: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         ValueError: if it can't be written; what was there stays.
     """
-    content = "".join(json.dumps(item, allow_nan=False) + "\n" for item in items)
+    content = "".join(map(_line, items))
     with _clear_error(Path(path)):
         write_atomically(path, content)
 
 
-def _parse(path: Path, number: int, line: bytes) -> Item:
+def _line(item: Mapping[str, Any]) -> str:
+    return json.dumps({**item, CHECKSUM: _checksum(item)}, allow_nan=False) + "\n"
+
+
+def _checksum(item: Mapping[str, Any]) -> str:
+    """Of an item's fields but the checksum itself, as JSON; a number that is not finite has none."""
+    text = json.dumps({name: item[name] for name in item if name != CHECKSUM}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _parse(path: Path, number: int, line: bytes) -> tuple[Item, str | None]:
+    """The item of a line with its checksum, if it has one, and what is wrong with that."""
     try:
         item = json.loads(line)
         if not isinstance(item, dict):
             raise ValueError(f"a {type(item).__name__}, not an object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number} holds no item ({error}): repair it or remove it.") from None
-    return item
+    wrong = CHECKSUM in item and item[CHECKSUM] != _checksum(item)
+    return item, "it was changed after it was written (its checksum does not fit)" if wrong else None

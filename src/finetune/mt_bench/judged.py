@@ -1,13 +1,18 @@
 """The judgments of a folder: only what belongs to a record, and a count of what does not and of what is missing."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.mt_bench.journal import read_items
+from finetune.mt_bench.questions import Answer, answer_sha256, load_answers
+from finetune.mt_bench.rating import FASTCHAT, LEAST, MOST, PARSINGS, differ, rating_or_none
 from finetune.mt_bench.scores import FAILED, TURNS, Item, Line, is_score, item_scores
 from finetune.store import records
+from finetune.store.files import sha256
+
+_COUNTS = (("judge", "repeats"), ("questions", "count"), ("answers", "cut"), ("answers", "refused"))
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,8 @@ class Judged:
     Attributes:
         path: Of the record.
         record: `run`, `judge`, `counts`, `questions`, `answers`.
-        lines: Judgments with a rating that belong to the record, one for each (question, turn, repeat).
+        lines: Judgments with a rating that belong to the record, one for each (question, turn, repeat); the rating is
+            what the judge's words say, and the judged answer the one that there is.
         failures: Failures of the last run, as listed beside the judgments.
         foreign: Lines of the file that do not belong: another configuration, judge, model or repeat.
     """
@@ -32,6 +38,16 @@ class Judged:
     def expected(self) -> int:
         """Judgments that a complete file holds: questions x 2 turns x repeats."""
         return self.record["questions"]["count"] * len(TURNS) * self.record["judge"]["repeats"]
+
+    @property
+    def parsing(self) -> str:
+        """How ratings were read from words; before there was a choice, as FastChat does."""
+        return self.record["judge"].get("parsing", FASTCHAT)
+
+    @property
+    def differing(self) -> int:
+        """Judgments that FastChat's parsing and the last own rating read differently, failures included."""
+        return count_differing(self.lines, self.failures)
 
     @property
     def missing(self) -> int:
@@ -64,7 +80,8 @@ def read_judgments(folder: str | Path) -> Iterator[Judged]:
     folder that it does not list are of earlier runs and are passed over.
 
     Raises:
-        ValueError: If a file is missing or damaged, a record lacks a part, or more was judged than there are items.
+        ValueError: If a file is missing or damaged, a record lacks a part, more was judged than there are items, or a
+            judgment is not believed (`fault_of`).
     """
     for path in current_records(folder):
         if records.read_json(path).get("run", {}).get("kind") == "judgments":
@@ -73,11 +90,18 @@ def read_judgments(folder: str | Path) -> Iterator[Judged]:
 
 def current_records(folder: str | Path) -> Iterator[Path]:
     """The JSON files below a folder without those that a `cell.json` above them, or beside them, does not list."""
-    cells = {index.parent: records.read_json(index)["records"] for index in Path(folder).rglob("cell.json")}
+    cells = {index.parent: _listed(index) for index in Path(folder).rglob("cell.json")}
     for path in sorted(Path(folder).rglob("*.json")):
         cell = next((parent for parent in path.parents if parent in cells), None)
         if path.name != "cell.json" and (cell is None or path.relative_to(cell).as_posix() in cells[cell]):
             yield path
+
+
+def _listed(index: Path) -> list[str]:
+    listed = records.read_json(index).get("records")
+    if not isinstance(listed, list):
+        raise ValueError(f"{index} lists no records: run the stage that writes it again.")
+    return listed
 
 
 def read_judged(path: str | Path) -> Judged:
@@ -85,14 +109,17 @@ def read_judged(path: str | Path) -> Judged:
     path = Path(path)
     record = records.read_json(path)
     _check(path, record)
+    parsing, answers = record["judge"].get("parsing", FASTCHAT), _answers(path)
     kept: dict[tuple[int, int, int], Line] = {}
     foreign = 0
     for number, line in enumerate(read_items(path.with_suffix(".jsonl")), 1):
         if not _belongs(line, path.stem, record):
             foreign += 1
             continue
-        if line.get("turn") not in TURNS or not is_score(line.get("score")) or "question_id" not in line:
-            raise ValueError(f"{path.with_suffix('.jsonl')}, judgment {number} lacks a question, a turn or a score.")
+        if fault := fault_of(line, [parsing], answers):
+            raise ValueError(
+                f"{path.with_suffix('.jsonl')}, judgment {number}: {fault}; run the judgments stage again."
+            )
         key = (line["question_id"], line["turn"], line.get("repeat", 0))
         kept.pop(key, None)
         if line["score"] != FAILED:
@@ -113,11 +140,71 @@ def read_judged(path: str | Path) -> Judged:
     return found
 
 
+def fault_of(
+    line: Line, parsings: Sequence[str] = PARSINGS, answers: Mapping[int, Sequence[str]] | None = None
+) -> str | None:
+    """Say why a judgment is not believed, `None` if it is.
+
+    Args:
+        line: The judgment.
+        parsings: Its score must be what one of them reads from the judge's words.
+        answers: Question id -> the two turns; the judgment must be of these. `None` where they are not there.
+    """
+    number, turn, score, words = (line.get(name) for name in ("question_id", "turn", "score", "judgment"))
+    if type(number) is not int or type(turn) is not int or turn not in TURNS:
+        return f"question_id={number!r:.40} and turn={turn!r:.40} name no item"
+    if not is_score(score):
+        return f"question {number}, turn {turn} has score={score!r:.40}; it must be a number from {LEAST} to {MOST}"
+    if score == FAILED:
+        return None
+    if not isinstance(words, str) or score not in [rating_or_none(words, parsing) for parsing in parsings]:
+        return f"question {number}, turn {turn} has score={score}, which is not what the judge's words say"
+    if answers is not None and line.get("answer_sha256") != answer_sha256(answers.get(number, ())[:turn]):
+        return f"question {number}, turn {turn} was judged on another answer than there is"
+    return None
+
+
+def count_differing(lines: Iterable[Line], failures: Iterable[Line]) -> int:
+    """Count the judgments that the two parsings read differently; what failed has a rating by neither, or differs."""
+    failed = [words for line in failures if isinstance(words := line.get("judgment"), str)]
+    return sum(differ(line["judgment"]) for line in lines) + sum(
+        any(rating_or_none(words, parsing) is not None for parsing in PARSINGS) for words in failed
+    )
+
+
+def _answers(path: Path) -> dict[int, list[str]] | None:
+    """The turns that were to be judged, from `answers/` beside `judgments/`; `None` where there is no such file."""
+    parts = list(path.with_suffix(".jsonl").parts)
+    if "judgments" not in parts:
+        return None
+    parts[len(parts) - 1 - parts[::-1].index("judgments")] = "answers"
+    file = Path(*parts)
+    if not file.is_file():
+        return None
+    return {number: answer["choices"][0]["turns"] for number, answer in vouched_answers(file).items()}
+
+
+def vouched_answers(path: str | Path) -> dict[int, Answer]:
+    """Answers by question id, as `load_answers`, checked against the record beside them where there is one.
+
+    Raises:
+        ValueError: If a file is missing or damaged, or the answers are not those that the record was written for.
+    """
+    path = Path(path)
+    answers, record = load_answers(path), path.with_suffix(".json")
+    if record.is_file():
+        held = records.read_json(record).get("answers")
+        if not isinstance(held, dict) or held.get("sha256") != sha256(path):
+            raise ValueError(f"{path} is not the file that {record.name} was written for: run the answers stage again.")
+    return answers
+
+
 def _belongs(line: Line, model_id: str, record: Mapping[str, Any]) -> bool:
-    judge = record["judge"]
+    judge, asked = record["judge"], line.get("judge")
     return (
         line.get("model") == model_id
-        and [*line.get("judge", [])][:1] == [judge["model"]]
+        and isinstance(asked, list)
+        and asked[:1] == [judge["model"]]
         and line.get("config_hash") == record["run"]["config_hash"]
         and line.get("repeat", 0) in range(judge["repeats"])
     )
@@ -134,3 +221,11 @@ def _check(path: Path, record: Mapping[str, Any]) -> None:
     missing = [f"{part}.{name}" for part, names in needed.items() for name in names if name not in record.get(part, {})]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; run the judgments stage again.")
+    run = record["run"]
+    if path.stem != (name := f"{run['model']}-{run['method']}-seed{run['seed']}"):
+        raise ValueError(f"{path} is the record of {name}: run the judgments stage again.")
+    numbers = {name: record[part][name] for part, name in _COUNTS}
+    if wrong := [name for name, value in numbers.items() if type(value) is not int or value < 0]:
+        raise ValueError(f"{path} has {wrong[0]}={numbers[wrong[0]]!r:.40}, no count; run the judgments stage again.")
+    if (parsing := record["judge"].get("parsing", FASTCHAT)) not in PARSINGS:
+        raise ValueError(f"{path} has parsing={parsing!r:.40}; run the judgments stage again.")

@@ -1,4 +1,4 @@
-"""Single-answer grading of a model's answers by a judge model, through FastChat's prompts and parsing.
+"""Single-answer grading of a model's answers by a judge model, through FastChat's prompts.
 
 What FastChat's ``gen_judgment.py --mode single`` does, with what it lacks: any judge, resume, failures that are counted
 and done again instead of written as -1. Source: FastChat, ``llm_judge/gen_judgment.py`` and ``common.py``.
@@ -6,8 +6,6 @@ and done again instead of written as -1. Source: FastChat, ``llm_judge/gen_judgm
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -18,14 +16,16 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from finetune.mt_bench.client import ItemFailed, JudgeClient, JudgeOptions
+from finetune.mt_bench.client import CUT, ItemFailed, JudgeClient, JudgeOptions
 from finetune.mt_bench.journal import Journal, write_items
-from finetune.mt_bench.questions import PROMPT_FIELDS
+from finetune.mt_bench.judged import count_differing, fault_of
+from finetune.mt_bench.questions import PROMPT_FIELDS, answer_sha256
+from finetune.mt_bench.rating import FASTCHAT, NoRating, read_rating
+from finetune.mt_bench.scores import FAILED
 from finetune.store import records
 
 Line = dict[str, Any]
 
-RATINGS = (1, 10)
 JUDGE_TEMPLATE = "chatgpt"  # of FastChat: system prompt and user prompt, nothing else
 
 
@@ -72,46 +72,54 @@ class Bench:
 
 
 def judge_answers(
-    bench: Bench,
+    questions: Sequence[Mapping[str, Any]],
+    references: Mapping[int, Mapping[str, Any]],
+    prompts: Mapping[str, Mapping[str, Any]],
     answers: Mapping[int, Mapping[str, Any]],
     model_id: str,
     folder: str | Path,
     options: JudgeOptions,
-    *,
     digest: str | None = None,
-    progress_bar: bool = False,
 ) -> dict[str, int]:
     """Judge both turns of every answer, ``repeats`` times each; what is judged already is not judged again.
 
-    Each judgment is on the disk as soon as it is there. FastChat's module ``llm_judge.common`` is changed for the time
-    of the call, so one call at a time in a process.
+    Each judgment is on the disk as soon as it is there. What is there is not believed but checked
+    (:func:`finetune.mt_bench.judged.fault_of`); its rating is read anew from the judge's words, so that another
+    ``parsing`` asks nobody again. FastChat's module ``llm_judge.common`` is changed for the time of the call, so one
+    call at a time in a process.
 
     Args:
+        questions, references, prompts: as of :class:`Bench`.
         answers: FastChat's answer lines by question id.
+        model_id: whose answers.
         folder: for ``<model_id>.jsonl`` (judgments that have a rating), ``<model_id>.failures.jsonl`` (what this run
             failed at) and ``earlier/`` (judgments of other answers or another configuration, reused when those return).
+        options: of the judge.
         digest: identity of bench and judge; None computes it.
 
     Returns:
-        ``items``, of which ``judged`` and ``failed``; ``reused``: those judged before this run.
+        ``items``, of which ``judged`` and ``failed``; ``differing``: those that the two parsings read differently;
+        ``reused``: those judged before this run.
 
     Raises:
         JudgeUnusable: if the judge can't be used at all; what was judged is kept.
         ValueError: if an answer is missing, or files can't be read or written; what was judged is kept.
     """
-    missing = [question["question_id"] for question in bench.questions if question["question_id"] not in answers]
+    bench = Bench(questions, references, prompts)
+    missing = [question["question_id"] for question in questions if question["question_id"] not in answers]
     if missing:
         raise ValueError(f"{model_id} has no answer to questions {missing}: run the answers stage for it.")
-    digest = digest or bench.digest(options)
-    items = dict(make_items(bench, answers, model_id, options, digest))
-    path = Path(folder) / f"{model_id}.jsonl"
-    journal = Journal(path, Key.of)
-    valid = journal.recall(items)  # old answers may be back
+    items = dict(make_items(bench, answers, model_id, options, digest or bench.digest(options)))
+    journal = Journal(Path(folder) / f"{model_id}.jsonl", Key.of, _fault)
+    valid = {}
+    for key, line in journal.recall(items).items():  # old answers may be back
+        with suppress(NoRating):
+            valid[key] = line | {"score": read_rating(line["judgment"], options.parsing)}
     pending = {key: match for key, match in items.items() if key not in valid}
     client = JudgeClient(options) if pending else None  # without a key nothing is moved
     journal.keep(valid)
     failures: list[Line] = []
-    bar = tqdm(total=len(items), initial=len(valid), desc=model_id, disable=not progress_bar, leave=False)
+    bar = tqdm(total=len(items), initial=len(valid), desc=model_id, disable=not options.progress, leave=False)
     try:
         with client or nullcontext(), bar:
             if client is not None:
@@ -120,7 +128,18 @@ def judge_answers(
         failures.sort(key=lambda line: (line["question_id"], line["turn"], line["repeat"]))
         write_items(failures_path(folder, model_id), failures)
     journal.rewrite(journal.items[key] for key in items if key in journal.items)
-    return {"items": len(items), "judged": len(journal.items), "failed": len(failures), "reused": len(valid)}
+    counts = {"items": len(items), "judged": len(journal.items), "failed": len(failures)}
+    return counts | {"differing": count_differing(journal.items.values(), failures), "reused": len(valid)}
+
+
+def _fault(line: Mapping[str, Any]) -> str | None:
+    """Why a line of the journal is no judgment: fields that its key needs are missing, or as ``fault_of``."""
+    judge = line.get("judge")
+    if not isinstance(judge, list) or len(judge) != 2 or {*Key._fields} - {"prompt", "judge"} - {*line}:
+        return "it lacks what a judgment is known by"
+    if line.get("score") == FAILED:
+        return "it has no rating"
+    return fault_of(line)
 
 
 def failures_path(folder: str | Path, model_id: str) -> Path:
@@ -150,8 +169,7 @@ def make_items(
             )
     for match in sorted(matches, key=lambda match: (match.question["question_id"], match.multi_turn)):
         turn = 2 if match.multi_turn else 1
-        told = json.dumps(match.answer["choices"][0]["turns"][:turn])
-        told_sha256 = hashlib.sha256(told.encode()).hexdigest()
+        told_sha256 = answer_sha256(match.answer["choices"][0]["turns"][:turn])
         asked = (match.question["question_id"], turn, model_id, match.judge.prompt_template["name"], options.model)
         for repeat in range(options.repeats):
             yield Key(*asked, repeat, told_sha256, digest), match
@@ -191,11 +209,15 @@ def _judge(pending: Mapping[Key, Any], client: JudgeClient, journal: Journal, fa
                 journal.append(done.result())
         except ItemFailed as error:
             asked = {"question_id": key.question_id, "turn": key.turn, "repeat": key.repeat}
-            told = {"error": str(error), "attempts": error.attempts, "tstamp": time.time()}
+            told = {"error": str(error), "attempts": error.attempts, "tstamp": time.time()} | error.said
             failures.append(asked | {"judge": [key.judge, key.prompt]} | told)
         bar.update()
 
-    with fastchat_asks(client.complete, client.options.model), ThreadPoolExecutor(client.options.parallel) as pool:
+    def ask(messages: Sequence[Mapping[str, str]]) -> str:
+        client.complete(messages)
+        return "[[1]]"  # FastChat makes the prompt; the judge's words are read by judge_item
+
+    with fastchat_asks(ask, client.options.model), ThreadPoolExecutor(client.options.parallel) as pool:
         waiting: dict[Future[Line], Key] = {}
         try:
             for key, match in pending.items():
@@ -212,20 +234,20 @@ def _judge(pending: Mapping[Key, Any], client: JudgeClient, journal: Journal, fa
 
 
 def judge_item(key: Key, match: Any, client: JudgeClient) -> Line:
-    """One judgment by FastChat's ``run_judge_single``, inside :func:`fastchat_asks`; ItemFailed without a rating."""
+    """One judgment, asked by FastChat's ``run_judge_single`` in :func:`fastchat_asks`; ItemFailed without a rating."""
     from fastchat.llm_judge.common import run_judge_single
 
+    _, user_prompt, _ = run_judge_single(
+        match.question, match.answer, match.judge, match.ref_answer, multi_turn=match.multi_turn
+    )
+    parsing, judgment, cut = client.options.parsing, client.words, client.finish_reason in CUT
     try:
-        score, user_prompt, judgment = run_judge_single(
-            match.question, match.answer, match.judge, match.ref_answer, multi_turn=match.multi_turn
-        )
-    except SyntaxError as error:  # FastChat evaluates the rating as Python: [[08]] is none
-        raise ItemFailed(f"no number as rating ({error.text!r})", client.attempts) from None
-    cut = " (cut at max_tokens)" if client.finish_reason == "length" else ""
-    if score == -1:
-        raise ItemFailed(f"no rating [[1]] to [[10]] in the judgment{cut}", client.attempts)
-    if not RATINGS[0] <= score <= RATINGS[1]:
-        raise ItemFailed(f"the rating {score} is not from {RATINGS[0]} to {RATINGS[1]}", client.attempts)
+        if cut and parsing != FASTCHAT:  # what it quoted or thought so far is not what it would have said in the end
+            raise NoRating("the judgment was cut")
+        score = read_rating(judgment, parsing, "\n".join(match.answer["choices"][0]["turns"][: key.turn]))
+    except NoRating as error:
+        ended = f" (finish_reason {client.finish_reason!r}: see judge.max_tokens)" if cut else ""
+        raise ItemFailed(f"{error}{ended}", client.attempts, {"judgment": judgment}) from None
     return {
         "question_id": key.question_id,
         "model": key.model,

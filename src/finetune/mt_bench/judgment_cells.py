@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from finetune.mt_bench.cells import each, header, model_id, sha256
+from finetune.mt_bench.cells import each, header, model_id
 from finetune.mt_bench.client import JudgeOptions, JudgeUnusable
 from finetune.mt_bench.journal import read_items
+from finetune.mt_bench.judged import vouched_answers
 from finetune.mt_bench.judging import Bench, failures_path, judge_answers
 from finetune.mt_bench.local_judge import LocalJudge
-from finetune.mt_bench.questions import load_answers, load_judge_prompts, load_questions, load_references
+from finetune.mt_bench.questions import load_judge_prompts, load_questions, load_references
 from finetune.store import records
+from finetune.store.files import sha256
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ def judge_cells(
     questions = load_questions(file)
     references = load_references(questions, held, group["reference_source"])
     bench = Bench(questions, references, load_judge_prompts(root / group["judge_prompts"]))
-    with _judge(config["judge"]) as options:
+    with _judge(config["judge"] | {"progress": config["progress"]}) as options:
 
         def work(own: Mapping[str, Any], seed: int) -> None:
             method = own["method"]["name"]
@@ -83,7 +85,7 @@ def _judge_one(
 ) -> None:
     """Judge the answers of one seed and write its record; more failures than allowed are an error there and here."""
     name, allowed = model_id(config, seed), config["judge"]["allowed_failures"]
-    answers = load_answers(answers_file)
+    answers = vouched_answers(answers_file)
     digest = bench.digest(options, config["version"])
     record = header(config, "judgments", seed, digest, file, bench.questions)
     record |= {
@@ -95,16 +97,17 @@ def _judge_one(
             "temperature": options.temperature,
             "max_tokens": options.max_tokens,
             "repeats": options.repeats,
+            "parsing": options.parsing,
         },
         "answers": {
-            name: sum(sum(map(bool, answer.get(name, []))) for answer in answers.values())
+            name: sum(turns.count(True) for one in answers.values() if isinstance(turns := one.get(name), list))
             for name in ("cut", "refused")
         }
         | {"sha256": sha256(answers_file)},
     }
     path = folder / f"{name}.json"
     try:
-        counts = judge_answers(bench, answers, name, folder, options, digest=digest, progress_bar=config["progress"])
+        counts = judge_answers(bench.questions, bench.references, bench.prompts, answers, name, folder, options, digest)
     except JudgeUnusable as error:
         items, judged = 2 * len(bench.questions) * options.repeats, len(read_items(folder / f"{name}.jsonl"))
         counts = {"items": items, "judged": judged, "failed": len(read_items(failures_path(folder, name)))}
@@ -124,7 +127,7 @@ def _judge_one(
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record, unless it says what the file says already: its time is that of the judgments."""
-    if path.exists():
+    with suppress(ValueError):  # none, or a damaged one
         held = records.read_json(path)
         if {key: held[key] for key in held if key != "provenance"} == record:
             return

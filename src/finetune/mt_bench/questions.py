@@ -5,6 +5,8 @@ Source: Zheng et al., 2023, "Judging LLM-as-a-Judge with MT-Bench and Chatbot Ar
 
 from __future__ import annotations
 
+import hashlib
+import json
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -107,14 +109,27 @@ def load_answers(path: str | Path) -> dict[int, Answer]:
     answers = {}
     for answer in read_items(path):
         number = answer.get("question_id")
-        try:
-            turns = answer["choices"][0]["turns"]
-        except (KeyError, IndexError, TypeError):
-            turns = None
-        if not isinstance(number, int) or not _texts(turns) or len(turns) != 2:
-            raise ValueError(f"{path}: the answer to question {number!r} has turns={turns!r}; it must have two texts.")
+        if not isinstance(number, int) or turns_of(answer) is None:
+            raise ValueError(
+                f"{path}: the answer to question {number!r} has not two texts as choices[0].turns: run the stage that "
+                "writes it again."
+            )
         answers[number] = answer
     return answers
+
+
+def turns_of(answer: Mapping[str, Any]) -> list[str] | None:
+    """The two texts of an answer in FastChat's format; None if it has not two texts."""
+    try:
+        turns = answer["choices"][0]["turns"]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return turns if _texts(turns) and len(turns) == 2 else None
+
+
+def answer_sha256(turns: Sequence[str]) -> str:
+    """Of the answers that a judge's prompt holds: the first, or both."""
+    return hashlib.sha256(json.dumps(list(turns)).encode()).hexdigest()
 
 
 def temperature(question: Mapping[str, Any]) -> float:

@@ -10,11 +10,12 @@ An item judged several times counts once, with the median of its repeats. What w
 `finetune.mt_bench.judged` counts what is missing, and a `Score` carries how many items it is made of.
 """
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from finetune.mt_bench.rating import LEAST, MOST
 
 Line = Mapping[str, Any]
 """A judgment: FastChat's `question_id`, `model`, `judge` (name, prompt), `turn`, `score`; ours adds `repeat`."""
@@ -103,8 +104,8 @@ def categories_of(questions: Iterable[Mapping[str, Any]]) -> dict[int, str]:
 
 
 def is_score(value: Any) -> bool:
-    """Whether a value is a finite number (a rating, or -1)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a rating, a number from 1 to 10, or -1."""
+    return type(value) in (int, float) and (value == FAILED or LEAST <= value <= MOST)
 
 
 def _checked(lines: Iterable[Line]) -> list[Line]:
@@ -115,7 +116,7 @@ def _checked(lines: Iterable[Line]) -> list[Line]:
         if missing or line["turn"] not in TURNS or not is_score(line["score"]):
             raise ValueError(
                 f"judgment {number} is {dict(line)!r:.200}; needed are question_id, model, judge, turn (1 or 2) and "
-                f"score (a number){f': it lacks {sorted(missing)}' if missing else ''}"
+                f"score (1 to 10, or -1){f': it lacks {sorted(missing)}' if missing else ''}"
             )
     for name, values in (("model", {line["model"] for line in lines}), ("judge", {line["judge"][0] for line in lines})):
         if len(values) > 1:

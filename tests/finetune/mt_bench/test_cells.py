@@ -62,9 +62,9 @@ def test_a_cell_starts_its_judge_and_writes_records_that_the_table_reads(judge, 
     expected = {"experiment": "test", "kind": "judgments", "model": "tiny", "method": "lora", "seed": 1}
     assert record["run"] == expected | {"task": "mt_bench", "protocol": "sound", "scale": "smoke"}
     assert (record["status"], record["error"], record["version"]) == ("finished", None, 1)
-    assert record["counts"] == {"items": 32, "judged": 32, "failed": 0}
+    assert record["counts"] == {"items": 32, "judged": 32, "failed": 0, "differing": 0}
     asked = {"name": "local", "model": "local-judge", "endpoint": "started by the stage", "measures_quality": False}
-    assert record["judge"] == asked | {"temperature": 0, "max_tokens": 2048, "repeats": 2}
+    assert record["judge"] == asked | {"temperature": 0, "max_tokens": 2048, "repeats": 2, "parsing": "last"}
     assert record["answers"] == {"cut": 2, "refused": 0, "sha256": hashlib.sha256(answers).hexdigest()}
     assert record["questions"]["count"] == 8
     assert record["questions"]["sha256"] == hashlib.sha256(questions).hexdigest()
@@ -112,7 +112,10 @@ def test_failures_end_the_cell_after_everything_is_done_and_a_rerun_retries_them
     assert len(server.requests) == asked + 6
     folder = judge(**settings, allowed_failures=3)
     record = records.read_json(folder / f"{NAMES[1]}.json")
-    assert (record["status"], record["counts"]) == ("finished", {"items": 16, "judged": 13, "failed": 3})
+    assert (record["status"], record["counts"]) == (
+        "finished",
+        {"items": 16, "judged": 13, "failed": 3, "differing": 0},
+    )
     assert record["judge"]["endpoint"] == server.base_url and record["judge"]["measures_quality"] is True
     with pytest.raises(ValueError, match="3 of 16"):
         judge(**settings)

@@ -12,9 +12,10 @@ import pytest
 
 from finetune.mt_bench.client import JudgeOptions, JudgeUnusable
 from finetune.mt_bench.journal import Journal
-from finetune.mt_bench.judging import Bench, fastchat_asks, judge_answers
+from finetune.mt_bench.judging import fastchat_asks, judge_answers
 from finetune.mt_bench.local_judge import LocalJudge, find_answer
 from finetune.mt_bench.questions import load_judge_prompts, load_questions, load_references
+from finetune.mt_bench.rating import PARSINGS
 
 ROOT = Path(__file__).parents[3]
 REAL = Path(os.environ.get("SPARSEGRAD_DATA", ROOT / "data")) / "mt_bench"
@@ -31,13 +32,17 @@ def judge(server, tmp_path):
     def run(questions=None, answers=None, prompts=None, **changes):
         questions = questions or bench.questions()
         settings = {"model": "judge", "base_url": server.base_url, "timeout": 5, "max_retries": 1, "parallel": 4}
-        return judge_answers(
-            Bench(questions, load_references(questions, None, "questions"), prompts or bench.prompts()),
+        counts = judge_answers(
+            questions,
+            load_references(questions, None, "questions"),
+            prompts or bench.prompts(),
             answers or bench.answers(),
             "model",
             tmp_path / "judged",
             JudgeOptions(**settings | changes),
         )
+        assert counts.pop("differing") == 0  # the last of the tests on ratings has others
+        return counts
 
     return run
 
@@ -49,7 +54,8 @@ def lines(tmp_path):
     def read(name="model"):
         text = (tmp_path / "judged" / f"{name}.jsonl").read_text()
         assert text == "" or text.endswith("\n")
-        return [json.loads(line) for line in text.splitlines()]
+        assert text.count('"line_sha256": ') == text.count("\n")
+        return [{k: v for k, v in json.loads(line).items() if k != "line_sha256"} for line in text.splitlines()]
 
     return read
 
@@ -116,8 +122,8 @@ def assert_same_messages(server, questions, references, prompts, folder):
     answers = strange(questions)
     expected = fastchats_messages(questions, references, prompts, answers, folder / "fastchat")
     options = JudgeOptions("my-judge", server.base_url, parallel=4)
-    counts = judge_answers(Bench(questions, references, prompts), answers, "model", folder / "ours", options)
-    assert counts == {"items": 2 * len(questions), "judged": 2 * len(questions), "failed": 0, "reused": 0}
+    counts = judge_answers(questions, references, prompts, answers, "model", folder / "ours", options)
+    assert counts["items"] == counts["judged"] == 2 * len(questions) and counts["failed"] == counts["reused"] == 0
     assert canonical(body["messages"] for body in server.requests) == canonical(messages for messages, _, _ in expected)
     assert {(body["temperature"], body["max_tokens"]) for body in server.requests} == {(0.0, 2048)}
     assert {(temperature, limit) for _, temperature, limit in expected} == {(0, 2048)}
@@ -141,7 +147,8 @@ def test_the_prompts_of_all_80_questions_are_fastchats(server, tmp_path, file, s
 
 
 @real
-def test_real_prompts_and_ratings_of_gpt_4_come_out_again(server, tmp_path):
+@pytest.mark.parametrize("parsing", PARSINGS)
+def test_real_prompts_and_ratings_of_gpt_4_come_out_again(server, tmp_path, parsing):
     """All 480 published judgments: the answers are taken out of the stored prompts, our prompts must equal those, and
     our reading of the stored texts must give the stored scores."""
     stored = [json.loads(line) for line in (REAL / "judgments/gpt-4_single.jsonl").read_text().splitlines()]
@@ -158,9 +165,9 @@ def test_real_prompts_and_ratings_of_gpt_4_come_out_again(server, tmp_path):
         }
         said = {row["user_prompt"]: bench.says(row["judgment"]) for row in rows.values()}
         server.reply = lambda body, _, said=said: said[body["messages"][-1]["content"]]
-        options = JudgeOptions("gpt-4", server.base_url, max_retries=0)
-        counts = judge_answers(Bench(questions, references, prompts), answers, model, tmp_path, options)
-        assert counts["judged"] == 160
+        options = JudgeOptions("gpt-4", server.base_url, max_retries=0, parsing=parsing)
+        counts = judge_answers(questions, references, prompts, answers, model, tmp_path, options)
+        assert counts["judged"] == 160 and counts["differing"] == 0
         for line in Journal(
             tmp_path / f"{model}.jsonl", lambda line: (line["question_id"], line["turn"])
         ).items.values():
@@ -276,7 +283,11 @@ def test_the_local_judge_rates_the_answer_it_was_sent(judge, lines):
 FAULTS = {
     (1, 1): (bench.says("[[5]]", seconds=1.5), "no answer within 0.5 s", 2),
     (2, 1): (bench.fails(500, "boom"), "HTTP 500: boom", 2),
-    (3, 1): (bench.says("A fine answer.", finish_reason="length"), "no rating [[1]] to [[10]] in the judgment (cut", 1),
+    (3, 1): (
+        bench.says("A fine answer.", finish_reason="length"),
+        "the judgment was cut (finish_reason 'length': see",
+        1,
+    ),
     (3, 2): (bench.says("Rating: [[11]]"), "the rating 11 is not from 1 to 10", 1),
     (5, 1): (bench.says("Rating: [[0]]"), "the rating 0 is not from 1 to 10", 1),
     (5, 2): (bench.says("Rating: [[08]]"), "no number as rating", 1),

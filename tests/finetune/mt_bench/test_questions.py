@@ -139,7 +139,7 @@ def test_the_last_answer_of_a_question_counts(write):
     old, new = ({"question_id": 1, "choices": [{"turns": [text, text]}]} for text in ("old", "new"))
     assert load_answers(write(old, new)) == {1: new}
     for wrong in ({"question_id": 1}, {"question_id": 1, "choices": []}, {"choices": [{"turns": ["a", "b"]}]}):
-        with pytest.raises(ValueError, match="it must have two texts"):
+        with pytest.raises(ValueError, match="has not two texts as choices"):
             load_answers(write(old, wrong))
 
 

@@ -29,7 +29,8 @@ real = pytest.mark.skipif(not JUDGMENTS.is_file(), reason=f"no {JUDGMENTS}: publ
 
 def line(question, turn, score, *, model="m", judge="gpt-4", **extra):
     prompt = "single-v1" if turn == 1 else "single-v1-multi-turn"
-    return {"question_id": question, "turn": turn, "score": score, "model": model, "judge": [judge, prompt]} | extra
+    said = {"score": score, "judgment": f"Rating: [[{score}]]"}
+    return {"question_id": question, "turn": turn, "model": model, "judge": [judge, prompt]} | said | extra
 
 
 # FastChat's definition
@@ -76,8 +77,8 @@ def test_repeats_become_their_median():
         ([line(81, 1, 5), line(81, 2, 5, model="other")], "judgments of several models are mixed: m, other"),
         ([line(81, 1, 5), line(81, 1, 6)], "question 81, turn 1, repeat 0 of m was judged twice"),
         ([line(81, 3, 5)], "turn .1 or 2."),
-        ([line(81, 1, None)], "score .a number."),
-        ([line(81, 1, float("nan"))], "score .a number."),
+        ([line(81, 1, None)], "score .1 to 10, or -1."),
+        ([line(81, 1, float("nan"))], "score .1 to 10, or -1."),
         ([{"question_id": 81}], "it lacks .'judge', 'model', 'score', 'turn'."),
     ],
 )
@@ -182,13 +183,19 @@ def test_what_cannot_be_compared_is_refused():
 
 # Files
 
+NAME = "m-x-seed1"
 
-def write_judged(folder, name="m", *, lines=None, failures=(), record=None, repeats=1):
+
+def own(*item, **extra):
+    return line(*item, model=NAME, config_hash="abc", **extra)
+
+
+def write_judged(folder, name=NAME, *, lines=None, failures=(), record=None, repeats=1):
     """A record with two questions, its lines, its failures."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {
-        "run": dict.fromkeys(("experiment", "model", "method", "seed", "protocol", "scale"), "x")
-        | {"kind": "judgments", "config_hash": "abc"},
+        "run": dict.fromkeys(("experiment", "method", "protocol", "scale"), "x")
+        | {"model": name.partition("-")[0], "seed": 1, "kind": "judgments", "config_hash": "abc"},
         "judge": {"model": "gpt-4", "repeats": repeats}
         | dict.fromkeys(("measures_quality", "temperature", "max_tokens"), 0),
         "questions": {"file": "q.jsonl", "sha256": "0" * 64, "count": 2},
@@ -203,18 +210,18 @@ def write_judged(folder, name="m", *, lines=None, failures=(), record=None, repe
 
 def whole(**extra):
     """Every item of two questions; `repeat` and `config_hash` as our client writes them."""
-    return [line(q, t, q - 80 + t, config_hash="abc", **extra) for q in (81, 82) for t in (1, 2)]
+    return [own(q, t, q - 80 + t, **extra) for q in (81, 82) for t in (1, 2)]
 
 
 def test_reader_of_a_complete_folder(tmp_path):
-    write_judged(tmp_path / "tiny" / "full", lines=[one | {"judgment": "a\u2028b"} for one in whole(repeat=0)])
+    write_judged(tmp_path / "tiny", lines=[one | {"user_prompt": "a\u2028b"} for one in whole(repeat=0)])
     (found,) = judged.read_judgments(tmp_path)
     assert (found.expected, found.missing, found.foreign, found.shortfall()) == (4, 0, 0, "")
     assert found.items() == {(81, 1): 2, (81, 2): 3, (82, 1): 3, (82, 2): 4}
 
 
 def test_missing_and_failed_items_are_counted(tmp_path):
-    lines = [*whole(repeat=0)[:3], whole(repeat=1)[0], line(82, 2, -1, config_hash="abc", repeat=0)]
+    lines = [*whole(repeat=0)[:3], whole(repeat=1)[0], own(82, 2, -1, repeat=0)]
     failure = {"question_id": 82, "turn": 2, "repeat": 0, "judge": ["gpt-4", "single-v1"], "error": "no rating"}
     found = judged.read_judged(write_judged(tmp_path, lines=lines, failures=[failure], repeats=2))
     assert (found.expected, len(found.lines), found.missing) == (8, 4, 4)
@@ -225,12 +232,12 @@ def test_missing_and_failed_items_are_counted(tmp_path):
 def test_only_what_belongs_to_the_record_counts(tmp_path):
     lines = whole(repeat=0)
     foreign = [
-        lines[0] | {"config_hash": "old", "score": 1},
+        lines[0] | {"config_hash": "old", "score": "no"},
         lines[0] | {"model": "other"},
         lines[0] | {"judge": ["gpt-3", "single-v1"]},
         lines[0] | {"repeat": 1},
     ]
-    again = line(81, 1, 9, config_hash="abc", repeat=0)  # of two lines of an item the last counts
+    again = own(81, 1, 9, repeat=0)  # of two lines of an item the last counts
     found = judged.read_judged(write_judged(tmp_path, lines=[*foreign, *lines, again]))
     assert (found.foreign, found.missing) == (4, 0)
     assert found.items() == {(81, 1): 9, (81, 2): 3, (82, 1): 3, (82, 2): 4}
@@ -238,18 +245,18 @@ def test_only_what_belongs_to_the_record_counts(tmp_path):
 
 
 def test_records_that_a_cell_no_longer_lists_are_passed_over(tmp_path):
-    write_judged(tmp_path / "cell", "m", lines=whole())
-    write_judged(tmp_path / "cell", "stale", lines=[])
-    write_judged(tmp_path / "cell" / "earlier", "m", lines=[])
+    write_judged(tmp_path / "cell", lines=whole())
+    write_judged(tmp_path / "cell", "stale-x-seed1", lines=[])
+    write_judged(tmp_path / "cell" / "earlier", lines=[])
     (tmp_path / "answers.json").write_text('{"run": {"kind": "answers"}}')  # not judgments
-    (tmp_path / "cell" / "cell.json").write_text('{"records": ["m.json"]}')
-    assert [found.path for found in judged.read_judgments(tmp_path)] == [(tmp_path / "cell" / "m.json").as_posix()]
+    (tmp_path / "cell" / "cell.json").write_text(json.dumps({"records": [f"{NAME}.json"]}))
+    assert [found.path for found in judged.read_judgments(tmp_path)] == [(tmp_path / f"cell/{NAME}.json").as_posix()]
     (tmp_path / "cell" / "cell.json").unlink()
     assert len(list(judged.read_judgments(tmp_path))) == 3
 
 
 def test_more_judgments_than_items(tmp_path):
-    lines = [*whole(), line(83, 1, 5, config_hash="abc")]
+    lines = [*whole(), own(83, 1, 5)]
     with pytest.raises(ValueError, match="speaks of 4 judgments, its file holds 5"):
         judged.read_judged(write_judged(tmp_path, lines=lines))
 
@@ -259,7 +266,10 @@ def test_more_judgments_than_items(tmp_path):
     [
         (None, "does not exist: run the stage"),
         ('{"question_id": 81}\n{"torn', "line 2"),
-        ('{"model": "m", "judge": ["gpt-4", "p"], "config_hash": "abc", "turn": 1}\n', "lacks a question, a turn"),
+        (
+            f'{{"model": "{NAME}", "judge": ["gpt-4", "p"], "config_hash": "abc", "turn": 1}}\n',
+            "question_id=None and turn=1 name no item; run the judgments stage again",
+        ),
     ],
 )
 def test_damaged_files(tmp_path, text, message):

@@ -31,8 +31,11 @@ def run_of(kind, model, method, seed):
 
 def write(folder, name, record, lines):
     folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / f"{name}.jsonl").write_text(text)
+    if record["run"]["kind"] == "answers":
+        record["answers"] = {"sha256": hashlib.sha256(text.encode()).hexdigest()}
     (folder / f"{name}.json").write_text(json.dumps(record))
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_answers(root, method, seed, *, model="tiny", numbers=(84, 95), cut=(), refused=(), text=answer_of):
@@ -156,11 +159,11 @@ def test_cut_and_refused_prompts(tmp_path):
     assert "1 cut, 3 refused." in parts_of(tmp_path)[0]["facts"][-2]
 
 
-def test_judgments_of_another_answer_are_not_shown(tmp_path):
+def test_judgments_of_another_answer_are_refused(tmp_path):
     write_answers(tmp_path, "full", 1)
     write_judgments(tmp_path, "full", 1, {(84, 0): 5}, text=lambda *_: "an older answer")
-    card = cards(tmp_path)["Regular FT"]
-    assert card.score is None and card.words == () and "Judgments of another answer" in card.warnings[0]
+    with pytest.raises(ValueError, match="question 84, turn 1 was judged on another answer than there is; run the jud"):
+        parts_of(tmp_path)
 
 
 def test_seed_that_all_methods_have(tmp_path):
@@ -172,11 +175,13 @@ def test_seed_that_all_methods_have(tmp_path):
     assert parts_of(tmp_path)[0]["facts"][1] == "Seeds shown: Regular FT 1, DoRA <i> 2, meprop 7."
 
 
-def test_lines_of_an_older_configuration_are_no_answers(tmp_path):
+@pytest.mark.parametrize("old", ['"config_hash": "abc"', "Answer of full", '"question_id": 84'])
+def test_answers_that_their_record_was_not_written_for_are_refused(tmp_path, old):
     write_answers(tmp_path, "full", 1)
     path = tmp_path / "answers" / "tiny" / "full" / "tiny-full-seed1.jsonl"
-    path.write_text(path.read_text().replace('"config_hash": "abc"', '"config_hash": "old"'))
-    assert cards(tmp_path)["Regular FT"].why == "this question was not answered"
+    path.write_text(path.read_text().replace(old, old[:-1] + "5", 1))
+    with pytest.raises(ValueError, match=r"full-seed1\.jsonl( is not the file that|, line 1 holds no).*"):
+        parts_of(tmp_path)
 
 
 def test_no_model_and_no_answers(tmp_path):

@@ -62,7 +62,7 @@ def judged(method, seed, by_repeat, *, model="tiny", judge=None, questions=None,
     }
     facts = {"model": f"{model}-{method}-seed{seed}", "judge": [record["judge"]["model"], "single-v1"]}
     lines = [
-        {"question_id": question, "turn": turn, "score": score, "repeat": repeat} | facts
+        {"question_id": question, "turn": turn, "score": score, "judgment": f"[[{score}]]", "repeat": repeat} | facts
         for repeat, scores in enumerate(by_repeat)
         for (question, turn), score in scores.items()
     ]
@@ -226,7 +226,7 @@ def test_missing_judgments_and_failed_runs():
     cell = table.cell("LoRA", SCORE)
     assert cell.verdict == "not run" and kinds(cell) == {"missing_judgments"}
     judge = notes(table, "judge")
-    assert "Judgments: 79 of 160 have a rating." in judge
+    assert any(note.startswith("Judgments: 79 of 160 have a rating, read by parsing fastchat; ") for note in judge)
     assert "Prompts longer than the model's window: 3 cut, 1 refused." in judge
     loss = table.cell("Regular FT", LOSS)
     assert loss.n == 1 and loss.flags == ("failed_runs",) and kinds(table.cell("LoRA", LOSS)) == {"no_run", "failed"}

@@ -6,15 +6,12 @@ first turn of a question is shown, as in the paper.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune.mt_bench.journal import read_items
-from finetune.mt_bench.judged import Judged, current_records
+from finetune.mt_bench.judged import Judged, current_records, vouched_answers
 from finetune.report.evidence.experiment import Experiment
 from finetune.report.page.render import render
 from finetune.report.paper.layouts import PAPER_MODELS
@@ -79,9 +76,7 @@ def read_answers(folder: str | Path) -> Iterator[Answers]:
     for path in current_records(folder):
         record = records.read_json(path)
         if record.get("run", {}).get("kind") == "answers":
-            digest = record["run"]["config_hash"]
-            lines = read_items(path.with_suffix(".jsonl"))
-            yield Answers(record, {one["question_id"]: one for one in lines if one.get("config_hash") == digest})
+            yield Answers(record, vouched_answers(path.with_suffix(".jsonl")))
 
 
 def parts_of(
@@ -193,17 +188,12 @@ def _card(shown: Shown, number: int) -> Card:
     line = answers.lines[number]
     text = line["choices"][0]["turns"][TURN - 1]
     mine = [one for one in (judged.lines if judged else ()) if (one["question_id"], one["turn"]) == (number, TURN)]
-    # As `finetune.mt_bench.judging` names the answers that a prompt for the first turn held.
-    digest = hashlib.sha256(json.dumps([text]).encode()).hexdigest()
-    found = [one for one in mine if one.get("answer_sha256") == digest]
     warnings = [words for name, words in _CUT.items() if any(line.get(name, ())[TURN - 1 : TURN])]
-    if len(found) < len(mine):
-        warnings.append("Judgments of another answer than this one are not shown: run the judgments stage again.")
     return Card(
         label,
         text,
-        scores=tuple(one["score"] for one in found),
+        scores=tuple(one["score"] for one in mine),
         repeats=judged.record["judge"]["repeats"] if judged else 0,
         warnings=tuple(warnings),
-        words=tuple((one.get("repeat", 0) + 1, one["score"], str(one.get("judgment", ""))) for one in found),
+        words=tuple((one.get("repeat", 0) + 1, one["score"], str(one.get("judgment", ""))) for one in mine),
     )

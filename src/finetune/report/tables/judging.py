@@ -97,10 +97,12 @@ def _judge(everything: Sequence[Judged]) -> list[str]:
     quality = "" if judge["measures_quality"] else " Its scores are no measure of quality."
     ratings, expected = sum(len(one.lines) for one in everything), sum(one.expected for one in everything)
     cut, refused = (sum(one.record["answers"][name] for one in everything) for name in ("cut", "refused"))
+    parsings = sorted({one.parsing for one in everything})
     return [
         f"Judge: {judge['model']}, temperature {judge['temperature']}, {times}; {questions['count']} questions of "
         f"{questions['file']} (sha256 {questions['sha256'][:12]}).{quality}",
-        f"Judgments: {ratings} of {expected} have a rating.",
+        f"Judgments: {ratings} of {expected} have a rating, read by parsing {' and '.join(parsings)}; FastChat's, the "
+        f"first one named, and the last of the judge's own differ in {sum(one.differing for one in everything)}.",
         *(f"{one.path}: {one.shortfall()}." for one in everything if one.shortfall()),
         f"Prompts longer than the model's window: {cut} cut, {refused} refused.",
     ]
