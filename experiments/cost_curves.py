@@ -20,7 +20,7 @@ def main(config: dict[str, Any]) -> None:
     from finetune.efficiency.stage import Stage
 
     stage = Stage.from_config("cost_curves", config)
-    with only_writer(stage.path, config["checkpoints"]):
+    with only_writer(stage.path.parent, config["checkpoints"], name=stage.path.name):
         record = cost_curves.cost_curves(cost_curves.read_config(config), stage)
     for line in cost_curves.summary(record):
         log.info("%s", line)

@@ -20,7 +20,7 @@ def main(config: dict[str, Any]) -> None:
     from finetune.efficiency.stage import Stage
 
     stage = Stage.from_config("hosvd_cost", config)
-    with only_writer(stage.path, config["checkpoints"]):
+    with only_writer(stage.path.parent, config["checkpoints"], name=stage.path.name):
         record = hosvd_cost.hosvd_cost(*hosvd_cost.read_config(config), stage)
     for line in hosvd_cost.summary(record):
         log.info("%s", line)

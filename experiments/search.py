@@ -7,16 +7,14 @@ A killed search goes on where it was; see conf/glue.yaml, conf/scale and conf/pr
 
 from typing import Any
 
-from finetune.runs.command import only_writer, script
+from finetune.runs.command import script
 
 
 @script("glue")
 def main(config: dict[str, Any]) -> None:
     from finetune.runs import cells
 
-    cell = cells.Cell.of(config)
-    with only_writer(cell.folder("runs"), config["checkpoints"]):
-        cells.search_cell(cell)
+    cells.search_cell(cells.Cell.of(config))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ see conf/glue.yaml and conf/chat.yaml.
 
 from typing import Any
 
-from finetune.runs.command import only_writer, script
+from finetune.runs.command import script
 
 
 @script("glue")
@@ -21,9 +21,7 @@ def main(config: dict[str, Any]) -> float | None:
 
     if config["cell"] is None:
         return cells.run_by_hand(config)
-    cell = cells.Cell.of(config)
-    with only_writer(cell.folder("runs"), config["checkpoints"]):
-        cells.train_cell(cell)
+    cells.train_cell(cells.Cell.of(config))
     return None
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from finetune.store.files import write_atomically
+from finetune.store.lines import append_line, cut, whole_lines
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +55,9 @@ class Journal:
         self.path = Path(path)
         self._key, self._fault, self._checked = key, fault, checked
         self.items: dict[Hashable, Item] = {}
-        content = self.path.read_bytes() if self.path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
+        lines = whole_lines(self.path)
         refused: Counter[str] = Counter()
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(lines, start=1):
             item, wrong = _parse(self.path, number, line)
             wrong = wrong or ("no checksum" if checked and CHECKSUM not in item else fault(item))
             item.pop(CHECKSUM, None)
@@ -72,9 +71,7 @@ class Journal:
         if refused:
             reasons = "; ".join(f"{reason} ({times})" for reason, times in refused.items())
             log.warning("%s: %d lines are not believed, done again: %s", path, refused.total(), reasons)
-        if len(whole) < len(content):
-            log.warning("%s: its last line was cut short, done again", path)
-            os.truncate(self.path, len(whole))
+        cut(self.path, lines)
         self._as_on_disk = not refused
 
     def append(self, item: Mapping[str, Any]) -> None:
@@ -85,8 +82,7 @@ class Journal:
         """
         line = _line(item).encode()
         with _clear_error(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._append(line)
+            append_line(self.path, line)
         self.items[self._key(item)] = dict(item)
 
     def rewrite(self, items: Iterable[Mapping[str, Any]]) -> None:
@@ -115,22 +111,6 @@ class Journal:
 
     def _earlier(self) -> Journal:
         return Journal(self.path.parent / "earlier" / self.path.name, self._key, self._fault, self._checked)
-
-    def _append(self, line: bytes) -> None:
-        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            before = os.fstat(handle).st_size
-            try:
-                rest = memoryview(line)
-                while rest:  # the system may take a part, as when the disk has room for no more
-                    rest = rest[os.write(handle, rest) :]
-                os.fsync(handle)
-            except BaseException:
-                with suppress(OSError):
-                    os.ftruncate(handle, before)
-                raise
-        finally:
-            os.close(handle)
 
 
 @contextmanager

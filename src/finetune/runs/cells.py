@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,13 +21,13 @@ import torch
 from tqdm import tqdm
 
 from finetune.runs.chat import ChatProblem
-from finetune.runs.command import is_first_process, read_lists
+from finetune.runs.command import is_first_process, only_writer, read_lists
 from finetune.runs.glue import GlueProblem
 from finetune.runs.problem import Problem, Run, for_task
 from finetune.runs.record_content import named
-from finetune.runs.run import MERGED, run_once
+from finetune.runs.run import MERGED, forget, run_once
 from finetune.runs.workers import Workers, run_all, warm_up
-from finetune.store import records
+from finetune.store import places, records
 from finetune.tracking.results import send_search
 from finetune.training import gradients
 from finetune.training.loop import NonFiniteLoss, make_accelerator
@@ -71,6 +72,11 @@ class Cell:
         """A folder that all methods of the model share: ``gradients`` or ``basis``."""
         return self.results / kind / self.problem.config["model"]["name"]
 
+    def writer(self) -> AbstractContextManager[None]:
+        """Hold the folders of this model and method, which must be there for DVC, for this process."""
+        runs, *others = (self.folder(kind) for kind in ("runs", "search", "models"))
+        return only_writer(runs, self.problem.config["checkpoints"], *others)
+
 
 def make_problem(config: Mapping[str, Any]) -> Problem:
     """The problem that ``problem`` names.
@@ -92,6 +98,7 @@ def run_by_hand(config: Mapping[str, Any]) -> float:
     problem = make_problem(config)
     run = Run(problem.task, config["seed"], problem.hyperparameters())
     folder = Path(config["output"]) / problem.place
+    places.check_writable(folder)
     ((path, record),) = _run_missing(problem, [run], folder, folder, Workers(threads=config["threads"])).items()
     if record["status"] != "finished":
         raise ValueError(f"{path}: {record['error']}")
@@ -106,15 +113,17 @@ def train_cell(cell: Cell) -> None:
     Raises:
         ValueError: if a seed was the search's, or any run failed (after all others are done).
     """
-    problem, workers = cell.problem, Workers.of(cell.problem.config)
-    protocol = problem.config["protocol"]
+    protocol = cell.problem.config["protocol"]
     if "search" in protocol and protocol["search_seed"] in cell.seeds:
         raise ValueError(f"seed {protocol['search_seed']} is the search's; seeds={list(cell.seeds)} must be others.")
-    for kind in ("search", "runs", "models"):  # DVC wants its outputs to exist
-        cell.folder(kind).mkdir(parents=True, exist_ok=True)
-    if problem.searches:
-        search_cell(cell)
-    runs = []
+    with cell.writer():
+        if cell.problem.searches:
+            _search_missing(cell)
+        _train_missing(cell)
+
+
+def _train_missing(cell: Cell) -> None:
+    problem, workers, runs = cell.problem, Workers.of(cell.problem.config), []
     for task in cell.tasks:
         best = records.read_json(cell.folder("search") / f"{task}.json")["best"] if problem.searches else None
         runs += [Run(task, seed, problem.hyperparameters(best)) for seed in cell.seeds]
@@ -143,6 +152,8 @@ def _run_missing(
             jobs[path] = partial(run_once, problem, run, path=path, keep=keep)
         else:
             log.info("%s is finished, reused", path)
+            if is_first_process():
+                forget(problem, run)
     done = run_all(list(jobs.values()), workers, label="runs", bar=problem.config["progress"])
     return found | dict(zip(jobs, done, strict=True))
 
@@ -169,6 +180,11 @@ def search_cell(cell: Cell) -> list[Path]:
     Raises:
         ValueError: if the protocol has no search, or several processes run as one.
     """
+    with cell.writer():
+        return _search_missing(cell)
+
+
+def _search_missing(cell: Cell) -> list[Path]:
     problem, folder = cell.problem, cell.folder("search")
     protocol = problem.config["protocol"]
     if "search" not in protocol:
@@ -196,7 +212,8 @@ def _is_searched(path: Path, digest: str, trials: int) -> bool:
 
 def _search(problem: Problem, whole: Run, path: Path) -> None:
     """Search one task; ``whole`` is the search as a run without a point."""
-    from finetune.runs.search import SearchSpace, open_storage, run_search, summary
+    from finetune.runs.search import SearchSpace, run_search, summary
+    from finetune.runs.search_journal import open_storage
 
     config, digest = problem.config, problem.digest(whole)
     space = SearchSpace.of(config)
@@ -219,8 +236,10 @@ def _search(problem: Problem, whole: Run, path: Path) -> None:
 def gradients_cell(cell: Cell) -> None:
     """Moments of the preliminary phase of every task, ``<task>.safetensors`` each."""
     problem, config = cell.problem, cell.problem.config
-    jobs = [partial(_gradients, problem, task, cell.shared("gradients") / f"{task}.safetensors") for task in cell.tasks]
-    run_all(jobs, Workers(threads=config["threads"]), label="gradients", bar=config["progress"])
+    folder = cell.shared("gradients")
+    jobs = [partial(_gradients, problem, task, folder / f"{task}.safetensors") for task in cell.tasks]
+    with only_writer(folder, config["checkpoints"]):
+        run_all(jobs, Workers(threads=config["threads"]), label="gradients", bar=config["progress"])
 
 
 def _gradients(problem: Problem, task: str, path: Path) -> None:
@@ -236,6 +255,12 @@ def basis_cell(cell: Cell) -> None:
     One layer kind at a time lies on the device: of LLaMa-2's matrices (11,008 x 4,096) one kind's moments take 1.1 GB,
     its decomposition a few times that.
     """
+    folder = cell.shared("basis")
+    with only_writer(folder, cell.problem.config["checkpoints"]):
+        _bases(cell, folder)
+
+
+def _bases(cell: Cell, folder: Path) -> None:
     config, report = cell.problem.config, {}
     if config["threads"] is not None:
         torch.set_num_threads(config["threads"])
@@ -255,5 +280,5 @@ def basis_cell(cell: Cell) -> None:
             bases[kind] = Basis(basis.U.float().cpu(), basis.V.float().cpu())
             del collected.moments[kind], basis
             report[task][kind] = {"seconds": time.perf_counter() - started, "gradients": facts["gradients"][kind]}
-        save_bases(cell.shared("basis") / f"{task}.safetensors", bases, facts | {"content": "bases"})
-    records.write_json(cell.shared("basis") / "hosvd.json", report)
+        save_bases(folder / f"{task}.safetensors", bases, facts | {"content": "bases"})
+    records.write_json(folder / "hosvd.json", report)

@@ -5,21 +5,31 @@ Nothing heavy is imported here.
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from finetune.config.check import SCRIPTS, check_script
+from finetune.store import places
 from finetune.store.files import read_yaml
 
 log = logging.getLogger(__name__)
+
+_IN_THE_WAY = "is in the way: move it away, or choose another place"
+_REMEDIES = (
+    ((errno.ENOSPC, errno.EDQUOT), "make room, and run again: what is finished is kept"),
+    ((errno.EACCES, errno.EPERM, errno.EROFS), "choose another place, or ask for the right to it"),
+    ((errno.ENOTDIR, errno.EEXIST), f"a file {_IN_THE_WAY}"),
+    ((errno.EISDIR,), f"a folder {_IN_THE_WAY}"),
+)
+_USERS = {"ValueError", "ImportError", "SafetensorError", "YAMLError"}
 
 
 def script(config_name: str) -> Callable[[Callable[[dict[str, Any]], Any]], Callable[[], None]]:
@@ -50,7 +60,7 @@ def script(config_name: str) -> Callable[[Callable[[dict[str, Any]], Any]], Call
         @wraps(main)
         def run() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come here; else it would print pages
-            with _hydra_in_one_line():
+            with exit_with_message(), _hydra_in_one_line():
                 composed()
 
         return run
@@ -77,34 +87,40 @@ def _hydra_in_one_line() -> Iterator[None]:
 
 @contextmanager
 def exit_with_message() -> Iterator[None]:
-    """Turn a user's error into one line on standard error and exit code 1; programming errors keep their traceback."""
+    """Turn a user's error into one line on standard error and exit code 1; programming errors keep their traceback.
+
+    A user's errors are those of input, of the system and of memory. Ctrl-C is one line and exit code 130.
+    """
     try:
         yield
-    except (ValueError, ImportError) as error:
+    except KeyboardInterrupt:
+        log.error("interrupted: what is finished is kept; run again to go on")
+        raise SystemExit(130) from None
+    except Exception as error:
+        if (told := _told(error)) is None:
+            raise
         log.debug("traceback", exc_info=True)
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {' '.join(told.split())}") from None
+
+
+def _told(error: Exception) -> str | None:
+    """What to say of a user's error, None of another. By names: this imports neither torch nor omegaconf."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if names & {"MemoryError", "OutOfMemoryError"} or "can't allocate memory" in str(error):
+        return (
+            "out of memory: lower batch_size, scale.micro_batch_size, scale.evaluation_batch_size, protocol.max_length "
+            "or workers, and run again: what is finished is kept"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        remedy = next((remedy for numbers, remedy in _REMEDIES if error.errno in numbers), None)
+        return ": ".join(part for part in (error.filename and str(error.filename), error.strerror, remedy) if part)
+    return str(error) or type(error).__name__ if names & (_USERS | {"OSError"}) else None
 
 
 @contextmanager
-def only_writer(folder: Path, locks: str | Path) -> Iterator[None]:
-    """Hold a cell's folder for this process; the system frees it when the process ends, however it ends.
-
-    A kill of dvc alone leaves its stage running, and the next ``dvc repro`` would start a second writer. Of several
-    processes of one run the first holds it.
-
-    Raises:
-        ValueError: if another process holds it.
-    """
-    if not is_first_process():
-        yield
-        return
-    path = Path(locks) / f"{folder.as_posix().strip('/').replace('/', '-')}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another process is working on this cell; wait for it, or end it.") from None
+def only_writer(folder: Path, locks: str | Path, *others: Path, name: str | None = None) -> Iterator[None]:
+    """As :func:`finetune.store.places.only_writer`; of several processes of one run the first holds it."""
+    with places.only_writer(folder, locks, *others, name=name) if is_first_process() else nullcontext():
         yield
 
 

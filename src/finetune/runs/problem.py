@@ -165,6 +165,10 @@ class Problem(ABC):
         """Hash of a run's identity."""
         return records.config_hash(self.identity(run))
 
+    def checkpoints(self, run: Run) -> Path:
+        """Folder of a run's checkpoints: of this run alone."""
+        return Path(self.config["checkpoints"]) / self.digest(run)
+
     def hyperparameters(self, best: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Learning rate and batch size: given by hand, else the search's best, the scale's, or the protocol's.
 

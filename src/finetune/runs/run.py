@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from finetune import models
@@ -17,7 +20,7 @@ from finetune.methods import Method, build_method
 from finetune.methods.base import count_parameters
 from finetune.runs import record_content
 from finetune.runs.problem import Problem, Run
-from finetune.store import records
+from finetune.store import places, records
 from finetune.tracking.tracker import SUMMARY, Tracker, chosen
 from finetune.training import checkpoint, memory
 from finetune.training.loop import Ended, NonFiniteLoss, Training, make_accelerator, train
@@ -48,10 +51,48 @@ def run_once(
         The record. A run whose loss is not finite gives one with status ``failed``.
 
     Raises:
-        ValueError: on bad configuration or data.
+        ValueError: on bad configuration or data, or if another process does this run.
+        OSError: if its files can't be written; found before it trains.
     """
+    accelerator = make_accelerator(problem.config["device"], problem.precision)
+    with _writer(problem, run, path, keep) if accelerator.is_main_process else nullcontext():
+        return _run_once(problem, run, accelerator, on_evaluation, path, keep)
+
+
+@contextmanager
+def _writer(problem: Problem, run: Run, path: Path | None, keep: Path | None) -> Iterator[None]:
+    """Hold a run's checkpoints, and look before it whether its files can be written."""
+    folder = problem.checkpoints(run)
+    with places.locked(folder, folder.parent):
+        places.sweep(folder)
+        if path is not None:
+            places.check_writable(path.parent, path.name)
+            places.sweep(path.parent, path.name)
+        if keep is not None:
+            places.check_writable(keep.parent)
+            places.sweep(keep.parent, keep.name)
+            if keep.is_file():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(keep))
+        yield
+
+
+def forget(problem: Problem, run: Run) -> None:
+    """Delete the checkpoints that a kill left of a finished run, unless another process does this run."""
+    folder = problem.checkpoints(run)
+    if folder.exists():
+        with suppress(places.Busy), places.locked(folder, folder.parent):
+            checkpoint.remove_checkpoints(folder)
+
+
+def _run_once(
+    problem: Problem,
+    run: Run,
+    accelerator: Accelerator,
+    on_evaluation: Callable[[int, float], None] | None,
+    path: Path | None,
+    keep: Path | None,
+) -> dict[str, Any]:
     config, task = problem.config, run.task
-    accelerator = make_accelerator(config["device"], problem.precision)
     options, device = problem.options(run, accelerator.num_processes), accelerator.device
     model = problem.load_model(task, run.seed)
     one_backward = options.accumulation_steps == 1 and accelerator.num_processes == 1
@@ -66,7 +107,7 @@ def run_once(
         metric=problem.metric(task),
         options=options,
         accelerator=accelerator,
-        checkpoints=Path(config["checkpoints"]) / problem.digest(run),
+        checkpoints=problem.checkpoints(run),
         digest=problem.digest(run),
         progress_bar=config["progress"] and accelerator.is_main_process,
         label=f"{config['model']['name']} {config['method']['name']} {task} seed {run.seed}",

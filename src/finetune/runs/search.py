@@ -10,12 +10,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from finetune.training.loop import Ended, NonFiniteLoss
@@ -78,12 +76,6 @@ class SearchSpace:
                 raise ValueError(f"search point {dict(point)} is outside {[low, high]} x {list(self.batch_sizes)}.")
 
 
-def open_storage(path: str | Path) -> BaseStorage:
-    """A journal file; one process at a time writes it."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(str(path)))
-
-
 def run_search(objective: Objective, space: SearchSpace, storage: BaseStorage, study_name: str) -> optuna.Study:
     """Run what is missing of a search.
 
@@ -91,7 +83,7 @@ def run_search(objective: Objective, space: SearchSpace, storage: BaseStorage, s
         objective: gets the hyper-parameters and a function that reports (step, score) and may prune; returns the score,
             or the score and the validation loss, which breaks ties.
         space: what to search.
-        storage: of :func:`open_storage`.
+        storage: of :func:`finetune.runs.search_journal.open_storage`.
         study_name: from the configuration's hash, so that another configuration is another study.
 
     Returns:
@@ -99,7 +91,7 @@ def run_search(objective: Objective, space: SearchSpace, storage: BaseStorage, s
 
     Raises:
         NonFiniteLoss: never; a diverged trial is counted and marked.
-        Exception: whatever else the objective raises; the trial is failed first.
+        Exception: whatever else the objective raises; as after a kill, its trial is taken up again by the next call.
     """
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -160,14 +152,16 @@ def _one_trial(study: optuna.Study, space: SearchSpace, objective: Objective) ->
     trial = study.ask()
     seed, startup = space.seed + trial.number, max(5, len(space.points))
     study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
-    reported = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)  # before a kill
+    before = study.get_trials(deepcopy=False)[trial.number]  # what a kill left of it
+    if {*before.params} == {"learning_rate"}:  # drawn already: the sampler's generator has to be past it
+        study.sampler.sample_independent(study, before, "learning_rate", before.distributions["learning_rate"])
     point = {
         "learning_rate": trial.suggest_float("learning_rate", *space.learning_rate, log=True),
         "batch_size": trial.suggest_categorical("batch_size", space.batch_sizes),
     }
 
     def report(step: int, score: float) -> None:
-        if step not in reported:
+        if step not in before.intermediate_values:
             trial.report(score, step)
         if trial.should_prune():
             raise Pruned
@@ -181,9 +175,6 @@ def _one_trial(study: optuna.Study, space: SearchSpace, objective: Objective) ->
         trial.set_user_attr(DIVERGED, True)
         study.tell(trial, state=TrialState.FAIL)
         log.info("trial %d %s diverged: %s", trial.number, point, error)
-    except Exception:
-        study.tell(trial, state=TrialState.FAIL)
-        raise
     else:
         if isinstance(value, tuple):
             value, loss = value

@@ -94,7 +94,7 @@ def run_all(jobs: Sequence[Callable[[], Any]], workers: Workers, *, label: str =
                     "a worker's process died (killed, or out of memory); what is finished is kept: run again."
                 ) from None
             finally:
-                executor.shutdown(wait=False, cancel_futures=True)
+                executor.shutdown(cancel_futures=True)
             return [future.result() for future in futures]
 
 

@@ -15,6 +15,9 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
     """Write beside the target, sync, and swap: a kill leaves the old file or the new one, never a part.
 
     Missing parent folders are made; text is written as UTF-8.
+
+    Raises:
+        OSError: if it can't be written; it names the file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,8 +29,10 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would keep group members out
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise named(error, path) from error
         raise
 
 
@@ -35,6 +40,11 @@ def sha256(path: Path) -> str:
     """Of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def named(error: OSError, path: Path) -> OSError:
+    """The system's refusal, with the file that it is about."""
+    return OSError(error.errno, error.strerror or str(error), str(path))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from finetune.runs.search import SearchSpace, finished, open_storage, run_search, summary
+from finetune.runs.search import SearchSpace, finished, run_search, summary
+from finetune.runs.search_journal import open_storage
 from finetune.training.loop import NonFiniteLoss
 
 POINTS = ({"learning_rate": 1e-3, "batch_size": 8}, {"learning_rate": 1e-2, "batch_size": 16})
@@ -128,7 +129,8 @@ def test_values_reported_before_a_kill_are_kept_and_reported_once(space, storage
 
 KILLED = """
     import os, signal, sys
-    from finetune.runs.search import SearchSpace, open_storage, run_search
+    from finetune.runs.search import SearchSpace, run_search
+    from finetune.runs.search_journal import open_storage
 
     asked = []
 
