@@ -23,6 +23,11 @@ class Examples(Protocol):
         """Tokens of the longest row that a batch can hold."""
         ...
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token id that a batch can hold."""
+        ...
+
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The model's inputs, and ``labels``."""
         ...

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.tables import read_files, read_hub
+from finetune.store.shards import shards
 
 PADDINGS = ("longest", "max_length")
 
@@ -83,6 +84,11 @@ class Split:
         """Tokens of the longest row that a batch can hold."""
         return self.length or max(len(row) for row in self.input_ids)
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of a batch."""
+        return max(self.pad_token_id, max(max(row, default=0) for row in self.input_ids))
+
     def targets(self, indices: Sequence[int]) -> int:
         """Predictions in these rows: one each."""
         return len(indices)
@@ -145,14 +151,38 @@ def encode(table: pa.Table, task: Task, tokenizer: Any, max_length: int) -> Spli
         raise ValueError(f"{task.name}: the file has no rows.")
     if empty := [name for name in needed if table.column(name).null_count]:
         raise ValueError(f"{task.name}: columns {empty} hold empty cells; every example needs its text and label.")
+    if odd := [f"{n} ({table.schema.field(n).type})" for n in task.columns if not _is_text(table.schema.field(n).type)]:
+        raise ValueError(f"{task.name}: columns {', '.join(odd)} are no text; every example needs its text and label.")
     texts = [table.column(name).to_pylist() for name in task.columns]
     tokens = tokenizer(*texts, truncation="longest_first", max_length=max_length)
+    if not all(tokens["input_ids"]):
+        row = tokens["input_ids"].index([])
+        raise ValueError(f"{task.name}: row {row} has no token: its text is empty, and the tokenizer adds none.")
     return Split(
         input_ids=tokens["input_ids"],
         token_type_ids=tokens.get("token_type_ids"),
         labels=_labels(table, task),
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=padding_id(tokenizer),
     )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def padding_id(tokenizer: Any) -> int:
+    """What fills up a batch: the padding token, of a decoder's tokenizer without one its end token; it is masked.
+
+    Raises:
+        ValueError: if the tokenizer has neither.
+    """
+    found = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if found is None:
+        raise ValueError(
+            "the tokenizer has neither pad_token nor eos_token, so rows can't be filled up: set pad_token in its "
+            "tokenizer_config.json."
+        )
+    return found
 
 
 def _labels(table: pa.Table, task: Task) -> Tensor:
@@ -181,6 +211,6 @@ def _read_split(data: Mapping[str, Any], task: str, split: str) -> tuple[pa.Tabl
     folder = Path(data["root"]) / data["folder"] / task
     if not folder.is_dir():
         return read_hub(data, split, folder, task)
-    if files := sorted(folder.glob(f"{split}-*.parquet")):
+    if files := shards(folder, split):
         return read_files(files)
     raise ValueError(f"{folder} has no {split}-*.parquet; the layout is the hub's (train-00000-of-00001.parquet).")

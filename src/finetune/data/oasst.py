@@ -46,6 +46,11 @@ class PackedSplit:
         """Tokens of a row."""
         return self.input_ids.shape[1]
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token id."""
+        return int(self.input_ids.max())
+
     def targets(self, indices: Sequence[int]) -> int:
         """Predicted tokens in these rows; the first token of a row is never predicted."""
         return int((self.labels[list(indices), 1:] != IGNORED).sum())

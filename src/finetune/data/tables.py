@@ -12,19 +12,30 @@ import pyarrow.parquet as pq
 
 from finetune.store.files import write_atomically
 
+AGAIN = "fetch it again, or run the stage that generates it."
+
 
 def read_files(files: Sequence[Path]) -> tuple[pa.Table, str]:
     """One table of several files, and the sha256 of their contents.
 
     Raises:
-        ValueError: if they are no parquet, or of different columns.
+        ValueError: if one is no parquet, two hold the same, or their columns differ.
     """
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    contents, tables = [], []
+    for file in files:
+        try:
+            contents.append(file.read_bytes())
+            tables.append(pq.read_table(pa.BufferReader(contents[-1])))
+            tables[-1].validate(full=True)  # text that is no UTF-8
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{file} is no readable parquet ({' '.join(str(error).split())}); {AGAIN}") from None
+    names = ", ".join(str(file) for file in files)
+    if len(set(contents)) < len(contents):
+        raise ValueError(f"{names}: two of them hold the same; {AGAIN}")
     try:
-        return pa.concat_tables([pq.read_table(file) for file in files]), digest
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{files[0]} is no readable parquet ({reason}); fetch it again.") from None
+        return pa.concat_tables(tables), hashlib.sha256(b"".join(contents)).hexdigest()
+    except pa.ArrowException as error:
+        raise ValueError(f"{names} are of different columns ({' '.join(str(error).split())}); {AGAIN}") from None
 
 
 def read_hub(data: Mapping[str, Any], split: str, folder: Path, *names: str) -> tuple[pa.Table, str]:

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from finetune.data.tables import read_files, read_hub
+from finetune.store.shards import shards
 
 ROLES = ("prompter", "assistant")
 CHOICES = {"threads": ("all", "best"), "deleted": ("keep", "drop"), "review": ("all", "passed")}
@@ -50,7 +51,10 @@ def read_messages(data: Mapping[str, Any]) -> dict[str, Messages]:
             raise ValueError(f"chat.{option}={data[option]!r}; allowed: {', '.join(allowed)}.")
     folder = Path(data["root"]) / data["folder"]
     if (folder / "messages.parquet").is_file():
-        rows, digest = _read([folder / "messages.parquet"], data)
+        whole = folder / "messages.parquet"
+        if beside := sorted({*folder.glob("*.parquet"), *folder.glob("data/*.parquet")} - {whole}):
+            raise ValueError(f"{whole} has {', '.join(file.name for file in beside)} beside it; keep one of the two.")
+        rows, digest = _read([whole], data)
         found = {name: Messages(part, digest) for name, part in _split(rows, data["validation_share"]).items()}
     elif folder.is_dir():
         found = {name: Messages(*_read(_files(folder, name), data)) for name in ("train", "validation")}
@@ -172,13 +176,15 @@ def _split(rows: Sequence[Message], share: float | None) -> dict[str, list[Messa
 
 
 def _files(folder: Path, split: str) -> list[Path]:
-    for place in (folder / "data", folder):
-        if files := sorted(place.glob(f"{split}-*.parquet")):
-            return files
-    raise ValueError(
-        f"{folder} has no {split}-*.parquet, nor data/{split}-*.parquet as on the hub, nor messages.parquet; "
-        "fetch it again."
-    )
+    found = {place: files for place in (folder / "data", folder) if (files := shards(place, split))}
+    if len(found) > 1:
+        raise ValueError(f"{folder} has {split}-*.parquet and data/{split}-*.parquet; keep one.")
+    if not found:
+        raise ValueError(
+            f"{folder} has no {split}-*.parquet, nor data/{split}-*.parquet as on the hub, nor messages.parquet; "
+            "fetch it again."
+        )
+    return next(iter(found.values()))
 
 
 def _read(files: Sequence[Path], data: Mapping[str, Any]) -> tuple[list[Message], str]:

@@ -242,6 +242,14 @@ def _verified(path: Path, file: HubFile, target: Path) -> str:
     raise FetchError(f"{target}: expected {expected}, received {received}; kept as {Path(away).name}, run fetch again")
 
 
+def source_of(folder: Path) -> str | None:
+    """The source that a fetched folder names, such as ``owner/name@commit``; None where nothing says."""
+    if not (folder / SUMS).is_file():
+        return None
+    first = (folder / SUMS).read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    return first[2:] if first.startswith("# ") else None
+
+
 def _read_sums(source: AnySource, folder: Path) -> tuple[str | None, dict[str, str]]:
     """The source that a folder's sums name, if any, which must be this one; and sha256 by path."""
     label, sums = None, {}

@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 
+from finetune.fetch.fetching import source_of
+from finetune.models.files import check_json, weight_files
 from sparsegrad import TruncatedLinear
+
+_LOCAL = {"local_files_only": True}
+_SAFE = {"trust_remote_code": False}  # None, the default, would ask at the terminal
 
 
 def resolve(model: Mapping[str, Any], root: str | Path) -> tuple[str, dict[str, Any]]:
@@ -26,53 +31,87 @@ def resolve(model: Mapping[str, Any], root: str | Path) -> tuple[str, dict[str, 
         The path or hub name, and the keyword arguments that ``from_pretrained`` needs with it.
 
     Raises:
-        ValueError: if neither a folder nor a hub name is there.
+        ValueError: if neither a folder nor a hub name is there, if a hub name has no commit, or if ``root/folder`` was
+            fetched from another source.
     """
     checkpoint, local = model["checkpoint"], Path(root) / model["folder"]
-    if checkpoint is not None and Path(checkpoint).is_dir():
-        return str(checkpoint), {"local_files_only": True}
-    if local.is_dir():
-        return str(local), {"local_files_only": True}
     if checkpoint is None:
-        raise ValueError(f"{local} does not exist; the pretrain stage writes it: dvc repro pretrain.")
-    if checkpoint.startswith(("/", "./", "../")):
+        if not local.is_dir():
+            raise ValueError(f"{local} does not exist; the pretrain stage writes it: dvc repro pretrain.")
+        return str(local), dict(_LOCAL)
+    if checkpoint and Path(checkpoint).is_dir():
+        return str(checkpoint), dict(_LOCAL)
+    _check_hub_name("model.checkpoint", checkpoint)
+    revision = model["revision"]
+    if not revision:
         raise ValueError(
-            f"model.checkpoint={checkpoint!r} is no folder; give a folder with config.json, or a hub name."
+            f"model.checkpoint={checkpoint!r} is no folder, and a hub name needs model.revision, a commit: its weights "
+            "may change."
         )
-    return checkpoint, {"revision": model["revision"]}
+    if not local.is_dir():
+        return checkpoint, {"revision": revision}
+    wanted, fetched = f"{checkpoint}@{revision}", source_of(local)
+    if fetched not in (None, wanted):
+        raise ValueError(f"{local} holds {fetched}, not {wanted}: set model.checkpoint={local} to use it.")
+    return str(local), dict(_LOCAL)
+
+
+def _check_hub_name(option: str, name: str) -> None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ValueError(
+            f"{option}={name!r} is no folder and no hub name; give a folder with config.json, or owner/name."
+        ) from None
 
 
 def load_tokenizer(model: Mapping[str, Any], root: str | Path) -> Any:
     """The model's tokenizer (``model.tokenizer`` names another folder or hub name).
 
     Raises:
-        ValueError: if it can't be found.
+        ValueError: if it can't be found or read.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = model.get("tokenizer")
-    source, arguments = (tokenizer, {}) if tokenizer else resolve(model, root)
+    source, arguments = model.get("tokenizer"), {}
+    if not source:
+        source, arguments = resolve(model, root)
+    elif Path(source).is_dir():
+        arguments = _LOCAL
+    else:
+        _check_hub_name("model.tokenizer", source)
+    if arguments == _LOCAL:
+        check_json(Path(source), "config.json", "tokenizer.json", "tokenizer_config.json")
     try:
-        found = AutoTokenizer.from_pretrained(source, **arguments)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer at {source}: {_first_line(error)} {_HINT}") from None
+        found = AutoTokenizer.from_pretrained(source, **_SAFE, **arguments)
+    except Exception as error:  # whatever a file's content breaks: KeyError, or tokenizers' bare Exception
+        raise ValueError(f"no tokenizer at {source}: {_reason(error)} {_HINT}") from None
     # Without its files transformers 5 builds one from config.json alone, to which every word is unknown.
     if len(found) <= len(found.all_special_tokens):
         raise ValueError(f"no tokenizer at {source}: its files hold no vocabulary. {_HINT}")
     return found
 
 
-def load_classifier(model: Mapping[str, Any], root: str | Path, num_labels: int, seed: int) -> nn.Module:
+def load_classifier(
+    model: Mapping[str, Any], root: str | Path, num_labels: int, seed: int, pad_token_id: int | None = None
+) -> nn.Module:
     """A sequence classifier in float32, on the CPU; with one label it does regression.
 
     The head (and, with ``random_weights`` in the ``model`` group, everything) is drawn from the seed.
 
+    Args:
+        pad_token_id: what rows are padded with. A decoder judges its last token that is none; None leaves what
+            config.json says.
+
     Raises:
-        ValueError: if the checkpoint can't be found or read.
+        ValueError: if the checkpoint can't be found or read, or its weights are not the model's.
     """
     from transformers import AutoModelForSequenceClassification
 
-    return _load(AutoModelForSequenceClassification, model, root, seed, torch.float32, num_labels=num_labels)
+    found = _load(AutoModelForSequenceClassification, model, root, seed, torch.float32, num_labels=num_labels)
+    if pad_token_id is not None:
+        found.config.get_text_config().pad_token_id = pad_token_id
+    return found
 
 
 def load_causal(
@@ -84,7 +123,7 @@ def load_causal(
         dtype: of loaded weights; ``auto`` takes the checkpoint's.
 
     Raises:
-        ValueError: if the checkpoint can't be found or read, or lacks weights.
+        ValueError: if the checkpoint can't be found or read, or its weights are not the model's.
     """
     from transformers import AutoModelForCausalLM
 
@@ -101,20 +140,50 @@ def _load(
     if model["random_weights"]:
         return kind.from_config(AutoConfig.for_model(**dict(model["architecture"]), **changes))
     source, arguments = resolve(model, root)
+    if arguments == _LOCAL:
+        check_json(Path(source), "config.json")
+        weight_files(Path(source))
+    # Other sizes would raise without the names. A pickle is never read.
+    arguments |= _SAFE | {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # that a head is new is what fine-tuning means, not a warning
     try:
         with no_file_bars():
-            found, loading = kind.from_pretrained(source, dtype=dtype, output_loading_info=True, **changes, **arguments)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"no model at {source}: {_first_line(error)} {_HINT}") from None
+            found, loading = kind.from_pretrained(source, dtype=dtype, **changes, **arguments)
+    except Exception as error:  # whatever config.json breaks: KeyError, huggingface_hub's validation errors
+        raise ValueError(f"no model at {source}: {_reason(error)} {_HINT}") from None
     finally:
         logging.set_verbosity(verbosity)
-    head_is_new = "num_labels" in changes
-    if not head_is_new and loading["missing_keys"]:  # from_pretrained would answer with random ones
-        missing = sorted(loading["missing_keys"])
-        raise ValueError(f"{source} lacks {len(missing)} weights, the first {missing[0]}: train or fetch it again.")
+    _check_fit(found, loading, source, head_may_be_new="num_labels" in changes)
     return found
+
+
+def _check_fit(model: nn.Module, loading: Mapping[str, Any], source: str, head_may_be_new: bool) -> None:
+    """Refuse weights that are not the model's: from_pretrained draws what is missing, and drops what is left."""
+    body, missing = f"{model.base_model_prefix}.", set(loading["missing_keys"])
+    if head_may_be_new:
+        names = set(model.state_dict())
+        head = {name for name in names if not name.startswith(body)}
+        pooler = {name for name in names if name.startswith(f"{body}pooler")}  # masked language models have none
+        if head <= missing:
+            missing -= head | (pooler if pooler <= missing else set())
+    parts = dict(getattr(model, model.base_model_prefix).named_children())
+    faults = {
+        "missing": missing,
+        "of another size": {name for name, *_ in loading["mismatched_keys"]},
+        "of no layer": {n for n in loading["unexpected_keys"] if n.removeprefix(body).partition(".")[0] in parts},
+        "not loaded": set(loading["error_msgs"]),
+    }
+    told = [f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names]
+    if told:
+        raise ValueError(
+            f"{source}: its weights are not those of a {type(model).__name__} with its config.json: "
+            f"{'; '.join(told)}. Fetch or train it again, or give another model.checkpoint."
+        )
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3)
 
 
 @contextmanager
@@ -175,11 +244,8 @@ def fingerprint(model: Mapping[str, Any], root: str | Path) -> str:
     source, arguments = resolve(model, root)
     if "revision" in arguments:
         return f"{source}@{arguments['revision']}"
-    files = sorted(Path(source).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{source} has no *.safetensors file; weights in other formats are not read.")
     digest = hashlib.sha256()
-    for file in files:
+    for file in weight_files(Path(source)):
         with file.open("rb") as handle:
             hashlib.file_digest(handle, lambda: digest)
     return digest.hexdigest()
@@ -190,5 +256,9 @@ _HINT = (
 )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _reason(error: Exception) -> str:
+    """What an error says first, and its kind where that alone says little."""
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return (
+        said if isinstance(error, OSError | ValueError | RuntimeError) and said else f"{type(error).__name__}: {said}"
+    )

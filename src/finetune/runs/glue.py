@@ -67,8 +67,10 @@ class GlueProblem(Problem):
         return lambda model: evaluate(model, split, facts, options.evaluation_batch_size, accelerator.device)
 
     def load_model(self, task: str, seed: int) -> nn.Module:
-        labels = self.facts(task).num_labels
-        return self.checked(models.load_classifier(self.config["model"], self.root, labels, seed), task)
+        facts, splits = self._load(task)
+        padding = splits["train"].pad_token_id
+        model = models.load_classifier(self.config["model"], self.root, facts.num_labels, seed, padding)
+        return self.checked(model, task)
 
     def prepare(self, method: Method, model: nn.Module, device: torch.device, seed: int) -> nn.Module:
         return method.prepare(model.to(device))

@@ -217,12 +217,16 @@ class Problem(ABC):
         return self._bases[task]
 
     def checked(self, model: nn.Module, task: str) -> nn.Module:
-        """The model, if it has positions for the data; else an error, before torch has one in its own words.
+        """The model, if it has positions and embeddings for the data; else an error, before torch has one of its own.
 
         Raises:
-            ValueError: if the longest row of a split is longer than the model takes.
+            ValueError: if the longest row of a split is longer than the model takes, or a token is not the model's.
         """
-        longest, limit = max(split.longest for split in self.splits(task).values()), models.positions(model)
+        splits, rows = self.splits(task).values(), model.get_input_embeddings().num_embeddings
+        largest = max(split.largest_id for split in splits)
+        if largest >= rows:
+            raise ValueError(f"token {largest} of the data, but the model embeds {rows}: tokenizer and model differ.")
+        longest, limit = max(split.longest for split in splits), models.positions(model)
         if limit is not None and longest > limit:
             raise ValueError(
                 f"inputs of {longest} tokens; this model has {limit} positions: "

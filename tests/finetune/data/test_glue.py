@@ -192,16 +192,58 @@ def test_both_splits_are_checked(split, cola, load):
         load("cola", root=root)
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b"", None])
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b""])
 def test_damaged_parquet(damage, cola, load):
-    """Cut off, empty, or with a second file of other columns."""
+    """Cut off, or empty."""
     file = cola() / "glue" / "cola" / "train-00000-of-00001.parquet"
-    if damage is None:
-        pq.write_table(pa.table({"other": [1]}), file.with_name("train-00001-of-00002.parquet"))
-    else:
-        file.write_bytes(damage(file.read_bytes()))
+    file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match="is no readable parquet .*; fetch it again"):
         load("cola", root=file.parents[2])
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (
+            ["train-00000-of-00002"],
+            "has train-00000-of-00002.parquet; each shard 0 to 1 is needed once, wrong: .1.",
+        ),
+        (["train-00001-of-00003", "train-00002-of-00003"], "each shard 0 to 2 is needed once, wrong: .0.; fetch"),
+        (["train-00000-of-00001", "train-00000-of-00002"], "files of several exports .* side by side; keep one's"),
+        (
+            ["train-00000-of-00001", "train-00000-of-00001 (1)"],
+            r"train-00000-of-00001 \(1\).parquet: named like no",
+        ),
+        (["train-00000-of-00001", "train-00000-of-00001-0123456789abcdef"], "is needed once, wrong: .0.; fetch"),
+        (["train-00000-of-00002", "train-00001-of-00002"], "two of them hold the same; fetch it again"),
+        (["train-00000-of-00002", "other"], "are of different columns"),
+    ],
+)
+def test_shards_that_are_there_in_part_or_twice_are_refused(names, told, cola, load):
+    file = cola() / "glue" / "cola" / "train-00000-of-00001.parquet"
+    content = file.read_bytes()
+    file.unlink()
+    for name in names:
+        file.with_name(f"{name}.parquet").write_bytes(content)
+    if "other" in names:
+        pq.write_table(pa.table({"other": [1]}), file.with_name("train-00001-of-00002.parquet"))
+    with pytest.raises(ValueError, match=told):
+        load("cola", root=file.parents[2])
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(load, tokenizer, compose, glue_root):
+    class Bare:
+        pad_token_id, eos_token_id = None, 3
+
+        def __call__(self, *texts, **options):
+            return {"input_ids": [[5, 6, 7][: len(text) % 3 + 1] for text in texts[0]]}
+
+    group = compose(f"data.root={glue_root}")["data"] | {"task": "cola"}
+    split = load_task(group, Bare(), max_length=8, padding="longest")[1]["train"]
+    assert split.pad_token_id == 3 and split.largest_id == 7
+    Bare.eos_token_id = None
+    with pytest.raises(ValueError, match=r"neither pad_token nor eos_token.*: set pad_token in its tokenizer_config"):
+        load_task(group, Bare(), max_length=8, padding="longest")
 
 
 def test_the_real_cola(compose, tokenizer):

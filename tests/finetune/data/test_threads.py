@@ -45,7 +45,7 @@ def options(compose):
 
 @pytest.fixture
 def write(tmp_path):
-    """``write(rows, "data/train-0.parquet", ...)``: rows below the folder ``oasst1``; returns the root."""
+    """``write(rows, "data/train-00000-of-00001.parquet", ...)``: rows below the folder ``oasst1``; returns the root."""
 
     def make(rows, *names):
         for name in names or ("messages.parquet",):
@@ -134,7 +134,7 @@ def test_a_deep_tree_needs_no_recursion(options):
 # Files
 
 
-@pytest.mark.parametrize("name", ["data/{}-0.parquet", "{}-00000-of-00001.parquet"])
+@pytest.mark.parametrize("name", ["data/{}-00000-of-00001-b42a775f407cee45.parquet", "{}-00000-of-00001.parquet"])
 def test_layouts_of_the_hub(name, write, options):
     write(tree("one"), name.format("train"))
     root = write(tree("two"), name.format("validation"))
@@ -144,7 +144,29 @@ def test_layouts_of_the_hub(name, write, options):
         "validation": {"two"},
     }
     assert found["train"].sha256 != found["validation"].sha256
-    write([row | {"message_id": f"x{row['message_id']}"} for row in tree("three")], name.format("train-more"))
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["data/train-00000-of-00002.parquet"], r"data has train-00000-of-00002.parquet; each shard 0 to 1 is needed"),
+        (["train-00000-of-00001.parquet", "data/train-00000-of-00001.parquet"], r"has train-\*.parquet and data/train"),
+        (["messages.parquet", "train-00000-of-00001.parquet"], "has train-00000-of-00001.parquet beside it; keep"),
+        (
+            ["messages.parquet", "messages (1).parquet"],
+            r"messages.parquet has messages \(1\).parquet beside it; keep",
+        ),
+    ],
+)
+def test_files_that_are_there_in_part_or_twice_are_refused(names, told, write, options):
+    with pytest.raises(ValueError, match=told):
+        read_messages(options(write(tree("one"), *names)))
+
+
+def test_shards_of_one_export_are_read_in_order(write, options):
+    write(tree("one"), "data/train-00000-of-00002.parquet")
+    write([row | {"message_id": f"x{row['message_id']}"} for row in tree("three")], "data/train-00001-of-00002.parquet")
+    root = write(tree("two"), "data/validation-00000-of-00001.parquet")
     assert len(read_messages(options(root))["train"].rows) == 14
 
 
@@ -183,7 +205,7 @@ def test_a_share_that_splits_nothing_is_refused(share, message, write, options):
 
 
 def test_a_tree_in_both_splits_is_refused(write, options):
-    root = write(tree("one"), "data/train-0.parquet", "data/validation-0.parquet")
+    root = write(tree("one"), "data/train-00000-of-00001.parquet", "data/validation-00000-of-00001.parquet")
     with pytest.raises(ValueError, match="1 trees are in both splits, such as one"):
         read_messages(options(root))
 

@@ -1,9 +1,11 @@
 """Models and tokenizers: where they are looked for, what decides their weights, what a broken folder says."""
 
+import json
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from finetune import models
 
@@ -35,15 +37,35 @@ def test_model_of_a_stage_that_did_not_run(group, tmp_path):
         models.resolve(group(checkpoint=None), tmp_path)
 
 
-@pytest.mark.parametrize("path", ["/no/such/folder", "./no", "../no"])
-def test_path_that_is_no_folder_is_not_taken_for_a_hub_name(path, group, tmp_path):
-    with pytest.raises(ValueError, match=rf"model.checkpoint='{path}' is no folder; give a folder with config.json"):
-        models.resolve(group(checkpoint=path), tmp_path)
+@pytest.mark.parametrize("path", ["/no/such/folder", "./no", "../no", "~/no", "models/no/such", "no such", ""])
+@pytest.mark.parametrize("local", [False, True])
+def test_path_that_is_no_folder_is_not_taken_for_a_hub_name(path, local, group, tmp_path):
+    """Nor is the folder under data.root taken in its place."""
+    if local:
+        (tmp_path / "models" / "tiny_bert").mkdir(parents=True)
+    for option in ("checkpoint", "tokenizer")[: 1 + bool(path)]:
+        with pytest.raises(ValueError, match=rf"model.{option}='{path}' is no folder and no hub name; give a folder"):
+            models.load_tokenizer(group(**{option: path}), tmp_path)
+
+
+def test_a_hub_name_needs_a_commit(group, tmp_path):
+    (tmp_path / "models" / "tiny_bert").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"model.checkpoint='models/typo' is no folder, and a hub name needs"):
+        models.resolve(group(checkpoint="models/typo"), tmp_path)
+
+
+def test_a_folder_that_was_fetched_from_another_source_is_not_taken(group, tmp_path):
+    local = tmp_path / "models" / "tiny_bert"
+    local.mkdir(parents=True)
+    (local / "SHA256SUMS").write_text("# acme/tiny@abc\n")
+    assert models.resolve(group(checkpoint="acme/tiny", revision="abc"), tmp_path)[0] == str(local)
+    for given in ({"checkpoint": "acme/other", "revision": "abc"}, {"checkpoint": "acme/tiny", "revision": "abd"}):
+        wanted = f"{given['checkpoint']}@{given['revision']}"
+        with pytest.raises(ValueError, match=rf"tiny_bert holds acme/tiny@abc, not {wanted}: set model.checkpoint="):
+            models.resolve(group(**given), tmp_path)
 
 
 def test_body_is_loaded_and_head_drawn_from_the_seed(group, tiny_checkpoint):
-    from safetensors.torch import load_file
-
     a, same, other = (models.load_classifier(group(), "", 2, seed) for seed in (1, 1, 2))
     stored = load_file(tiny_checkpoint / "model.safetensors")
     body = a.bert.state_dict()
@@ -92,15 +114,163 @@ def test_broken_checkpoint_folder(damage, group, copy):
         weights.write_bytes(b"<html>not found</html>")
     else:
         weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=rf"no model at {copy}: .+ Set data.root \(or SPARSEGRAD_DATA\)"):
+    said = {
+        "no config": rf"no model at {copy}: .+ Set data.root \(or SPARSEGRAD_DATA\)",
+        "no weights": rf"{copy} has no \*.safetensors file; weights in other formats are not read",
+        "broken config": rf"{config} is no JSON \(.+\): fetch it again",
+    }
+    with pytest.raises(
+        ValueError, match=said.get(damage, rf"{weights} is damaged, or no safetensors file \(.+\): fetch")
+    ):
         models.load_classifier(group(checkpoint=str(copy)), "", 2, 0)
+
+
+def change(names, tensors):
+    """The tensors under other names, in other sizes, or without some."""
+    return {
+        "all": {f"x{name}": tensor for name, tensor in tensors.items()},
+        "half": {(name if place % 2 else f"x{name}"): t for place, (name, t) in enumerate(tensors.items())},
+        "prefix": {f"model.bert.{name}": tensor for name, tensor in tensors.items()},
+        "block": {name: tensor for name, tensor in tensors.items() if "layer.1." not in name},
+        "one": {name: t for name, t in tensors.items() if name != "encoder.layer.0.output.dense.bias"},
+        "size": tensors | {"encoder.layer.0.output.dense.weight": torch.zeros(32, 65)},
+        "block more": tensors | {"encoder.layer.2.output.dense.weight": torch.zeros(32, 64)},
+        "half a pooler": {name: tensor for name, tensor in tensors.items() if name != "pooler.dense.bias"},
+        "half a head": tensors | {"classifier.weight": torch.zeros(2, 32)},
+        "head of another size": tensors | {"classifier.weight": torch.zeros(3, 32), "classifier.bias": torch.zeros(3)},
+    }[names]
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ("all", r"37 missing \(bert.embeddings.LayerNorm.bias, .+, .+, \.\.\.\)"),
+        ("half", "20 missing"),
+        ("prefix", "37 missing"),
+        ("block", r"16 missing \(bert.encoder.layer.1.attention.output.LayerNorm.bias, "),
+        ("one", r"1 missing \(bert.encoder.layer.0.output.dense.bias\)"),
+        ("size", r"1 of another size \(bert.encoder.layer.0.output.dense.weight\)"),
+        ("block more", r"1 of no layer \(encoder.layer.2.output.dense.weight\)"),
+        ("half a pooler", r"1 missing \(bert.pooler.dense.bias\)"),
+        ("half a head", r"1 missing \(classifier.bias\)"),
+        ("head of another size", r"2 of another size \(classifier.bias, classifier.weight\)"),
+    ],
+)
+def test_weights_that_are_not_the_models_are_refused_with_their_names(names, told, group, copy):
+    file = copy / "model.safetensors"
+    save_file(change(names, load_file(file)), file, {"format": "pt"})
+    text = rf"{copy}: its weights are not those of a BertForSequenceClassification with its config.json: .*{told}"
+    with pytest.raises(ValueError, match=text):
+        models.load_classifier(group(checkpoint=str(copy)), "", 2, 0)
+
+
+@pytest.mark.parametrize("kept", ["head", "no pooler"])
+def test_a_head_that_is_there_is_kept_and_a_pooler_may_be_new_with_it(kept, group, copy):
+    file = copy / "model.safetensors"
+    tensors = load_file(file)
+    if kept == "head":
+        tensors |= {"classifier.weight": torch.ones(2, 32), "classifier.bias": torch.ones(2)}
+    else:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler")}
+    save_file(tensors, file, {"format": "pt"})
+    model = models.load_classifier(group(checkpoint=str(copy)), "", 2, 0)
+    assert torch.equal(model.classifier.weight, torch.ones(2, 32)) == (kept == "head")
+
+
+@pytest.mark.parametrize(("names", "told"), [("norm", "1 missing"), ("block more", "1 of no la"), ("size", "1 of an")])
+def test_decoders_have_no_new_head(names, told, group, chat_root, tmp_path):
+    folder = shutil.copytree(chat_root / "models" / "tiny", tmp_path / "copy")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    changed = {
+        "norm": {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"},
+        "block more": tensors | {"model.layers.9.mlp.up_proj.weight": torch.zeros(48, 32)},
+        "size": tensors | {"lm_head.weight": torch.zeros(7, 32)},
+    }[names]
+    save_file(changed, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"its weights are not those of a LlamaForCausalLM .*: {told}"):
+        models.load_causal(group(checkpoint=str(folder)), "", 0)
+
+
+@pytest.fixture
+def sharded(copy):
+    """The checkpoint in three shards, with an index."""
+    tensors = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    files = {name: f"model-{place % 3 + 1:05}-of-00003.safetensors" for place, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in files if files[name] == file}, copy / file, {"format": "pt"})
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return copy
+
+
+def test_all_shards_are_read(sharded, group, tiny_checkpoint):
+    one, three = (models.load_classifier(group(checkpoint=str(at)), "", 2, 0) for at in (tiny_checkpoint, sharded))
+    assert all(torch.equal(tensor, three.state_dict()[name]) for name, tensor in one.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda at: (at / "model-00002-of-00003.safetensors").unlink(), r"lacks model-00002-of-00003.safetensors; it"),
+        (lambda at: (at / "model.safetensors.index.json").unlink(), r"lacks model.safetensors; it has model-00001"),
+        (lambda at: (at / "model.safetensors.index.json").write_text("{}"), r"index.json has no weight_map"),
+        (lambda at: (at / "model.safetensors.index.json").write_text("{"), r"index.json is no JSON \(.+\): fetch"),
+        (lambda at: save_file({}, at / "model.safetensors"), r"model.safetensors beside model-00001-of-00003.saf"),
+        (lambda at: save_file({}, at / "model-00001-of-00002.safetensors"), r"model-00001-of-00002.safetensors beside"),
+        (lambda at: save_file({}, at / "model-00001-of-00003 (1).safetensors"), r"downloaded twice; keep one"),
+    ],
+)
+def test_shards_that_are_there_in_part_or_twice_are_refused(damage, told, sharded, group):
+    damage(sharded)
+    for read in (models.fingerprint, lambda *given: models.load_classifier(*given, 2, 0)):
+        with pytest.raises(ValueError, match=told):
+            read(group(checkpoint=str(sharded)), "")
+
+
+def test_pickles_and_code_beside_a_checkpoint_are_not_run(group, copy, monkeypatch):
+    """Nor is anybody asked at the terminal whether they should be."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").rename(copy / "away")
+    with pytest.raises(ValueError, match=r"has no \*.safetensors file; weights in other formats are not read\."):
+        models.load_classifier(group(checkpoint=str(copy)), "", 2, 0)
+    (copy / "away").rename(copy / "model.safetensors")
+    (copy / "evil.py").write_text("raise SystemExit('run')\n")
+    (copy / "config.json").write_text('{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}')
+    with pytest.raises(ValueError, match="no model at .* contains custom code"):
+        models.load_classifier(group(checkpoint=str(copy)), "", 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("tokenizer.json", "{", r"tokenizer.json is no JSON \(.+\): fetch it again"),
+        ("tokenizer.json", "[]", r"tokenizer.json holds a list, not a JSON object: fetch it again"),
+        ("tokenizer.json", "{}", r"no tokenizer at .+: KeyError: 'added_tokens' Set data.root"),
+        ("tokenizer_config.json", "null", "tokenizer_config.json holds a NoneType, not a JSON object"),
+        ("config.json", '{"model_type": "bert", "hidden_size": "x"}', "no tokenizer at .+Error: Validation error"),
+    ],
+)
+def test_broken_tokenizer_files(name, content, told, group, copy):
+    (copy / name).write_text(content)
+    with pytest.raises(ValueError, match=told):
+        models.load_tokenizer(group(checkpoint=str(copy)), "")
+
+
+def test_a_decoder_judges_the_last_token_that_is_no_padding(group, chat_root):
+    at = group(checkpoint=str(chat_root / "models" / "tiny"))
+    model = models.load_classifier(at, "", 2, 0, pad_token_id=2).eval()
+    assert model.config.pad_token_id == 2 and models.load_classifier(at, "", 2, 0).config.pad_token_id is None
+    short, long = (model(input_ids=torch.tensor([[5, 6, *fill]])).logits for fill in ([], [2, 2, 2]))
+    torch.testing.assert_close(short, long)
 
 
 def test_hub_name_offline_says_what_to_set(group, tmp_path):
     with pytest.raises(ValueError, match=r"no model at acme/tiny: .* or model.checkpoint to a folder"):
-        models.load_classifier(group(checkpoint="acme/tiny", revision=None), tmp_path, 2, 0)
+        models.load_classifier(group(checkpoint="acme/tiny", revision="a" * 40), tmp_path, 2, 0)
     with pytest.raises(ValueError, match="no tokenizer at acme/tiny: "):
-        models.load_tokenizer(group(checkpoint="acme/tiny", revision=None), tmp_path)
+        models.load_tokenizer(group(checkpoint="acme/tiny", revision="a" * 40), tmp_path)
 
 
 def test_a_folder_without_a_tokenizer_may_name_another(group, copy, tiny_checkpoint):
