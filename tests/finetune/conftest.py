@@ -164,7 +164,8 @@ def options():
 def run_training(load, options):
     """``run_training(model, optimizer, **options)``: the loop on CoLA (``task=...``), no checkpoints unless given."""
     from finetune.training.evaluation import evaluate
-    from finetune.training.loop import Training, make_accelerator, train
+    from finetune.training.loop import Training, train
+    from finetune.training.processes import make_accelerator
 
     def make(model, optimizer, task="cola", split=None, evaluation=None, files=None, **changes):
         named = ("on_evaluation", "digest", "refresh", "tracker")

@@ -21,8 +21,8 @@ from finetune.runs.problem import for_task
 from finetune.store import records
 from finetune.training import memory
 from finetune.training.evaluation import evaluate
-from finetune.training.loop import make_accelerator
 from finetune.training.options import TrainingOptions
+from finetune.training.processes import make_accelerator
 from sparsegrad import save_tensors
 
 log = logging.getLogger(__name__)

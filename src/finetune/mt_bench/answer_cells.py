@@ -21,7 +21,7 @@ from finetune.runs.run import MERGED
 from finetune.store import records
 from finetune.store.files import sha256
 from finetune.training import memory
-from finetune.training.loop import make_accelerator
+from finetune.training.processes import make_accelerator
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ Plain dictionaries in, files out; the scripts in ``experiments/`` compose the di
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from finetune.config.launch import is_first_process, processes
 from finetune.runs.chat import ChatProblem
-from finetune.runs.command import is_first_process, only_writer, read_lists
+from finetune.runs.command import only_writer, read_lists
 from finetune.runs.glue import GlueProblem
 from finetune.runs.problem import Problem, Run, for_task
 from finetune.runs.record_content import named
@@ -30,7 +30,8 @@ from finetune.runs.workers import Workers, run_all, warm_up
 from finetune.store import places, records
 from finetune.tracking.results import send_search
 from finetune.training import gradients
-from finetune.training.loop import NonFiniteLoss, make_accelerator
+from finetune.training.loop import NonFiniteLoss
+from finetune.training.processes import make_accelerator
 from sparsegrad import Basis, load_tensors, save_bases, save_tensors
 
 log = logging.getLogger(__name__)
@@ -197,7 +198,7 @@ def _search_missing(cell: Cell) -> list[Path]:
         if not _is_searched(path, problem.digest(whole), problem.config["scale"]["search"]["trials"]):
             jobs.append(partial(_search, problem, whole, path))
             paths.append(path)
-    if jobs and int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process would ask for points of its own
+    if jobs and processes()[1] > 1:  # each process would ask for points of its own
         raise ValueError("a search is one process: run experiments/search.py by python first, then this again.")
     run_all(jobs, workers, label="searches", bar=problem.config["progress"])
     return paths

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.check import SCRIPTS, check_script
+from finetune.config.launch import is_first_process
 from finetune.store import places
 from finetune.store.files import read_yaml
 
@@ -122,11 +123,6 @@ def only_writer(folder: Path, locks: str | Path, *others: Path, name: str | None
     """As :func:`finetune.store.places.only_writer`; of several processes of one run the first holds it."""
     with places.only_writer(folder, locks, *others, name=name) if is_first_process() else nullcontext():
         yield
-
-
-def is_first_process() -> bool:
-    """Whether this is the process that writes, of those that ``accelerate launch`` or ``torchrun`` started."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def read_lists(path: str | Path, names: Sequence[str] = ("tasks", "seeds")) -> dict[str, list[Any]]:

@@ -23,7 +23,8 @@ from finetune.runs.problem import Problem, Run
 from finetune.store import places, records
 from finetune.tracking.tracker import SUMMARY, Tracker, chosen
 from finetune.training import checkpoint, memory
-from finetune.training.loop import Ended, NonFiniteLoss, Training, make_accelerator, train
+from finetune.training.loop import Ended, NonFiniteLoss, Training, train
+from finetune.training.processes import make_accelerator
 from finetune.training.refreshing import refresh_options
 
 MERGED = "training.json"

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from finetune.config.launch import processes
+
 _PRELOADED = (
     "__main__", "finetune.runs.cells", "finetune.runs.search", "peft", "scipy.stats", "sklearn.metrics",
     "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama",
@@ -50,7 +52,7 @@ class Workers:
         cuda = config["device"] != "cpu" and torch.cuda.is_available()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         devices = tuple(visible.split(",")) if cuda else ()
-        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        alone = processes()[1] == 1
         if wanted == "auto":
             wanted = (len(devices) or cores) if alone else 1
         if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:

@@ -13,9 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
-import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -56,20 +54,6 @@ class Progress:
     memory: dict[str, int | None] = field(default_factory=dict)
 
 
-def make_accelerator(device: str, precision: str) -> Accelerator:
-    """An accelerator on ``auto``, ``cpu`` or ``cuda``.
-
-    Raises:
-        ValueError: on another word, or ``cuda`` without a CUDA device.
-    """
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device={device!r}; allowed: auto, cpu, cuda.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch sees no CUDA device; use device=auto or device=cpu.")
-    AcceleratorState._reset_state()  # it is one a process, and refuses the runs of another precision in a multirun
-    return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
-
-
 @dataclass
 class Training:
     """A model that a method has prepared, and everything that its training needs.
@@ -81,7 +65,7 @@ class Training:
         evaluate: gives loss and metrics of a model.
         metric: which of them is the score (:func:`finetune.training.metrics.improves`).
         options: how to train.
-        accelerator: of :func:`make_accelerator`.
+        accelerator: of :func:`finetune.training.processes.make_accelerator`.
         tracker: gets losses and evaluations as they come; None tracks nothing.
         checkpoints: folder for checkpoints of this run alone; None writes none. Of several processes the first writes,
             all read (their random generators are the first's then: with dropout, exact on one process only).

@@ -14,7 +14,7 @@ from finetune.energy.spaces import SPACES, rotations
 from finetune.energy.trajectory import follow
 from finetune.methods.sparsegrad import random_basis
 from finetune.runs import cells
-from finetune.training.loop import make_accelerator
+from finetune.training.processes import make_accelerator
 from sparsegrad import GradientMoments, hosvd, load_tensors
 
 CPU = torch.device("cpu")

@@ -297,6 +297,7 @@ def test_a_protocol_without_a_search_has_none(cell_of):
 def test_a_search_is_one_process(search, train, trained, monkeypatch):
     search()
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     search()  # nothing is missing
     with pytest.raises(ValueError, match="a search is one process: run experiments/search.py by python first"):
         search("version=9")

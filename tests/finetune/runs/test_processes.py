@@ -20,7 +20,8 @@ SCRIPT = """
     from finetune.methods import build_method
     from finetune.models import checkpoint_activations
     from finetune.runs.cells import make_problem
-    from finetune.training.loop import Training, make_accelerator, train
+    from finetune.training.loop import Training, train
+    from finetune.training.processes import make_accelerator
     from finetune.training.options import TrainingOptions
     from finetune.training.refreshing import refresh_options
     from sparsegrad import Basis

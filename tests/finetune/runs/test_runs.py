@@ -12,7 +12,7 @@ from finetune.runs.chat import ChatProblem
 from finetune.runs.glue import GlueProblem
 from finetune.runs.problem import Run
 from finetune.training.evaluation import evaluate
-from finetune.training.loop import make_accelerator
+from finetune.training.processes import make_accelerator
 
 BEST = {"learning_rate": 1e-3, "batch_size": 8}
 TASKS = ("cola", "oasst1")

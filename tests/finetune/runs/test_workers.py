@@ -50,6 +50,7 @@ def test_a_number_of_workers_that_is_none(wanted):
 
 def test_several_processes_of_one_run_have_one_worker_each(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     assert Workers.of({"workers": "auto", "device": "cpu", "threads": None}).count == 1
     with pytest.raises(ValueError, match="workers=2, but accelerate launch or torchrun started this run"):
         Workers.of({"workers": 2, "device": "cpu", "threads": None})

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from finetune.training.evaluation import evaluate, summed_loss
-from finetune.training.loop import NonFiniteLoss, Progress, make_accelerator, median_step_seconds
+from finetune.training.loop import NonFiniteLoss, Progress, median_step_seconds
 from finetune.training.options import learning_rate_factor, planned_steps
 from sparsegrad import sparsegrad_layers
 
@@ -348,16 +348,6 @@ def test_options_out_of_range(name, values, allowed, options):
     for value in values:
         with pytest.raises(ValueError, match=rf"{name}={value!r}; (it must be|allowed:) {allowed}\."):
             options(**{name: value})
-
-
-def test_devices(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"device='tpu'; allowed: auto, cpu, cuda\."):
-        make_accelerator("tpu", "fp32")
-    with pytest.raises(ValueError, match="device=cuda, but torch sees no CUDA device; use device=auto or device=cpu"):
-        make_accelerator("cuda", "fp32")
-    # One process may hold runs of several precisions.
-    assert [make_accelerator("cpu", p).mixed_precision for p in ("fp32", "bf16", "fp32")] == ["no", "bf16", "no"]
 
 
 def test_step_time_leaves_out_the_first_five():
