@@ -1,0 +1,159 @@
+"""Kill every stage at every kind of point, run it again, and compare with an unbroken run.
+
+    python experiments/trust_kills.py                                  # writes results/trust/kills.json
+    python experiments/trust_kills.py stages=[basis] output=outputs/trust
+
+The stages are those of a tiny experiment; see conf/trust.yaml. A rerun goes on where it was.
+"""
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from finetune.store import records
+from finetune.trust import campaign, driver
+from finetune.trust.compare import differences, judge_rerun, left_over
+from finetune.trust.driver import Outcome, Trouble
+from finetune.trust.world import Stage, World
+
+log = logging.getLogger(__name__)
+BYTES = (1, 100, 1000, 10_000)
+
+
+def plan(world: World, kinds: Mapping[str, Sequence[Stage]], counts: Mapping[str, int], slow: float, seed: int) -> list:
+    """The kills, as plain values: stage, driver and trouble."""
+    found = []
+    for kind, stages in kinds.items():
+        draw = random.Random(f"{seed} {kind}")
+        few = min(1.0, slow / max(stage.seconds for stage in stages))
+        for driver_, number in counts.items():
+            for turn in range(max(1, round(number * few)) if number else 0):
+                stage = stages[turn % len(stages)] if driver_ == "calls" else draw.choice(stages)
+                at = draw.randrange(len(stage.events)) if stage.events else 0
+                if driver_ == "calls":  # spread over the whole stage, at another place each time
+                    at = int((turn + draw.random()) / max(1, round(number * few)) * len(stage.events))
+                trouble = {
+                    "calls": Trouble("kill", at),
+                    "bytes": Trouble("bytes", BYTES[turn % len(BYTES)] if number > turn else 1),
+                    "delays": Trouble("delay", round(draw.uniform(0.1, 0.9) * stage.seconds, 3)),
+                    "pairs": Trouble("pause", at),
+                    "whole": Trouble("delay", round(draw.uniform(0.0, 0.8) * stage.seconds, 3)),
+                }[driver_]
+                own = {"driver": driver_, "trouble": trouble.__dict__}
+                found.append({"kind": kind, "stage": stage.name, **own, "turn": turn})
+    return found
+
+
+def one_kill(world: World, folder: Path, limit: float, kill: Mapping[str, Any]) -> dict[str, Any]:
+    """Kill, run again, compare; what was seen."""
+    stage = next(one for one in world.stages if one.name == kill["stage"])
+    world.copy(folder, stage, done=False)
+    trouble, seen = Trouble(**kill["trouble"]), {}
+    if kill["driver"] == "pairs":
+        killed, seen = pair(folder, stage, trouble, limit)
+    elif kill["driver"] == "whole":
+        killed = whole(folder, stage, trouble.at, limit)
+    else:
+        killed = driver.run(folder, stage.words, trouble, limit=limit)
+    if killed.code not in (-signal.SIGKILL, -signal.SIGXFSZ):
+        return {"outcome": "not killed", "code": killed.code, "error": killed.err[-200:], **seen}
+    if killed.events and not kill["driver"] == "whole":
+        seen["point"] = killed.events[-1]
+    again = driver.run(folder, stage.words, limit=limit)
+    differing = differences(world.folder, folder, stage.outs, stage.moving)
+    left = left_over(world.folder, folder)
+    seen |= {"outcome": judge_rerun(again, differing, left), "rerun_seconds": round(again.seconds, 2)}
+    if differing:
+        seen["differences"] = {name: paths[:5] for name, paths in list(differing.items())[:10]}
+    return seen | ({"left": left[:10]} if left else {}) | ({"error": again.err[-600:]} if again.code else {})
+
+
+def pair(folder: Path, stage: Stage, trouble: Trouble, limit: float) -> tuple[Outcome, dict[str, Any]]:
+    """One stands still at a call, a second comes and ends, then the first is killed."""
+    first = driver.start(folder, stage.words, trouble, {})
+    while not os.WIFSTOPPED(status := os.waitpid(first, os.WUNTRACED)[1]):
+        if os.WIFEXITED(status):
+            return Outcome(os.waitstatus_to_exitcode(status)), {}
+    second = driver.run(folder, stage.words, limit=limit)
+    os.killpg(first, signal.SIGKILL)
+    killed = driver.finish(first, folder, limit)
+    if second.hung:
+        return killed, {"second": "hang"}
+    refused = "refused" if "Traceback" not in second.err else "traceback"
+    return killed, {"second": "done" if second.code == 0 else refused}
+
+
+def whole(folder: Path, stage: Stage, delay: float, limit: float) -> Outcome:
+    """A Python process of its own, killed a while after the first file of the stage has come."""
+    before = {path for out in stage.outs for path in (folder / out).rglob("*")}
+    environment = os.environ | driver.ENVIRONMENT
+    words, log_file = [sys.executable, *stage.words], Path(f"{folder}.err")
+    with log_file.open("w") as err:
+        process = subprocess.Popen(
+            words, cwd=folder, stderr=err, stdout=err, start_new_session=True, env={**environment}
+        )
+        began = time.monotonic()
+        while process.poll() is None and time.monotonic() - began < limit:
+            if {path for out in stage.outs for path in (folder / out).rglob("*")} - before:
+                time.sleep(delay)
+                break
+            time.sleep(0.02)
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        code = process.wait()
+        with suppress(ProcessLookupError):  # what a kill of the parent alone leaves: it ends by itself, or here
+            os.killpg(process.pid, signal.SIGKILL)
+    return Outcome(code, log_file.read_text())
+
+
+def totals(kills: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Numbers of kills and of what must be none."""
+    done = [kill for kill in kills if kill["outcome"] != "not killed"]
+    outcomes = Counter(kill["outcome"] for kill in done)
+    seconds = Counter(kill["second"] for kill in done if "second" in kill)
+    by_kind = {
+        kind: dict(Counter(kill["outcome"] for kill in done if kill["kind"] == kind))
+        for kind in dict.fromkeys(kill["kind"] for kill in done)
+    }
+    return {
+        "kills": len(done),
+        "not_killed": len(kills) - len(done),
+        "drivers": dict(Counter(kill["driver"] for kill in done)),
+        "outcomes": dict(outcomes),
+        "differences": sum("differences" in kill for kill in done),
+        "hangs": outcomes["hang"] + seconds["hang"],
+        "left_files": sum(len(kill.get("left", ())) for kill in done),
+        "second_callers": dict(seconds),
+        "stages": by_kind,
+    }
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="trust")
+def main(cfg: DictConfig) -> None:
+    from finetune.runs.command import exit_with_message
+
+    with exit_with_message():
+        config = OmegaConf.to_container(cfg, resolve=True)
+        run = campaign.prepare(config, "kills")
+        kills = plan(run.world, run.kinds, config["kills"], config["slow"], config["seed"])
+        done = run.each(kills, partial(one_kill, run.world))
+        record = run.header() | {"totals": totals(done), "kills": done}
+        records.write_json(run.record, record)
+        log.info("%s: %s", run.record, {k: v for k, v in record["totals"].items() if k != "stages"})
+
+
+if __name__ == "__main__":
+    main()
