@@ -70,7 +70,7 @@ def one_kill(world: World, folder: Path, limit: float, kill: Mapping[str, Any]) 
         killed = driver.run(folder, stage.words, trouble, limit=limit)
     if killed.code not in (-signal.SIGKILL, -signal.SIGXFSZ):
         return {"outcome": "not killed", "code": killed.code, "error": killed.err[-200:], **seen}
-    if killed.events and not kill["driver"] == "whole":
+    if killed.events and kill["driver"] != "whole":
         seen["point"] = killed.events[-1]
     again = driver.run(folder, stage.words, limit=limit)
     differing = differences(world.folder, folder, stage.outs, stage.moving)
