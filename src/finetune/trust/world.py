@@ -126,7 +126,7 @@ def _merged(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
 
 
 def stages_of(folder: Path) -> list[Stage]:
-    """The stages of a folder's dvc.yaml in an order that can be run; a search of its own before each encoder's cell."""
+    """The stages of a folder's dvc.yaml in an order that can be run; besides each encoder's search, and the plan."""
     from dvc.repo import Repo
 
     found = []
@@ -139,7 +139,10 @@ def stages_of(folder: Path) -> list[Stage]:
                 name = stage.name.replace("train", SEARCH, 1)
                 found.append(Stage(name, (f"experiments/{SEARCH}.py", *words[1:]), stage.deps, tuple(searched)))
             found.append(stage)
-    return _in_order(found)
+    name = Path(found[-1].outs[0]).parts[1]
+    inputs = (f"experiments/{name}.yaml", "experiments/base.yaml", "conf/plan.yaml")
+    words = ("experiments/plan.py", f"experiment={inputs[0]}")
+    return [*_in_order(found), Stage(f"plan@{name}", words, inputs, (f"outputs/plan/{name}.json",))]
 
 
 def _in_order(stages: Sequence[Stage]) -> list[Stage]:
