@@ -46,7 +46,7 @@ def plan(world: World, kinds: Mapping[str, Sequence[Stage]], config: Mapping[str
         for kind, entries in config["faults"][group].items():
             for entry in entries if kind in kinds else ():
                 given = {"words": [entry]} if group == "options" else {"env": entry}
-                found.append({"fault": group.removesuffix("s"), "stage": kinds[kind][0].name, **given})
+                found.append({"fault": group, "stage": kinds[kind][0].name, **given})
     if "judgments" in kinds:
         ways_of = itertools.product(FaultyJudge.REPLIES, ("always", "first"))
         stage = kinds["judgments"][0].name
@@ -98,9 +98,9 @@ def one_fault(world: World, folder: Path, limit: float, fault: Mapping[str, Any]
             return {"outcome": "does not apply"}
     outcome = driver.run(folder, words, Trouble(**fault.get("trouble", {})), limit=limit, env=env)
     differing = differences(world.folder, folder, _compared(stage, fault), stage.moving)
-    mended = fault.get("role") == "output" or fault["fault"] in ("flock", "environment")
+    mended = fault.get("role") == "output" or fault["fault"] in ("flock", "surroundings")
     found = judge(outcome, differing, mended=mended, found=folder)
-    if fault["fault"] == "option" and outcome.code == 0:  # it was to be refused
+    if fault["fault"] == "options" and outcome.code == 0:  # it was to be refused
         found = compare.WRONG
     if (folder / damage.MARKER).exists():
         found, differing = compare.WRONG, {"unpickled": [damage.MARKER]}

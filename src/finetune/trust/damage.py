@@ -106,7 +106,7 @@ def _edited_json(suffix: str, content: bytes, kind: str, draw: random.Random) ->
 def _version(item: dict[str, Any], kind: str) -> str | None:
     if kind == "version":
         names = [name for name in ("schema", "version") if name in item]
-        item |= {name: 99 for name in names}
+        item |= dict.fromkeys(names, 99)
         return f"{names[0]} is 99" if names else None
     name = next(iter(item), None)
     if name is not None:
