@@ -84,12 +84,12 @@ def one_kill(world: World, folder: Path, limit: float, kill: Mapping[str, Any]) 
 def pair(folder: Path, stage: Stage, trouble: Trouble, limit: float) -> tuple[Outcome, dict[str, Any]]:
     """One stands still at a call, a second comes and ends, then the first is killed."""
     first = driver.start(folder, stage.words, trouble, {})
-    while not os.WIFSTOPPED(status := os.waitpid(first, os.WUNTRACED)[1]):
-        if os.WIFEXITED(status):
-            return Outcome(os.waitstatus_to_exitcode(status)), {}
+    if not os.WIFSTOPPED(status := os.waitpid(first.pid, os.WUNTRACED)[1]):
+        os.close(first.says)
+        return Outcome(os.waitstatus_to_exitcode(status)), {}
     second = driver.run(folder, stage.words, limit=limit)
-    os.killpg(first, signal.SIGKILL)
-    killed = driver.finish(first, folder, limit)
+    os.killpg(first.pid, signal.SIGKILL)
+    killed = driver.finish(first, limit)
     if second.hung:
         return killed, {"second": "hang"}
     refused = "refused" if "Traceback" not in second.err else "traceback"

@@ -28,7 +28,7 @@ ROOMS = (
     ("tracking", "models"),
     ("training",),
     ("runs", "efficiency"),
-    ("mt_bench", "energy", "plan"),
+    ("mt_bench", "energy", "plan", "trust"),
     ("report.model", "report.labels"),
     ("report.paper",),
     ("report.evidence",),

@@ -37,6 +37,7 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WANDB_MODE": "dis
 OUTSIDE = ("SPARSEGRAD_DATA", "RANK", "WORLD_SIZE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "SSL_CERT_FILE")
 """Variables that a stage does not see, unless a fault sets them."""
 
+PIPE_BYTES = 2**20
 _EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink", "open"}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -47,7 +48,7 @@ class Outcome:
 
     Attributes:
         code: exit code; negative: the signal that ended it.
-        err: its standard error.
+        err: what it said, on both streams.
         seconds: until its end, or until the limit.
         hung: whether it was ended at the limit.
         events: ``open a.json`` and so on, in order: calls that changed files below its folder.
@@ -156,17 +157,30 @@ def preload() -> None:
         importlib.import_module(name)
 
 
-def start(folder: Path, words: Sequence[str], trouble: Trouble, env: Mapping[str, str | None]) -> int:
-    """Fork a script of a folder there; the number of its process, whose streams are files beside the folder."""
+@dataclass(frozen=True)
+class Process:
+    """A forked process, and the end of a pipe with what it says."""
+
+    pid: int
+    folder: Path
+    says: int
+
+
+def start(folder: Path, words: Sequence[str], trouble: Trouble, env: Mapping[str, str | None]) -> Process:
+    """Fork a script of a folder there. A pipe takes what it says: no limit on files holds for that."""
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     pid = os.fork()
     if pid:
-        return pid
+        os.close(writing)
+        os.set_blocking(reading, False)
+        return Process(pid, folder, reading)
     code = 1
     try:
         os.setsid()
         os.chdir(folder)
-        for stream, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{folder}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        for stream in (1, 2):
+            os.dup2(writing, stream)
         code = _script(folder, words, trouble, env)
     except BaseException:
         traceback.print_exc()
@@ -203,22 +217,24 @@ def _script(folder: Path, words: Sequence[str], trouble: Trouble, env: Mapping[s
     return code
 
 
-def finish(pid: int, folder: Path, limit: float, kill_after: float | None = None) -> Outcome:
-    """Wait for a process of :func:`start`; end it at the limit, or kill it after some seconds."""
-    began, hung, handle = time.monotonic(), False, os.pidfd_open(pid)
+def finish(process: Process, limit: float, kill_after: float | None = None) -> Outcome:
+    """Wait for a process; end it at the limit, or kill it after some seconds."""
+    began, hung, handle = time.monotonic(), False, os.pidfd_open(process.pid)
     try:
         if not select.select([handle], [], [], limit if kill_after is None else kill_after)[0]:
             hung = kill_after is None
-            os.killpg(pid, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            os.killpg(process.pid, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(process.pid, 0)[1])
     finally:
         os.close(handle)
     with suppress(ProcessLookupError):  # what it started
-        os.killpg(pid, signal.SIGKILL)
-    events, err = Path(f"{folder}.events"), Path(f"{folder}.err")
+        os.killpg(process.pid, signal.SIGKILL)
+    said, events = b"", Path(f"{process.folder}.events")
+    with suppress(BlockingIOError):  # a process that it started may hold the pipe
+        said = os.read(process.says, PIPE_BYTES)
+    os.close(process.says)
     noted = json.loads(events.read_text() or "[]") if events.is_file() else []
-    text = err.read_text(errors="replace") if err.is_file() else ""
-    return Outcome(code, text, time.monotonic() - began, hung, tuple(noted))
+    return Outcome(code, said.decode(errors="replace"), time.monotonic() - began, hung, tuple(noted))
 
 
 def run(
@@ -239,5 +255,5 @@ def run(
         env: changes of the environment; None takes a variable away.
     """
     trouble = trouble or Trouble()
-    pid = start(folder, words, trouble, env or {})
-    return finish(pid, folder, limit, trouble.at if trouble.kind == "delay" else None)
+    process = start(folder, words, trouble, env or {})
+    return finish(process, limit, trouble.at if trouble.kind == "delay" else None)
