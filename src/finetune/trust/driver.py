@@ -113,7 +113,8 @@ class Watch:
             target = os.readlink(path) if os.path.islink(path) else ""
             if name == "write" and self._is_last(target) and rest and len(rest[0]) > 1:
                 call(handle, bytes(rest[0])[: len(rest[0]) // 2])
-            self._note(f"os.{name}", target)
+            if target.startswith(f"{self.folder}/"):
+                self._note(f"os.{name}", target)
             return call(handle, *rest)
 
         return watched
