@@ -181,6 +181,7 @@ def main(cfg: DictConfig) -> None:
         done = run.each(faults, partial(one_fault, run.world))
         record = run.header() | {"totals": totals(done), "faults": done}
         records.write_json(run.record, record)
+        run.show("fault", [*compare.GOOD, *compare.BAD], record["totals"]["by_fault"])
         log.info("%s: %s", run.record, json.dumps({k: record["totals"][k] for k in ("faults", *compare.BAD)}))
 
 

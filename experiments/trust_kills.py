@@ -30,6 +30,7 @@ from finetune.trust.driver import Outcome, Trouble
 from finetune.trust.world import Stage, World
 
 log = logging.getLogger(__name__)
+OUTCOMES = ("same", "files left", "different", "refused", "traceback", "hang")
 BYTES = (1, 100, 1000, 10_000)
 
 
@@ -70,7 +71,7 @@ def one_kill(world: World, folder: Path, limit: float, kill: Mapping[str, Any]) 
         killed = driver.run(folder, stage.words, trouble, limit=limit)
     if killed.code not in (-signal.SIGKILL, -signal.SIGXFSZ):
         return {"outcome": "not killed", "code": killed.code, "error": killed.err[-200:], **seen}
-    if killed.events and kill["driver"] != "whole":
+    if killed.events and kill["driver"] not in ("whole", "pairs"):
         seen["point"] = killed.events[-1]
     again = driver.run(folder, stage.words, limit=limit)
     differing = differences(world.folder, folder, stage.outs, stage.moving)
@@ -87,13 +88,13 @@ def pair(folder: Path, stage: Stage, trouble: Trouble, limit: float) -> tuple[Ou
     if not os.WIFSTOPPED(status := os.waitpid(first.pid, os.WUNTRACED)[1]):
         os.close(first.says)
         return Outcome(os.waitstatus_to_exitcode(status)), {}
+    point = driver.events_of(folder)[-1]
     second = driver.run(folder, stage.words, limit=limit)
     os.killpg(first.pid, signal.SIGKILL)
     killed = driver.finish(first, limit)
-    if second.hung:
-        return killed, {"second": "hang"}
     refused = "refused" if "Traceback" not in second.err else "traceback"
-    return killed, {"second": "done" if second.code == 0 else refused}
+    ended = "hang" if second.hung else "done" if second.code == 0 else refused
+    return killed, {"second": ended, "point": point}
 
 
 def whole(folder: Path, stage: Stage, delay: float, limit: float) -> Outcome:
@@ -152,6 +153,7 @@ def main(cfg: DictConfig) -> None:
         done = run.each(kills, partial(one_kill, run.world))
         record = run.header() | {"totals": totals(done), "kills": done}
         records.write_json(run.record, record)
+        run.show("stage", list(OUTCOMES), record["totals"]["stages"])
         log.info("%s: %s", run.record, {k: v for k, v in record["totals"].items() if k != "stages"})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 from finetune.runs.workers import Workers, run_all
 from finetune.store import records
+from finetune.store.files import write_atomically
 from finetune.trust import driver
 from finetune.trust.world import Stage, World, build_world
 
@@ -56,6 +58,19 @@ class Campaign:
         workers = _workers(self.config)
         return run_all(jobs, workers, label=self.name, bar=self.config["progress"])
 
+    def show(self, title: str, outcomes: Sequence[str], counts: Mapping[str, Mapping[str, int]]) -> None:
+        """Put a table of numbers of outcomes into the page, in the place of the one below its mark."""
+        if self.config["page"] is None:
+            return
+        page = Path(self.config["page"])
+        before, mark, rest = page.read_text().partition(f"<!-- {self.name} -->\n")
+        if not mark:
+            raise ValueError(
+                f"{page} has no line <!-- {self.name} -->, below which the table goes: add it, or set page=null."
+            )
+        rest = "".join(itertools.dropwhile(lambda line: line.startswith("|"), rest.splitlines(keepends=True)))
+        write_atomically(page, before + mark + table(title, outcomes, counts) + rest)
+
     def header(self) -> dict[str, Any]:
         """The head of the record: code, machine, settings, and what is not compared."""
         shown = ("seed", "limit", "slow", self.name, "experiment", "sizes")
@@ -67,6 +82,16 @@ class Campaign:
             "moving": moving,
             "provenance": records.provenance() | {"cores": len(os.sched_getaffinity(0))},
         }
+
+
+def table(title: str, outcomes: Sequence[str], counts: Mapping[str, Mapping[str, int]]) -> str:
+    """A Markdown table: a row each, its number of trials, and of each outcome that there is."""
+    columns = [name for name in outcomes if any(name in row for row in counts.values())]
+    rows = [[title, "tried", *columns], ["---"] * (2 + len(columns))]
+    rows += [[name, sum(row.values()), *(row.get(one, 0) for one in columns)] for name, row in counts.items()]
+    sums = [sum(row.get(one, 0) for row in counts.values()) for one in columns]
+    rows.append(["all", sum(sums), *sums])
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
 
 
 def prepare(config: Mapping[str, Any], name: str) -> Campaign:

@@ -16,8 +16,8 @@ from typing import Any
 
 from finetune.trust.driver import Outcome
 
-NAMED = re.compile(r"/(provenance|seconds|step_seconds_median|created|memory|resumed|platform|host)(/|$)")
-"""Times, machines, and how often a run was taken up again."""
+NAMED = re.compile(r"/(provenance|seconds|step_seconds_median|created|memory|resumed|platform|host|warnings)(/|$)")
+"""Times and warnings of them, machines, and how often a run was taken up again."""
 
 PASSED = re.compile(r"(^|/)outputs/hydra/|\.lock$|\.journal$")
 """Files that are compared by what is made from them: a journal holds times, a lock nothing."""

@@ -230,12 +230,18 @@ def finish(process: Process, limit: float, kill_after: float | None = None) -> O
         os.close(handle)
     with suppress(ProcessLookupError):  # what it started
         os.killpg(process.pid, signal.SIGKILL)
-    said, events = b"", Path(f"{process.folder}.events")
+    said = b""
     with suppress(BlockingIOError):  # a process that it started may hold the pipe
         said = os.read(process.says, PIPE_BYTES)
     os.close(process.says)
-    noted = json.loads(events.read_text() or "[]") if events.is_file() else []
-    return Outcome(code, said.decode(errors="replace"), time.monotonic() - began, hung, tuple(noted))
+    seconds = time.monotonic() - began
+    return Outcome(code, said.decode(errors="replace"), seconds, hung, events_of(process.folder))
+
+
+def events_of(folder: Path) -> tuple[str, ...]:
+    """What the last process of a folder noted: at its end, where it was killed, or where it stands still."""
+    path = Path(f"{folder}.events")
+    return tuple(json.loads(path.read_text() or "[]")) if path.is_file() else ()
 
 
 def run(

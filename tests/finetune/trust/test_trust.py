@@ -13,6 +13,7 @@ import pytest
 
 from finetune.store.records import write_json
 from finetune.trust import damage, driver
+from finetune.trust.campaign import Campaign
 from finetune.trust.compare import (
     HANG,
     HARMLESS,
@@ -270,3 +271,17 @@ def test_stages_stand_behind_what_they_read_and_a_copy_is_before_or_after(tmp_pa
     before = world.copy(tmp_path / "copy", stages[0], done=False)
     assert [path.name for path in (before / "results").iterdir()] == ["a"]
     assert left_over(before, world.copy(tmp_path / "after", stages[0], done=True)) == ["results/b/x.json"]
+
+
+def test_the_table_of_a_page_is_replaced(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n\n<!-- kills -->\n| stage | tried |\n|---|---|\n| old | 1 |\n\nmore\n")
+    one = Campaign({"page": str(page)}, "kills", World(tmp_path, ()), {}, tmp_path)
+    for _ in range(2):
+        one.show("stage", ["same", "hang", "different"], {"basis": {"same": 3}, "train": {"same": 1, "different": 2}})
+        rows = ["| stage | tried | same | different |", "| --- | --- | --- | --- |", "| basis | 3 | 3 | 0 |"]
+        rows += ["| train | 3 | 1 | 2 |", "| all | 6 | 4 | 2 |"]
+        assert page.read_text() == "# Page\n\n<!-- kills -->\n" + "\n".join(rows) + "\n\nmore\n"
+    page.write_text("nothing")
+    with pytest.raises(ValueError, match="has no line <!-- kills -->"):
+        one.show("stage", ["same"], {})
