@@ -76,10 +76,11 @@ def of_files(world: World, stage: Stage, draw: random.Random) -> Iterator[dict[s
 
 
 def of_disk(stage: Stage, points: int, draw: random.Random) -> list[dict[str, Any]]:
-    """A full disk at some calls, files that may not grow, a read-only folder, no locks."""
+    """A full disk at some calls, files that may not grow, a read-only folder, no locks, an ASCII locale."""
     calls = sorted(draw.sample(range(len(stage.events)), min(points, len(stage.events))))
     troubles = [Trouble("full", at) for at in calls] + [Trouble("large", draw.choice(SIZES))]
-    troubles += [Trouble("readonly", place=place) for place in ("results", "outputs")] + [Trouble("flock")]
+    troubles += [Trouble("readonly", place=place) for place in ("results", "outputs")]
+    troubles += [Trouble("flock"), Trouble("locale")]
     return [{"fault": one.kind, "stage": stage.name, "trouble": asdict(one)} for one in troubles]
 
 
@@ -98,7 +99,7 @@ def one_fault(world: World, folder: Path, limit: float, fault: Mapping[str, Any]
             return {"outcome": "does not apply"}
     outcome = driver.run(folder, words, Trouble(**fault.get("trouble", {})), limit=limit, env=env)
     differing = differences(world.folder, folder, _compared(stage, fault), stage.moving)
-    mended = fault.get("role") == "output" or fault["fault"] in ("flock", "surroundings")
+    mended = fault.get("role") == "output" or fault["fault"] in ("flock", "locale", "surroundings")
     found = judge(outcome, differing, mended=mended, found=folder)
     if fault["fault"] == "options" and outcome.code == 0:  # it was to be refused
         found = compare.WRONG

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import importlib
 import json
+import locale
 import os
 import resource
 import runpy
@@ -69,7 +70,7 @@ class Trouble:
         kind: ``none``; ``kill`` or ``pause``: before an event; ``delay``: killed after so many seconds; ``bytes``:
             killed when a file grows beyond so many bytes; ``full``: the disk is full from an event on;
             ``large``: no file may grow beyond so many bytes; ``readonly``: all below ``place`` is; ``flock``: there
-            is none.
+            is none; ``locale``: files are ASCII unless a script says otherwise.
         at: number of the event, from 0; or seconds; or bytes.
         place: a path relative to the folder; empty: all of it.
     """
@@ -103,6 +104,8 @@ class Watch:
             resource.setrlimit(resource.RLIMIT_FSIZE, (at, at))
         if kind == "flock":
             fcntl.flock = _refuse(errno.ENOLCK)
+        if kind == "locale":
+            locale.setlocale(locale.LC_CTYPE, "C")
         for name in ("write", "fsync"):
             setattr(os, name, self._wrapped(name, getattr(os, name)))
         sys.addaudithook(self._hook)

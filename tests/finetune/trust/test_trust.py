@@ -188,10 +188,11 @@ def test_a_planted_hang_is_found_and_ended(script):
         (Trouble("full", 1), "No space left on device"),
         (Trouble("large", 50), "File too large"),
         (Trouble("readonly"), "Read-only file system"),
+        (Trouble("locale"), "UnicodeEncodeError"),
     ],
 )
-def test_a_disk_takes_no_more(trouble, said, script):
-    folder = script(WRITES)
+def test_a_disk_takes_no_more_and_a_locale_not_all(trouble, said, script):
+    folder = script("open('a', 'w').write('ü')" + WRITES)
     done = run(folder, trouble)
     assert done.code == 1 and said in done.err and names(folder) == []
 
