@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import random
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -99,6 +100,8 @@ def one_fault(world: World, folder: Path, limit: float, fault: Mapping[str, Any]
             return {"outcome": "does not apply"}
     outcome = driver.run(folder, words, Trouble(**fault.get("trouble", {})), limit=limit, env=env)
     differing = differences(world.folder, folder, _compared(stage, fault), stage.moving)
+    if fault.get("role") == "output":  # a word of a record that no table reads is no number
+        differing = compare.of_numbers(world.folder, folder, differing, fault["file"])
     mended = fault.get("role") == "output" or fault["fault"] in ("flock", "locale", "surroundings")
     found = judge(outcome, differing, mended=mended, found=folder)
     if fault["fault"] == "options" and outcome.code == 0:  # it was to be refused
@@ -119,10 +122,16 @@ def _shown(outcome: Outcome, differing: Mapping[str, list[str]]) -> dict[str, An
     if outcome.code:
         shown["said"] = said(outcome.err)[:300]
     if "Traceback (most recent call last)" in outcome.err and outcome.code:
-        shown["traceback"] = outcome.err[-700:]
+        shown |= {"said": outcome.err.strip().splitlines()[-1][:300], "traceback": _where(outcome.err)}
     if differing and not outcome.code:
         shown["differences"] = {name: paths[:4] for name, paths in list(differing.items())[:6]}
     return shown
+
+
+def _where(err: str) -> list[str]:
+    """Places of the project's own code in a traceback."""
+    places = re.findall(r'File "[^"]*?((?:src|experiments)/[^"]+)", line (\d+)', err)
+    return [f"{file}:{line}" for file, line in places][-5:]
 
 
 def endpoint(world: World, folder: Path, stage: Stage, limit: float, fault: Mapping[str, Any]) -> dict[str, Any]:

@@ -108,6 +108,17 @@ def differences(right: Path, found: Path, places: Sequence[str], moving: Sequenc
     return result
 
 
+def of_numbers(right: Path, found: Path, differing: dict[str, list[str]], name: str) -> dict[str, list[str]]:
+    """The differences without those in words of one JSON file."""
+    if name not in differing or Path(name).suffix not in (".json", ".jsonl") or not (found / name).is_file():
+        return differing
+    first, second = values(right / name), values(found / name)
+    number = re.compile(r"-?[\d.]+(e[+-]?\d+)?|None|True|False")
+    pairs = {path: (first.get(path, ""), second.get(path, "")) for path in differing[name]}
+    kept = [path for path, pair in pairs.items() if path in ("", "missing", "new") or any(map(number.fullmatch, pair))]
+    return {key: paths for key, paths in (differing | {name: kept}).items() if paths}
+
+
 def moving(first: Path, second: Path, places: Sequence[str]) -> list[str]:
     """``file#path`` of values that differ between two unbroken runs."""
     found = differences(first, second, places)

@@ -27,6 +27,7 @@ from finetune.trust.compare import (
     judge_rerun,
     left_over,
     moving,
+    of_numbers,
 )
 from finetune.trust.driver import Outcome, Trouble
 from finetune.trust.endpoint import KEY, FaultyJudge
@@ -115,6 +116,16 @@ def test_left_over_files_are_found_and_what_two_unbroken_runs_differ_in_is_not_c
     assert left_over(right, found) == ["runs/.cola-seed1.json.abc"]
     varying = moving(right, found, ["runs"])
     assert varying == ["runs/cola-seed1.json#/loss"] and not differences(right, found, ["runs"], varying)
+
+
+def test_a_word_is_no_number(folders):
+    right, found = folders(RECORD | {"score": 0.75, "title": "b"}, right=RECORD | {"title": "a"})
+    differing = differences(right, found, ["runs"])
+    name = "runs/cola-seed1.json"
+    assert differing == {name: ["/score", "/title"]}
+    assert of_numbers(right, found, differing, name) == {name: ["/score"]}
+    assert of_numbers(right, found, {name: ["/title"]}, name) == {}
+    assert of_numbers(right, found, {name: ["/title"]}, "other.json") == {name: ["/title"]}
 
 
 def test_tensors_and_lines_are_compared_one_by_one(tmp_path):
