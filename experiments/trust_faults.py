@@ -19,9 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
-
+from finetune.runs.command import script
 from finetune.store import records
 from finetune.trust import campaign, compare, damage, driver
 from finetune.trust.compare import differences, judge, said
@@ -180,19 +178,14 @@ def _column(one: Mapping[str, Any], name: str) -> str:
     return one[name].partition("@")[0]
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="trust")
-def main(cfg: DictConfig) -> None:
-    from finetune.runs.command import exit_with_message
-
-    with exit_with_message():
-        config = OmegaConf.to_container(cfg, resolve=True)
-        run = campaign.prepare(config, "faults")
-        faults = plan(run.world, run.kinds, config)
-        done = run.each(faults, partial(one_fault, run.world))
-        record = run.header() | {"totals": totals(done), "faults": done}
-        records.write_json(run.record, record)
-        run.show("fault", [*compare.GOOD, *compare.BAD], record["totals"]["by_fault"])
-        log.info("%s: %s", run.record, json.dumps({k: record["totals"][k] for k in ("faults", *compare.BAD)}))
+@script("trust")
+def main(config: dict[str, Any]) -> None:
+    run = campaign.prepare(config, "faults")
+    done = run.each(plan(run.world, run.kinds, config), partial(one_fault, run.world))
+    record = run.header() | {"totals": totals(done), "faults": done}
+    records.write_json(run.record, record)
+    run.show("fault", [*compare.GOOD, *compare.BAD], record["totals"]["by_fault"])
+    log.info("%s: %s", run.record, json.dumps({k: record["totals"][k] for k in ("faults", *compare.BAD)}))
 
 
 if __name__ == "__main__":

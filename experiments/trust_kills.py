@@ -20,9 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
-
+from finetune.runs.command import script
 from finetune.store import records
 from finetune.trust import campaign, driver
 from finetune.trust.compare import differences, judge_rerun, left_over
@@ -142,19 +140,15 @@ def totals(kills: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="trust")
-def main(cfg: DictConfig) -> None:
-    from finetune.runs.command import exit_with_message
-
-    with exit_with_message():
-        config = OmegaConf.to_container(cfg, resolve=True)
-        run = campaign.prepare(config, "kills")
-        kills = plan(run.world, run.kinds, config["kills"], config["slow"], config["seed"])
-        done = run.each(kills, partial(one_kill, run.world))
-        record = run.header() | {"totals": totals(done), "kills": done}
-        records.write_json(run.record, record)
-        run.show("stage", list(OUTCOMES), record["totals"]["stages"])
-        log.info("%s: %s", run.record, {k: v for k, v in record["totals"].items() if k != "stages"})
+@script("trust")
+def main(config: dict[str, Any]) -> None:
+    run = campaign.prepare(config, "kills")
+    kills = plan(run.world, run.kinds, config["kills"], config["slow"], config["seed"])
+    done = run.each(kills, partial(one_kill, run.world))
+    record = run.header() | {"totals": totals(done), "kills": done}
+    records.write_json(run.record, record)
+    run.show("stage", list(OUTCOMES), record["totals"]["stages"])
+    log.info("%s: %s", run.record, {k: v for k, v in record["totals"].items() if k != "stages"})
 
 
 if __name__ == "__main__":

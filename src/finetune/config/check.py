@@ -28,6 +28,7 @@ SCRIPTS: dict[str, Any] = {
     "fetch": reports.Fetch,
     "dashboard": reports.Dashboard,
     "plan": reports.Plan,
+    "trust": reports.Trust,
 }
 """The schema of each file that lies in ``conf`` itself and is a script's."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, Len
 from pydantic import Discriminator, Field, Tag
@@ -22,6 +22,7 @@ from finetune.config.types import (
     Text,
     Unique,
     Whole,
+    Workers,
     kind,
 )  # fmt: skip
 
@@ -218,3 +219,41 @@ class Plan(Group):
     judge: JudgeCosts
     rows: dict[Name, Annotated[Annotated[Rows, Tag("<mapping>")] | Annotated[Text, Tag("<text>")], Discriminator(kind)]]
     blocks: dict[Name, Rows]
+
+
+class TrustKills(Group):
+    """Of ``conf/trust.yaml``."""
+
+    calls: Whole
+    bytes: Whole
+    delays: Whole
+    pairs: Whole
+    whole: Whole
+
+
+class TrustFaults(Group):
+    """Of ``conf/trust.yaml``."""
+
+    files: Whole
+    full: Whole
+    options: dict[Text, list[Text]]
+    surroundings: dict[Text, list[dict[Text, str | None]]]
+
+
+class Trust(Group):
+    """``conf/trust.yaml``; its experiment and sizes are checked where they are used."""
+
+    output: PathText
+    page: PathText | None
+    work: PathText
+    fresh: bool
+    seed: Seed
+    workers: Workers
+    progress: bool
+    limit: Positive
+    stages: Some[Text] | None
+    slow: Positive
+    kills: TrustKills
+    faults: TrustFaults
+    experiment: dict[Name, Any]
+    sizes: dict[Text, Any]

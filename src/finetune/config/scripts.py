@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal, Self
 
 from annotated_types import Len
-from pydantic import Discriminator, Tag, model_validator
+from pydantic import model_validator
 
 from finetune.config.groups import Chat, Data, Judge, Method, Model, Questions
 from finetune.config.protocols import ChatProtocol, Protocol
@@ -26,7 +26,7 @@ from finetune.config.types import (
     Some,
     Text,
     Wandb,
-    kind,
+    Workers,
     refused,
 )  # fmt: skip
 
@@ -57,7 +57,7 @@ class Base(Work):
 
     cell: PathText | None
     basis: PathText | None
-    workers: Annotated[Annotated[Count, Tag("<one>")] | Annotated[Literal["auto"], Tag("<text>")], Discriminator(kind)]
+    workers: Workers
     wandb: Tracking
     model: Model
 

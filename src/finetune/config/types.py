@@ -167,3 +167,4 @@ ForMethod = Annotated[
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
 Wandb = Literal["offline", "online", "disabled"]
+Workers = Annotated[Annotated[Count, Tag("<one>")] | Annotated[Literal["auto"], Tag("<text>")], Discriminator(kind)]
