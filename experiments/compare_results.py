@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune.store.boundary import exit_with_message
+
 START = "15c3c2b"
 """The commit before the project was put in order."""
 
@@ -160,4 +162,5 @@ def _git(*arguments: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with exit_with_message():
+        sys.exit(main())

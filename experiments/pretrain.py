@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from finetune.runs.command import script
+from finetune.runs.command import LOCKS, only_writer, script
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +28,16 @@ def main(config: dict[str, Any]) -> None:
     length = settings.pop("length", None)
     device = torch.device(config["device"])
     options = Pretraining(**settings, seed=config["seed"], device=device, progress_bar=config["progress"])
-    if decoder:
-        folder, template = results / "chat", chat_template(model["template"])
-        text, checkpoint = folder / "text" / "dialogues.txt", folder / model["folder"]
-        facts = pretrain_causal(text, checkpoint, model["architecture"], template, length, options)
-    else:
-        folder = results / "data"
-        facts = pretrain(folder / "text" / "corpus.txt", folder / model["folder"], model["architecture"], options)
+    folder = results / ("chat" if decoder else "data")
+    text, checkpoint = folder / "text", folder / model["folder"]
+    with only_writer(checkpoint.parent, LOCKS, name=checkpoint.name):
+        if decoder:
+            template = chat_template(model["template"])
+            facts = pretrain_causal(
+                text / "dialogues.txt", checkpoint, model["architecture"], template, length, options
+            )
+        else:
+            facts = pretrain(text / "corpus.txt", checkpoint, model["architecture"], options)
     log.info("%s: %s", model["name"], facts)
 
 

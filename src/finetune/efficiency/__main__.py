@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from finetune.efficiency.lengths import PADDINGS, read_lengths
 from finetune.efficiency.stage import Stage
 from finetune.efficiency.task import KEEPS, EfficiencyOptions, measure_task
 from finetune.efficiency.variants import PRECISIONS, VARIANTS
+from finetune.store.boundary import exit_with_message
+from finetune.store.files import read_yaml
+from finetune.store.places import only_writer
 
 log = logging.getLogger("finetune.efficiency")
 
@@ -27,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     given = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        model, protocol = (_read(path) for path in (given.model, given.protocol))
+    with exit_with_message(), _keys_named():
+        model, protocol = (read_yaml(Path(path)) for path in (given.model, given.protocol))
         tasks = [read_lengths(path) for path in given.lengths]
         names = [lengths.task for lengths in tasks]
         if len(set(names)) < len(names):
@@ -43,13 +45,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for lengths in tasks:
             path = Path(given.output) / f"{lengths.task}.json"
             stage = Stage(path, experiment=given.experiment, scale=given.scale)
-            record = measure_task(model, protocol, lengths, options, stage)
+            with only_writer(path.parent, stage.checkpoints, name=path.name):
+                record = measure_task(model, protocol, lengths, options, stage)
             for line in summary(record):
                 log.info("%s", line)
             log.info("%s", path)
-    except (ValueError, KeyError, OSError) as error:
-        text = f"a configuration has no {error}" if isinstance(error, KeyError) else str(error)
-        raise SystemExit(f"error: {text}") from None
+
+
+@contextmanager
+def _keys_named() -> Iterator[None]:
+    """A model's or protocol's file by hand may lack a key."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"a configuration has no {error}") from None
 
 
 def summary(record: Mapping[str, Any]) -> list[str]:
@@ -95,15 +104,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--experiment", default="hand", help="name for the record")
     parser.add_argument("--scale", default="hand", help="name for the record")
     return parser
-
-
-def _read(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise ValueError(f"{path} does not exist; give a YAML file such as those in conf/.")
-    content = yaml.safe_load(Path(path).read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, no mapping.")
-    return content
 
 
 if __name__ == "__main__":

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +18,7 @@ from finetune.data.chat import ChatTemplate
 from finetune.data.oasst import PackedSplit, pack
 from finetune.models.load import no_file_bars
 from finetune.models.tokenizers import SPECIAL, train_llama_tokenizer, train_tokenizer
+from finetune.store.files import folder_atomically
 
 
 @dataclass(frozen=True)
@@ -138,25 +136,11 @@ def _train_and_save(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    with no_file_bars():
-        _save(model, tokenizer, folder)
-    tail = losses[-max(1, steps // 10) :]
-    return {"loss": sum(tail) / len(tail), "steps": steps, "seconds": time.monotonic() - started}
-
-
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Save into a sibling folder, then rename: a kill leaves no half-written model."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with no_file_bars(), folder_atomically(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        os.chmod(temporary, 0o755)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    tail = losses[-max(1, steps // 10) :]
+    return {"loss": sum(tail) / len(tail), "steps": steps, "seconds": time.monotonic() - started}
 
 
 def _read_dialogues(path: Path) -> list[list[str]]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -21,6 +19,7 @@ from finetune.methods.base import count_parameters
 from finetune.runs import record_content
 from finetune.runs.problem import Problem, Run
 from finetune.store import places, records
+from finetune.store.files import folder_atomically, sweep
 from finetune.tracking.tracker import SUMMARY, Tracker, chosen
 from finetune.training import checkpoint, memory
 from finetune.training.loop import Ended, NonFiniteLoss, Training, train
@@ -65,13 +64,13 @@ def _writer(problem: Problem, run: Run, path: Path | None, keep: Path | None) ->
     """Hold a run's checkpoints, and look before it whether its files can be written."""
     folder = problem.checkpoints(run)
     with places.locked(folder, folder.parent):
-        places.sweep(folder)
+        sweep(folder)
         if path is not None:
             places.check_writable(path.parent, path.name)
-            places.sweep(path.parent, path.name)
+            sweep(path.parent, path.name)
         if keep is not None:
             places.check_writable(keep.parent)
-            places.sweep(keep.parent, keep.name)
+            sweep(keep.parent, keep.name)
             if keep.is_file():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(keep))
         yield
@@ -184,18 +183,10 @@ def save_merged(problem: Problem, plain: nn.Module, folder: Path, digest: str) -
 
     ``training.json`` names the run, so that a model of another one is not taken for this one's.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with folder_atomically(folder) as temporary:
         plain = plain.to(problem.stored_dtype)
         plain.config.use_cache = True
         with models.no_file_bars():
             plain.save_pretrained(temporary)
         problem.tokenizer.save_pretrained(temporary)
         records.write_json(temporary / MERGED, {"config_hash": digest} | problem.kept_facts())
-        os.chmod(temporary, 0o755)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

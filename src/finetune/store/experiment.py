@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from finetune.store.boundary import exit_with_message
 from finetune.store.catalog import CONF, read_methods, read_models, read_tasks
 from finetune.store.files import read_yaml, write_atomically
 
@@ -223,8 +224,6 @@ _OneLine.add_representer(dict, _OneLine.represent_dict)
 
 
 if __name__ == "__main__":
-    try:
+    with exit_with_message():
         source, target = sys.argv[1:3]
         write_params(source, target)
-    except ValueError as error:
-        sys.exit(f"error: {error}")

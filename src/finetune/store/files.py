@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import re
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+log = logging.getLogger(__name__)
+
+_KINDS = "csv|html|json|jsonl|journal|md|parquet|png|safetensors|svg|tex|txt|yaml"
+_RANDOM = r"\.(?!s[a-z]{2}$)\w+"  # of tempfile; an editor's swap file, .NAME.swp, is a user's
+_LEFT = re.compile(rf"\.((.+\.({_KINDS})|seed\d+){_RANDOM}|step_\d+)")
+"""Names of files, of merged models and of checkpoints that are being written."""
+
 
 def write_atomically(path: str | Path, content: bytes | str) -> None:
     """Write beside the target, sync, and swap: a kill leaves the old file or the new one, never a part.
 
-    Missing parent folders are made; text is written as UTF-8.
+    Missing parent folders are made; text is written as UTF-8; what killed writers left of the file is deleted.
 
     Raises:
         OSError: if it can't be written; it names the file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, path.name)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -42,6 +55,43 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextmanager
+def folder_atomically(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which takes the place of ``folder`` at the end: it is there whole or not at all.
+
+    Raises:
+        OSError: if it can't be written; what was there stays.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    sweep(folder.parent, folder.name)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Delete what killed writers left, ``.NAME.RANDOM`` beside the NAME that it was to become; the caller holds it.
+
+    Args:
+        folder: where to look.
+        name: of one file or folder in it; None: any that this project writes, and below it too.
+    """
+    pattern = _LEFT if name is None else re.compile(rf"\.{re.escape(name)}{_RANDOM}")
+    for path in sorted(folder.glob(".*") if name else folder.rglob(".*")):
+        if pattern.fullmatch(path.name):
+            log.info("%s: left by a killed process, deleted", path)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)  # it went with its folder
+
+
 def named(error: OSError, path: Path) -> OSError:
     """The system's refusal, with the file that it is about."""
     return OSError(error.errno, error.strerror or str(error), str(path))
@@ -57,8 +107,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         there = ", ".join(sorted(found.name for found in path.parent.glob("*.yaml"))) or "no YAML file"
         raise ValueError(f"there is no {path}; its folder has {there}.")
     try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, no mapping.")

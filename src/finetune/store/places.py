@@ -5,23 +5,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import logging
 import os
-import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from finetune.store.files import named
-
-log = logging.getLogger(__name__)
+from finetune.store.files import named, sweep
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-_KINDS = "csv|html|json|jsonl|journal|md|parquet|png|safetensors|svg|tex|txt|yaml"
-_LEFT = re.compile(rf"\.(.+\.({_KINDS})\.\w+|seed\d+\.\w+|step_\d+)")
-"""Names of files, of merged models and of checkpoints that are being written."""
 
 
 class Busy(ValueError):
@@ -30,13 +22,13 @@ class Busy(ValueError):
 
 @contextmanager
 def only_writer(folder: Path, locks: str | Path, *others: Path, name: str | None = None) -> Iterator[None]:
-    """Hold a folder, or a file in it, for this process; what a killed writer left of it is deleted.
+    """Hold a folder, or one thing in it, for this process; what a killed writer left of it is deleted.
 
     Args:
-        folder: of the files.
+        folder: with all below it.
         locks: folder of the lock files.
         others: folders that are held with it, and named by it.
-        name: of the one file that is held, where other processes write to the folder too.
+        name: of the file, with its suffix, or the folder that is held, where other processes write beside it.
 
     Raises:
         Busy: if another process holds it.
@@ -45,7 +37,7 @@ def only_writer(folder: Path, locks: str | Path, *others: Path, name: str | None
     """
     with locked(folder / (name or ""), locks):
         for place in (folder, *others):
-            check_writable(place, name)
+            check_writable(place, name if name and Path(name).suffix else None)
             sweep(place, name)
         yield
 
@@ -117,20 +109,3 @@ def check_writable(folder: Path, name: str | None = None) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise named(error, folder) from None
-
-
-def sweep(folder: Path, name: str | None = None) -> None:
-    """Delete what killed writers left, ``.NAME.RANDOM`` beside the NAME that it was to become; the caller holds it.
-
-    Args:
-        folder: where to look.
-        name: of a file or folder in it; None: any that this project writes.
-    """
-    pattern = _LEFT if name is None else re.compile(rf"\.{re.escape(name)}\.\w+")
-    for path in sorted(folder.glob(".*")):
-        if pattern.fullmatch(path.name):
-            log.info("%s: left by a killed process, deleted", path)
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()

@@ -526,7 +526,7 @@ def test_the_command_line_needs_four_packages_alone(files, tmp_path):
     [
         (["--variants", "nope"], "allowed, each once"),
         (["--rounds", "0"], "rounds=0"),
-        (["--model", "/no/such.yaml"], "/no/such.yaml does not exist"),
+        (["--model", "/no/such.yaml"], "there is no /no/such.yaml"),
         (["--lengths", "/no/such.json"], "/no/such.json does not exist"),
     ],
 )

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from finetune.store.places import Busy, check_writable, locked, only_writer, sweep
+from finetune.store.files import folder_atomically, sweep, write_atomically
+from finetune.store.places import Busy, check_writable, locked, only_writer
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_a_folder_in_a_files_place_and_a_full_disk_are_found(folder, monkeypatch
 
 LEFT = (".cola.json.k3_9a0xz", ".cola-seed1-0123.json.abc", ".cola.safetensors.abcd1234", ".cell.json.1", ".a.b.svg.x")
 FOLDERS = (".seed42.x8rk2m_1", ".step_00000012")
-KEPT = ("cola.json", ".gitignore", ".env.local", ".cola.json", ".hidden", "seed42", "step_00000012", ".dvc.tmp")
+KEPT = ("cola.json", ".gitignore", ".env.local", ".cola.json.swp", ".hidden", "seed42", "step_00000012", ".dvc.tmp")
 
 
 def test_what_killed_writers_left_is_swept_and_nothing_else(folder, locks):
@@ -109,14 +110,30 @@ def test_what_killed_writers_left_is_swept_and_nothing_else(folder, locks):
         (folder / name / "model.safetensors").write_text("x")
     for name in (*LEFT, *KEPT[:5]):
         (folder / name).write_text("x")
+    (folder / "seed42" / ".a.jsonl.k3_9a0xz").write_text("x")
     with only_writer(folder, locks):
         assert sorted(path.name for path in folder.iterdir()) == sorted(KEPT)
+        assert [path.name for path in (folder / "seed42").iterdir()] == ["model.safetensors"]
 
 
 def test_of_a_shared_folder_only_the_own_files_leftovers_are_swept(folder):
     folder.mkdir(parents=True)
-    others = (".b.json.abc", ".a.json2.abc", ".a_json.abc", ".a.json", "a.json")
+    others = (".b.json.abc", ".a.json2.abc", ".a_json.abc", ".a.json.swp", "a.json")
     for name in (".a.json.abc", ".a.json.def", *others):
         (folder / name).write_text("x")
     sweep(folder, "a.json")
     assert sorted(path.name for path in folder.iterdir()) == sorted(others)
+
+
+def test_what_is_written_again_sweeps_its_own_leftovers(tmp_path):
+    (tmp_path / ".a.json.k3_9a0xz").write_text("half")
+    (tmp_path / ".model.k3_9a0xz").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").write_text("x")
+    write_atomically(tmp_path / "a.json", "whole")
+    with pytest.raises(KeyError), folder_atomically(tmp_path / "model"):
+        raise KeyError
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["old"]
+    with folder_atomically(tmp_path / "model") as folder:
+        (folder / "new").write_text("x")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["a.json", "model", "model/new"]
