@@ -53,7 +53,7 @@ def wanted(experiment: Mapping[str, Any]) -> list[fetching.AnySource]:
 def run(config: Mapping[str, Any]) -> list[str]:
     """One fetch, dry run or verification; returns its errors, one line each, already logged."""
     file, verify, dry_run = (config[name] for name in ("experiment", "verify", "dry_run"))
-    root, sources = Path(config["data"]["root"]).expanduser(), wanted(read_experiment(file))
+    root, sources = Path(config["data"]["root"]), wanted(read_experiment(file))
     if not sources:
         log.info("nothing to fetch: the pipeline makes every model and dataset of %s itself", file)
         return []

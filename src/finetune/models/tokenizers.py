@@ -27,12 +27,11 @@ def train_tokenizer(lines: list[str], model_type: str, vocab_size: int, max_leng
     if model_type == "bert":
         names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
         special = list(names.values())
-        tokenizer = Tokenizer(models.WordPiece(unk_token=names["unk"]))
+        vocabulary = _learn_pieces(lines, special, names["unk"], vocab_size)
+        tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=names["unk"]))
         tokenizer.normalizer = normalizers.BertNormalizer()
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-        tokenizer.train_from_iterator(lines, trainer)
         ids = tokenizer.get_vocab()
         sep, cls = ((names[key], ids[names[key]]) for key in ("sep", "cls"))
         tokenizer.post_processor = processors.BertProcessing(sep, cls)
@@ -58,6 +57,26 @@ def train_tokenizer(lines: list[str], model_type: str, vocab_size: int, max_leng
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=max_length, model_input_names=inputs, **tokens
     )
+
+
+def _learn_pieces(lines: list[str], special: list[str], unknown: str, vocab_size: int) -> dict[str, int]:
+    """WordPiece's vocabulary, the same in every process.
+
+    The trainer numbers pieces such as ``##a`` in the order of a hash table, and breaks ties of merges by number. As
+    special tokens they have their places; so this tokenizer is for learning alone.
+    """
+    learner = Tokenizer(models.WordPiece(unk_token=unknown))
+    learner.normalizer = normalizers.BertNormalizer()
+    learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    words = {
+        word
+        for line in lines
+        for word, _ in learner.pre_tokenizer.pre_tokenize_str(learner.normalizer.normalize_str(line))
+    }
+    pieces = [f"##{character}" for character in sorted({character for word in words for character in word[1:]})]
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*special, *pieces], show_progress=False)
+    learner.train_from_iterator(lines, trainer)
+    return learner.get_vocab()
 
 
 def train_llama_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> Any:

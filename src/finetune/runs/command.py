@@ -18,7 +18,7 @@ from finetune.config.check import SCRIPTS, check_script
 from finetune.config.launch import is_first_process
 from finetune.store import places
 from finetune.store.boundary import exit_with_message
-from finetune.store.files import read_yaml
+from finetune.store.files import expand_home, read_yaml
 
 LOCKS = "outputs/checkpoints"
 """Folder of the locks of scripts without checkpoints."""
@@ -27,8 +27,8 @@ LOCKS = "outputs/checkpoints"
 def script(config_name: str) -> Callable[[Callable[[dict[str, Any]], Any]], Callable[[], None]]:
     """Make a function the main of a script in ``experiments/``: Hydra composes its configuration from ``conf``.
 
-    The function gets it as plain dictionaries, interpolations resolved, checked against the schema. An error that a
-    user can mend, in what Hydra is told too, is one line and exit code 1.
+    The function gets it as plain dictionaries, interpolations and ``~`` resolved, checked against the schema. An error
+    that a user can mend, in what Hydra is told too, is one line and exit code 1.
 
     Args:
         config_name: the file of ``conf`` that holds where ``--config-name`` names no other.
@@ -46,6 +46,7 @@ def script(config_name: str) -> Callable[[Callable[[dict[str, Any]], Any]], Call
                 config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
             with exit_with_message():
                 named = Path(HydraConfig.get().job.config_name or "").stem
+                config = expand_home(config)
                 check_script(named if named in SCRIPTS else config_name, config)
                 return main(config)
 

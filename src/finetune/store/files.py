@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,24 @@ def sweep(folder: Path, name: str | None = None) -> None:
 def named(error: OSError, path: Path) -> OSError:
     """The system's refusal, with the file that it is about."""
     return OSError(error.errno, error.strerror or str(error), str(path))
+
+
+def expand_home(value: Any) -> Any:
+    """A configuration with every ``~/...`` and ``~user/...`` in it, at any depth, as the home folder it stands for.
+
+    Raises:
+        ValueError: if there is no such user.
+    """
+    if isinstance(value, Mapping):
+        return {key: expand_home(found) for key, found in value.items()}
+    if isinstance(value, list):
+        return [expand_home(found) for found in value]
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    found = os.path.expanduser(value)
+    if found.startswith("~") and "/" in found:
+        raise ValueError(f"{value!r}: there is no home folder of that name; give the whole path.")
+    return found
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

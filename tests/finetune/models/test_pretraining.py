@@ -284,3 +284,15 @@ def test_full_fine_tuning_beats_the_majority_and_a_bag_of_words_and_does_not_sat
     share = sum(validation["label"]) / len(validation["label"])
     full = fine_tune(tmp_path / "model", train, validation, steps=300)
     assert 0.97 > full > 0.1 + max(share, 1 - share, bag_of_words(train, validation))
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_tokenizer_is_the_same_whenever_it_is_learned(kind):
+    """The trainer's hash tables begin anew in every call."""
+    lines = [
+        "the old dogs help a cat today",
+        "a teacher visits the angry kings",
+        "now the farmer thanks a small girl",
+    ] * 3
+    first, *others = (train_tokenizer(lines, kind, 320, 64).backend_tokenizer.to_str() for _ in range(4))
+    assert others == [first] * 3

@@ -1,8 +1,14 @@
 """Around the work of a script: experiment files, one writer a cell, errors in one line."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
-from finetune.runs.command import only_writer, read_lists
+from finetune.runs.command import only_writer, read_lists, script
+from finetune.store.files import expand_home
+
+CONF = Path(__file__).parents[3] / "conf"
 
 
 @pytest.mark.parametrize(
@@ -35,3 +41,31 @@ def test_of_several_processes_the_first_holds_a_folder(tmp_path, monkeypatch):
         monkeypatch.setenv("RANK", "1")
         with only_writer(tmp_path / "runs", tmp_path / "locks"):
             pass
+
+
+def test_a_tilde_is_the_home_folder_wherever_it_stands(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = {"root": "~/data", "deep": [{"cache": "~"}, "~/a/b"], "kept": ["a~/b", "~ 5", ".*~", 3, None, True]}
+    assert expand_home(given) == given | {"root": "/home/me/data", "deep": [{"cache": "/home/me"}, "/home/me/a/b"]}
+    with pytest.raises(ValueError, match="'~nobody-has-it/data': there is no home folder of that name; give the whole"):
+        expand_home({"root": "~nobody-has-it/data"})
+
+
+def test_a_script_gets_its_paths_with_the_home_folder(monkeypatch, tmp_path):
+    """From the environment and from the command line, for every option."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SPARSEGRAD_DATA", "~/data")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # set by the script
+    names = ("output", "checkpoints", "basis", "wandb.folder", "model.checkpoint", "cell")
+    given = [f"{name}='~/{name}'" for name in names]
+    monkeypatch.setattr(
+        sys, "argv", ["script", "-cp", str(CONF), "model=tiny_bert", f"hydra.run.dir={tmp_path}", *given]
+    )
+    monkeypatch.setattr("hydra.core.utils.configure_log", lambda *_: None)  # that of the tests stays
+    seen = []
+    script("glue")(seen.append)()
+    (config,) = seen
+    assert config["data"]["root"] == "/home/me/data"
+    found = [config["output"], config["checkpoints"], config["basis"], config["wandb"]["folder"]]
+    found += [config["model"]["checkpoint"], config["cell"]]
+    assert found == [f"/home/me/{name}" for name in names]
