@@ -14,13 +14,14 @@ from typing import Any
 
 import yaml
 
+from finetune.config.check import GROUPS, check_group
 from finetune.plan.estimate import plan_experiment
 from finetune.plan.experiment import Experiment
 from finetune.plan.text import plan_lines
 from finetune.plan.throughput import Processor
 from finetune.runs.command import script
-from finetune.store.experiment import expand, read_experiment
-from finetune.store.files import write_atomically
+from finetune.store.experiment import load
+from finetune.store.files import read_yaml, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +31,12 @@ PLANNED = ("gradients", "basis", "train", "efficiency", "answers")
 
 def read(group: str, name: str) -> Mapping[str, Any]:
     """A configuration group's file."""
-    path = CONF / group / f"{name}.yaml"
-    if not path.is_file():
-        there = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "nothing"
-        raise ValueError(f"there is no {path.relative_to(CONF.parent)}; its folder has {there}.")
-    return yaml.safe_load(path.read_text())
+    folder, _, stem = f"{group}/{name}".strip("/").rpartition("/")
+    path = CONF / folder / f"{stem}.yaml"
+    content = read_yaml(path)
+    if folder in GROUPS:
+        check_group(folder, content, file=path.relative_to(CONF.parent))
+    return content
 
 
 def unplanned(folder: Path) -> list[str]:
@@ -46,7 +48,7 @@ def unplanned(folder: Path) -> list[str]:
 def plan(settings: dict[str, Any]) -> dict[str, Any]:
     """The plan, logged and returned."""
     models = {"decoders": settings["models"]} if settings["models"] else {}
-    lists = expand(read_experiment(settings["experiment"]) | models, CONF)
+    lists = load(settings["experiment"], CONF, **models)
     cards = [Processor(name=name, **values) for name, values in settings["cards"].items()]
     experiment = Experiment(lists, read, settings, Path(settings["results"]), settings["data_root"])
     found = plan_experiment(experiment, cards, settings)

@@ -11,6 +11,7 @@ from finetune.report.labels import read_labels
 from finetune.report.page.context import to_html
 from finetune.report.page.inputs import read_inputs
 from finetune.runs.command import script
+from finetune.store.experiment import read_checked
 from finetune.store.files import read_yaml, write_atomically
 
 log = logging.getLogger(__name__)
@@ -21,9 +22,9 @@ PROTOCOLS = {"GLUE": Path("conf/protocol"), "LLaMa-2": Path("conf/protocol/llama
 @script("report")
 def main(config: dict[str, Any]) -> None:
     name, file = config["name"], Path(config["experiment"])
-    experiment, results = read_yaml(file), Path("results") / name
-    if experiment["name"] != name:
-        raise ValueError(f"{file} is experiment {experiment['name']!r}, not {name!r}.")
+    experiment, results = read_checked(file), Path("results") / name
+    if experiment.get("name") != name:
+        raise ValueError(f"{file} is experiment {experiment.get('name')!r}, not {name!r}.")
     protocols = {
         title: {path.stem: read_yaml(path) for path in sorted(folder.glob("*.yaml"))}
         for title, folder in PROTOCOLS.items()

@@ -70,16 +70,17 @@ def check_script(name: str, config: Mapping[str, Any]) -> None:
         check(type_of(SCRIPTS[name], "protocol"), _merged(config["protocol"], own), "method.protocol")
 
 
-def check_group(group: str, content: Any, where: str = "") -> None:
+def check_group(group: str, content: Any, where: str = "", file: Any = None) -> None:
     """Check a file of a folder of ``conf``; arguments and errors as of :func:`check`."""
-    check(GROUPS[group], content, where or group)
+    check(GROUPS[group], content, where or ("" if file else group), file)
 
 
-def check(kind: Any, value: Any, where: str = "") -> None:
+def check(kind: Any, value: Any, where: str = "", file: Any = None) -> None:
     """Check a value against a type of the schema. It stays as it is: nothing is filled in or turned into another type.
 
     Args:
         where: what the value is called in an error.
+        file: that it was read from, named in an error.
 
     Raises:
         ValueError: one line: which option, what was received, what is allowed.
@@ -89,7 +90,8 @@ def check(kind: Any, value: Any, where: str = "") -> None:
     except ValidationError as error:
         first, *others = error.errors(include_url=False)
         more = f" (and {len(others)} more)" if others else ""
-        raise ValueError(f"{_line(first, where)}.{more}") from None
+        named = f"{file}: " if file else ""
+        raise ValueError(f"{named}{_line(first, where)}.{more}") from None
 
 
 def type_of(script: Any, group: str) -> Any:
@@ -120,7 +122,7 @@ def _line(error: Mapping[str, Any], where: str) -> str:
         return f"{key}: {allowed}" if key else allowed
     shown = "(not shown)" if place and place[-1] in SECRET else repr(received)
     shown = shown if len(shown) < 80 else f"{shown[:76]}..."
-    return f"{key} has the name {shown}; {allowed}" if is_key else f"{key}={shown}; {allowed}"
+    return f"{key} has the name {shown}; {allowed}" if is_key else f"{key}{'=' if key else ''}{shown}; {allowed}"
 
 
 _ALLOWED = {

@@ -259,7 +259,7 @@ class Judge(Group):
     measures_quality: bool
     serve: bool
     allowed_failures: Whole
-    parsing: Literal["fastchat", "last"] = "fastchat"
+    parsing: Literal["fastchat", "last"]
 
     @model_validator(mode="after")
     def _is_reached(self) -> Self:

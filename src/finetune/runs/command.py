@@ -18,7 +18,8 @@ from finetune.config.check import SCRIPTS, check_script
 from finetune.config.launch import is_first_process
 from finetune.store import places
 from finetune.store.boundary import exit_with_message
-from finetune.store.files import expand_home, read_yaml
+from finetune.store.experiment import read_checked
+from finetune.store.files import expand_home
 
 LOCKS = "outputs/checkpoints"
 """Folder of the locks of scripts without checkpoints."""
@@ -45,9 +46,10 @@ def script(config_name: str) -> Callable[[Callable[[dict[str, Any]], Any]], Call
             with _hydra_in_one_line():
                 config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
             with exit_with_message():
-                named = Path(HydraConfig.get().job.config_name or "").stem
-                config = expand_home(config)
+                hydra_config, config = HydraConfig.get(), expand_home(config)
+                named = Path(hydra_config.job.config_name or "").stem
                 check_script(named if named in SCRIPTS else config_name, config)
+                _check_names(config, hydra_config.runtime.choices, hydra_config.overrides.task)
                 return main(config)
 
         @wraps(main)
@@ -59,6 +61,22 @@ def script(config_name: str) -> Callable[[Callable[[dict[str, Any]], Any]], Call
         return run
 
     return decorate
+
+
+def _check_names(config: Mapping[str, Any], choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Refuse a group's file that holds another name than its own: its results would lie in the other's folder.
+
+    Raises:
+        ValueError: if there is one, and its name was not given by hand.
+    """
+    by_hand = {override.lstrip("+").partition("=")[0] for override in overrides}
+    for group, choice in choices.items():
+        found = config.get(group)
+        if not isinstance(found, Mapping) or "name" not in found or f"{group}.name" in by_hand:
+            continue
+        own = str(choice).rpartition("/")[2].removesuffix(".yaml")
+        if found["name"] != own:
+            raise ValueError(f"conf/{group}/{choice}.yaml: name={found['name']!r}; allowed: that of the file, {own!r}.")
 
 
 @contextmanager
@@ -89,10 +107,10 @@ def read_lists(path: str | Path, names: Sequence[str] = ("tasks", "seeds")) -> d
     """Lists of an experiment file.
 
     Raises:
-        ValueError: if the file, or a list, is missing or empty.
+        ValueError: if the file, or a list, is missing, empty or none of an experiment.
     """
-    content = read_yaml(Path(path))
+    content = read_checked(path)
     for name in names:
-        if not isinstance(content.get(name), list) or not content[name]:
+        if not content.get(name):
             raise ValueError(f"{path}: {name!r} is {content.get(name)!r}; it must be a list of at least one.")
     return {name: content[name] for name in names}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.config.check import check_group
 from finetune.store.files import read_yaml
 
 CONF = Path("conf")
@@ -65,14 +66,13 @@ def read_tasks(data: str, conf: Path = CONF) -> dict[str, TaskFacts]:
     """The tasks of one file of ``conf/data``, in its order.
 
     Raises:
-        ValueError: if there is no such file, or an entry lacks its metric.
+        ValueError: if there is no such file, or it is none of ``conf/data``.
     """
     path = conf / "data" / f"{data}.yaml"
-    tasks = read_yaml(path)["tasks"]
-    lacking = [name for name, task in tasks.items() if "metric" not in task]
-    if lacking:
-        raise ValueError(f"{path}: {', '.join(lacking)}: each task needs its metric.")
-    return {name: TaskFacts(name, task.get("title", name), task["metric"]) for name, task in tasks.items()}
+    content = read_yaml(path)
+    check_group("data", content, file=path)
+    tasks = content["tasks"].items()
+    return {name: TaskFacts(name, task.get("title", name), task["metric"]) for name, task in tasks}
 
 
 def read_models(conf: Path = CONF) -> dict[str, dict[str, Any]]:
@@ -84,7 +84,8 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
     """Every file of a folder by its name, which must stand in it too."""
     found = {path.stem: read_yaml(path) for path in sorted(folder.glob("*.yaml"))}
     for name, content in found.items():
-        if content.get("name") != name:
-            path = folder / f"{name}.yaml"
+        path = folder / f"{name}.yaml"
+        check_group(folder.name, content, file=path)
+        if content["name"] != name:
             raise ValueError(f"{path}: name is {content.get('name')!r}; it must be that of the file, {name!r}.")
     return found

@@ -10,11 +10,14 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from finetune.config.check import check
+from finetune.config.experiments import ExperimentFile
 from finetune.store.boundary import exit_with_message
 from finetune.store.catalog import CONF, read_methods, read_models, read_tasks
 from finetune.store.files import read_yaml, write_atomically
@@ -33,28 +36,48 @@ _GROUPS = ("data", "chat", "questions", "judge", "protocol", "protocol/llama", "
 _HEAD = "# Written by `make repro EXPERIMENT={name}` from experiments/{name}.yaml; a change belongs there.\n"
 
 
-def read_experiment(path: str | Path) -> dict[str, Any]:
+def read_experiment(path: str | Path, _children: tuple[str, ...] = ()) -> dict[str, Any]:
     """What a file of ``experiments/`` names, the defaults of ``base.yaml`` beside it filled in; all of a params.yaml.
 
     Raises:
-        ValueError: if there is no such file, it is no YAML mapping, or a key or its kind of value is another than
-            base.yaml's.
+        ValueError: as `read_checked`, or if experiments extend each other in a circle.
     """
     path = Path(path)
-    content = read_yaml(path)
+    content = read_checked(path)
     if "stages" in content:
         return content
-    defaults = {"name": path.stem, "extends": None, **read_yaml(path.parent / "base.yaml")}
-    unknown = sorted(map(str, content.keys() - defaults.keys()))
-    if unknown:
-        raise ValueError(f"{path}: unknown key {', '.join(unknown)}; allowed: {', '.join(defaults)}.")
-    for key, value in content.items():
-        kind = str if key == "extends" else list if defaults[key] is None else type(defaults[key])
-        if not isinstance(value, kind) and not (value is None and defaults[key] is None):
-            raise ValueError(f"{path}: {key} is {value!r}; it must be a {kind.__name__}.")
+    defaults = {"name": path.stem, "extends": None, **read_checked(path.parent / "base.yaml")}
+    check(ExperimentFile, defaults, file=path)  # a file's name names folders
     parent = content.get("extends")
-    inherited = read_experiment(path.parent / f"{parent}.yaml") | {"name": path.stem} if parent else {}
+    if parent in (path.stem, *_children):
+        raise ValueError(f"{path}: extends={parent!r} comes back to itself.")
+    children = (*_children, path.stem)
+    inherited = read_experiment(path.parent / f"{parent}.yaml", children) | {"name": path.stem} if parent else {}
     return defaults | inherited | content | {"extends": None}
+
+
+def read_checked(path: str | Path) -> dict[str, Any]:
+    """What stands in an experiment file, or a params.yaml: no more, and no less than it says.
+
+    Raises:
+        ValueError: if there is no such file, it is no YAML mapping, or a key or a value is none of an experiment.
+    """
+    content = read_yaml(Path(path))
+    check(ExperimentFile, content, file=path)
+    return content
+
+
+def load(path: str | Path, conf: Path = CONF, **own: Any) -> dict[str, Any]:
+    """An experiment file, read and expanded; ``own`` replaces what it says.
+
+    Raises:
+        ValueError: as `read_experiment` and `expand`, with the file's name.
+    """
+    given = read_experiment(path) | own
+    try:
+        return expand(given, conf)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def expand(experiment: Mapping[str, Any], conf: Path = CONF) -> dict[str, Any]:
@@ -81,9 +104,6 @@ def expand(experiment: Mapping[str, Any], conf: Path = CONF) -> dict[str, Any]:
 
 
 def _check_names(given: Mapping[str, Any], known: Mapping[str, Any], conf: Path) -> None:
-    for key, value in given.items():
-        if isinstance(value, list) and len(value) != len({*value}):
-            raise ValueError(f"{key}: {value} has something twice.")
     for group in _GROUPS:
         there = sorted(path.stem for path in (conf / group).glob("*.yaml"))
         _check(group, [given[group.split("/")[0]]], there)
@@ -98,7 +118,6 @@ def _check_names(given: Mapping[str, Any], known: Mapping[str, Any], conf: Path)
         _check(key, given[key], [name for name in methods if name not in given[listed]])
     _check("ablation_models", given["ablation_models"], given["models"])
     _check("tasks", given["tasks"], read_tasks(given["data"], conf))
-    _check("stands_for", given["stands_for"], TABLES)
     _check("stands_for", filter(None, given["stands_for"].values()), [*given["models"], *given["decoders"]])
     if not given["models"] and not given["decoders"]:
         raise ValueError("an experiment needs models (encoders) or decoders.")
@@ -108,9 +127,12 @@ def _check_names(given: Mapping[str, Any], known: Mapping[str, Any], conf: Path)
 
 
 def _check(key: str, names: Any, allowed: Any) -> None:
-    unknown = [str(name) for name in names or () if name not in allowed]
+    there = [str(name) for name in allowed]
+    unknown = [str(name) for name in names or () if str(name) not in there]
     if unknown:
-        raise ValueError(f"{key}: {', '.join(unknown)}; allowed: {', '.join(map(str, allowed)) or 'none'}.")
+        near = get_close_matches(unknown[0], there, 1)
+        nearest = f"nearest: {near[0]}; " if near else ""
+        raise ValueError(f"{key}: {', '.join(unknown)}; {nearest}allowed: {', '.join(there) or 'none'}.")
 
 
 def _fillable(given: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -198,9 +220,9 @@ def write_params(source: str | Path, target: str | Path, conf: Path = CONF) -> b
     """Expand an experiment's file into a params.yaml, if that holds something else; whether it was written.
 
     Raises:
-        ValueError: as `read_experiment` and `expand`.
+        ValueError: as `load`.
     """
-    experiment = expand(read_experiment(source), conf)
+    experiment = load(source, conf)
     text = _HEAD.format(name=experiment["name"])
     text += yaml.dump(experiment, Dumper=_OneLine, sort_keys=False, default_flow_style=None, width=10_000)
     target = Path(target)

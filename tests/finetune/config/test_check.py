@@ -182,7 +182,7 @@ def test_a_key_is_not_shown_wherever_it_slips_into(compose):
 
 def test_a_method_of_a_module_elsewhere_has_options_of_its_own():
     check_group("method", {"name": "rows", "base": "added.rows", "every": 2})
-    with pytest.raises(ValueError, match="method.every: there is no such option"):
+    with pytest.raises(ValueError, match="every: there is no such option"):
         check_group("method", {"name": "rows", "base": "full", "every": 2})
     with pytest.raises(ValueError, match=r"method.name='../rows'; allowed: a name"):
         check_group("method", {"name": "../rows", "base": "added.rows"})

@@ -16,7 +16,10 @@ CONF = Path(__file__).parents[3] / "conf"
     [
         ("tasks: [cola]\n", r"params.yaml: 'seeds' is None; it must be a list of at least one\."),
         ("tasks: []\nseeds: [1]\n", r"params.yaml: 'tasks' is \[\]; it must be a list of at least one\."),
-        ("tasks: cola\nseeds: [1]\n", r"params.yaml: 'tasks' is 'cola'; it must be a list of at least one\."),
+        ("tasks: cola\nseeds: [1]\n", r"params.yaml: tasks='cola'; allowed: a list\."),
+        ("tasks: [a/b]\nseeds: [1]\n", r"params.yaml: tasks\[0\]='a/b'; allowed: a name"),
+        ("tasks: [cola]\nseeds: [1, 1]\n", r"params.yaml: seeds=\[1, 1\]; allowed: each only once\."),
+        ("tasks: [cola]\nseeds: ['1']\n", r"params.yaml: seeds\[0\]='1'; allowed: a whole number\."),
         ("", r"params.yaml holds a NoneType, no mapping"),
         (None, r"there is no .*params.yaml; its folder has no YAML file"),
     ],
@@ -39,6 +42,7 @@ def test_of_several_processes_the_first_holds_a_folder(tmp_path, monkeypatch):
         ):
             pass
         monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
         with only_writer(tmp_path / "runs", tmp_path / "locks"):
             pass
 

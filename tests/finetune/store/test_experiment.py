@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune.store.experiment import expand, read_experiment, write_params
+from finetune.store.experiment import expand, load, read_experiment, write_params
 
 ROOT = Path(__file__).parents[3]
 CONF, NAMES = ROOT / "conf", ("smoke", "local", "paper", "paper_released")
@@ -25,7 +25,7 @@ def written(tmp_path):
 
     def expand_text(text, name="mine"):
         (tmp_path / f"{name}.yaml").write_text(text)
-        return expand(read_experiment(tmp_path / f"{name}.yaml"), CONF)
+        return load(tmp_path / f"{name}.yaml", CONF)
 
     return expand_text
 
@@ -114,23 +114,30 @@ def test_the_two_papers_differ_in_what_the_file_says():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (MINE + "modles: [minilm]\n", r"mine.yaml: unknown key modles; allowed: name, extends, protocol, .*models"),
-        (MINE + "tables: 9\n", r"mine.yaml: tables is 9; it must be a list\."),
-        (MINE + "generate: 1\n", r"generate is 1; it must be a bool"),
-        (MINE + "methods: [full, dore]\n", r"methods: dore; allowed: full, lora, "),
+        (MINE + "modles: [minilm]\n", r"mine.yaml: modles: there is no such option; nearest: models\."),
+        (MINE + "tables: 9\n", r"mine.yaml: tables=9; allowed: a list\."),
+        (MINE + "generate: 1\n", r"mine.yaml: generate=1; allowed: true, false\."),
+        (MINE + "methods: [full, dore]\n", r"mine.yaml: methods: dore; nearest: dora; allowed: full, lora, "),
         (MINE + "ablations: [full]\n", r"ablations: full; allowed: .*truncated"),
-        (MINE + "protocol: sond\n", r"protocol: sond; allowed: printed, released, sound"),
-        (MINE.replace("minilm", "minlm"), r"models: minlm; allowed: bert_base, minilm, "),
+        (MINE + "protocol: sond\n", r"mine.yaml: protocol: sond; nearest: sound; allowed: printed, released, sound"),
+        (MINE.replace("minilm", "minlm"), r"mine.yaml: models: minlm; nearest: minilm; allowed: bert_base, "),
         (MINE.replace("minilm", "stories260k"), r"models: stories260k; allowed: bert_base"),
         (MINE + "decoders: [minilm]\n", r"decoders: minilm; allowed: .*stories260k"),
         (MINE + "ablation_models: [bert_base]\n", r"ablation_models: bert_base; allowed: minilm\."),
-        (MINE.replace("cola", "colla"), r"tasks: colla; allowed: cola, stsb"),
+        (MINE.replace("cola", "colla"), r"mine.yaml: tasks: colla; nearest: cola; allowed: cola, stsb"),
         (MINE + "tables: [1, 9]\n", r"tables: 9; allowed: 1, 3, 7, 8\."),
         (MINE + "figures: [figure_02]\n", r"figures: figure_02; allowed: figure_efficiency"),
-        (MINE + "stands_for: {bert: minilm}\n", r"stands_for: bert; allowed: bert_base, "),
-        (MINE + "stands_for: {bert_base: tiny_bert}\n", r"stands_for: tiny_bert; allowed: minilm\."),
-        (MINE.replace("[1, 2]", "[1, 1]"), r"seeds: \[1, 1\] has something twice\."),
-        (MINE.replace("[1, 2]", "[]"), r"seeds: models need at least one\."),
+        (MINE + "stands_for: {bert: minilm}\n", r"mine.yaml: stands_for has the name 'bert'; allowed: 'bert_base', "),
+        (MINE + "stands_for: {bert_base: tiny_bert}\n", r"mine.yaml: stands_for: tiny_bert; allowed: minilm\."),
+        (MINE.replace("[1, 2]", "[1, 1]"), r"mine.yaml: seeds=\[1, 1\]; allowed: each only once\."),
+        (MINE.replace("[1, 2]", "[-1]"), r"mine.yaml: seeds\[0\]=-1; allowed: greater than or equal to 0\."),
+        (MINE.replace("[1, 2]", "[true]"), r"mine.yaml: seeds\[0\]=True; allowed: a whole number\."),
+        (MINE.replace("cola", "../cola"), r"mine.yaml: tasks\[0\]='../cola'; allowed: a name"),
+        (MINE + "models: [minilm]\n", r"mine.yaml is no YAML: 'models' stands twice"),
+        (MINE + "name: ../mine\n", r"mine.yaml: name='../mine'; allowed: a name"),
+        (MINE + "launch: python; ls\n", r"mine.yaml: launch='python; ls'; allowed: a command"),
+        ("extends: mine\n", r"mine.yaml: extends='mine' comes back to itself"),
+        (MINE.replace("[1, 2]", "[]"), r"mine.yaml: seeds: models need at least one\."),
         ("tasks: [cola]\n", r"needs models \(encoders\) or decoders"),
         ("extends: papper\n", r"there is no .*papper.yaml; its folder has .*paper.yaml"),
         ("- cola\n", r"mine.yaml holds a list, no mapping"),

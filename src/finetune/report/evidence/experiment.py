@@ -7,7 +7,6 @@ from pathlib import Path
 from finetune.report.labels import Labels, read_labels
 from finetune.store import experiment as files
 from finetune.store.catalog import CONF
-from finetune.store.files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -21,9 +20,6 @@ class Experiment:
         tasks: Names of its tasks; a decoder's is not among them.
         efficiency_models: The models whose speed is measured; the first stands in RoBERTa-base's place.
         labels: What readers call its methods and tasks.
-
-    Raises:
-        ValueError: If `stands_for` names a model that the paper has not.
     """
 
     name: str
@@ -37,10 +33,6 @@ class Experiment:
     figures: tuple[str, ...] = ()
     labels: Labels = field(default_factory=Labels)
 
-    def __post_init__(self):
-        if unknown := [name for name in self.stands_for if name not in files.TABLES]:
-            raise ValueError(f"stands_for has {unknown}; its keys are the paper's models: {', '.join(files.TABLES)}")
-
     @property
     def named(self) -> tuple[str, ...]:
         """Methods and ablations."""
@@ -53,9 +45,11 @@ def load_experiment(path: str | Path, name: str, conf: Path = CONF) -> Experimen
     Raises:
         ValueError: If it is another experiment's than the one named, or names what the configuration lacks.
     """
-    content = read_yaml(Path(path))
+    content = files.read_checked(path)
     if "name" not in content:
-        content = files.expand(files.read_experiment(path), conf)
+        content = files.load(path, conf)
+    if missing := [key for key in ("protocol", "stands_for") if key not in content]:
+        raise ValueError(f"{path}: {missing[0]} is missing.")
     if content["name"] != name:
         raise ValueError(f"{path} is experiment {content['name']!r}, not {name!r}.")
     lists = {key: tuple(value) for key, value in content.items() if isinstance(value, list)}
