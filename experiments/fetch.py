@@ -15,8 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from finetune.fetch import fetching
-from finetune.fetch.github import GitHub
-from finetune.fetch.hub import FetchError, Hub
+from finetune.fetch.hub import FetchError
 from finetune.runs.command import script
 from finetune.store.experiment import read_experiment
 
@@ -57,8 +56,7 @@ def run(config: Mapping[str, Any]) -> list[str]:
     if not sources:
         log.info("nothing to fetch: the pipeline makes every model and dataset of %s itself", file)
         return []
-    hub = Hub(os.environ.get("HF_ENDPOINT") or None, os.environ.get("HF_TOKEN"))
-    servers = fetching.Servers(hub, GitHub(os.environ.get("GITHUB_RAW_ENDPOINT") or None))
+    servers = fetching.Servers.of(sources, os.environ)
     if verify:
         items = [fetching.Item(source, root / source.folder, complete=True) for source in sources]
     else:

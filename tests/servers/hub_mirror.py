@@ -52,6 +52,8 @@ class Repo:
 class HubMirror(ThreadingHTTPServer):
     """Serves `repos`, `(kind, "owner/name") -> Repo`; `bodies` logs `(path, first byte, sent)`.
 
+    `canned` answers a path with a status, headers and a body, whatever the repositories hold.
+
     A kind is "models" or "datasets" of the hub, or "raw".
     """
 
@@ -64,6 +66,7 @@ class HubMirror(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.leaked_tokens: list[str] = []
         self.faults: list[BaseException] = []
+        self.canned: dict[str, tuple[int, dict[str, str], bytes]] = {}
         self.released = threading.Event()
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self.raw_endpoint = f"{self.endpoint}/raw"
@@ -98,6 +101,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append(f"{self.command} {path}")
+        if path in self.server.canned:
+            return self.reply(*self.server.canned[path])
         for route, pattern in ROUTES:
             if match := pattern.fullmatch(path):
                 keys = match.groupdict()

@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune.fetch.github import GitHub, GitHubSource
-from finetune.fetch.hub import FetchError, Hub, HubFile, Source, size_of
+from finetune.fetch.hub import SUMS, FetchError, Hub, HubFile, Source, size_of
+from finetune.fetch.transport import use_for
 from finetune.store.files import write_atomically
 
 log = logging.getLogger(__name__)
-
-SUMS = "SHA256SUMS"
 
 AnySource = Source | GitHubSource
 
@@ -38,6 +37,14 @@ class Servers:
 
     hub: Hub
     github: GitHub
+
+    @classmethod
+    def of(cls, wanted: Sequence[AnySource], environment: Mapping[str, str]) -> "Servers":
+        """The servers and the token that the environment names; those of this machine are reached without a proxy."""
+        hub = Hub(environment.get("HF_ENDPOINT") or None, environment.get("HF_TOKEN"))
+        github = GitHub(environment.get("GITHUB_RAW_ENDPOINT") or None)
+        use_for({(github if isinstance(source, GitHubSource) else hub).endpoint for source in wanted})
+        return cls(hub, github)
 
     def files(self, source: AnySource) -> tuple[HubFile, ...]:
         """The files of a source, as its server lists them."""
@@ -253,7 +260,7 @@ def source_of(folder: Path) -> str | None:
 def _read_sums(source: AnySource, folder: Path) -> tuple[str | None, dict[str, str]]:
     """The source that a folder's sums name, if any, which must be this one; and sha256 by path."""
     label, sums = None, {}
-    for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
+    for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines():
         if line.startswith("# "):
             label = line[2:]
         elif match := re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line):

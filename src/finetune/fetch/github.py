@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from finetune.fetch.hub import FetchError, HubFile, check_below, download, first_line, transport_error
+from finetune.fetch.transport import open_client
 
 ENDPOINT = "https://raw.githubusercontent.com"
 TIMEOUT = 60  # seconds without an answer
@@ -93,7 +94,7 @@ class GitHub:
     """
 
     def __init__(self, endpoint: str | None = None):
-        self._endpoint = (endpoint or ENDPOINT).rstrip("/")
+        self.endpoint = (endpoint or ENDPOINT).rstrip("/")
 
     def files(self, source: GitHubSource) -> tuple[HubFile, ...]:
         """The files of a source with the sizes that the server gives; a FetchError where it gives none."""
@@ -106,7 +107,7 @@ class GitHub:
                 answer = get_session().head(url, headers=HEADERS, timeout=TIMEOUT)
                 hf_raise_for_status(answer)
             size = answer.headers.get("Content-Length")
-            if size is None or not size.isdigit():
+            if size is None or not re.fullmatch("[0-9]{1,18}", size):
                 raise FetchError(f"{url}: the server gives no size, so the disk space can't be estimated")
             found.append(HubFile(entry.file, int(size), entry.sha256))
         return tuple(found)
@@ -122,8 +123,9 @@ class GitHub:
         """The address of a file; what goes wrong with it becomes one line."""
         from huggingface_hub import errors
 
-        url = f"{self._endpoint}/{entry.repo}/{entry.revision}/{quote(entry.path)}"
+        url = f"{self.endpoint}/{entry.repo}/{entry.revision}/{quote(entry.path)}"
         try:
+            open_client()
             yield url
         except errors.HfHubHTTPError as error:
             if error.response.status_code == 404:

@@ -12,9 +12,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from finetune.fetch.transport import open_client
 
 log = logging.getLogger(__name__)
+
+SUMS = "SHA256SUMS"
+OURS = (SUMS, f"{SUMS}.old", ".incomplete", ".corrupt")
+"""How the names of files end that a folder holds beside what was fetched."""
 
 
 class FetchError(RuntimeError):
@@ -89,7 +95,7 @@ class Hub:
         from huggingface_hub import get_hf_file_metadata
 
         info = self._info(source)
-        listed = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+        listed = {str(sibling.rfilename): sibling for sibling in info.siblings or ()}
         for pattern in source.files:
             if not fnmatch.filter(listed, pattern):
                 raise FetchError(f"{source} has no file {pattern!r}; it has {', '.join(sorted(listed)) or 'none'}")
@@ -105,7 +111,12 @@ class Hub:
         if key not in self._infos:
             ask = self._api.model_info if source.kind == "model" else self._api.dataset_info
             with self._explained(source):
-                self._infos[key] = ask(source.repo, revision=source.revision, files_metadata=True, timeout=60)
+                try:
+                    self._infos[key] = ask(source.repo, revision=source.revision, files_metadata=True, timeout=60)
+                except (AttributeError, KeyError, TypeError) as error:  # JSON of another shape
+                    raise FetchError(f"{source}: the hub's answer is no listing ({type(error).__name__})") from error
+            if self._infos[key].sha != source.revision:
+                raise FetchError(f"{source}: the hub answers with commit {self._infos[key].sha!r}: do not trust it")
         return self._infos[key]
 
     def download(self, source: Source, file: HubFile, partial: Path) -> None:
@@ -123,9 +134,15 @@ class Hub:
             source.repo, path, repo_type=source.kind, revision=source.revision, endpoint=self._api.endpoint
         )
 
+    @property
+    def endpoint(self) -> str:
+        """Its address."""
+        return self._api.endpoint
+
     @contextmanager
     def _explained(self, source: Source) -> Iterator[None]:
         try:
+            open_client()
             yield
         except (transport_error(), OSError, ValueError) as error:  # ValueError: no JSON, a malformed name
             raise FetchError(self._explanation(source, error)) from error
@@ -175,7 +192,8 @@ def download(url: str, file: HubFile, partial: Path, headers: Mapping[str, str])
     while (done := size_of(partial)) < file.size:
         try:
             with partial.open("ab") as handle:
-                http_get(url, handle, resume_size=done, headers=headers, displayed_filename=file.path)
+                bounded: Any = _Bounded(handle, file.size)
+                http_get(url, bounded, resume_size=done, headers=headers, displayed_filename=file.path)
                 handle.flush()
                 os.fsync(handle.fileno())
             break
@@ -185,19 +203,43 @@ def download(url: str, file: HubFile, partial: Path, headers: Mapping[str, str])
             log.warning("%s: %s; resuming at byte %d", file.path, first_line(error), size_of(partial))
 
 
+class _Bounded:
+    """A file that takes no more bytes than were announced: a server that sends on would fill the disk."""
+
+    def __init__(self, handle: BinaryIO, most: int):
+        self._handle, self._most = handle, most
+
+    def write(self, part: bytes) -> int:
+        if self._handle.tell() + len(part) > self._most:
+            raise FetchError(f"{self._handle.name}: the server sends more than the {self._most} bytes that it lists")
+        return self._handle.write(part)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._handle, name)
+
+
 def _hub_file(source: Source, listed: Any) -> HubFile:
     path = listed.rfilename.removeprefix(source.prefix)
     pinned, lfs = source.checksums.get(path), listed.lfs
-    if Path(path).is_absolute() or ".." in Path(path).parts:
+    if not path.isprintable() or "\\" in path or Path(path).is_absolute() or {"", "..", "."} & set(path.split("/")):
         raise FetchError(f"{source} lists {path!r}, which would leave the folder: do not trust this hub")
-    if listed.size is None:
+    if path.endswith(OURS):
+        raise FetchError(f"{source} lists {path}, a name that fetching keeps for itself")
+    if not _is_whole(listed.size):
         raise FetchError(f"{source}: the hub gives no size for {path}, so the disk space can't be estimated")
+    for kind, digest, digits in (("sha256", lfs and lfs.sha256, 64), ("blobId", listed.blob_id, 40)):
+        if digest is not None and not re.fullmatch(rf"[0-9a-f]{{{digits}}}", str(digest)):
+            raise FetchError(f"{source}: the hub gives {kind} {digest!r} for {path}, no {digits} hexadecimal digits")
     if lfs and pinned and pinned != lfs.sha256:
         raise FetchError(f"{source}: {path} is pinned to sha256 {pinned}, but the hub lists {lfs.sha256}")
     if not (lfs or pinned or listed.blob_id):
         raise FetchError(f"{source}: the hub gives no checksum for {path}, and none is pinned")
     # For an LFS file the blob id is that of its pointer.
     return HubFile(path, listed.size, pinned or (lfs.sha256 if lfs else None), None if lfs else listed.blob_id)
+
+
+def _is_whole(size: Any) -> bool:
+    return isinstance(size, int) and not isinstance(size, bool) and size >= 0
 
 
 def check_below(path: Any, what: str, wanted: str) -> None:

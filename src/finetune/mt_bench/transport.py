@@ -5,20 +5,15 @@ It imports the ``openai`` client's HTTP package, so it is itself imported where 
 
 from __future__ import annotations
 
-import ipaddress
-import os
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from urllib.parse import urlsplit
 
 import httpx2
 
+from finetune.fetch.transport import is_loopback, unusable
+
 MOST_BYTES = 8 * 2**20
 """Of a body; a judgment of 2,048 tokens has some 10 kB."""
-
-_CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")
-_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
 
 class BodyRefused(httpx2.RemoteProtocolError):
@@ -47,16 +42,6 @@ class _Bounded(httpx2.SyncByteStream):
 
     def close(self) -> None:
         self._stream.close()
-
-
-def is_loopback(url: str) -> bool:
-    """Whether an address is this machine's own: 127.0.0.0/8, ::1, 0.0.0.0, ``localhost`` and names below it."""
-    host = (urlsplit(url).hostname or "").rstrip(".").lower()
-    with suppress(ValueError):
-        address = ipaddress.ip_address(host)
-        address = getattr(address, "ipv4_mapped", None) or address
-        return address.is_loopback or address.is_unspecified
-    return host == "localhost" or host.endswith(".localhost")
 
 
 def http_client(url: str, seconds: float) -> httpx2.Client:
@@ -88,11 +73,4 @@ def http_client(url: str, seconds: float) -> httpx2.Client:
             event_hooks={"response": [bound]},
         )
     except (OSError, ImportError, ValueError) as error:
-        names = _CERTIFICATES if isinstance(error, OSError) else _PROXIES
-        found = [name for name in os.environ if name.upper() in names]
-        what = "certificates" if isinstance(error, OSError) else "proxy"
-        socks = "; a socks proxy needs the package socksio" if isinstance(error, ImportError) else ""
-        raise ValueError(
-            f"judge.base_url={url}: the {what} that {' or '.join(found) or 'the environment'} names can't be used "
-            f"({type(error).__name__}): unset the variable, or mend it{socks}."
-        ) from None
+        raise ValueError(f"judge.base_url={url}: {unusable(error)}") from None

@@ -4,6 +4,7 @@ import hub_mirror
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils._http import default_client_factory
 
 
 @pytest.fixture
@@ -16,4 +17,4 @@ def mirror(monkeypatch):
     huggingface_hub.close_session()
     with hub_mirror.HubMirror() as server:
         yield server
-    huggingface_hub.close_session()
+    huggingface_hub.set_client_factory(default_client_factory)  # and ends the session

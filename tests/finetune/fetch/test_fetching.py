@@ -269,13 +269,90 @@ def test_what_the_hub_does_not_have(mirror, tmp_path, changes, message):
     [
         ({"size": None}, "no size for config.json"),
         ({"blobId": None}, "no checksum for config.json"),
+        ({"size": "1"}, "no size for config.json"),
+        ({"size": -1}, "no size for config.json"),
+        ({"blobId": "zz"}, "gives blobId 'zz' for config.json, no 40 hexadecimal digits"),
+        ({"lfs": {"sha256": "A" * 64, "size": 1, "pointerSize": 1}}, "gives sha256 'AAAA"),
+        ({"lfs": {"size": 1}}, "the hub's answer is no listing (KeyError)"),
         ({"rfilename": "../../config.json"}, "would leave the folder"),
+        ({"rfilename": "/etc/config.json"}, "would leave the folder"),
+        ({"rfilename": "a//config.json"}, "would leave the folder"),
+        ({"rfilename": "a\\..\\config.json"}, "would leave the folder"),
+        ({"rfilename": "a\n/config.json"}, "would leave the folder"),
     ],
 )
 def test_listings_that_can_not_be_trusted(mirror, tmp_path, listing, message):
     mirror.repos["models", "acme/tiny"].listing["config.json"] = listing
     (error,) = run(mirror, tmp_path, [tiny(files=["*config.json"])])[1]
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((200, {"Content-Type": "text/html"}, b"<html>log in</html>"), "Expecting value: line 1"),
+        ((200, {}, b'{"id": "acme/ti'), "Unterminated string"),
+        ((200, {}, b"[]"), "the hub's answer is no listing (TypeError)"),
+        ((200, {}, b'{"id": "acme/tiny", "siblings": [7]}'), "the hub's answer is no listing (TypeError)"),
+        ((200, {}, b'{"id": "acme/tiny", "sha": "%s"}' % COMMIT.encode()), "has no file 'config.json'; it has none"),
+        ((200, {}, b'{"id": "acme/tiny", "sha": "main"}'), "the hub answers with commit 'main': do not trust it"),
+        ((302, {"Location": f"/api/models/acme/tiny/revision/{COMMIT}"}, b""), "maximum allowed redirects"),
+        ((500, {}, b"<html>\n"), "the hub answers Server error '500"),
+        ((404, {"X-Error-Code": "RepoNotFound"}, b"\xff"), "'utf-8' codec can't decode"),
+    ],
+)
+def test_answers_that_are_no_listing_are_one_line(mirror, tmp_path, answer, message, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    mirror.canned[f"/api/models/acme/tiny/revision/{COMMIT}"] = answer
+    (error,) = run(mirror, tmp_path, [tiny()])[1]
+    assert message in error and "\n" not in error
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("how", ["longer", "html", "redirects"])
+def test_a_body_that_is_another_than_the_listed_does_not_count(mirror, tmp_path, how):
+    """Nor does it fill the disk."""
+    path = f"/acme/tiny/resolve/{COMMIT}/config.json"
+    bodies = {"longer": MODEL["config.json"] + b"x" * 10_000, "html": b"<html>", "redirects": b""}
+    headers = {"Location": path} if how == "redirects" else {}
+    mirror.canned[path] = (302 if headers else 200, headers, bodies[how])
+    (error,) = run(mirror, tmp_path, [tiny(files=["config.json"])])[1]
+    said = {
+        "longer": "sends more than the 23 bytes that it lists",
+        "html": "expected git blob",
+        "redirects": "redirects",
+    }
+    assert said[how] in error and "\n" not in error
+    assert all(len(content) <= 23 for content in tree(tmp_path).values())
+    assert not {"models/tiny/config.json", "models/tiny/SHA256SUMS"} & set(tree(tmp_path))
+    mirror.canned.clear()
+    assert run(mirror, tmp_path, [tiny(files=["config.json"])])[1] == []
+    assert tree(tmp_path)["models/tiny/config.json"] == MODEL["config.json"]
+
+
+@pytest.mark.parametrize(
+    "variable", ["HTTP_PROXY=http://127.0.0.1:9", "ALL_PROXY=socks5h://127.0.0.1:9", "SSL_CERT_FILE=/no"]
+)
+def test_servers_of_this_machine_are_reached_without_proxy_and_certificates(mirror, tmp_path, variable, monkeypatch):
+    for name in (
+        "NO_PROXY",
+        "no_proxy",
+        "HTTP_PROXY",
+        "http_proxy",
+        "ALL_PROXY",
+        "all_proxy",
+        "SSL_CERT_FILE",
+        "SSL_CERT_DIR",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    name, value = variable.split("=")
+    monkeypatch.setenv(name, value)
+    hub = fetching.Servers.of([tiny()], {"HF_ENDPOINT": mirror.endpoint})
+    assert fetching.fetch(fetching.plan([tiny()], tmp_path, hub), hub) == []
+    away = fetching.Servers.of([tiny()], {"HF_ENDPOINT": "https://hub.invalid"})
+    if name != "HTTP_PROXY":  # that one is a proxy that does not answer
+        (item,) = fetching.plan([tiny()], tmp_path / "other", away)
+        assert f" that {name} names can't be used (" in item.error and value not in item.error
 
 
 def test_without_a_network_the_plan_says_why(mirror, tmp_path, monkeypatch):
