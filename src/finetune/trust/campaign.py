@@ -87,7 +87,7 @@ class Campaign:
 def table(title: str, outcomes: Sequence[str], counts: Mapping[str, Mapping[str, int]]) -> str:
     """A Markdown table: a row each, its number of trials, and of each outcome that there is."""
     columns = [name for name in outcomes if any(name in row for row in counts.values())]
-    rows = [[title, "tried", *columns], ["---"] * (2 + len(columns))]
+    rows: list[list[Any]] = [[title, "tried", *columns], ["---"] * (2 + len(columns))]
     rows += [[name, sum(row.values()), *(row.get(one, 0) for one in columns)] for name, row in counts.items()]
     sums = [sum(row.get(one, 0) for row in counts.values()) for one in columns]
     rows.append(["all", sum(sums), *sums])

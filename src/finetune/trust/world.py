@@ -131,7 +131,8 @@ def stages_of(folder: Path) -> list[Stage]:
 
     found = []
     with Repo(str(folder)) as repo:
-        for one in repo.index.stages:
+        stages: Any = repo.index.stages
+        for one in stages:
             words = tuple(shlex.split(one.cmd.replace("workers=auto", "workers=1")))[1:]
             deps = tuple(dict.fromkeys(dep.def_path for dep in one.deps if dep.protocol == "local"))
             stage = Stage(one.name, words, tuple(d for d in deps if d), tuple(out.def_path for out in one.outs))
