@@ -1,7 +1,7 @@
 """Two folders of results value by value, and what a fault came to.
 
-A file's values are its JSON leaves, the lines of a JSONL file, the tensors and metadata of a safetensors file; of any
-other file its whole content. Times and machines are left out by name, and besides what differs between two unbroken
+A file's values are its JSON leaves, the lines of a JSONL file, the tensors and metadata of a safetensors file, the
+numbers of a page; of any other file its whole content. Times and machines are left out by name, and besides what differs between two unbroken
 runs. Places in lists count as one, so that one moving time means all of them.
 """
 
@@ -16,12 +16,15 @@ from typing import Any
 
 from finetune.trust.driver import Outcome
 
-NAMED = re.compile(r"/(provenance|seconds|step_seconds_median|created|memory|resumed|platform|host|warnings)(/|$)")
+NAMED = re.compile(
+    r"/(provenance|seconds|step_seconds_median|created|memory|resumed|platform|host|warnings|load_average)(/|$)"
+)
 """Times and warnings of them, machines, and how often a run was taken up again."""
 
 PASSED = re.compile(r"(^|/)outputs/hydra/|\.lock$|\.journal$")
 """Files that are compared by what is made from them: a journal holds times, a lock nothing."""
 
+PAGES = (".html", ".md", ".csv", ".tex", ".svg")
 IDENTITY = re.compile(r"(hash|sha256|digest|fingerprint|schema|version)")
 """Names of values that say that something else was run."""
 
@@ -51,6 +54,8 @@ def values(path: Path) -> dict[str, Any]:
             return dict(_leaves([json.loads(line) for line in content.splitlines()], ""))
         if path.suffix == ".safetensors":
             return dict(_tensors(content))
+        if path.suffix in PAGES:
+            return {"/numbers": re.findall(r"\d+(?:\.\d+)?", content.decode())}
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     return {"": hashlib.sha256(content).hexdigest()}

@@ -138,8 +138,11 @@ def test_tensors_and_lines_are_compared_one_by_one(tmp_path):
         tensors = {"same": torch.zeros(2), "other": torch.full((2,), value)}
         save_file(tensors, folder / "a.safetensors", {"sparsegrad": json.dumps({"task": "cola", "seconds": value})})
         (folder / "b.jsonl").write_text(f'{{"id": 1}}\n{{"id": 2, "score": {value}}}\n')
+        (folder / "c.md").write_text(f"| {value} |")
+        (folder / "d.html").write_text(f"<p>{name} 1.5</p>")
+        (folder / "e.png").write_text(name)
     found = differences(tmp_path / "right", tmp_path / "found", ["."])
-    assert found == {"a.safetensors": ["/tensors/other"], "b.jsonl": ["/1/score"]}
+    assert found == {"a.safetensors": ["/tensors/other"], "b.jsonl": ["/1/score"], "c.md": ["/numbers"], "e.png": [""]}
 
 
 # The driver
