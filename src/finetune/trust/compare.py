@@ -1,8 +1,8 @@
 """Two folders of results value by value, and what a fault came to.
 
 A file's values are its JSON leaves, the lines of a JSONL file, the tensors and metadata of a safetensors file, the
-numbers of a page; of any other file its whole content. Times and machines are left out by name, and besides what differs between two unbroken
-runs. Places in lists count as one, so that one moving time means all of them.
+numbers of a page; of any other file its whole content. Times and machines are left out by name, and besides what
+differs between two unbroken runs. Places in lists count as one, so that one moving time means all of them.
 """
 
 from __future__ import annotations
