@@ -46,7 +46,7 @@ class FaultyJudge:
         "no choices": (200, b'{"choices": []}'),
         "a list": (200, b"[1, 2]"),
         "null": (200, _says(None)),
-        "typed parts": (200, _says([{"type": "text", "text": "Rating: [[3]]"}])),
+        "typed parts": (200, _says([{"type": "text", "text": "Rating: [[7]]"}])),
         "no rating": (200, _says("Good.")),
         "11": (200, _says("Rating: [[11]]")),
         "0": (200, _says("Rating: [[0]]")),
