@@ -188,7 +188,7 @@ def test_a_kill_comes_before_each_call_that_changes_a_file(script):
             path.unlink()
         killed = run(folder, Trouble("kill", at))
         assert killed.code == -signal.SIGKILL and names(folder) == expected and len(killed.events) == at + 1
-    assert len(list(folder.glob(".[ab].txt.*"))) == 2
+    assert list(folder.glob(".b.txt.*"))
 
 
 def test_a_planted_hang_is_found_and_ended(script):
