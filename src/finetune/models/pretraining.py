@@ -68,7 +68,7 @@ def pretrain(
     tokenizer = train_tokenizer(lines, architecture["model_type"], options.vocab_size, length)
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
-    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**dict(architecture), vocab_size=len(tokenizer)))
+    model = AutoModelForMaskedLM.from_config(_configured(architecture, vocab_size=len(tokenizer)))
     masking = DataCollatorForLanguageModeling(tokenizer)  # BERT's: 15 % are predicted, most of them masked
 
     def batch() -> dict[str, Tensor]:
@@ -113,12 +113,21 @@ def pretrain_causal(
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": tokenizer.pad_token_id}
-    config = AutoConfig.for_model(**dict(architecture), **ids, vocab_size=len(tokenizer))
+    config = _configured(architecture, **ids, vocab_size=len(tokenizer))
 
     def batch() -> dict[str, Tensor]:
         return rows.batch(torch.randint(len(rows), (options.batch_size,), generator=generator).tolist())
 
     return _train_and_save(AutoModelForCausalLM.from_config(config), tokenizer, batch, Path(folder), options)
+
+
+def _configured(architecture: Mapping[str, Any], **learned: int) -> Any:
+    if twice := sorted(learned.keys() & architecture.keys()):
+        raise ValueError(
+            f"model.architecture gives {', '.join(twice)}, which pretraining takes from the tokenizer that it learns: "
+            "leave it out; a model of the hub is fetched, not pretrained."
+        )
+    return AutoConfig.for_model(**architecture, **learned)
 
 
 def _train_and_save(

@@ -12,12 +12,12 @@ import torch
 
 from finetune import models
 from finetune.data.chat import chat_template
+from finetune.models.merged import MERGED, read_merged
 from finetune.mt_bench.answers import AnswerOptions, Speaker, answer_questions
 from finetune.mt_bench.cells import each, header, model_id
 from finetune.mt_bench.generation import sampling_settings
 from finetune.mt_bench.judged import vouched_answers
 from finetune.mt_bench.questions import load_questions
-from finetune.runs.run import MERGED
 from finetune.store import records
 from finetune.store.files import sha256
 from finetune.training import memory
@@ -150,8 +150,12 @@ def _options(group: Mapping[str, Any]) -> tuple[AnswerOptions, str]:
 
 
 def _check_template(checkpoint: Path, name: str) -> None:
-    """Refuse to ask a model in another template than it was trained with; a checkpoint from elsewhere does not say."""
+    """Refuse to ask a model in another template than it was trained with; a checkpoint from elsewhere does not say.
+
+    Raises:
+        ValueError: also if its files are others than training wrote.
+    """
     if (checkpoint / MERGED).is_file():
-        trained = records.read_json(checkpoint / MERGED).get("template")
+        trained = read_merged(checkpoint).get("template")
         if trained != name:
             raise ValueError(f"{checkpoint} was trained with template {trained!r}, model.template is {name!r}.")

@@ -20,12 +20,13 @@ import torch
 from tqdm import tqdm
 
 from finetune.config.launch import is_first_process, processes
+from finetune.models.merged import read_merged
 from finetune.runs.chat import ChatProblem
 from finetune.runs.command import only_writer, read_lists
 from finetune.runs.glue import GlueProblem
 from finetune.runs.problem import Problem, Run, for_task
 from finetune.runs.record_content import named
-from finetune.runs.run import MERGED, forget, run_once
+from finetune.runs.run import forget, run_once
 from finetune.runs.workers import Workers, run_all, warm_up
 from finetune.store import places, records
 from finetune.tracking.results import send_search
@@ -161,7 +162,10 @@ def _run_missing(
 
 def _is_of(model: Path, digest: str) -> bool:
     """Whether a merged model is there, whole, and of the run with this hash."""
-    return (model / MERGED).is_file() and records.read_json(model / MERGED)["config_hash"] == digest
+    try:
+        return read_merged(model).get("config_hash") == digest
+    except (OSError, ValueError):
+        return False
 
 
 def _keep_only(folder: Path, listed: Sequence[str]) -> None:

@@ -13,21 +13,18 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetune import models
 from finetune.methods import Method, build_method
 from finetune.methods.base import count_parameters
+from finetune.models.merged import save_merged
 from finetune.runs import record_content
 from finetune.runs.problem import Problem, Run
 from finetune.store import places, records
-from finetune.store.files import folder_atomically, sweep
+from finetune.store.files import sweep
 from finetune.tracking.tracker import SUMMARY, Tracker, chosen
 from finetune.training import checkpoint, memory
 from finetune.training.loop import Ended, NonFiniteLoss, Training, train
 from finetune.training.processes import make_accelerator
 from finetune.training.refreshing import refresh_options
-
-MERGED = "training.json"
-"""Beside a merged model: its run's hash, and what a reader of it needs."""
 
 
 def run_once(
@@ -136,7 +133,7 @@ def _run_once(
         record |= _outcome(training)
         tracker.summary(chosen(record, SUMMARY))
     if record["status"] == "finished" and accelerator.is_main_process and keep is not None:
-        save_merged(problem, method.merge(model), keep, training.digest)
+        _keep(problem, method.merge(model), keep, training.digest)
     if accelerator.is_main_process and path is not None:
         records.write_json(path, record)
     accelerator.wait_for_everyone()
@@ -178,15 +175,7 @@ def _method(
     return method, {name: value for name, value in facts.items() if name != "content"}
 
 
-def save_merged(problem: Problem, plain: nn.Module, folder: Path, digest: str) -> None:
-    """Write a merged model and its tokenizer, whole or not at all; ``from_pretrained`` and FastChat load them.
-
-    ``training.json`` names the run, so that a model of another one is not taken for this one's.
-    """
-    with folder_atomically(folder) as temporary:
-        plain = plain.to(problem.stored_dtype)
-        plain.config.use_cache = True
-        with models.no_file_bars():
-            plain.save_pretrained(temporary)
-        problem.tokenizer.save_pretrained(temporary)
-        records.write_json(temporary / MERGED, {"config_hash": digest} | problem.kept_facts())
+def _keep(problem: Problem, plain: nn.Module, folder: Path, digest: str) -> None:
+    plain = plain.to(problem.stored_dtype)
+    plain.config.use_cache = True
+    save_merged(plain, problem.tokenizer, folder, {"config_hash": digest} | problem.kept_facts())

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune import models
+from finetune.models.merged import MERGED, read_merged, save_merged
 
 
 @pytest.fixture
@@ -306,3 +307,22 @@ def test_fingerprint_is_of_the_weights_alone(group, copy):
     weights.unlink()
     with pytest.raises(ValueError, match=r"has no \*.safetensors file; weights in other formats are not read\."):
         models.fingerprint(group(checkpoint=str(copy)), "")
+
+
+def test_a_merged_model_is_read_as_it_was_written(copy, group, tmp_path):
+    at = group(checkpoint=str(copy))
+    folder = tmp_path / "seed1"
+    save_merged(models.load_classifier(at, "", 2, 0), models.load_tokenizer(at, ""), folder, {"config_hash": "abc"})
+    facts = read_merged(folder)
+    assert facts["config_hash"] == "abc" and set(facts["files"]) == {path.name for path in folder.iterdir()} - {MERGED}
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"seed1/model.safetensors is missing, or another than was written: train the"):
+        read_merged(folder)
+    (folder / "model.safetensors").write_bytes(content)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"seed1/config.json is missing, or another than was written: train the model"):
+        read_merged(folder)
+    (folder / MERGED).write_text("{}")
+    with pytest.raises(ValueError, match=r"training.json names no files: train the model again"):
+        read_merged(folder)

@@ -191,6 +191,10 @@ def test_the_seed_decides_the_weights(architecture, text, tmp_path):
     ("changes", "message"),
     [
         ({"architecture": LLAMA | {"model_type": "lama"}}, "lama"),
+        (
+            {"architecture": LLAMA | {"vocab_size": 9, "bos_token_id": 0}},
+            "gives bos_token_id, vocab_size, which pretrain",
+        ),
         ({"architecture": LLAMA, "length": 97}, "length=97; the model has 96 positions"),
         ({"architecture": LLAMA, "vocab_size": 100}, "vocab_size=100; 259 special tokens and bytes"),
     ],

@@ -19,7 +19,8 @@ from finetune.data.chat import chat_template
 from finetune.mt_bench import answer_cells, answers, generation
 from finetune.mt_bench.answers import AnswerOptions, Speaker, answer_questions, fit
 from finetune.mt_bench.generation import SampleByRow, row_generator
-from finetune.store.records import read_json
+from finetune.store.files import sha256
+from finetune.store.records import read_json, write_json
 
 DATA = Path(os.environ.get("SPARSEGRAD_DATA", Path(__file__).parents[3] / "data"))
 WINDOW = 320
@@ -456,9 +457,14 @@ def test_a_configuration_that_does_not_fit_is_refused(checkpoint, tmp_path):
     for answering, message in (({"dtype": "int8"}, "allowed: fp32, bf16"), ({"beams": 2}, r"has \['beams'\]")):
         with pytest.raises(ValueError, match=message):
             answer_cells.answer_one(config_for(checkpoint, tmp_path, **answering), 1, checkpoint, tmp_path)
-    (shutil.copytree(checkpoint, tmp_path / "own") / "training.json").write_text('{"template": "zephyr"}')
+    own = shutil.copytree(checkpoint, tmp_path / "own")
+    files = {"config.json": sha256(own / "config.json")}
+    write_json(own / "training.json", {"template": "zephyr", "files": files})
     with pytest.raises(ValueError, match="was trained with template 'zephyr', model.template is 'llama-2'"):
-        answer_cells.answer_one(config, 1, tmp_path / "own", tmp_path)
+        answer_cells.answer_one(config, 1, own, tmp_path)
+    write_json(own / "training.json", {"template": "llama-2", "files": files | {"tokenizer.json": "0" * 64}})
+    with pytest.raises(ValueError, match="own/tokenizer.json is missing, or another than was written: train the model"):
+        answer_cells.answer_one(config, 1, own, tmp_path)
     path = answer_cells.answer_one(config_for(checkpoint, tmp_path, dtype="bf16"), 1, checkpoint, tmp_path)
     assert (read_json(path)["precision"], read_json(path)["options"]["dtype"]) == ("bfloat16", "bf16")
 
@@ -467,11 +473,14 @@ def test_a_configuration_that_does_not_fit_is_refused(checkpoint, tmp_path):
     ("damage", "message"),
     [
         (lambda folder: (folder / "model.safetensors").unlink(), "has no .*safetensors file"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"1234"), "no model at"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"1234"),
+            "model.safetensors is damaged, or no safe",
+        ),
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer at"),
         (
             lambda folder: leave_out(folder / "model.safetensors", "lm_head.weight"),
-            "lacks 1 weights, the first lm_head",
+            r"not those of a LlamaForCausalLM .*: 1 missing \(lm_head.weight\)",
         ),
         (lambda folder: shutil.rmtree(folder), "holds no model: train seed 1 first"),
     ],

@@ -174,7 +174,7 @@ def test_a_cell_reads_the_basis_stage_and_reuses_what_is_finished(dialogues, tra
     assert len(trained) == 2
 
 
-@pytest.mark.parametrize("lost", ["training.json", "all", "another run's"])
+@pytest.mark.parametrize("lost", ["config.json", "all", "another run's"])
 def test_a_lost_merged_model_is_made_again(lost, dialogues, numbers, read):
     cell = dialogues("method=full", seeds=[1])
     folder, model = cell.folder("runs"), cell.folder("models") / "seed1"
@@ -182,8 +182,8 @@ def test_a_lost_merged_model_is_made_again(lost, dialogues, numbers, read):
     marker = records.read_json(model / "training.json")
     if lost == "all":
         shutil.rmtree(model)
-    elif lost == "training.json":
-        (model / "training.json").unlink()
+    elif lost == "config.json":
+        (model / "config.json").unlink()
     else:
         records.write_json(model / "training.json", marker | {"config_hash": "0123456789ab"})
     dialogues("method=full", seeds=[1])

@@ -47,7 +47,8 @@ def test_a_run_learns_and_its_merged_model_has_the_loss_of_the_record(method, ru
     found = evaluate_causal(model, problem.splits()["validation"], 7, CPU)["loss"]
     assert found == pytest.approx(record["score"], abs=2e-6)
     marker = records.read_json(merged / "training.json")
-    assert marker == {"config_hash": record["run"]["config_hash"], "template": "llama-2"}
+    assert marker["config_hash"] == record["run"]["config_hash"] and marker["template"] == "llama-2"
+    assert set(marker["files"]) == {path.name for path in merged.iterdir()} - {"training.json"}
     before = load_file(chat_root / "models" / "tiny" / "model.safetensors")
     after = load_file(merged / "model.safetensors")
     assert before.keys() == after.keys()
@@ -61,7 +62,7 @@ def test_a_merged_model_is_there_whole_or_not_at_all(run, monkeypatch, tmp_path)
 
     run("method=full")
     before = (tmp_path / "merged" / "model.safetensors").read_bytes()
-    monkeypatch.setattr(running.records, "write_json", full_disk)
+    monkeypatch.setattr("finetune.models.merged.write_json", full_disk)
     with pytest.raises(OSError, match="disk full"):
         run("method=full", "learning_rate=0.01")
     assert (tmp_path / "merged" / "model.safetensors").read_bytes() == before
