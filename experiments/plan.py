@@ -17,7 +17,7 @@ import yaml
 from finetune.config.check import GROUPS, check_group
 from finetune.plan.estimate import plan_experiment
 from finetune.plan.experiment import Experiment
-from finetune.plan.text import plan_lines
+from finetune.plan.text import plan_text
 from finetune.plan.throughput import Processor
 from finetune.runs.command import script
 from finetune.store.experiment import load
@@ -52,8 +52,7 @@ def plan(settings: dict[str, Any]) -> dict[str, Any]:
     cards = [Processor(name=name, **values) for name, values in settings["cards"].items()]
     experiment = Experiment(lists, read, settings, Path(settings["results"]), settings["data_root"])
     found = plan_experiment(experiment, cards, settings)
-    for line in plan_lines(found, unplanned(CONF.parent)):
-        log.info("%s", line)
+    log.info("%s", plan_text(found, unplanned(CONF.parent)))
     return found
 
 

@@ -56,12 +56,13 @@ class Experiment:
     def __init__(
         self, lists: Mapping[str, Any], read: Read, settings: Mapping[str, Any], results: Path, data_root: str
     ) -> None:
-        self.lists, self.read, self.settings, self.results = lists, read, settings, results
+        self.lists, self.settings, self.results = lists, settings, results
         self.stages = lists["stages"]
         self.sources: dict[str, str] = {}
         self._data_root, self._stops = data_root, stopping_epochs()
-        self.problem = lru_cache(maxsize=None)(self._problem)
-        self.cost = lru_cache(maxsize=None)(self._cost)
+        cached = lru_cache(maxsize=None)
+        self.read, self.plain = cached(read), cached(self._plain)
+        self.problem, self.cost = cached(self._problem), cached(self._cost)
 
     def model(self, name: str) -> Mapping[str, Any]:
         """A model's group; one that the pipeline pretrains gets the vocabulary that its tokenizer will have."""
@@ -126,8 +127,8 @@ class Experiment:
             self.sources[f"tokens of a row, {model} {task}"] = source
         return found
 
-    def plain(self, model: str) -> nn.Module:
-        """A model without weights."""
+    def _plain(self, model: str) -> nn.Module:
+        """A model without weights; who counts what trains sets its flags."""
         group = self.model(model)
         return meta_model(group["architecture"], causal="template" in group)
 
@@ -167,7 +168,7 @@ class Experiment:
     def preparing(self, model: str) -> dict[str, dict[str, int]]:
         """Memory of what comes before methods that rotate gradients: the preliminary phase and the HOSVD."""
         _, group, protocol = _groups(self.problem(model, "full").config)
-        plain, setup = self.plain(model), self.setup(model, "full")
+        plain, setup = self._plain(model), self.setup(model, "full")  # of its own: it is changed
         targets = build_targets("sparsegrad", group, protocol).find(plain)
         found = preliminary_memory(plain, targets, protocol["preliminary"], setup)
         return {"preliminary": found, "hosvd": hosvd_memory(self.shapes(model).values())}

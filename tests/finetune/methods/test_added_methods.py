@@ -17,7 +17,7 @@ from finetune.methods.lora import LoRA
 from finetune.methods.peft import PEFT
 from finetune.plan.estimate import plan_experiment
 from finetune.plan.experiment import Experiment
-from finetune.plan.text import plan_lines
+from finetune.plan.text import plan_text
 from finetune.plan.throughput import Processor
 from finetune.store.catalog import read_methods
 from finetune.store.experiment import expand
@@ -158,7 +158,7 @@ def test_added_methods_are_in_the_catalogue_and_the_plan(conf, tmp_path):
         share = {method: memory[model, method]["share"] for method in ("full", "lora", *ADDED)}
         assert share["lora"] < share["dora"] < share["rows"] < share["full"]
         assert memory[model, "dora"]["components"]["gradients"] < memory[model, "rows"]["components"]["gradients"]
-    text = "\n".join(plan_lines(plan, []))
+    text = plan_text(plan, [])
     assert all(name in text for name in ADDED)
 
 
