@@ -127,14 +127,12 @@ def _follow(inputs: GlueProblem, task: str, name: str) -> tuple[Looks, dict[str,
     looks = follow(
         model,
         optimizer,
-        splits["train"],
         probe,
         for_task(scale["steps"], task),
         options,
         accelerator,
         score=lambda m: evaluate(m, splits["validation"], facts, scale["evaluation_batch_size"], device)[facts.metric],
-        progress_bar=config["progress"],
-        label=f"{task} {name}",
+        label=f"{task} {name}" if config["progress"] else "",
     )
     targets = method.targets.find(model)
     layers = [

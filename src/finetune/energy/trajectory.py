@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from finetune.data.examples import Examples
 from finetune.energy.probe import Probe
 from finetune.training.loop import NonFiniteLoss
 from finetune.training.options import TrainingOptions
@@ -44,25 +43,22 @@ class Looks:
 def follow(
     model: nn.Module,
     optimizer: Optimizer,
-    split: Examples,
     probe: Probe,
     steps: Sequence[int],
     options: TrainingOptions,
     accelerator: Accelerator,
     *,
     score: Callable[[nn.Module], float],
-    progress_bar: bool = True,
     label: str = "",
 ) -> Looks:
-    """Train a prepared model and look at it at chosen steps.
+    """Train a prepared model on the probe's split and look at it at chosen steps.
 
     Args:
         model, optimizer: of ``probe.method``, on the accelerator's device.
-        split: training rows.
         steps: rising; 0 is before the first step. Training ends at the last.
         options: its ``max_steps`` is the last of ``steps``; nothing is evaluated but ``score``.
         score: of the model, on the validation split.
-        label: of the progress bar.
+        label: of the progress bar; without one there is none.
 
     Raises:
         NonFiniteLoss: if the run diverges.
@@ -70,12 +66,12 @@ def follow(
     """
     if not steps or list(steps) != sorted(set(steps)) or steps[0] < 0:
         raise ValueError(f"steps={list(steps)}; they must rise and begin at 0 or later.")
-    loop, looks = Steps(model, optimizer, split, options, accelerator), Looks([], [], {})
+    loop, looks = Steps(model, optimizer, probe.split, options, accelerator), Looks([], [], {})
     counts: dict[str, Counter[str]] = {}
     total, done = steps[-1], 0
     torch.manual_seed(options.seed)
     model.train()
-    with tqdm(total=total, desc=label, disable=not progress_bar, leave=False) as bar:
+    with tqdm(total=total, desc=label, disable=not label, leave=False) as bar:
         for chosen in steps:
             with _counting_nonzero(probe.method.targets.find(model), counts):
                 while done < chosen:

@@ -21,44 +21,12 @@ TRAIN_LOSS, STEP_SECONDS, VALIDATION = "train/loss", "train/step_seconds", "vali
 TRIAL_SCORE, TRIAL_BEST, TRIAL_RATE, TRIAL_BATCH, TRIAL_SECONDS = (
     f"trial/{name}" for name in ("score", "best", "learning_rate", "batch_size", "seconds")
 )
-METRICS = (
-    TRAIN_LOSS,
-    STEP_SECONDS,
-    *(f"{VALIDATION}{name}" for name in ("loss", "accuracy", "f1", "matthews_correlation", "pearson")),
-    TRIAL_SCORE,
-    TRIAL_BEST,
-    TRIAL_RATE,
-    TRIAL_BATCH,
-    TRIAL_SECONDS,
-)
-"""What a history can hold."""
-
 CONFIG = ("run", "hyperparameters", "model", "data", "config", "treatment", "basis", "device", "provenance")
 SUMMARY = ("status", "error", "metric", "score", "baseline", "parameters", "training", "memory")
 """Entries of a training record that a run of wandb gets as its configuration and as its summary."""
 
-SUMMARY_METRICS = (
-    "score",
-    "parameters.trainable",
-    "parameters.trainable_per_layer",
-    "training.steps",
-    "training.seconds",
-    "training.step_seconds_median",
-    "memory.parameters",
-    "memory.gradients",
-    "memory.optimizer_state",
-    "memory.bases",
-    "memory.saved_activations",
-    "memory.peak_training",
-    "memory.peak_evaluation",
-)
-"""Numbers in the summary of a training run, by wandb's dotted names; the peaks are the allocator's, on CUDA alone."""
-
 VARIANT_METRICS = ("steps_per_second", "peak_training", "peak_evaluation")
 """Numbers of each variant in the summary of an efficiency run: ``<variant>.<name>``."""
-
-CONFIG_KEYS = ("run.experiment", "run.model", "run.method", "run.task", "run.seed")
-"""By what runs are grouped."""
 
 JOB_TYPES = {"search": "trial", "llama": "train"}
 """Kind of a record -> wandb's job type, where they differ; the search itself is the job ``search``."""

@@ -257,9 +257,7 @@ def followed(probe, classifier, options):
         chosen = options(max_steps=max(1, steps[-1]), precision=precision)
         optimizer = look.method.optimizer(model, chosen.learning_rate, 0.0)
         accelerator = make_accelerator("cpu", precision)
-        found = follow(
-            model, optimizer, look.split, look, steps, chosen, accelerator, score=lambda m: 0.5, progress_bar=False
-        )
+        found = follow(model, optimizer, look, steps, chosen, accelerator, score=lambda m: 0.5)
         return found, look.method.merge(model)
 
     return make
@@ -295,7 +293,7 @@ def test_a_look_is_in_float32_while_training_is_in_bfloat16(followed):
 @pytest.mark.parametrize("steps", [[], [3, 3], [5, 2], [-1, 4]])
 def test_steps_out_of_order_are_refused(steps):
     with pytest.raises(ValueError, match="they must rise"):
-        follow(None, None, None, None, steps, None, None, score=None)
+        follow(None, None, None, steps, None, None, score=None)
 
 
 # Cell
