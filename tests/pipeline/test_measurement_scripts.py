@@ -120,10 +120,8 @@ def test_by_hand(well, efficiency):
 @pytest.mark.parametrize(
     ("name", "overrides", "text"),
     [
-        ("hosvd_cost", ["rank=17", "scale.cases.tiny.shape=[24,16]", "device=cpu"], "rank=17; allowed: 1 to 16"),
         ("cost_curves", ["scale.rounds=0", "device=cpu"], "scale.rounds=0; allowed: greater than or equal to 1."),
         ("efficiency", ["variants=[nope]"], "variants=['nope']; allowed"),
-        ("efficiency", ["data.task=nope"], "data.task='nope'"),
         ("efficiency", ["cell=nowhere.yaml"], "there is no nowhere.yaml"),
         ("energy", ENERGY, "run the gradients and basis stages"),
         ("figure", ["figure=nope", "name=test"], "figure='nope'; allowed: all, figure_02"),

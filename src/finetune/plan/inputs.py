@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from finetune.published import read_csv
 from finetune.store import records
 
 _MODELS = {"bert-base-uncased": "bert_base", "roberta-base": "roberta_base", "roberta-large": "roberta_large"}
@@ -23,9 +22,8 @@ def stopping_epochs() -> dict[tuple[str, str, str], float]:
 
     MeProp was not logged: it gets the mean of the three others.
     """
-    text = resources.files("finetune.published").joinpath("released_glue_per_seed.csv").read_text(encoding="utf-8")
     found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    for row in csv.DictReader(text.splitlines()):
+    for row in read_csv("released_glue_per_seed.csv"):
         epochs = _EPOCHS.search(row["note"])
         if epochs and row["model"] in _MODELS:
             task = row["task"].lower()

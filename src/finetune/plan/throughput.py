@@ -8,15 +8,14 @@ kernels, not by operations: where nothing was measured, a step takes at least ``
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from finetune.plan.flops import Cost
+from finetune.published import read_csv
 from finetune.store import records
 
 MEASURED, SCALED, CALCULATED, UNKNOWN = "measured", "scaled", "calculated", "unknown"
@@ -96,7 +95,6 @@ class Rate:
 
 def published_facts() -> list[Fact]:
     """Rows of ``throughput.csv`` that can be used; its other rows say why they can't."""
-    text = resources.files("finetune.published").joinpath("throughput.csv").read_text(encoding="utf-8")
     return [
         Fact(
             card=row["card"],
@@ -109,7 +107,7 @@ def published_facts() -> list[Fact]:
             steps_per_second=float(row["steps_per_second"]),
             source=row["source"],
         )
-        for row in csv.DictReader(text.splitlines())
+        for row in read_csv("throughput.csv")
         if row["used"] == "yes"
     ]
 

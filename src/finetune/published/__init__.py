@@ -8,6 +8,7 @@ project's words (`bert_base`, `full`, `stsb`) in place of the files' own.
 
 import csv
 import re
+from functools import cache
 from importlib import resources
 
 SEARCH_SEED = 34
@@ -51,7 +52,7 @@ def paper_table(number: int) -> list[dict[str, str]]:
     known = table_numbers()
     if number not in known:
         raise ValueError(f"unknown table number {number!r}; on file are {known}: pass one of these")
-    return _read(f"table{number:02d}.csv")
+    return read_csv(f"table{number:02d}.csv")
 
 
 def released_scores(model: str, method: str, task: str) -> dict[int, float]:
@@ -70,7 +71,7 @@ def released_scores(model: str, method: str, task: str) -> dict[int, float]:
         ValueError: If a name is unknown.
     """
     wanted = _file_names(model, method, task)
-    rows = _read("released_glue_per_seed.csv")
+    rows = read_csv("released_glue_per_seed.csv")
     found = [row for row in rows if (row["model"], row["method"], row["task"].lower()) == wanted]
     return {int(row["seed"]): float(row["score"]) for row in found if int(row["seed"]) != SEARCH_SEED}
 
@@ -91,7 +92,7 @@ def released_hyperparameters(model: str, method: str, task: str) -> dict[str, st
         ValueError: If a name is unknown.
     """
     wanted = _file_names(model, method, task)
-    rows = _read("released_hyperparameters.csv")
+    rows = read_csv("released_hyperparameters.csv")
     found = [row for row in rows if (row["model"], row["method"], row["task"].lower()) == wanted]
     settings = {row["setting"]: row["value"] for row in found}
     return settings | {"note": found[0]["note"]} if found else {}
@@ -105,7 +106,7 @@ def discrepancies() -> list[dict[str, str]]:
         paper's numbers that it bears on, between spaces; empty: none) and what is done under the protocols `printed`,
         `released` and `sound`.
     """
-    return _read("discrepancies.csv")
+    return read_csv("discrepancies.csv")
 
 
 def _file_names(model: str, method: str, task: str) -> tuple[str, str, str]:
@@ -117,7 +118,8 @@ def _file_names(model: str, method: str, task: str) -> tuple[str, str, str]:
     return _MODELS.get(model, ""), _METHODS[method], task
 
 
-def _read(name: str) -> list[dict[str, str]]:
-    """Read one CSV of this package."""
+@cache
+def read_csv(name: str) -> list[dict[str, str]]:
+    """Read one CSV of this package, once; nobody changes its rows."""
     text = resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines()))
