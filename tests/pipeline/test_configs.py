@@ -10,9 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from finetune.methods import base_method, with_own_choices
-from finetune.runs.search import SearchSpace
 from finetune.store.experiment import read_experiment
-from finetune.training.options import PRECISIONS, SCHEDULES
 from sparsegrad import entries_for_density
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,22 +91,6 @@ def test_choices_of_a_group_name_the_same_keys(group):
     """No default hides in code: what one protocol says, every protocol says."""
     keys = {name: set(read(f"conf/{group}/{name}.yaml")) for name in names(group)}
     assert all(found == keys[names(group)[0]] for found in keys.values()), keys
-
-
-def test_models_name_the_keys_that_runs_read():
-    needed = {"name", "title", "checkpoint", "revision", "folder", "files", "random_weights", "architecture"}
-    needed |= {"target_modules", "layers_to_transform", "lora_rank", "k"}
-    for name in names("model"):
-        assert needed <= set(read(f"conf/model/{name}.yaml")), name
-
-
-def test_protocols_hold_allowed_values():
-    for name in names("protocol"):
-        protocol = read(f"conf/protocol/{name}.yaml")
-        assert protocol["schedule"] in SCHEDULES and protocol["precision"] in PRECISIONS
-        assert protocol["padding"] in ("longest", "max_length") and protocol["train"] in ("all", "mlp")
-        assert set(protocol["frozen"]) <= METHODS
-        assert set(protocol["evaluation_steps"]) <= set(read("conf/data/glue.yaml")["tasks"])
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")) + sorted((ROOT / "experiments").glob("*.yaml")), ids=str)
@@ -196,15 +178,6 @@ def test_sizes_of_the_cost_stages_are_read(entry, name):
         assert all(options.rank <= min(case.shape) for case in cases)
 
 
-def test_protocols_of_decoders_hold_allowed_values():
-    for name in names("protocol/llama"):
-        protocol = read(f"conf/protocol/llama/{name}.yaml")
-        assert protocol["schedule"] in SCHEDULES and protocol["precision"] in PRECISIONS
-        assert protocol["train"] == "targets" and protocol["loss_on"] in ("answers", "all")
-        for key in ("gate", "also_train", "every_block"):
-            assert set(protocol[key]) <= METHODS, key
-
-
 # Experiments
 
 
@@ -213,17 +186,9 @@ def test_seeds_of_the_report_are_several_and_none_is_the_searchs(experiment):
     assert read(f"conf/protocol/{experiment['protocol']}.yaml")["search_seed"] not in experiment["seeds"]
 
 
-def test_experiment_has_a_search_for_every_method_with_points_inside_its_space(experiment):
-    protocol, scale = (read(f"conf/{group}/{experiment[group]}.yaml") for group in ("protocol", "scale"))
-    settings = scale["search"]
-    space = SearchSpace(
-        tuple(protocol["search"]["learning_rate"]),
-        tuple(protocol["search"]["batch_sizes"]),
-        settings["trials"],
-        tuple(settings["points"]),
-        seed=protocol["search_seed"],
-    )
-    assert space.trials >= len(space.points)
+def test_a_search_has_trials_for_all_its_points(experiment):
+    sizes = read(f"conf/scale/{experiment['scale']}.yaml")["search"]
+    assert sizes["trials"] >= len(sizes["points"])
 
 
 def test_the_smoke_experiment_is_not_committed_as_done():

@@ -77,7 +77,7 @@ class Answers(Group):
     long_prompts: Literal["cut", "refuse"]
     reserve: Count
     seed: Seed
-    dtype: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    dtype: Literal["fp32", "bf16", "fp16", "auto"]
 
 
 class Judging(Group):

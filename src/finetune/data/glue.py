@@ -15,8 +15,6 @@ from torch import Tensor
 from finetune.data.tables import read_files, read_hub
 from finetune.store.shards import shards
 
-PADDINGS = ("longest", "max_length")
-
 
 @dataclass(frozen=True)
 class Task:
@@ -125,10 +123,8 @@ def load_task(
         The task and its splits ``train`` and ``validation``.
 
     Raises:
-        ValueError: on an unknown task or padding, missing files or columns, or labels out of range.
+        ValueError: on an unknown task, missing files or columns, or labels out of range.
     """
-    if padding not in PADDINGS:
-        raise ValueError(f"padding={padding!r}; allowed: {', '.join(PADDINGS)}.")
     task = Task.from_config(data)
     splits = {}
     for role, split in (("train", "train"), ("validation", task.validation)):

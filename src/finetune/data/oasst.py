@@ -18,7 +18,6 @@ from tqdm import tqdm
 from finetune.data.chat import ChatTemplate, escape, special_tokens
 from finetune.data.threads import Thread, read_messages, threads_of
 
-LOSSES = ("answers", "all")
 IGNORED = -100
 
 
@@ -82,13 +81,9 @@ def load_chat(
         limit: at most so many training blocks, the first ones.
 
     Raises:
-        ValueError: on unknown options, missing files or columns, trees with repeated messages, unknown roles or
+        ValueError: on missing files or columns, trees with repeated messages, unknown roles or
             cycles, a tree in both splits, or too little text for one block.
     """
-    if loss_on not in LOSSES:
-        raise ValueError(f"loss_on={loss_on!r}; allowed: {', '.join(LOSSES)}.")
-    if length < 2 or (limit is not None and limit < 1):
-        raise ValueError(f"length={length}, limit={limit}; a block needs two tokens, a split one block.")
     splits = {}
     for name, source in read_messages(data).items():
         threads, facts = threads_of(source.rows, data)

@@ -16,7 +16,6 @@ from finetune.data.tables import read_files, read_hub
 from finetune.store.shards import shards
 
 ROLES = ("prompter", "assistant")
-CHOICES = {"threads": ("all", "best"), "deleted": ("keep", "drop"), "review": ("all", "passed")}
 COLUMNS = ("message_id", "parent_id", "text", "role", "message_tree_id")
 
 Message = dict[str, Any]
@@ -46,9 +45,6 @@ def read_messages(data: Mapping[str, Any]) -> dict[str, Messages]:
     Raises:
         ValueError: if nothing can be read, columns are missing, ids repeat, roles are unknown, or splits share a tree.
     """
-    for option, allowed in CHOICES.items():
-        if data[option] not in allowed:
-            raise ValueError(f"chat.{option}={data[option]!r}; allowed: {', '.join(allowed)}.")
     folder = Path(data["root"]) / data["folder"]
     if (folder / "messages.parquet").is_file():
         whole = folder / "messages.parquet"

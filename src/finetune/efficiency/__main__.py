@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=tuple(PRECISIONS), help="default: the protocol's")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help=", ".join(variant.name for variant in VARIANTS))
     parser.add_argument("--keep", choices=KEEPS, default="auto", help="variants in memory between rounds")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
     parser.add_argument("--vocabulary", type=int, help="tokens, where the model's file names none")
     parser.add_argument("--seed", type=int, default=0)

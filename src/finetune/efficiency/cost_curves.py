@@ -29,7 +29,7 @@ from finetune.efficiency.layer_variants import (
 )
 from finetune.efficiency.stage import Stage
 from finetune.efficiency.timing import ratio, release, summarise, time_variants
-from finetune.efficiency.variants import PRECISIONS, Trainee
+from finetune.efficiency.variants import Trainee
 from finetune.store import records
 from sparsegrad import core_shape
 
@@ -67,18 +67,6 @@ class CurveOptions:
     device: str = "auto"
     threads: int | None = None
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("rounds", "steps", "warmup_steps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}; it must be a whole number, at least 1.")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision={self.precision!r}; allowed: {', '.join(PRECISIONS)}.")
-        if self.clock not in CLOCKS:
-            raise ValueError(f"clock={self.clock!r}; allowed: {', '.join(CLOCKS)}.")
-        if self.clock == "cpu" and self.threads != 1:
-            raise ValueError(f"clock='cpu' adds up the time of all threads; threads={self.threads}, it must be 1.")
 
     def curves(self) -> dict[str, list[Point]]:
         """Points of each curve, in ascending order."""

@@ -43,14 +43,6 @@ class Case:
     asked: int
     ways: Mapping[str, Sequence[int]]
 
-    def __post_init__(self) -> None:
-        unknown = [way for way in self.ways if way not in WAYS]
-        numbers = [self.asked, *self.shape, *(n for given in self.ways.values() for n in given)]
-        if unknown or not self.ways or len(self.shape) != 2:
-            raise ValueError(f"case {self.name}: shape {self.shape}, ways {unknown}; allowed: {', '.join(WAYS)}.")
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
-            raise ValueError(f"case {self.name}: {numbers}; sizes and numbers of gradients are whole, at least 1.")
-
     def plan(self) -> list[tuple[str, int]]:
         """(way, number of gradients), small numbers first, those that are asked for among them."""
         ways = sorted(self.ways, key=WAYS.index)

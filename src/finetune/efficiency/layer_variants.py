@@ -46,15 +46,6 @@ class Point:
     density: float
     decay: float = 0.0
 
-    def __post_init__(self) -> None:
-        sizes = (self.hidden, self.inner, self.tokens)
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
-            raise ValueError(f"hidden, inner, tokens = {sizes}; they must be whole numbers, at least 1.")
-        if not 0 < self.density <= 1 or self.decay < 0:
-            raise ValueError(
-                f"density={self.density}, decay={self.decay}; density lies in (0, 1], decay is not below 0."
-            )
-
     @property
     def k(self) -> int:
         """Entries kept in each of the two matrices."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune.config.names import NAME_RULE, is_name
 from finetune.store import records
 
 PADDINGS = ("longest", "max_length")
@@ -74,6 +75,8 @@ def read_lengths(path: str | Path) -> Lengths:
     kinds = {"task": str, "source": str, "counts": Mapping}
     if any(not isinstance(content.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(f"{path} has the keys {sorted(content)}; needed are task, source and counts.")
+    if not is_name(content["task"]):
+        raise ValueError(f"{path}: task={content['task']!r}; allowed: a name of {NAME_RULE}.")
     try:
         values = [int(length) for length, count in content["counts"].items() for _ in range(int(count))]
         return Lengths(content["task"], content["source"], tuple(values))

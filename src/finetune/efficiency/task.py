@@ -74,10 +74,12 @@ class EfficiencyOptions:
     num_labels: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "batches", "rounds", "warmup_steps", "max_length", "num_labels"):
+        whole = dict.fromkeys(("batch_size", "batches", "rounds", "warmup_steps", "max_length", "num_labels"), 1)
+        for name, least in (whole | {"threads": 1, "seed": 0}).items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}; it must be a whole number, at least 1.")
+            if (value is None and name == "threads") or (type(value) is int and value >= least):
+                continue
+            raise ValueError(f"{name}={value!r}; it must be a whole number, at least {least}.")
         for name, allowed in (("padding", PADDINGS), ("precision", tuple(PRECISIONS)), ("keep", KEEPS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}; allowed: {', '.join(allowed)}.")

@@ -31,14 +31,6 @@ class MeasureOptions:
     levels: Sequence[float]
     threshold: float
 
-    def __post_init__(self) -> None:
-        for name in ("shares", "stripe_shares", "levels"):
-            values = getattr(self, name)
-            if not values or any(not 0 < value <= 1 for value in values) or list(values) != sorted(set(values)):
-                raise ValueError(f"{name}={list(values)}; they must rise, and lie above 0 and at most at 1.")
-        if not 0 < self.threshold < float("inf"):
-            raise ValueError(f"threshold={self.threshold!r}; it must be a positive number.")
-
 
 @dataclass(frozen=True)
 class Concentration:

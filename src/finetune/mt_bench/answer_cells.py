@@ -140,13 +140,7 @@ def model_group(checkpoint: Path) -> dict[str, Any]:
 
 def _options(group: Mapping[str, Any]) -> tuple[AnswerOptions, str]:
     """``scale.answers``: the options, and the weights' data type, which is the loader's."""
-    allowed = {*AnswerOptions.__dataclass_fields__, "dtype"}
-    if unknown := set(group) - allowed:
-        raise ValueError(f"scale.answers has {sorted(unknown)}; allowed: {', '.join(sorted(allowed))}.")
-    dtype = group.get("dtype", "fp32")
-    if dtype not in DTYPES:
-        raise ValueError(f"scale.answers.dtype={dtype!r}; allowed: {', '.join(DTYPES)}.")
-    return AnswerOptions(**{name: value for name, value in group.items() if name != "dtype"}), dtype
+    return AnswerOptions(**{name: value for name, value in group.items() if name != "dtype"}), group["dtype"]
 
 
 def _check_template(checkpoint: Path, name: str) -> None:

@@ -38,9 +38,6 @@ class AnswerOptions:
             answer: ``cut`` keeps its BOS and its last tokens, ``refuse`` gives an empty answer.
         reserve: tokens of the window kept free for the answer.
         seed: of sampling.
-
-    Raises:
-        ValueError: on a value out of range.
     """
 
     max_new_tokens: int = 1024
@@ -48,14 +45,6 @@ class AnswerOptions:
     long_prompts: str = "cut"
     reserve: int = 256
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in {"max_new_tokens": 1, "batch_size": 1, "reserve": 1, "seed": 0}.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}={value!r}; it must be a whole number of at least {least}.")
-        if self.long_prompts not in ("cut", "refuse"):
-            raise ValueError(f"long_prompts={self.long_prompts!r}; allowed: cut, refuse.")
 
 
 @dataclass(frozen=True)

@@ -72,17 +72,6 @@ class Setup:
     checkpointing: bool = False
     touched: float = 1.0
 
-    def __post_init__(self) -> None:
-        for name in ("micro_batch", "tokens", "accumulation_steps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}; it must be a whole number, at least 1.")
-        for name in ("precision", "frozen_dtype"):
-            if getattr(self, name) not in DTYPES:
-                raise ValueError(f"{name}={getattr(self, name)!r}; allowed: {', '.join(DTYPES)}.")
-        if not 0 < self.touched <= 1:
-            raise ValueError(f"touched={self.touched!r}; it is a share of the entries, above 0 and at most 1.")
-
 
 @dataclass(frozen=True)
 class TrainingMemory:

@@ -32,24 +32,14 @@ _SIZES = (
 
 
 class ChatProblem(Problem):
-    """A configuration of ``conf/chat.yaml``. Scores are in nats a token; merged models are kept.
-
-    Raises:
-        ValueError: if frozen weights shall be stored in bfloat16 and the computation is in float32.
-    """
+    """A configuration of ``conf/chat.yaml``. Scores are in nats a token; merged models are kept."""
 
     kind, group, lists, baseline, keeps_models = "llama", "chat", ("decoder_seeds",), True, True
     task = TASK
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
-        name = self.config["scale"]["frozen_dtype"]
-        if name not in DTYPES or (name == "bf16" and self.precision != "bf16"):
-            raise ValueError(
-                f"scale.frozen_dtype={name!r} with precision={self.precision!r}; "
-                "allowed: fp32, or bf16 with precision bf16."
-            )
-        self.stored_dtype = DTYPES[name]
+        self.stored_dtype = DTYPES[self.config["scale"]["frozen_dtype"]]
 
     @property
     def gradients_seed(self) -> int:

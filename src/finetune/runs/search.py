@@ -63,18 +63,6 @@ class SearchSpace:
             seed=config["protocol"]["search_seed"],
         )
 
-    def __post_init__(self) -> None:
-        if len(self.learning_rate) != 2 or not 0 < self.learning_rate[0] < self.learning_rate[1]:
-            raise ValueError(f"search.learning_rate={list(self.learning_rate)}; allowed: [low, high], 0 < low < high.")
-        if self.trials < 1 or not self.batch_sizes:
-            raise ValueError(f"search.trials={self.trials}, batch_sizes={list(self.batch_sizes)}: both are needed.")
-        low, high = self.learning_rate
-        for point in self.points:
-            if {*point} != {"learning_rate", "batch_size"}:
-                raise ValueError(f"search point {dict(point)} needs learning_rate and batch_size, and nothing else.")
-            if not low <= point["learning_rate"] <= high or point["batch_size"] not in self.batch_sizes:
-                raise ValueError(f"search point {dict(point)} is outside {[low, high]} x {list(self.batch_sizes)}.")
-
 
 def run_search(objective: Objective, space: SearchSpace, storage: BaseStorage, study_name: str) -> optuna.Study:
     """Run what is missing of a search.

@@ -46,7 +46,7 @@ class Workers:
         """What ``workers``, ``threads`` and ``device`` of a configuration ask for.
 
         Raises:
-            ValueError: if ``workers`` is neither ``auto`` nor a whole number from 1, or several processes run as one.
+            ValueError: if several workers are asked for, and several processes run as one.
         """
         wanted, cores = config.get("workers", 1), len(os.sched_getaffinity(0))
         cuda = config["device"] != "cpu" and torch.cuda.is_available()
@@ -55,8 +55,6 @@ class Workers:
         alone = processes()[1] == 1
         if wanted == "auto":
             wanted = (len(devices) or cores) if alone else 1
-        if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
-            raise ValueError(f"workers={wanted!r}; allowed: auto, or a whole number, at least 1.")
         if wanted > 1 and not alone:
             raise ValueError(f"workers={wanted}, but accelerate launch or torchrun started this run: use workers=1.")
         shared = max(1, cores // wanted) if wanted > 1 else None

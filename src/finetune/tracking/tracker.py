@@ -16,7 +16,6 @@ from finetune.store import records
 
 log = logging.getLogger(__name__)
 
-MODES = ("offline", "online", "disabled")
 TRAIN_LOSS, STEP_SECONDS, VALIDATION = "train/loss", "train/step_seconds", "validation/"
 TRIAL_SCORE, TRIAL_BEST, TRIAL_RATE, TRIAL_BATCH, TRIAL_SECONDS = (
     f"trial/{name}" for name in ("score", "best", "learning_rate", "batch_size", "seconds")
@@ -89,8 +88,6 @@ class Tracker:
         name: str,
         config: Mapping[str, Any],
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"wandb.mode={mode!r}; allowed: {', '.join(MODES)}.")
         self._run: Any = None
         self.mode = "disabled"
         if mode == "disabled":

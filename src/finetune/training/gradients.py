@@ -16,8 +16,6 @@ from finetune.methods.base import Targets
 from finetune.training.evaluation import summed_loss
 from sparsegrad import Basis, GradientMoments, collect_moments, hosvd, hosvd_tensorly
 
-BACKENDS = ("moments", "tensorly")
-
 
 @dataclass(frozen=True)
 class PreliminaryOptions:
@@ -36,12 +34,6 @@ class PreliminaryOptions:
     update: bool = False
     learning_rate: float = 1e-5
     backend: str = "moments"
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1:
-            raise ValueError(f"preliminary steps={self.steps}, batch_size={self.batch_size}; both must be at least 1.")
-        if self.backend not in BACKENDS:
-            raise ValueError(f"hosvd={self.backend!r}; allowed: {', '.join(BACKENDS)}.")
 
 
 @dataclass

@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-SCHEDULES = ("constant", "linear", "cosine")
-PRECISIONS = ("fp32", "bf16")
-
 
 @dataclass(frozen=True)
 class TrainingOptions:
@@ -44,25 +41,6 @@ class TrainingOptions:
     precision: str = "fp32"
     checkpoint_seconds: float = 120.0
     log_steps: int = 10
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "evaluation_steps", "accumulation_steps", "evaluation_batch_size"):
-            if not _is_count(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)!r}; it must be a whole number, at least 1.")
-        if self.max_steps is not None and not _is_count(self.max_steps):
-            raise ValueError(f"max_steps={self.max_steps!r}; it must be a whole number, at least 1, or null.")
-        if not isinstance(self.learning_rate, int | float) or not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate={self.learning_rate!r}; it must be a positive number.")
-        if not isinstance(self.seed, int):
-            raise ValueError(f"seed={self.seed!r}; it must be a whole number.")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule={self.schedule!r}; allowed: {', '.join(SCHEDULES)}.")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision={self.precision!r}; allowed: {', '.join(PRECISIONS)}.")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and value >= 1
 
 
 def planned_steps(examples: int, options: TrainingOptions) -> int:

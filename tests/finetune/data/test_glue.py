@@ -132,7 +132,6 @@ def test_tokenizer_without_segments_gives_batches_without_them():
     ("task", "changes", "message"),
     [
         ("wnli", {}, "data.task='wnli'; glue has: cola, mnli, mrpc"),
-        ("cola", {"padding": "left"}, "padding='left'; allowed: longest, max_length"),
         (
             "cola",
             {"root": "nowhere"},

@@ -163,12 +163,8 @@ def test_forged_ends_of_turns_are_taken_apart_and_counted(tmp_path, root, compos
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"loss_on": "prompts"}, "loss_on='prompts'; allowed: answers, all"),
-        ({"length": 1}, "length=1, limit=None; a block needs two tokens"),
-        ({"limit": 0}, "length=32, limit=0; a block needs two tokens, a split one block"),
         ({"length": 10**6}, "the train split has .+ tokens, too few for one block of 1000000"),
         ({"languages": ["tlh"]}, "the train split has no thread with an answer; counted: .*'filtered_messages'"),
-        ({"threads": "worst"}, "chat.threads='worst'; allowed: all, best"),
     ],
     ids=str,
 )

@@ -249,14 +249,6 @@ def test_damaged_messages_are_refused(change, text, write, options):
         read_messages(options(write(rows)))
 
 
-@pytest.mark.parametrize(
-    ("option", "allowed"), [("threads", "all, best"), ("deleted", "keep, drop"), ("review", "all, passed")]
-)
-def test_unknown_options_say_what_there_is(option, allowed, write, options):
-    with pytest.raises(ValueError, match=rf"chat.{option}='x'; allowed: {allowed}"):
-        read_messages(options(write(tree()), **{option: "x"}))
-
-
 def test_an_empty_folder_and_a_torn_file_say_what_to_do(tmp_path, options):
     folder = tmp_path / "oasst1"
     folder.mkdir()

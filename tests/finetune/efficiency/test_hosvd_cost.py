@@ -193,22 +193,6 @@ def test_a_refused_request_is_an_error(stage):
         hosvd_cost([case(streaming=[12])], replace(OPTIONS, rank=11), stage)
 
 
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"ways": {"nope": [1]}}, r"ways \['nope'\]; allowed: streaming"),
-        ({"ways": {}}, "allowed: streaming"),
-        ({"ways": {"streaming": [0]}}, "whole, at least 1"),
-        ({"asked": 1.5}, "whole, at least 1"),
-        ({"shape": (3,)}, r"shape \(3,\)"),
-    ],
-)
-def test_wrong_cases_are_refused(changes, text):
-    given = {"name": "tiny", "shape": (24, 10), "asked": 3, "ways": {"streaming": [3]}}
-    with pytest.raises(ValueError, match=text):
-        Case(**given | changes)
-
-
 @pytest.mark.skipif(not RECORD.is_file(), reason=f"{RECORD} is not there: make repro EXPERIMENT=local")
 def test_the_committed_record_is_found_again(compose, tmp_path, monkeypatch):
     """On its machine, with its torch: by the hash of today's configuration."""

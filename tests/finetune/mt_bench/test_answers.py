@@ -276,7 +276,7 @@ def config_for(checkpoint, tmp_path, **answering):
         "method": {"name": "lora"},
         "checkpoints": str(tmp_path / "locks"),
         "protocol": {"name": "sound"},
-        "scale": {"name": "smoke", "answers": values | answering},
+        "scale": {"name": "smoke", "answers": values | {"dtype": "fp32"} | answering},
         "questions": questions,
     }
 
@@ -423,21 +423,6 @@ def test_a_checkpoint_given_by_hand_is_answered_for_one_seed(checkpoint, tmp_pat
 # ---- bad input ----
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_new_tokens": 0}, "max_new_tokens=0; it must be a whole number of at least 1"),
-        ({"batch_size": 2.5}, "batch_size=2.5"),
-        ({"reserve": True}, "reserve=True"),
-        ({"seed": None}, "seed=None; it must be a whole number of at least 0"),
-        ({"long_prompts": "keep"}, "long_prompts='keep'; allowed: cut, refuse"),
-    ],
-)
-def test_options_out_of_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        AnswerOptions(**options)
-
-
 def test_a_model_that_cannot_answer_is_refused(answer, load, monkeypatch):
     with pytest.raises(ValueError, match="reserve=400 .* has 320 positions"):
         answer(reserve=400, max_new_tokens=400)
@@ -454,9 +439,6 @@ def test_a_configuration_that_does_not_fit_is_refused(checkpoint, tmp_path):
     config = config_for(checkpoint, tmp_path)
     with pytest.raises(ValueError, match="no chat template named 'llama-9'"):
         answer_cells.answer_one(config | {"model": config["model"] | {"template": "llama-9"}}, 1, checkpoint, tmp_path)
-    for answering, message in (({"dtype": "int8"}, "allowed: fp32, bf16"), ({"beams": 2}, r"has \['beams'\]")):
-        with pytest.raises(ValueError, match=message):
-            answer_cells.answer_one(config_for(checkpoint, tmp_path, **answering), 1, checkpoint, tmp_path)
     own = shutil.copytree(checkpoint, tmp_path / "own")
     files = {"config.json": sha256(own / "config.json")}
     write_json(own / "training.json", {"template": "zephyr", "files": files})

@@ -184,20 +184,6 @@ def test_checkpointing_keeps_inputs_of_blocks_and_what_is_outside(name, precisio
     assert (found.copies > 0) == (precision == "bf16")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"micro_batch": 0}, "micro_batch=0; it must be a whole number"),
-        ({"tokens": 3.5}, "tokens=3.5"),
-        ({"precision": "fp16"}, "precision='fp16'; allowed: fp32, bf16"),
-        ({"touched": 0}, "touched=0; it is a share"),
-    ],
-)
-def test_setups_that_make_no_sense(changes, message):
-    with pytest.raises(ValueError, match=message):
-        Setup(**{"micro_batch": 1, "tokens": 8} | changes)
-
-
 def test_a_model_without_an_architecture_is_refused():
     with pytest.raises(ValueError, match="memory is calculated from an architecture: give one"):
         meta_model(None, causal=True)

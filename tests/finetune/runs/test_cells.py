@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.runs import cells, glue
+from finetune.runs import glue
 from finetune.runs.cells import basis_cell, gradients_cell, run_by_hand, search_cell, train_cell
 from finetune.store import records
 
@@ -135,11 +135,6 @@ def test_a_run_by_hand_that_fails_is_an_error_with_its_record(config):
         run_by_hand(found)
     (path,) = (Path(found["output"]) / "tiny_bert" / "full").iterdir()
     assert records.read_json(path)["status"] == "failed"
-
-
-def test_a_problem_that_is_none(config):
-    with pytest.raises(ValueError, match="problem='nothing'; allowed: glue, chat"):
-        cells.make_problem(config() | {"problem": "nothing"})
 
 
 # Dialogues: merged models, and the basis stage

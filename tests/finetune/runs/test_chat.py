@@ -185,11 +185,6 @@ def test_frozen_weights_are_stored_in_bf16_and_trained_ones_in_float32(method, r
     assert {t.dtype for t in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.bfloat16}
 
 
-def test_bf16_storage_needs_bf16_arithmetic(chat_config):
-    with pytest.raises(ValueError, match="frozen_dtype='bf16' with precision='fp32'; allowed: fp32, or bf16"):
-        ChatProblem(chat_config("scale.frozen_dtype=bf16"))
-
-
 def test_cast_frozen_leaves_trained_parameters(chat_config):
     model = ChatProblem(chat_config()).load_model("oasst1", 0)
     for name, parameter in model.named_parameters():

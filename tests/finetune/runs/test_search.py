@@ -242,27 +242,3 @@ def test_optunas_verbosity_is_left_as_it_was(space, storage):
     with pytest.raises(KeyboardInterrupt):
         run_search(Objective(dies_at=1), space(trials=2), storage, "a")
     assert optuna.logging.get_verbosity() == before
-
-
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        (
-            {"learning_rate": (1e-1, 1e-5)},
-            r"search.learning_rate=\[0.1, 1e-05\]; allowed: \[low, high\], 0 < low < high",
-        ),
-        ({"learning_rate": (0.0, 1e-1)}, r"search.learning_rate=\[0.0, 0.1\]"),
-        ({"trials": 0}, r"search.trials=0, batch_sizes=\[8, 16\]: both are needed\."),
-        ({"batch_sizes": ()}, r"search.trials=6, batch_sizes=\[\]: both are needed\."),
-        (
-            {"points": ({"learning_rate": 1.0, "batch_size": 8},)},
-            r"search point .* is outside \[1e-05, 0.1\] x \[8, 16\]",
-        ),
-        ({"points": ({"learning_rate": 1e-3, "batch_size": 9},)}, r"search point .*9.* is outside"),
-        ({"points": ({"learning_rate": 1e-3},)}, r"search point .* needs .*batch_size"),
-        ({"learning_rate": (1e-3,)}, r"search.learning_rate=\[0.001\]; allowed: \[low, high\]"),
-    ],
-)
-def test_space_out_of_range(changes, text, space):
-    with pytest.raises(ValueError, match=text):
-        space(**changes)

@@ -42,12 +42,6 @@ def test_how_many_and_on_what(wanted, cores, cuda, expected, monkeypatch):
     assert (found.count, found.threads, found.devices) == expected
 
 
-@pytest.mark.parametrize("wanted", [0, -1, 1.5, True, "many", None])
-def test_a_number_of_workers_that_is_none(wanted):
-    with pytest.raises(ValueError, match=r"workers=.*; allowed: auto, or a whole number, at least 1\."):
-        Workers.of({"workers": wanted, "device": "cpu", "threads": None})
-
-
 def test_several_processes_of_one_run_have_one_worker_each(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")

@@ -169,19 +169,6 @@ def test_loss_that_is_not_finite(classifier, gather):
         gather(model)
 
 
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"steps": 0}, r"preliminary steps=0, batch_size=8; both must be at least 1\."),
-        ({"batch_size": 0}, r"preliminary steps=3, batch_size=0"),
-        ({"backend": "scipy"}, r"hosvd='scipy'; allowed: moments, tensorly\."),
-    ],
-)
-def test_options_out_of_range(changes, text):
-    with pytest.raises(ValueError, match=text):
-        PreliminaryOptions(**{"steps": 3, "batch_size": 8} | changes)
-
-
 @pytest.mark.parametrize("backend", ["moments", "tensorly"])
 def test_collection_outlives_a_file(backend, classifier, gather, tmp_path):
     collected = gather(classifier(), backend=backend)

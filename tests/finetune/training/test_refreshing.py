@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from finetune.methods import build_method, with_own_choices
-from finetune.training.refreshing import GradientCollector, RefreshOptions, refresh_options
+from finetune.training.refreshing import GradientCollector, RefreshOptions
 from sparsegrad import Basis, GradientMoments, hosvd, sparsegrad_layers, sparsify
 
 TARGETS = {"up": r"(?P<layer>\d)\.up", "down": r"(?P<layer>\d)\.down"}
@@ -76,25 +76,6 @@ def test_moments_are_those_of_a_plain_linear_however_a_batch_is_cut(whole_batche
 def test_refreshes_fall_between_the_steps_that_are_asked_for():
     options = RefreshOptions(steps=3, batches=1)
     assert [step for step in range(10) if options.due(step)] == [3, 6, 9]
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"steps": 0, "batches": 1}, "refresh.steps=0"),
-        ({"steps": 5, "batches": True}, "refresh.batches=True"),
-        ({"steps": 5, "batches": 1, "state": "keep"}, "refresh.state='keep'; allowed: reset, carry"),
-    ],
-)
-def test_values_out_of_range_are_refused(given, message):
-    with pytest.raises(ValueError, match=message):
-        refresh_options({"name": "truncated_refreshed", "form": "truncated", "refresh": given})
-
-
-def test_a_method_that_is_not_truncated_is_refused():
-    assert refresh_options({"name": "lora"}) is None
-    with pytest.raises(ValueError, match="form=truncated; this method has 'folded'"):
-        refresh_options({"name": "sparsegrad", "form": "folded", "refresh": {"steps": 5, "batches": 1}})
 
 
 # In the loop
