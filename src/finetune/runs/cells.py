@@ -150,7 +150,8 @@ def _run_missing(
             log.info("%s is finished, reused", path)
             if is_first_process():
                 forget(problem, run)
-    done = run_all(list(jobs.values()), workers, label="runs", bar=problem.config["progress"])
+    names = [path.stem for path in jobs]
+    done = run_all(list(jobs.values()), workers, label="runs", bar=problem.config["progress"], names=names)
     return found | dict(zip(jobs, done, strict=True))
 
 
@@ -198,7 +199,8 @@ def _search_missing(cell: Cell) -> list[Path]:
             paths.append(path)
     if jobs and processes()[1] > 1:  # each process would ask for points of its own
         raise ValueError("a search is one process: run experiments/search.py by python first, then this again.")
-    run_all(jobs, workers, label="searches", bar=problem.config["progress"])
+    names = [f"search of {path.stem}" for path in paths]
+    run_all(jobs, workers, label="searches", bar=problem.config["progress"], names=names)
     return paths
 
 

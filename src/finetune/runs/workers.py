@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -61,41 +64,103 @@ class Workers:
         return cls(wanted, config["threads"] or shared, devices)
 
 
-def run_all(jobs: Sequence[Callable[[], Any]], workers: Workers, *, label: str = "", bar: bool = False) -> list[Any]:
+def run_all(
+    jobs: Sequence[Callable[[], Any]],
+    workers: Workers,
+    *,
+    label: str = "",
+    bar: bool = False,
+    names: Sequence[str] | None = None,
+) -> list[Any]:
     """Call every job; returns what they return, in their order.
 
     Args:
         jobs: each does not depend on the others; for several workers they, and what they return, can be pickled.
         workers: how many at a time.
         label, bar: of the progress bar, and whether there is one.
+        names: of the jobs, for errors.
 
     Raises:
-        ValueError: if a worker's process died.
+        ValueError: if a worker's process died; its job alone is lost, all others are done first.
         Exception: the first that a job raises; jobs that did not begin are dropped.
     """
     if workers.threads is not None:
         torch.set_num_threads(workers.threads)
-    progress = tqdm(total=len(jobs), desc=label, disable=not bar or not jobs)
-    with progress:
-        if workers.count == 1 or len(jobs) < 2:
-            results = []
-            for job in jobs:
-                results.append(job())
-                progress.update()
-            return results
-        with _executor(min(workers.count, len(jobs)), workers) as executor:
-            futures = [executor.submit(job) for job in jobs]
+    with tqdm(total=len(jobs), desc=label, disable=not bar or not jobs) as progress:
+        if workers.count > 1 and len(jobs) > 1:
+            return _run_side_by_side(jobs, workers, progress, names or [f"job {n + 1}" for n in range(len(jobs))])
+        results = []
+        for job in jobs:
+            results.append(job())
+            progress.update()
+        return results
+
+
+def _run_side_by_side(
+    jobs: Sequence[Callable[[], Any]], workers: Workers, progress: tqdm, names: Sequence[str]
+) -> list[Any]:
+    count, died = min(workers.count, len(jobs)), []
+    devices = workers.devices or (None,)
+    slots: SimpleQueue[_Slot] = SimpleQueue()
+    for number in range(count):
+        slots.put(_Slot(workers.threads, devices[number % len(devices)]))
+    try:
+        with ThreadPoolExecutor(count) as threads:
+            futures = {threads.submit(_call, slots, job): name for job, name in zip(jobs, names, strict=True)}
             try:
                 for future in as_completed(futures):
-                    future.result()
+                    if isinstance(future.exception(), BrokenProcessPool):
+                        died.append(futures[future])
+                    else:
+                        future.result()
                     progress.update()
-            except BrokenProcessPool:
-                raise ValueError(
-                    "a worker's process died (killed, or out of memory); what is finished is kept: run again."
-                ) from None
-            finally:
-                executor.shutdown(cancel_futures=True)
-            return [future.result() for future in futures]
+            except BaseException as error:
+                threads.shutdown(wait=False, cancel_futures=True)
+                while not isinstance(error, Exception) and not all(future.done() for future in futures):  # Ctrl-C
+                    for process in multiprocessing.active_children():
+                        process.kill()
+                    time.sleep(0.05)  # one may be starting yet
+                raise
+    finally:
+        for _ in range(count):
+            slots.get().close()
+    if died:
+        raise ValueError(
+            f"{', '.join(sorted(died))}: the worker's process died (killed, or out of memory: lower workers). "
+            "The others are finished and kept: run again."
+        )
+    return [future.result() for future in futures]
+
+
+def _call(slots: SimpleQueue[_Slot], job: Callable[[], Any]) -> Any:
+    slot = slots.get()
+    try:
+        return slot.call(job)
+    finally:
+        slots.put(slot)
+
+
+class _Slot:
+    """Place of one worker's process. A pool of several would end them all when one dies."""
+
+    def __init__(self, threads: int | None, device: str | None) -> None:
+        self._given = threads, device
+        self._executor: ProcessPoolExecutor | None = None
+
+    def call(self, job: Callable[[], Any]) -> Any:
+        """Call a job in the process; BrokenProcessPool if it dies, and the next job gets another process."""
+        if self._executor is None:
+            self._executor = ProcessPoolExecutor(1, mp_context=_context(), initializer=_start, initargs=self._given)
+        try:
+            return self._executor.submit(job).result()
+        except BrokenProcessPool:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._executor is not None:
+            self._executor.shutdown()
+        self._executor = None
 
 
 def warm_up(workers: Workers) -> None:
@@ -113,21 +178,14 @@ def _context() -> Any:
     return context
 
 
-def _executor(count: int, workers: Workers) -> ProcessPoolExecutor:
-    context = _context()
-    started = (workers.threads, workers.devices, context.Value("i", 0))
-    return ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=started)
-
-
-def _start(threads: int | None, devices: Sequence[str], number: Any) -> None:
+def _start(threads: int | None, device: str | None) -> None:
     """In a worker, before its first job: its threads and its CUDA device, and that it ends when its parent does."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is the parent's to tell
     if threads is not None:
         torch.set_num_threads(threads)
-    if devices:
-        with number.get_lock():
-            os.environ["CUDA_VISIBLE_DEVICES"] = devices[int(number.value) % len(devices)]
-            number.value += 1
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
 
 
 def _end_with_parent() -> None:

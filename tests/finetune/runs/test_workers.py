@@ -1,10 +1,12 @@
 """Workers: the same numbers however many there are, one clear error, and nothing lost when a process is killed."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -51,14 +53,12 @@ def test_several_processes_of_one_run_have_one_worker_each(monkeypatch):
 
 
 def test_workers_share_out_the_devices_in_turn(monkeypatch):
-    monkeypatch.setattr(workers, "_end_with_parent", lambda: None)
-    given, number = [], workers._context().Value("i", 0)
-    for _ in range(3):
-        with monkeypatch.context() as patch:
-            patch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-            workers._start(None, ("4", "7"), number)
-            given.append(os.environ["CUDA_VISIBLE_DEVICES"])
-    assert given == ["4", "7", "4"]
+    made, slot = [], workers._Slot
+    monkeypatch.setattr(workers, "_Slot", lambda threads, device: made.append(device) or slot(threads, device))
+    seen = run_all([partial(os.getenv, "CUDA_VISIBLE_DEVICES")] * 2, Workers(2, threads=1, devices=("4", "7")))
+    assert made == ["4", "7"] and set(seen) <= {*made}
+    run_all([os.getpid] * 3, Workers(3, threads=1, devices=("4", "7")))
+    assert made[2:] == ["4", "7", "4"]
 
 
 @pytest.mark.parametrize("how", [Workers(), TWO])
@@ -79,9 +79,30 @@ def test_an_error_of_a_job_is_raised_as_it_is(how):
         run_all([partial(int, "1"), partial(int, "x"), partial(int, "2")], how)
 
 
-def test_a_worker_that_is_killed_is_one_clear_error():
-    with pytest.raises(ValueError, match=r"a worker's process died .*; what is finished is kept: run again\."):
-        run_all([partial(signal.raise_signal, signal.SIGKILL), os.getpid], TWO)
+def noted(folder, name, dies=False):
+    if dies:
+        signal.raise_signal(signal.SIGKILL)
+    (folder / name).write_text(name)
+    return name
+
+
+@pytest.mark.parametrize("dying", [{"b"}, {"a", "d"}])
+def test_a_worker_that_is_killed_loses_its_job_alone(dying, tmp_path):
+    names = ["a", "b", "c", "d", "e"]
+    jobs = [partial(noted, tmp_path, name, name in dying) for name in names]
+    text = f"^{', '.join(sorted(dying))}: the worker's process died .*The others are finished and kept: run again\\."
+    with pytest.raises(ValueError, match=text):
+        run_all(jobs, TWO, names=names)
+    assert {path.name for path in tmp_path.iterdir()} == {*names} - dying
+    assert not multiprocessing.active_children()
+
+
+def test_an_interruption_ends_the_workers_at_once():
+    """Ctrl-C that reaches the parent alone; from a terminal it reaches the workers too, which end without a word."""
+    threading.Timer(1.0, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_all([partial(time.sleep, 3600)] * 4, TWO)
+    assert not multiprocessing.active_children()
 
 
 # Cells
@@ -161,7 +182,7 @@ def test_what_was_written_before_a_kill_is_found_again(who, cell_of, tmp_path, t
     os.kill(process.pid if who == "parent" else below[-1], signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     if who == "worker":
-        assert process.returncode == 1 and "a worker's process died" in errors
+        assert process.returncode == 1 and "the worker's process died" in errors
     while any(map(alive, below)) and time.monotonic() < until:
         time.sleep(0.02)
     assert below and not any(map(alive, below))
