@@ -60,7 +60,7 @@ def of_files(world: World, stage: Stage, draw: random.Random) -> Iterator[dict[s
         for files in one_of_each(world.folder, places).values():
             for fault in damage.KINDS:
                 path = draw.choice(files)
-                if fault == "flipped" and path.suffix == ".yaml":  # a choice of the user, for all that one can tell
+                if fault == "flipped" and path.suffix in (".yaml", ".txt"):  # may be meant, for all that one can tell
                     continue
                 others = [one for one in files if one != path]
                 others = others or [one for one in path.parent.iterdir() if one.suffix == path.suffix and one != path]
