@@ -73,3 +73,12 @@ def test_a_script_gets_its_paths_with_the_home_folder(monkeypatch, tmp_path):
     found = [config["output"], config["checkpoints"], config["basis"], config["wandb"]["folder"]]
     found += [config["model"]["checkpoint"], config["cell"]]
     assert found == [f"/home/me/{name}" for name in names]
+
+
+def test_options_that_name_each_other_are_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # set by the script
+    given = ["name=x", "output=${experiment}", "experiment=${output}", f"hydra.run.dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["script", "-cp", str(CONF), *given])
+    monkeypatch.setattr("hydra.core.utils.configure_log", lambda *_: None)
+    with pytest.raises(SystemExit, match="error: .*recursion"):
+        script("report")(lambda config: None)()
