@@ -87,7 +87,7 @@ def _hydra_in_one_line() -> Iterator[None]:
 
     try:
         yield
-    except (HydraException, OmegaConfBaseException, RecursionError) as error:  # the last: options that name each other
+    except (HydraException, OmegaConfBaseException, RecursionError) as error:  # the last: files that include each other
         text = " ".join(re.split(r"\s+(?:full_key:|Config search path:|To append to)", str(error))[0].split())
         where = error if isinstance(error, OmegaConfBaseException) else error.__cause__
         there, key = getattr(where, "parent_node", None), str(getattr(where, "key", None))

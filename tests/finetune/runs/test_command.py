@@ -75,10 +75,9 @@ def test_a_script_gets_its_paths_with_the_home_folder(monkeypatch, tmp_path):
     assert found == [f"/home/me/{name}" for name in names]
 
 
-def test_options_that_name_each_other_are_one_line(monkeypatch, tmp_path):
+def test_a_file_that_includes_itself_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # set by the script
-    given = ["name=x", "output=${experiment}", "experiment=${output}", f"hydra.run.dir={tmp_path}"]
-    monkeypatch.setattr(sys, "argv", ["script", "-cp", str(CONF), *given])
-    monkeypatch.setattr("hydra.core.utils.configure_log", lambda *_: None)
+    (tmp_path / "report.yaml").write_text("defaults: [_self_, report]\nname: x\n")
+    monkeypatch.setattr(sys, "argv", ["script", "-cp", str(tmp_path), f"hydra.run.dir={tmp_path}"])
     with pytest.raises(SystemExit, match="error: .*recursion"):
         script("report")(lambda config: None)()
