@@ -228,8 +228,11 @@ class Questions(Group):
 
 
 def _variable(text: str) -> str:
-    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", text):
-        raise refused("allowed: the name of an environment variable, which holds the key; never the key itself")
+    if not re.fullmatch("[A-Z]+(_[A-Z0-9]+)*", text) or len(text) > 80:  # what keys look like is no such name
+        raise refused(
+            "allowed: the name of an environment variable in capital letters, such as OPENAI_API_KEY, which holds the "
+            "key; never the key itself"
+        )
     return text
 
 
@@ -242,12 +245,11 @@ def _address(url: str) -> str:
     return url
 
 
-class Judge(Group):
-    """A file of ``conf/judge``."""
+class JudgeEndpoint(Group):
+    """How a judge is asked, and its words are read."""
 
-    name: Name
     model: Text
-    base_url: Annotated[str, AfterValidator(_address)] | None
+    base_url: Annotated[str, AfterValidator(_address)]
     api_key_env: Annotated[str, AfterValidator(_variable)] | None
     temperature: NotNegative | None
     max_tokens: Count | None
@@ -257,9 +259,16 @@ class Judge(Group):
     parallel: Count
     repeats: Count
     measures_quality: bool
+    parsing: Literal["last", "fastchat"]
+
+
+class Judge(JudgeEndpoint):
+    """A file of ``conf/judge``."""
+
+    name: Name
+    base_url: Annotated[str, AfterValidator(_address)] | None
     serve: bool
     allowed_failures: Whole
-    parsing: Literal["fastchat", "last"]
 
     @model_validator(mode="after")
     def _is_reached(self) -> Self:

@@ -8,18 +8,17 @@ endpoint sends back reaches nobody but through :meth:`JudgeClient._shown`, which
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from finetune.mt_bench.rating import LAST, PARSINGS
+from finetune.config.check import check
+from finetune.config.groups import JudgeEndpoint
+from finetune.mt_bench.rating import LAST
 
-TOKEN_PARAMETERS = ("max_tokens", "max_completion_tokens")
 SECRET_LENGTH = 8  # a shorter "key" is a word such as EMPTY; taking it out of texts would damage them
 QUOTED = 200  # characters of a server's message that are kept
 MOST_CHARACTERS = 100_000  # of a judgment
@@ -58,7 +57,7 @@ class JudgeOptions:
         progress: whether a bar over the judgments is shown.
 
     Raises:
-        ValueError: on a value out of range.
+        ValueError: on a value that :class:`finetune.config.groups.JudgeEndpoint` refuses.
     """
 
     model: str
@@ -76,20 +75,7 @@ class JudgeOptions:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, str) or not self.model:
-            raise ValueError(f"judge.model={self.model!r}; it must be the judge's name at the endpoint.")
-        _check_url(self.base_url)
-        whole = {"max_retries": 0, "parallel": 1, "repeats": 1, "max_tokens": 1}
-        for name, least in (whole | {"timeout": 1e-3, "temperature": 0}).items():
-            value, kinds = getattr(self, name), int if name in whole else (int, float)
-            if value is None and name in ("temperature", "max_tokens"):
-                continue
-            if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value < math.inf:
-                kind = "whole number" if name in whole else "number"
-                raise ValueError(f"judge.{name}={value!r}; it must be a {kind} of at least {least}.")
-        for name, words in {"token_parameter": TOKEN_PARAMETERS, "parsing": PARSINGS}.items():
-            if getattr(self, name) not in words:
-                raise ValueError(f"judge.{name}={getattr(self, name)!r}; allowed: {', '.join(words)}.")
+        check(JudgeEndpoint, {name: getattr(self, name) for name in JudgeEndpoint.model_fields}, "judge")
 
     def sampling(self) -> dict[str, Any]:
         """What of the options goes into a request beside model and messages."""
@@ -263,11 +249,6 @@ def read_key(variable: str | None) -> str:
     """The key in an environment variable; a placeholder for None. No error shows anything of the value."""
     if variable is None:
         return "none"  # the client wants some key; a local server looks at none
-    if not re.fullmatch(r"[A-Z]+(_[A-Z0-9]+)*", str(variable)) or len(variable) > QUOTED:
-        raise ValueError(  # what stands there instead may be the key itself
-            "judge.api_key_env is not the name of an environment variable: give a name of capital letters, such as "
-            "OPENAI_API_KEY, and put the key into that variable."
-        )
     key = os.environ.get(variable, "").strip()
     if not key:
         raise ValueError(f"environment variable {variable} is not set: put the judge's API key into it.")
@@ -293,12 +274,3 @@ def _attempts(error: Any) -> int:
         return 1 + int(error.request.headers.get("x-stainless-retry-count", 0))
     except ValueError:
         return 1
-
-
-def _check_url(url: Any) -> None:
-    if not re.fullmatch(r"https?://[^\s/?#@:][^\s/?#@]*(/[^\s?#@]*)?", str(url)):
-        shown = "one with '@', '?' or '#'" if re.search("[@?#]", str(url)) else repr(url)  # it may hold a password
-        raise ValueError(
-            f"judge.base_url is {shown}; it must be an address such as http://127.0.0.1:8000/v1, without user, "
-            "password, query or fragment: a key goes into the environment variable that judge.api_key_env names."
-        )

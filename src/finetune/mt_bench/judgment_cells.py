@@ -61,15 +61,10 @@ def judge_cells(
 @contextmanager
 def _judge(group: Mapping[str, Any]) -> Iterator[JudgeOptions]:
     """Options of the judge, which is there while the block runs if the group says ``serve``."""
-    allowed = {*JudgeOptions.__dataclass_fields__, *SETTINGS}
-    if unknown := set(group) - allowed:
-        raise ValueError(f"judge holds {sorted(unknown)}; allowed: {', '.join(sorted(allowed))}.")
     fields = {name: value for name, value in group.items() if name not in SETTINGS}
     if not group["serve"]:
         yield JudgeOptions(**fields)
         return
-    if fields["measures_quality"]:
-        raise ValueError("the local judge's ratings are no measure of quality: set judge.measures_quality=false.")
     with LocalJudge() as server:
         yield JudgeOptions(**fields | {"base_url": server.base_url, "api_key_env": None})
 

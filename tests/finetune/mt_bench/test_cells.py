@@ -156,17 +156,13 @@ def test_no_answers_of_one_seed_or_method_leave_the_others_judged(judge, tmp_pat
     assert records.read_json(folder / "full/tiny-full-seed1.json")["run"]["method"] == "full"
 
 
-def test_a_missing_key_and_wrong_settings_are_named(judge, monkeypatch):
+def test_a_missing_key_is_named_and_changes_nothing(judge, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     folder = judge()
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="environment variable OPENAI_API_KEY is not set"):
         judge("openai")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    with pytest.raises(ValueError, match="judge.measures_quality=false"):
-        judge(measures_quality=True)
-    with pytest.raises(ValueError, match="judge holds .*tokens.*; allowed: .*allowed_failures.*max_tokens"):
-        judge(tokens=3)
 
 
 def test_every_group_of_judges_composes(compose):
