@@ -29,7 +29,7 @@ ROOMS = (
     ("training",),
     ("runs", "efficiency"),
     ("mt_bench", "energy", "plan", "trust"),
-    ("report.model", "report.labels"),
+    ("report.model", "report.labels", "report.markdown"),
     ("report.paper",),
     ("report.evidence",),
     ("report.tables", "report.statistics", "report.figures"),

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 from finetune.report.evidence.evidence import collect_evidence
 from finetune.report.evidence.experiment import Experiment
@@ -96,6 +97,22 @@ def rows_of(text, head):
     start = next(place for place, line in enumerate(lines) if line.startswith("|"))
     end = next(place for place, line in enumerate([*lines[start:], ""], start) if not line.startswith("|"))
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[start:end]]
+
+
+def test_hostile_labels_and_titles_stay_text(content):
+    label = "a|b [y](http://z) <img src=x> `k` **c**\n\n# H"
+    named = {part: dict.fromkeys(content[part], label) for part in ("methods", "tasks")}
+    found = (
+        MarkdownIt("commonmark")
+        .enable("table")
+        .parse(
+            to_markdown(content | named | {"runs": [one | {"title": label, "model": label} for one in content["runs"]]})
+        )
+    )
+    before = MarkdownIt("commonmark").enable("table").parse(to_markdown(content))
+    assert [token.type for token in found] == [token.type for token in before]
+    children = [child.type for token in found for child in token.children or ()]
+    assert set(children) <= {"text", "text_special", "softbreak"}
 
 
 def test_page_holds_the_record(content):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from finetune.report.figures.energy_evidence import TRAJECTORIES
 from finetune.report.labels import Labels
+from finetune.report.markdown import interval, p_value
 from finetune.report.model import Table, format_value
 from finetune.report.page.inputs import PageInputs
 from finetune.report.page.scores import NATS, POINTS, Unit, ends, family_title, pair_name, said
@@ -18,7 +19,6 @@ from finetune.report.page.tables import heading_of, shown
 from finetune.report.paper.layouts import PAPER_MODELS
 from finetune.report.paper.printed_averages import CONTRADICTED, CUT_OFF
 from finetune.report.statistics.families import METHODS
-from finetune.report.statistics.markdown import interval, p_value
 from finetune.stats.verdicts import LEVEL, NOT_SEPARATED
 
 FOCUS = "sparsegrad"

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from finetune.report.labels import Labels
+from finetune.report.markdown import interval as spaced
+from finetune.report.markdown import p_value
 from finetune.report.page.blocks import Block, Grid, Heading, Paragraph
 from finetune.report.statistics.families import METHODS
-from finetune.report.statistics.markdown import interval as spaced
-from finetune.report.statistics.markdown import p_value
 from finetune.stats import verdicts
 
 

@@ -4,21 +4,19 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-import jinja2
+from markupsafe import Markup
 
 from finetune.published import TASKS
+from finetune.report import markdown
 from finetune.report.paper import printed_averages, released_check
 from finetune.report.paper.k_notes import explain
 from finetune.report.paper.layouts import PAPER_MODELS
-from finetune.report.statistics import markdown
 from finetune.stats import verdicts
 
 
 def to_markdown(content: Mapping[str, Any]) -> str:
     """Render the record, as `build_statistics` gives it or as read back from `statistics.json`, as a Markdown page."""
-    environment = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
-    )
+    environment = markdown.environment()
     labels = content["methods"]
 
     def said(verdict: str, first: str, second: str) -> str:
@@ -26,8 +24,6 @@ def to_markdown(content: Mapping[str, Any]) -> str:
         return f"{labels.get(better[verdict], better[verdict])} is better" if verdict in better else verdict
 
     environment.filters |= {
-        "row": markdown.row,
-        "head": markdown.head,
         "interval": markdown.interval,
         "p": markdown.p_value,
         "fixed": lambda value, form: format(value + 0.0, form),
@@ -43,6 +39,7 @@ def to_markdown(content: Mapping[str, Any]) -> str:
         "check": released_check,
         "FOLLOWS": printed_averages.FOLLOWS,
         "paper_tasks": [*TASKS],
+        "line_break": Markup("\n"),
     }
     template = files("finetune.report.statistics").joinpath("statistics.md.j2").read_text()
     return environment.from_string(template).render(content)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 
+from finetune.report import markdown
 from finetune.report.model import Cell, Table, format_value, write_table
 from finetune.stats.verdicts import MARKS, NOT_RUN, VERDICTS
 from finetune.store.files import write_atomically
@@ -82,7 +83,7 @@ def to_text(suffix: str, table: Table) -> str:
     rows = [(row, [found.get((row, column)) for column in table.columns]) for row in table.rows]
     heading = f"{table.title} (experiment {table.experiment}{f', protocol {table.protocol}' if table.protocol else ''})"
     notes = [*summary_notes(table), *(f"Warning: {n.text}" if n.kind == "warning" else n.text for n in table.notes)]
-    template = _environment().get_template(f"table.{suffix}.j2")
+    template = _environment(suffix).get_template(f"table.{suffix}.j2")
     return template.render(table=table, heading=heading, rows=rows, notes=notes)
 
 
@@ -103,20 +104,15 @@ def summary_notes(table: Table) -> list[str]:
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader(__name__.rpartition(".")[0]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "markdown": lambda text: text.replace("|", "\\|"),
-        "latex": _escape,
-        "cell": _markdown_cell,
-        "lines": _latex_lines,
-    }
-    return environment
+def _environment(suffix: str) -> Environment:
+    loader = PackageLoader(__name__.rpartition(".")[0])
+    if suffix == "md":
+        found = markdown.environment(loader)
+        found.filters["cell"] = _markdown_cell
+        return found
+    found = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    found.filters |= {"latex": _escape, "lines": _latex_lines}
+    return found
 
 
 def _source(cell: Cell) -> str:
@@ -169,6 +165,6 @@ def _plain(value: object) -> object:
 
 
 def _escape(text: str) -> str:
-    """Escape a text for LaTeX; a leading bracket would be read as the argument of the line break before it."""
-    escaped = "".join(_LATEX.get(mark, mark) for mark in text)
-    return f"{{{escaped}}}" if escaped.startswith("[") else escaped
+    """Escape a text for LaTeX, on one line; a leading bracket or star would be read as the line break's before it."""
+    escaped = "".join(_LATEX.get(mark, mark) for mark in " ".join(text.split()))
+    return f"{{{escaped}}}" if escaped.startswith(("[", "*")) else escaped
