@@ -85,6 +85,8 @@ class Reply:
     headers: tuple = ()
     seconds: float = 0.0  # to wait before it
     close: bool = False  # cut the connection instead of answering
+    unsent: int = 0  # bytes of the body that are announced and not sent
+    drip: float = 0.0  # seconds after each tenth of the body
 
 
 def says(text, finish_reason="stop", **reply):
@@ -92,6 +94,11 @@ def says(text, finish_reason="stop", **reply):
     return Reply(
         body={"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}, **reply
     )
+
+
+def message(**fields):
+    """A completion whose message has other fields than a text as content."""
+    return Reply(body={"choices": [{"index": 0, "message": {"role": "assistant", **fields}, "finish_reason": "stop"}]})
 
 
 def fails(status, message, code=None, **reply):
@@ -143,10 +150,15 @@ class Endpoint:
                 ):
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(body)
+                step = len(body) // 10 + 1 if reply.drip else len(body) + 1
+                for start in range(0, len(body) - reply.unsent, step):
+                    self.wfile.write(body[start : min(start + step, len(body) - reply.unsent)])
+                    time.sleep(reply.drip)
+                self.close_connection = bool(reply.unsent)
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # clients that hang up are what some tests are about
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self._thread.start()
         self.base_url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"

@@ -247,7 +247,9 @@ def fault_of(item: Mapping[str, Any], model_id: str) -> str | None:
     ):
         return "it has not two turns with their tokens"
     seconds = item.get("seconds")
-    return None if type(seconds) in (int, float) and 0 <= seconds < math.inf else f"it took seconds={seconds!r:.40}"
+    if isinstance(seconds, int | float) and 0 <= seconds < math.inf:
+        return None
+    return f"it took seconds={seconds!r:.40}"
 
 
 def _check_window(model: nn.Module, options: AnswerOptions) -> None:

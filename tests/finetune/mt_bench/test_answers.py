@@ -338,6 +338,58 @@ def test_answers_of_another_configuration_are_kept_apart_and_come_back(answer, t
     assert answer(digest="abc")[0] == first
 
 
+def spoil(path, change):
+    """Change the first line of an answer file; without a checksum that fits."""
+    first, *others = path.read_text().splitlines()
+    path.write_text("".join(f"{line}\n" for line in [json.dumps(json.loads(first) | change), *others]))
+
+
+@pytest.mark.parametrize("turns_now", [["another", "text"], ["", ""], None])
+def test_an_answer_that_was_changed_is_done_again(turns_now, answer, tmp_path, caplog):
+    first, _ = answer()
+    spoil(tmp_path / "answers.jsonl", {"choices": [{"index": 0, "turns": turns_now}]})
+    assert turns(answer()[0]) == turns(first)
+    assert "1 lines are not believed, done again: it was changed after it was written" in caplog.text
+    caplog.clear()
+    answer()
+    assert caplog.text == ""
+
+
+ANSWER = {"question_id": 1, "config_hash": "abc", "model_id": "tiny", "choices": [{"turns": ["a", ""]}], "seconds": 1}
+ANSWER |= {"prompt_tokens": [1, 2], "new_tokens": [1, 0], "cut": [False, True], "refused": [False, True]}
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({}, None),
+        ({"model_id": "other"}, "an answer of 'other'"),
+        ({"question_id": "1"}, "known by"),
+        ({"config_hash": None}, "known by"),
+        *(
+            ({"choices": value}, "not two turns")
+            for value in (None, [], [{"turns": ["a"]}], [{"turns": ["a", 1]}], "ab")
+        ),
+        *(({"new_tokens": value}, "not two turns") for value in (None, [1], [1, "1"], [True, 1], 2)),
+        ({"cut": [0, 1]}, "not two turns"),
+        *(({"seconds": value}, "seconds=") for value in (None, "1", float("nan"), float("inf"), -1)),
+    ],
+)
+def test_a_line_that_is_no_answer(change, fault):
+    found = answers.fault_of(ANSWER | change, "tiny")
+    assert found is None if fault is None else fault in found
+
+
+def test_a_line_without_a_checksum_is_done_again(answer, tmp_path):
+    first, _ = answer()
+    line = json.loads((tmp_path / "answers.jsonl").read_text().splitlines()[0])
+    del line["line_sha256"]
+    line["choices"][0]["turns"][0] = "another text"
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps(line) + "\n" + path.read_text().partition("\n")[2])
+    assert turns(answer()[0]) == turns(first)
+
+
 # ---- the cell ----
 
 
@@ -380,6 +432,24 @@ def test_a_cell_leaves_answers_and_records_of_every_seed(cell, monkeypatch):
     cell(batch_size=2)
     with pytest.raises(ValueError, match="2 of 2 failed; tiny_llama-lora-seed1: nothing may be loaded"):
         cell(max_new_tokens=17)
+
+
+def test_a_finished_cell_that_was_changed_is_done_again(cell):
+    """Whole content, inner name, status and form of the record; a byte of the answers."""
+    folder = cell([1])
+    path = folder / "tiny_llama-lora-seed1.json"
+    lines, record = path.with_suffix(".jsonl"), read_json(path)
+    told = {name: record[name] for name in ("run", "answers", "counts", "status")}
+    texts = turns(read(lines))
+    changes = [{"status": "failed"}, {"run": record["run"] | {"seed": 2}}, {"answers": "none"}, {"run": None}]
+    for change in changes:
+        path.write_text(json.dumps(record | change))
+        cell([1])
+        assert {name: read_json(path)[name] for name in told} == told | {"answers": read_json(path)["answers"]}
+    path.write_text('{"torn')
+    lines.write_bytes(lines.read_bytes().replace(b'"turns": ["', b'"turns": ["X', 1))
+    cell([1])
+    assert turns(read(lines)) == texts and read_json(path)["status"] == "finished"
 
 
 @pytest.mark.parametrize("change", ["options", "questions", "weights", "tokenizer"])

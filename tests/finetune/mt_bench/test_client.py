@@ -1,14 +1,18 @@
 """The judge's client: what it sends, what each fault means, and that its key is seen nowhere."""
 
 import dataclasses
+import gzip
 import logging
 import socket
 import traceback
 
 import judge_endpoint as bench
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from finetune.mt_bench.client import ItemFailed, JudgeClient, JudgeOptions, JudgeUnusable
+from finetune.mt_bench import transport
+from finetune.mt_bench.client import ItemFailed, JudgeClient, JudgeOptions, JudgeUnusable, without_key
 
 KEY = "sk-test-0123456789abcdefghij"
 MESSAGES = [{"role": "system", "content": "be fair"}, {"role": "user", "content": "rate [[?]] answer 1 first"}]
@@ -74,6 +78,15 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(server, monkeypa
         bench.fails(500, f"Bearer {KEY}"),
         bench.Reply(502, f"<html>{KEY}</html>".encode()),
         bench.Reply(body=f"broken {KEY}".encode()),
+        bench.fails(400, f"Incorrect key: {KEY[:12]}...{KEY[-9:]}"),
+        bench.fails(418, KEY.upper()),
+        bench.fails(400, {"key": [KEY]}),
+        bench.Reply(307, b"", (("Location", f"http://127.0.0.1:9/{KEY}"),)),
+        bench.says(None, finish_reason=f"stop {KEY}"),
+        bench.says("[[3]]", finish_reason=f"key {KEY}"),
+        bench.says(None, finish_reason={"key": KEY}),
+        bench.message(content=None, refusal=f"not with {KEY}"),
+        bench.message(content=[{"type": "text", "text": f"Your key is {KEY}. [[3]]"}]),
     ],
 )
 def test_the_key_is_in_no_text_whatever_the_endpoint_sends_back(server, monkeypatch, caplog, reply):
@@ -85,9 +98,10 @@ def test_the_key_is_in_no_text_whatever_the_endpoint_sends_back(server, monkeypa
             seen = client.complete(MESSAGES)
         except (ItemFailed, JudgeUnusable) as error:
             seen = "".join(traceback.format_exception(error)) + repr(error) + str(vars(error))
+        seen += str(getattr(client._last, "finish_reason", None))
         seen += repr(client) + str(vars(client)) + repr(client.options) + str(dataclasses.asdict(client.options))
     assert server.authorization == [f"Bearer {KEY}"]
-    assert KEY not in seen and KEY[:12] not in seen
+    assert KEY not in seen and KEY[:12] not in seen and KEY[-9:] not in seen and KEY.upper() not in seen
     assert KEY not in "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("finetune"))
 
 
@@ -105,10 +119,25 @@ def test_the_key_is_in_no_text_whatever_the_endpoint_sends_back(server, monkeypa
             for body in (b'{"choices": [{"mess', b"\xff\xfe", b"", [1], {"choices": []}, {"choices": None})
         ),
         *((bench.Reply(body={"choices": [choice]}), "no chat", 1) for choice in ("text", {"message": None})),
-        *((bench.says(text), "empty .finish_reason 'stop'", 1) for text in (None, " \n", [1])),
+        *((bench.says(text), "empty .finish_reason 'stop'", 1) for text in (None, " \n", [], [1])),
+        (bench.says(None, finish_reason="x" * 999), r"empty .finish_reason 'x{200}'\)$", 1),
+        (bench.says(None, finish_reason=[1, {}]), "empty .finish_reason None", 1),
+        *((bench.says(text), "content is a (dict|int|bool), not a text", 1) for text in ({"text": "[[5]]"}, 5, True)),
+        (bench.message(content=None, refusal="I\nwill not"), "the judge refuses: I will not", 1),
+        (bench.message(content="", reasoning_content="[[5]]"), "holds no text, only reasoning or other parts", 1),
+        (bench.message(content=[{"type": "thinking", "text": "[[5]]"}]), "no text, only reasoning or other parts", 1),
+        (bench.says("[[5]]" * 30_000), "answer has 150,000 characters", 1),
+        (bench.Reply(body=b"[" * 200_000), "no chat completion .RecursionError", 1),
+        (bench.Reply(body=b'{"choices": [{"message": {"content": "[[5]]"}}]}', unsent=9), "connection broken", 3),
+        (bench.says("[[5]]", drip=0.05), "no answer within 0.3 s", 3),
+        (bench.Reply(200, b"x" * 2_000_000), "a body of more than 1,000,000 bytes", 3),
+        (bench.Reply(200, gzip.compress(b" " * 2_000_000), (("Content-Encoding", "gzip"),)), "a packed body", 3),
+        (bench.Reply(429, b"wait", (("Retry-After", "9999"),)), "HTTP 429: wait", 1),
+        (bench.Reply(503, b"wait", (("Retry-After", "nonsense"),)), "HTTP 503: wait", 3),
     ],
 )
-def test_a_fault_of_one_item_is_that_items_with_its_number_of_requests(server, reply, message, attempts):
+def test_a_fault_of_one_item_is_that_items_with_its_number_of_requests(server, monkeypatch, reply, message, attempts):
+    monkeypatch.setattr(transport, "MOST_BYTES", 1_000_000)
     server.answer = lambda item, times: reply
     with pytest.raises(ItemFailed, match=message) as caught:
         ask(server, timeout=0.3)
@@ -136,6 +165,7 @@ def test_a_passing_fault_is_retried_and_a_retry_after_is_kept(server):
         (bench.fails(402, "pay"), "no quota left"),
         (bench.fails(400, "use max_completion_tokens", code="unsupported_parameter"), "judge.token_parameter="),
         (bench.fails(400, "temperature 0", code="unsupported_value"), "judge.temperature=null"),
+        (bench.Reply(302, b"", (("Location", "/login"),)), r"sends requests elsewhere .HTTP 302: /login.: set"),
     ],
 )
 def test_what_every_item_would_meet_stops(server, monkeypatch, reply, message):
@@ -143,6 +173,88 @@ def test_what_every_item_would_meet_stops(server, monkeypatch, reply, message):
     server.answer = lambda item, times: reply
     with pytest.raises(JudgeUnusable, match=message):
         ask(server, api_key_env="JUDGE_KEY", max_retries=0)
+
+
+def test_no_request_follows_a_redirect(server):
+    with bench.Endpoint() as other:
+        server.answer = lambda item, times: bench.Reply(308, b"", (("Location", f"{other.base_url}/chat/completions"),))
+        with pytest.raises(JudgeUnusable, match="HTTP 308"):
+            ask(server)
+    assert not other.requests
+
+
+TEXT = [{"type": "text", "text": "Rating: "}, {"type": "thinking", "text": "[[9]]"}, {"type": "text", "text": "[[2]]"}]
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        (bench.message(content=TEXT), "Rating: [[2]]"),
+        (bench.message(content="[[2]]", reasoning_content="[[9]]"), "[[2]]"),
+        (bench.Reply(body=b'{"choices": [{"message": {"content": "\\ud800 [[2]]"}}]}'), "? [[2]]"),
+    ],
+)
+def test_what_the_judge_says_is_its_text(server, reply, words):
+    server.answer = lambda item, times: reply
+    assert ask(server) == words and words.encode()
+
+
+NOWHERE = "http://127.0.0.1:9"
+ENVIRONMENT = [
+    *({name: NOWHERE} for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY")),
+    *({"ALL_PROXY": value} for value in ("socks5h://127.0.0.1:9", "nonsense")),
+    *({name: "/nonexistent/cacert.pem"} for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")),
+]
+
+
+@pytest.fixture
+def clear(monkeypatch):
+    for name in (*transport._PROXIES, *transport._CERTIFICATES):
+        for variant in (name, name.lower()):
+            monkeypatch.delenv(variant, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENT, ids=str)
+def test_a_judge_on_this_machine_needs_no_proxy_and_no_certificates(server, clear, environment):
+    for name, value in environment.items():
+        clear.setenv(name, value)
+    for host in ("127.0.0.1", "localhost"):
+        assert ask(server, base_url=server.base_url.replace("127.0.0.1", host)) == "Rating: [[7]]"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("SSL_CERT_FILE", "/nonexistent/secret.pem", "the certificates that SSL_CERT_FILE names can't be used"),
+        ("ALL_PROXY", "socks5h://user:secret@127.0.0.1:9", "proxy that ALL_PROXY names .*ImportError.*package socksio"),
+        ("https_proxy", "ftp://user:secret@127.0.0.1:9", "the proxy that https_proxy names can't be used"),
+    ],
+)
+def test_an_environment_that_no_other_address_can_be_reached_with_is_named(clear, name, value, message):
+    clear.setenv(name, value)
+    with pytest.raises(ValueError, match=message) as caught:
+        JudgeClient(JudgeOptions("judge", "https://judge.example/v1"))
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "local"),
+    [
+        *((f"http://{host}:8/v1", True) for host in ("127.0.0.1", "127.9.9.9", "[::1]", "localhost", "a.localhost.")),
+        *((f"http://{host}:8/v1", True) for host in ("0.0.0.0", "[::ffff:127.0.0.1]", "LOCALHOST")),
+        *((f"http://{host}:8/v1", False) for host in ("10.0.0.1", "localhost.example", "127.0.0.1.de", "[fe80::1]")),
+    ],
+)
+def test_loopback(url, local):
+    assert transport.is_loopback(url) is local
+
+
+@given(st.text("sk-0123456789abcdefghij [", max_size=60), st.integers(0, 14), st.integers(8, 28))
+def test_no_part_of_a_key_that_tells_it_is_left(text, start, length):
+    shown = without_key(text + KEY[start : start + length] + text, KEY)
+    assert not any(KEY[place : place + 8] in shown for place in range(len(KEY) - 7))
+    assert without_key("a word [[5]]", KEY) == "a word [[5]]" and without_key("EMPTY key", "EMPTY") == "EMPTY key"
 
 
 def test_no_server_stops_after_the_retries():

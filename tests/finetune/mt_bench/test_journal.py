@@ -5,8 +5,12 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from finetune.mt_bench.journal import Journal, read_items
 
@@ -33,16 +37,65 @@ def test_items_come_back_and_the_last_of_a_key_wins(path):
 
 
 @pytest.mark.parametrize("kept", [1, 8, 20, 21])
-def test_a_torn_last_line_is_cut_off_and_its_item_done_again(path, kept):
+def test_a_torn_last_line_is_cut_off_and_its_item_done_again(path, kept, caplog):
     journal = Journal(path, number)
     journal.append({"n": 1, "text": "a"})
     whole = path.read_bytes()
     with path.open("ab") as file:
         file.write(b'{"n": 2, "text": "b"}'[:kept])
     again = Journal(path, number)
-    assert list(again.items) == [1] and path.read_bytes() == whole
+    assert list(again.items) == [1] and path.read_bytes() == whole and "last line was cut short" in caplog.text
     again.append({"n": 2, "text": "c"})
     assert Journal(path, number).items[2] == {"n": 2, "text": "c"}
+
+
+@given(st.integers(0, 400), st.integers(0, 255))
+def test_a_byte_that_was_changed_is_found_wherever_it_is(place, byte):
+    """Each item comes back as it was, or not at all."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "items.jsonl"
+        items = {n: {"n": n, "score": 5 + n, "text": "a\nb"} for n in (1, 2, 3)}
+        for item in items.values():
+            Journal(path, number).append(item)
+        content = bytearray(path.read_bytes())
+        content[place % len(content)] = byte
+        path.write_bytes(content)
+        try:
+            found = Journal(path, number, checked=True).items
+        except ValueError as error:
+            assert "holds no item" in str(error)
+        else:
+            assert found.items() <= items.items() and len(found) >= 1
+
+
+@given(st.integers(0, 400))
+def test_a_file_that_was_cut_anywhere_keeps_its_whole_lines(size):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "items.jsonl"
+        for n in (1, 2, 3):
+            Journal(path, number).append({"n": n, "text": "ü\u2028"})
+        content = path.read_bytes()
+        path.write_bytes(content[:size])
+        whole = content[:size].count(b"\n")
+        assert list(Journal(path, number).items) == [1, 2, 3][:whole]
+        assert path.read_bytes() == b"".join(content.splitlines(keepends=True)[:whole])
+
+
+def test_lines_that_are_not_believed_are_named_and_taken_off_the_file(path, caplog):
+    journal = Journal(path, number)
+    for n in (1, 2, 3):
+        journal.append({"n": n})
+    text = path.read_text()
+    path.write_text(text.replace('{"n": 2', '{"n": 5'))
+    again = Journal(path, number, lambda item: "an odd reason" if item["n"] == 3 else None)
+    assert list(again.items) == [1]
+    assert "2 lines are not believed, done again: it was changed after" in caplog.text
+    assert "(its checksum does not fit) (1); an odd reason (1)" in caplog.text
+    again.keep(again.items)
+    assert path.read_text() == text.splitlines(keepends=True)[0]
+    with pytest.raises(ValueError, match="line 1: it was changed after it was written .*run the stage that writes it"):
+        path.write_text(text.replace('{"n": 1', '{"n": 7'))
+        read_items(path)
 
 
 @pytest.mark.parametrize("line", ["{broken", "[]", "", '{"m": 1}', "\0\0\0"])

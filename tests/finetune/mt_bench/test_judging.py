@@ -15,7 +15,6 @@ from finetune.mt_bench.journal import Journal
 from finetune.mt_bench.judging import fastchat_asks, judge_answers
 from finetune.mt_bench.local_judge import LocalJudge, find_answer
 from finetune.mt_bench.questions import load_judge_prompts, load_questions, load_references
-from finetune.mt_bench.rating import PARSINGS
 
 ROOT = Path(__file__).parents[3]
 REAL = Path(os.environ.get("SPARSEGRAD_DATA", ROOT / "data")) / "mt_bench"
@@ -147,8 +146,7 @@ def test_the_prompts_of_all_80_questions_are_fastchats(server, tmp_path, file, s
 
 
 @real
-@pytest.mark.parametrize("parsing", PARSINGS)
-def test_real_prompts_and_ratings_of_gpt_4_come_out_again(server, tmp_path, parsing):
+def test_real_prompts_and_ratings_of_gpt_4_come_out_again(server, tmp_path):
     """All 480 published judgments: the answers are taken out of the stored prompts, our prompts must equal those, and
     our reading of the stored texts must give the stored scores."""
     stored = [json.loads(line) for line in (REAL / "judgments/gpt-4_single.jsonl").read_text().splitlines()]
@@ -165,9 +163,9 @@ def test_real_prompts_and_ratings_of_gpt_4_come_out_again(server, tmp_path, pars
         }
         said = {row["user_prompt"]: bench.says(row["judgment"]) for row in rows.values()}
         server.reply = lambda body, _, said=said: said[body["messages"][-1]["content"]]
-        options = JudgeOptions("gpt-4", server.base_url, max_retries=0, parsing=parsing)
+        options = JudgeOptions("gpt-4", server.base_url, max_retries=0)
         counts = judge_answers(questions, references, prompts, answers, model, tmp_path, options)
-        assert counts["judged"] == 160 and counts["differing"] == 0
+        assert counts["judged"] == 160 and counts["differing"] == 0  # so by FastChat's parsing too
         for line in Journal(
             tmp_path / f"{model}.jsonl", lambda line: (line["question_id"], line["turn"])
         ).items.values():
@@ -250,6 +248,95 @@ def test_another_configuration_is_judged_anew_and_mixed_with_nothing(judge, line
         line["config_hash"] for line in first
     }
     assert lines("earlier/model") == first
+
+
+def spoil(path, checksum, change):
+    """Change the second line of a file of judgments, whose checksum goes if it is not kept."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1] = {name: value for name, value in (lines[1] | change).items() if checksum or name != "line_sha256"}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("checksum", [True, False])
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"score": 9}, "has score=9, which is not what the judge's words say"),
+        ({"score": 11, "judgment": "Rating: [[11]]"}, "score=11; it must be a number from 1 to 10"),
+        ({"score": "7"}, "score='7'; it must be a number"),
+        ({"score": None}, "score=None"),
+        ({"score": -1}, "it has no rating"),
+        ({"judgment": None}, "not what the judge's words say"),
+        ({"judge": "judge"}, "lacks what a judgment is known by"),
+        ({"question_id": [1]}, "name no item"),
+        ({"turn": 3}, "name no item"),
+    ],
+)
+def test_a_judgment_that_was_changed_is_judged_anew(judge, lines, server, tmp_path, caplog, checksum, change, why):
+    judge()
+    before = lines()
+    server.answer = lambda item, times: bench.says("[[2]]")
+    spoil(tmp_path / "judged/model.jsonl", checksum, change)
+    assert judge() == {"items": 16, "judged": 16, "failed": 0, "reused": 15}
+    assert lines()[1]["score"] == 2 and [line for line in lines() if line["score"] != 2] == [before[0], *before[2:]]
+    assert ("it was changed after it was written" if checksum else why) in caplog.text and len(server.requests) == 17
+
+
+@pytest.mark.parametrize("name", ["answer_sha256", "config_hash", "model"])
+def test_a_judgment_of_something_else_is_judged_anew(judge, lines, server, tmp_path, name):
+    judge()
+    spoil(tmp_path / "judged/model.jsonl", False, {name: "other"})
+    assert judge()["reused"] == 15 and len(server.requests) == 17 and items_of(lines()) == ITEMS
+
+
+THINKS = "The format is [[9]].\n</think>\nRating: [[3]]"
+
+
+def test_another_parsing_reads_the_words_again_and_asks_nobody(judge, lines, server, tmp_path):
+    def said(item, times):
+        return bench.says({1: THINKS, 2: "See [4]."}.get(item[0], "[[5]]"))
+
+    def run(parsing):
+        options = JudgeOptions("judge", server.base_url, max_retries=0, parsing=parsing)
+        questions = bench.questions()
+        references = load_references(questions, None, "questions")
+        folder = tmp_path / "judged"
+        return judge_answers(questions, references, bench.prompts(), bench.answers(), "model", folder, options)
+
+    server.answer = said
+    counts = run("last")
+    assert counts == {"items": 16, "judged": 14, "failed": 2, "differing": 4, "reused": 0}
+    assert [line["score"] for line in lines()[:2]] == [3, 3]
+    assert {line["judgment"] for line in lines("model.failures")} == {"See [4]."}
+    asked = len(server.requests)
+    assert run("fastchat") == {"items": 16, "judged": 16, "failed": 0, "differing": 4, "reused": 14}
+    assert [line["score"] for line in lines()[:4]] == [9, 9, 4, 4] and len(server.requests) == asked + 2
+    assert run("last") == {"items": 16, "judged": 14, "failed": 2, "differing": 4, "reused": 14}
+    assert [line["score"] for line in lines()[:3]] == [3, 3, 5] and items_of(lines("earlier/model")) == [(2, 1), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason", "parsing", "score"),
+    [
+        ("Rating: [[5]]", "length", "last", None),
+        ("Rating: [[5]]", "content_filter", "last", None),
+        ("<think> as [[5]]", "length", "last", None),
+        ("<think> as [[5]]", "length", "fastchat", None),
+        ("Rating: [[5]]", "length", "fastchat", 5),  # as FastChat, which does not look
+        ("Rating: [[5]]", "stop", "last", 5),
+        ("Rating: [[5]]", "eos_token", "last", 5),
+    ],
+)
+def test_a_judgment_that_was_cut_has_no_rating(server, tmp_path, words, reason, parsing, score):
+    server.answer = lambda item, times: bench.says(words, finish_reason=reason)
+    options = JudgeOptions("judge", server.base_url, max_retries=0, parsing=parsing)
+    questions = bench.questions(2)
+    references = load_references(questions, None, "questions")
+    counts = judge_answers(questions, references, bench.prompts(), bench.answers(2), "model", tmp_path, options)
+    assert counts["failed"] == (4 if score is None else 0)
+    assert {json.loads(line)["score"] for line in (tmp_path / "model.jsonl").read_text().splitlines()} <= {score}
+    for line in (tmp_path / "model.failures.jsonl").read_text().splitlines():
+        assert "cut" in json.loads(line)["error"] or "inside its reasoning" in json.loads(line)["error"]
 
 
 def test_where_the_judge_is_and_how_it_is_asked_changes_no_identity(judge, server):

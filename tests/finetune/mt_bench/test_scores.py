@@ -18,7 +18,8 @@ from finetune.mt_bench.comparison import (
     paired_bootstrap,
     repeat_noise,
 )
-from finetune.mt_bench.journal import read_items
+from finetune.mt_bench.journal import read_items, write_items
+from finetune.mt_bench.questions import answer_sha256
 from finetune.mt_bench.scores import item_scores, summarize
 
 DATA = Path(os.environ.get("SPARSEGRAD_DATA") or Path(__file__).parents[3] / "data")
@@ -280,6 +281,72 @@ def test_damaged_files(tmp_path, text, message):
         path.with_suffix(".jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         judged.read_judged(path)
+
+
+TURNS = {81: ["a", "b"], 82: ["c", "d"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score": 9}, "question 81, turn 2 has score=9, which is not what the judge's words say; run the judgments"),
+        ({"score": 0.5, "judgment": "[[0.5]]"}, "score=0.5; it must be a number from 1 to 10"),
+        ({"score": "3"}, "score='3'; it must be"),
+        ({"score": True, "judgment": "[[1]]"}, "score=True; it must be"),
+        ({"judgment": None}, "not what the judge's words say"),
+        ({"question_id": "81"}, "question_id='81' and turn=2 name no item"),
+        (
+            {"answer_sha256": answer_sha256(["a", "c"])},
+            "question 81, turn 2 was judged on another answer than there is",
+        ),
+        ({"turn": 1}, "question 81, turn 1 was judged on another answer"),
+    ],
+)
+def test_a_judgment_that_is_not_believed_is_refused(tmp_path, change, message):
+    held = [own(q, t, 3, answer_sha256=answer_sha256(TURNS[q][:t]), repeat=0) for q in (81, 82) for t in (1, 2)]
+    path = write_judged(tmp_path / "judgments" / "tiny", lines=[held[0], held[1] | change, *held[2:]])
+    answers = tmp_path / "answers" / "tiny" / f"{NAME}.jsonl"
+    answers.parent.mkdir(parents=True)
+    write_items(answers, [{"question_id": q, "choices": [{"turns": turns}]} for q, turns in TURNS.items()])
+    with pytest.raises(ValueError, match=rf"{NAME}\.jsonl, judgment 2: .*{message}"):
+        judged.read_judged(path)
+    path.with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in held))
+    assert len(judged.read_judged(path).lines) == 4
+    answers.write_text(answers.read_text().replace('"d"', '"e"'))
+    with pytest.raises(ValueError, match="answers/tiny/.*line 2: it was changed after it was written"):
+        judged.read_judged(path)
+
+
+@pytest.mark.parametrize(("parsing", "scores"), [("last", [3, 3]), ("fastchat", [9, 9]), (None, [9, 9])])
+def test_a_score_is_what_the_records_parsing_reads(tmp_path, parsing, scores):
+    words = "The format is [[9]]. Rating: [[3]]"
+    held = [own(81, t, score, judgment=words) for t, score in zip((1, 2), scores, strict=True)]
+    judge = {"model": "gpt-4", "repeats": 1} | dict.fromkeys(("measures_quality", "temperature", "max_tokens"), 0)
+    record = {"judge": judge | ({"parsing": parsing} if parsing else {})}
+    failures = [{"judgment": "as [4]"}, {"judgment": "none"}, {"error": "HTTP 500"}]
+    path = write_judged(tmp_path, lines=held, record=record, failures=failures)
+    found = judged.read_judged(path)
+    assert found.items() == {(81, 1): scores[0], (81, 2): scores[1]}
+    assert (found.parsing, found.differing) == (parsing or "fastchat", 3)
+    write_judged(tmp_path, lines=held, record={"judge": judge | {"parsing": "last" if scores[0] == 9 else "fastchat"}})
+    with pytest.raises(ValueError, match="not what the judge's words say"):
+        judged.read_judged(path)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"questions": {"file": "q", "sha256": "0", "count": "2"}}, "has count='2', no count"),
+        ({"answers": {"cut": -1, "refused": 0}}, "has cut=-1, no count"),
+        (
+            {"run": dict.fromkeys("experiment model method seed protocol scale config_hash".split(), "y")},
+            "record of y-y-",
+        ),
+    ],
+)
+def test_a_record_that_is_not_its_own_is_refused(tmp_path, record, message):
+    with pytest.raises(ValueError, match=f"{message}.*run the judgments stage again"):
+        judged.read_judged(write_judged(tmp_path, lines=whole(), record=record))
 
 
 def test_record_without_a_judge(tmp_path):
