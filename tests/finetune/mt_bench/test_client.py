@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune.fetch.transport import is_loopback
 from finetune.mt_bench import transport
 from finetune.mt_bench.client import ItemFailed, JudgeClient, JudgeOptions, JudgeUnusable, without_key
 
@@ -209,7 +210,7 @@ ENVIRONMENT = [
 
 @pytest.fixture
 def clear(monkeypatch):
-    for name in (*transport._PROXIES, *transport._CERTIFICATES):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", *(next(iter(one)) for one in ENVIRONMENT[-3:])):
         for variant in (name, name.lower()):
             monkeypatch.delenv(variant, raising=False)
     return monkeypatch
@@ -247,7 +248,7 @@ def test_an_environment_that_no_other_address_can_be_reached_with_is_named(clear
     ],
 )
 def test_loopback(url, local):
-    assert transport.is_loopback(url) is local
+    assert is_loopback(url) is local
 
 
 @given(st.text("sk-0123456789abcdefghij [", max_size=60), st.integers(0, 14), st.integers(8, 28))
