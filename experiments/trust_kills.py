@@ -49,6 +49,7 @@ def plan(world: World, kinds: Mapping[str, Sequence[Stage]], counts: Mapping[str
                     "bytes": Trouble("bytes", BYTES[turn % len(BYTES)] if number > turn else 1),
                     "delays": Trouble("delay", round(draw.uniform(0.1, 0.9) * stage.seconds, 3)),
                     "pairs": Trouble("pause", at),
+                    "both": Trouble("pause", at),
                     "whole": Trouble("delay", round(draw.uniform(0.0, 0.8) * stage.seconds, 3)),
                 }[driver_]
                 own = {"driver": driver_, "trouble": trouble.__dict__}
@@ -61,15 +62,15 @@ def one_kill(world: World, folder: Path, limit: float, kill: Mapping[str, Any]) 
     stage = next(one for one in world.stages if one.name == kill["stage"])
     world.copy(folder, stage, done=False)
     trouble, seen = Trouble(**kill["trouble"]), {}
-    if kill["driver"] == "pairs":
-        killed, seen = pair(folder, stage, trouble, limit)
+    if kill["driver"] in ("pairs", "both"):
+        killed, seen = pair(folder, stage, trouble, limit, killed=kill["driver"] == "pairs")
     elif kill["driver"] == "whole":
         killed = whole(folder, stage, trouble.at, limit)
     else:
         killed = driver.run(folder, stage.words, trouble, limit=limit)
-    if killed.code not in (-signal.SIGKILL, -signal.SIGXFSZ):
+    if kill["driver"] != "both" and killed.code not in (-signal.SIGKILL, -signal.SIGXFSZ):
         return {"outcome": "not killed", "code": killed.code, "error": killed.err[-200:], **seen}
-    if killed.events and kill["driver"] not in ("whole", "pairs"):
+    if killed.events and kill["driver"] not in ("whole", "pairs", "both"):
         seen["point"] = killed.events[-1]
     again = driver.run(folder, stage.words, limit=limit)
     differing = differences(world.folder, folder, stage.outs, stage.moving)
@@ -80,19 +81,22 @@ def one_kill(world: World, folder: Path, limit: float, kill: Mapping[str, Any]) 
     return seen | ({"left": left[:10]} if left else {}) | ({"error": again.err[-600:]} if again.code else {})
 
 
-def pair(folder: Path, stage: Stage, trouble: Trouble, limit: float) -> tuple[Outcome, dict[str, Any]]:
-    """One stands still at a call, a second comes and ends, then the first is killed."""
+def pair(folder: Path, stage: Stage, trouble: Trouble, limit: float, *, killed: bool) -> tuple[Outcome, dict[str, Any]]:
+    """One stands still at a call, a second comes and ends, then the first is killed, or goes on."""
     first = driver.start(folder, stage.words, trouble, {})
     if not os.WIFSTOPPED(status := os.waitpid(first.pid, os.WUNTRACED)[1]):
         os.close(first.says)
         return Outcome(os.waitstatus_to_exitcode(status)), {}
-    point = driver.events_of(folder)[-1]
-    second = driver.run(folder, stage.words, limit=limit)
-    os.killpg(first.pid, signal.SIGKILL)
-    killed = driver.finish(first, limit)
-    refused = "refused" if "Traceback" not in second.err else "traceback"
-    ended = "hang" if second.hung else "done" if second.code == 0 else refused
-    return killed, {"second": ended, "point": point}
+    seen = {"point": driver.events_of(folder)[-1]}
+    seen["second"] = ended(driver.run(folder, stage.words, limit=limit))
+    os.killpg(first.pid, signal.SIGKILL if killed else signal.SIGCONT)
+    outcome = driver.finish(first, limit)
+    return outcome, seen if killed else seen | {"first": ended(outcome)}
+
+
+def ended(outcome: Outcome) -> str:
+    """How one of two callers ended: ``done``, ``refused``, ``traceback`` or ``hang``."""
+    return "done" if outcome.code == 0 else judge_rerun(outcome, {}, [])
 
 
 def whole(folder: Path, stage: Stage, delay: float, limit: float) -> Outcome:
@@ -119,23 +123,24 @@ def whole(folder: Path, stage: Stage, delay: float, limit: float) -> Outcome:
 
 
 def totals(kills: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Numbers of kills and of what must be none."""
+    """Numbers of kills and of what must be none; two callers of which none is killed stand beside."""
     done = [kill for kill in kills if kill["outcome"] != "not killed"]
     outcomes = Counter(kill["outcome"] for kill in done)
-    seconds = Counter(kill["second"] for kill in done if "second" in kill)
+    callers = {name: dict(Counter(kill[name] for kill in done if name in kill)) for name in ("first", "second")}
+    killed = [kill for kill in done if kill["driver"] != "both"]
     by_kind = {
         kind: dict(Counter(kill["outcome"] for kill in done if kill["kind"] == kind))
         for kind in dict.fromkeys(kill["kind"] for kill in done)
     }
     return {
-        "kills": len(done),
+        "kills": len(killed),
         "not_killed": len(kills) - len(done),
         "drivers": dict(Counter(kill["driver"] for kill in done)),
         "outcomes": dict(outcomes),
         "differences": sum("differences" in kill for kill in done),
-        "hangs": outcomes["hang"] + seconds["hang"],
+        "hangs": outcomes["hang"] + sum(found.get("hang", 0) for found in callers.values()),
         "left_files": sum(len(kill.get("left", ())) for kill in done),
-        "second_callers": dict(seconds),
+        "two_at_once": callers,
         "stages": by_kind,
     }
 

@@ -228,6 +228,7 @@ class TrustKills(Group):
     bytes: Whole
     delays: Whole
     pairs: Whole
+    both: Whole
     whole: Whole
 
 
