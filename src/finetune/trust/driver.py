@@ -88,12 +88,12 @@ class Watch:
     trouble: Trouble
     note: int
     events: list[str] = field(default_factory=list)
-    write: Callable[[int, bytes], int] = os.write
 
     def save(self) -> None:
         """Write the events down, unless files may not grow."""
         if self.trouble.kind not in ("bytes", "large"):
-            self.write(self.note, json.dumps(self.events).encode())
+            os.ftruncate(self.note, 0)
+            os.pwrite(self.note, json.dumps(self.events).encode(), 0)
 
     def install(self) -> None:
         """Begin, in the process that is watched; there is no end."""
@@ -172,6 +172,8 @@ class Process:
 
 def start(folder: Path, words: Sequence[str], trouble: Trouble, env: Mapping[str, str | None]) -> Process:
     """Fork a script of a folder there. A pipe takes what it says: no limit on files holds for that."""
+    from hydra.core.global_hydra import GlobalHydra
+
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     pid = os.fork()
@@ -183,6 +185,7 @@ def start(folder: Path, words: Sequence[str], trouble: Trouble, env: Mapping[str
     try:
         os.setsid()
         os.chdir(folder)
+        GlobalHydra.instance().clear()
         for stream in (1, 2):
             os.dup2(writing, stream)
         code = _script(folder, words, trouble, env)
@@ -197,9 +200,6 @@ def start(folder: Path, words: Sequence[str], trouble: Trouble, env: Mapping[str
 
 def _script(folder: Path, words: Sequence[str], trouble: Trouble, env: Mapping[str, str | None]) -> int:
     """In the forked process: run the script; its exit code."""
-    from hydra.core.global_hydra import GlobalHydra
-
-    GlobalHydra.instance().clear()
     for name, value in {**dict.fromkeys(OUTSIDE), **ENVIRONMENT, **env}.items():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     sys.argv = [str(folder / words[0]), *words[1:]]
