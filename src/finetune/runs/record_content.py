@@ -9,6 +9,8 @@ from finetune.store import records
 from finetune.training.loop import Progress, Training, median_step_seconds
 from finetune.training.options import planned_steps
 
+_OF_PROGRESS = ("best_step", "stopped", "resumed", "damaged_checkpoints", "seconds")
+
 
 def named(problem: Problem, run: Run) -> dict[str, Any]:
     """What names a run: its places in the experiment, and the hash of its identity."""
@@ -52,7 +54,7 @@ def outcome(progress: Progress, training: Training) -> dict[str, Any]:
             "planned_steps": planned_steps(examples, training.options),
             "epochs": progress.step * training.options.batch_size / examples,
             "step_seconds_median": median_step_seconds(progress),
-            **{name: getattr(progress, name) for name in ("best_step", "stopped", "resumed", "seconds")},
+            **{name: getattr(progress, name) for name in _OF_PROGRESS},
         },
         "memory": progress.memory,
         "evaluations": progress.evaluations,

@@ -6,8 +6,8 @@ sizes and hashes tells a whole one from a broken one. Loading takes the newest w
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from finetune.store.files import sha256
 from sparsegrad import sparsegrad_layers
+
+log = logging.getLogger(__name__)
 
 KEEP = 2
 MANIFEST = "manifest.json"
@@ -49,38 +53,59 @@ def save_checkpoint(
     final, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    optimizer_tensors, optimizer_json = _pack_optimizer(optimizer)
-    save_file(_unshared(_changing(model)), temporary / "model.safetensors")
-    save_file(optimizer_tensors, temporary / "optimizer.safetensors")
-    save_file(_random_states(), temporary / "random.safetensors")
-    if best is not None:
-        save_file(_unshared(best), temporary / "best.safetensors")
-    content = {"step": step, "config_hash": digest, "progress": dict(progress), "optimizer": optimizer_json}
-    (temporary / "state.json").write_text(json.dumps(content))
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
-    (temporary / MANIFEST).write_text(json.dumps(files))
-    for path in (*temporary.iterdir(), temporary):
-        _sync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
+    try:
+        _write(temporary, {"step": step, "config_hash": digest, "progress": dict(progress)}, model, optimizer, best)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a full disk it takes the room that the rest needs
+        number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
+        raise OSError(number, f"{reason} (the checkpoint before it is kept)", str(final)) from error
     _sync(folder)
     for old in sorted(folder.glob("step_*"))[:-KEEP]:
         shutil.rmtree(old)
 
 
+def _write(
+    folder: Path,
+    content: Mapping[str, Any],
+    model: nn.Module,
+    optimizer: Optimizer,
+    best: Mapping[str, Tensor] | None,
+) -> None:
+    tensors, values = _pack_optimizer(optimizer)
+    save_file(_unshared(_changing(model)), folder / "model.safetensors")
+    save_file(tensors, folder / "optimizer.safetensors")
+    save_file(_random_states(), folder / "random.safetensors")
+    if best is not None:
+        save_file(_unshared(best), folder / "best.safetensors")
+    (folder / "state.json").write_text(json.dumps({**content, "optimizer": values}))
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps(files))
+    for path in (*folder.iterdir(), folder):
+        _sync(path)
+
+
 def load_checkpoint(
     folder: str | Path, digest: str, model: nn.Module, optimizer: Optimizer
-) -> tuple[dict[str, Any], dict[str, Tensor] | None] | None:
+) -> tuple[dict[str, Any] | None, dict[str, Tensor] | None, int]:
     """Put the newest whole checkpoint into model, optimizer and random generators.
 
+    A damaged one (a flipped byte, a lost file) is said in the log, and deleted: the run goes on from the one before it,
+    or begins anew.
+
     Returns:
-        Progress and best weights; None if there is no whole checkpoint.
+        Progress and best weights, both None if there is no whole checkpoint; and how many damaged ones were newer.
 
     Raises:
-        ValueError: if the newest whole checkpoint is of another configuration.
+        ValueError: if the newest whole checkpoint is of another configuration, or of another model.
     """
+    damaged = 0
     for path in sorted(Path(folder).glob("step_*"), reverse=True):
         if not _is_whole(path):
+            log.warning("%s is damaged; the run goes on from the checkpoint before it, or begins anew", path)
+            shutil.rmtree(path, ignore_errors=True)
+            damaged += 1
             continue
         content = json.loads((path / "state.json").read_text())
         if content["config_hash"] != digest:
@@ -88,12 +113,12 @@ def load_checkpoint(
                 f"{path} is a checkpoint of configuration {content['config_hash']}, this run is {digest}: "
                 f"delete {folder} to start anew, or restore the configuration."
             )
-        _load_model(model, load_file(path / "model.safetensors"))
+        _load_model(model, load_file(path / "model.safetensors"), path)
         _unpack_optimizer(optimizer, load_file(path / "optimizer.safetensors"), content["optimizer"])
         _set_random_states(load_file(path / "random.safetensors"))
         best = path / "best.safetensors"
-        return content["progress"], load_file(best) if best.exists() else None
-    return None
+        return content["progress"], load_file(best) if best.exists() else None, damaged
+    return None, None, damaged
 
 
 def remove_checkpoints(folder: str | Path) -> None:
@@ -134,12 +159,12 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def _load_model(model: nn.Module, tensors: Mapping[str, Tensor], path: Path | str = "the snapshot") -> None:
     """Copy tensors in place: tied weights and shared bases follow, optimizers keep their parameters."""
     state = model.state_dict()
-    unknown = set(tensors) - set(state)
-    if unknown:
-        raise ValueError(f"the checkpoint holds {sorted(unknown)[:3]}, which this model has not.")
+    other = [name for name, tensor in tensors.items() if name not in state or state[name].shape != tensor.shape]
+    if other:
+        raise ValueError(f"{path} holds {', '.join(other[:3])}, which this model has not, or in another shape.")
     with torch.no_grad():
         for name, tensor in tensors.items():
             state[name].copy_(tensor)
@@ -174,7 +199,7 @@ def _random_states() -> dict[str, Tensor]:
 
 def _set_random_states(states: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
-    for index in range(len(states) - 1):
+    for index in range(min(len(states) - 1, torch.cuda.device_count())):  # it may go on on another machine
         torch.cuda.set_rng_state(states[f"cuda{index}"], index)
 
 
@@ -182,16 +207,11 @@ def _is_whole(path: Path) -> bool:
     try:
         files = json.loads((path / MANIFEST).read_text())
         return bool(files) and all(
-            (path / name).stat().st_size == facts["bytes"] and _sha256(path / name) == facts["sha256"]
+            (path / name).stat().st_size == facts["bytes"] and sha256(path / name) == facts["sha256"]
             for name, facts in files.items()
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError):  # a flipped bit of the manifest: any of these
         return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

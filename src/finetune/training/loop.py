@@ -48,6 +48,7 @@ class Progress:
     stale: int = 0
     seconds: float = 0.0
     resumed: int = 0
+    damaged_checkpoints: int = 0
     stopped: str = ""
     evaluations: list[dict[str, float]] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
@@ -138,12 +139,13 @@ def _resume(training: Training) -> tuple[Progress, dict[str, Tensor] | None]:
     """Where the run stands, and its best weights so far: at the beginning, or at its newest checkpoint."""
     if training.checkpoints is None:
         return Progress(), None
-    loaded = checkpoint.load_checkpoint(training.checkpoints, training.digest, training.model, training.optimizer)
-    if loaded is None:
-        return Progress(), None
-    progress = Progress(**loaded[0])
-    progress.resumed += 1
-    return progress, loaded[1]
+    found, best, damaged = checkpoint.load_checkpoint(
+        training.checkpoints, training.digest, training.model, training.optimizer
+    )
+    progress = Progress() if found is None else Progress(**found)
+    progress.resumed += found is not None
+    progress.damaged_checkpoints += damaged
+    return progress, best
 
 
 def _writes(training: Training) -> bool:

@@ -13,7 +13,7 @@ from finetune.store import records
 from finetune.training.loop import NonFiniteLoss
 
 BEST = {"learning_rate": 1e-3, "batch_size": 8}
-TIMES = ("seconds", "step_seconds_median", "resumed")
+TIMES = ("seconds", "step_seconds_median", "resumed", "damaged_checkpoints")
 
 
 class Killed(BaseException):

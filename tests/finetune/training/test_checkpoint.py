@@ -196,8 +196,8 @@ def read(classifier, tmp_path):
 
     def make(digest="abc"):
         model = classifier()
-        loaded = load_checkpoint(tmp_path / "run", digest, model, torch.optim.AdamW(model.parameters()))
-        return None if loaded is None else loaded[0]["step"]
+        progress, _, _ = load_checkpoint(tmp_path / "run", digest, model, torch.optim.AdamW(model.parameters()))
+        return None if progress is None else progress["step"]
 
     return make
 
@@ -214,7 +214,8 @@ def test_everything_comes_back(trained, save, classifier, tmp_path):
     _ = [torch.randn_like(p) for p in model.parameters()]  # to the generator's state when it was saved
     at_save = torch.rand(3)
     assert torch.equal(at_save, expected)
-    progress, found = load_checkpoint(tmp_path / "run", "abc", other, other_optimizer)
+    progress, found, damaged = load_checkpoint(tmp_path / "run", "abc", other, other_optimizer)
+    assert damaged == 0
     assert torch.equal(torch.rand(3), expected)
     assert progress == {"step": 3}
     assert_equal(found, best)
@@ -257,7 +258,7 @@ def test_nothing_is_unpickled(save, read, monkeypatch):
 
 @pytest.mark.parametrize("name", ["model", "optimizer", "random", "best", "state"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "empty"])
-def test_damaged_file_falls_back_to_the_checkpoint_before(name, damage, trained, save, read):
+def test_damaged_file_falls_back_to_the_checkpoint_before(name, damage, trained, save, read, tmp_path, caplog):
     best = snapshot(trained[0])
     save(1, best=best)
     path = save(2, best=best) / f"{name}.{'json' if name == 'state' else 'safetensors'}"
@@ -270,6 +271,27 @@ def test_damaged_file_falls_back_to_the_checkpoint_before(name, damage, trained,
     else:
         path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
     assert read() == 1
+    assert "step_00000002 is damaged; the run goes on from the checkpoint before it" in caplog.text
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step_00000001"]
+
+
+def test_a_run_says_how_many_of_its_checkpoints_were_damaged(start, spy, tmp_path):
+    expected = start("full", files="whole")
+    with pytest.raises(spy.Killed):
+        start("full", calls=7)
+    for path in (tmp_path / "run").glob("step_*/model.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    found = start("full")
+    assert_same_run(found, expected)
+    assert (found[2].damaged_checkpoints, found[2].resumed, expected[2].damaged_checkpoints) == (2, 0, 0)
+
+
+def test_a_state_of_more_devices_than_there_are_is_taken_as_far_as_it_goes(monkeypatch):
+    states = {"cpu": torch.get_rng_state(), "cuda0": torch.zeros(16, dtype=torch.uint8)}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    drawn = torch.rand(3)
+    checkpoint._set_random_states(states)
+    assert torch.equal(torch.rand(3), drawn)
 
 
 def test_any_flipped_bit_of_the_manifest_falls_back_or_changes_nothing(save, read):
@@ -303,8 +325,9 @@ def test_failure_while_writing_leaves_the_checkpoint_before(where, save, read, m
     with monkeypatch.context() as patch:
         place = {"save_file": checkpoint, "rename": checkpoint.Path, "fsync": checkpoint.os}[where]
         patch.setattr(place, where, fail)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(OSError, match=r"no space left on device \(the checkpoint before it is kept\): .*02"):
             save(2)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step_00000001"]
     assert read() == 1
     save(2)
     assert read() == 2
@@ -327,7 +350,7 @@ def test_checkpoint_of_another_configuration_is_refused(save, read, tmp_path):
 def test_checkpoint_of_another_model_is_refused(save, tmp_path):
     save(1)
     model = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="which this model has not"):
+    with pytest.raises(ValueError, match="step_00000001 holds .* which this model has not, or in another shape"):
         load_checkpoint(tmp_path / "run", "abc", model, torch.optim.AdamW(model.parameters()))
 
 
