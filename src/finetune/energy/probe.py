@@ -34,6 +34,10 @@ class Rows:
         return self.split.sha256
 
     @property
+    def largest_id(self) -> int:
+        return self.split.largest_id
+
+    @property
     def longest(self) -> int:
         return self.split.longest
 

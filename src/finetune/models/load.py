@@ -108,7 +108,7 @@ def load_classifier(
     """
     from transformers import AutoModelForSequenceClassification
 
-    found = _load(AutoModelForSequenceClassification, model, root, seed, torch.float32, num_labels=num_labels)
+    found: Any = _load(AutoModelForSequenceClassification, model, root, seed, torch.float32, num_labels=num_labels)
     if pad_token_id is not None:
         found.config.get_text_config().pad_token_id = pad_token_id
     return found
@@ -158,7 +158,7 @@ def _load(
     return found
 
 
-def _check_fit(model: nn.Module, loading: Mapping[str, Any], source: str, head_may_be_new: bool) -> None:
+def _check_fit(model: Any, loading: Mapping[str, Any], source: str, head_may_be_new: bool) -> None:
     """Refuse weights that are not the model's: from_pretrained draws what is missing, and drops what is left."""
     body, missing = f"{model.base_model_prefix}.", set(loading["missing_keys"])
     if head_may_be_new:

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from finetune.models.load import no_file_bars
 from finetune.store.files import folder_atomically, sha256
 from finetune.store.records import read_json, write_json
@@ -16,7 +14,7 @@ MERGED = "training.json"
 """Beside a merged model: its run's hash, what a reader of it needs, and the sha256 of every file."""
 
 
-def save_merged(plain: nn.Module, tokenizer: Any, folder: Path, facts: Mapping[str, Any]) -> None:
+def save_merged(plain: Any, tokenizer: Any, folder: Path, facts: Mapping[str, Any]) -> None:
     """Write a plain model and its tokenizer.
 
     Args:

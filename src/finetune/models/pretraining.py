@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, DataCollatorForLanguageModeling
 
@@ -121,7 +121,7 @@ def pretrain_causal(
     return _train_and_save(AutoModelForCausalLM.from_config(config), tokenizer, batch, Path(folder), options)
 
 
-def _configured(architecture: Mapping[str, Any], **learned: int) -> Any:
+def _configured(architecture: Mapping[str, Any], **learned: Any) -> Any:
     if twice := sorted(learned.keys() & architecture.keys()):
         raise ValueError(
             f"model.architecture gives {', '.join(twice)}, which pretraining takes from the tokenizer that it learns: "
@@ -131,7 +131,7 @@ def _configured(architecture: Mapping[str, Any], **learned: int) -> Any:
 
 
 def _train_and_save(
-    model: nn.Module, tokenizer: Any, batch: Callable[[], dict[str, Tensor]], folder: Path, options: Pretraining
+    model: Any, tokenizer: Any, batch: Callable[[], dict[str, Tensor]], folder: Path, options: Pretraining
 ) -> dict[str, float]:
     started, steps, losses = time.monotonic(), options.steps, []
     model = model.to(options.device).train()

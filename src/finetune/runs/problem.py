@@ -216,7 +216,7 @@ class Problem(ABC):
             self._bases[task] = bases, facts
         return self._bases[task]
 
-    def checked(self, model: nn.Module, task: str) -> nn.Module:
+    def checked(self, model: Any, task: str) -> nn.Module:
         """The model, if it has positions and embeddings for the data; else an error, before torch has one of its own.
 
         Raises:

@@ -175,7 +175,7 @@ def _method(
     return method, {name: value for name, value in facts.items() if name != "content"}
 
 
-def _keep(problem: Problem, plain: nn.Module, folder: Path, digest: str) -> None:
+def _keep(problem: Problem, plain: Any, folder: Path, digest: str) -> None:
     plain = plain.to(problem.stored_dtype)
     plain.config.use_cache = True
     save_merged(plain, problem.tokenizer, folder, {"config_hash": digest} | problem.kept_facts())
