@@ -8,12 +8,14 @@ optimizer = SparseGradAdamW(param_groups(model), lr=1e-4)  # in place of torch.o
 merge(model)                                               # a plain model again
 """
 
+from sparsegrad.adapter import load_adapter, save_adapter
 from sparsegrad.basis import Basis, GradientMoments, hosvd, hosvd_of_unfoldings, hosvd_tensorly
 from sparsegrad.collect import collect_moments
+from sparsegrad.compact import CompactGradient
 from sparsegrad.convert import Target, find_targets, merge, sparsegrad_layers, sparsify
 from sparsegrad.core import core_shape
 from sparsegrad.folded import FoldedLinear
-from sparsegrad.io import load_adapter, load_bases, load_tensors, save_adapter, save_bases, save_tensors
+from sparsegrad.io import load_bases, load_tensors, save_bases, save_tensors
 from sparsegrad.linear import SparseGradLinear
 from sparsegrad.optim import SparseGradAdamW, clip_grad_norm_, lazy_adam_delta, param_groups
 from sparsegrad.quantized import QuantizedTruncatedLinear
@@ -24,6 +26,7 @@ from sparsegrad.truncated import TruncatedLinear
 
 __all__ = [
     "Basis",
+    "CompactGradient",
     "FoldedLinear",
     "GradientMoments",
     "NonFiniteGradient",

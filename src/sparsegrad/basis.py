@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 ORIENTATIONS = ("hosvd", "released")
+ORTHOGONALITY_TOLERANCE = 1e-3  # a float32 basis of 11,008 rows stays below 1e-4
 
 
 class Basis(nn.Module):
@@ -116,6 +117,23 @@ class Basis(nn.Module):
         factors = (self.U, self.V) if self.rotates_output else (self.U,)
         errors = [(F @ F.T - torch.eye(F.shape[0], dtype=F.dtype, device=F.device)).abs().max() for F in factors]
         return float(max(errors))
+
+    def refuse_skewed(self) -> None:
+        """Check that the rows are orthonormal by products with random vectors: ``U U^T`` itself costs n^3.
+
+        Raises:
+            ValueError: if they are not.
+        """
+        for factor in (self.U, self.V):
+            if factor.is_meta or not len(factor):
+                continue
+            z = torch.randn(len(factor), 4, generator=torch.Generator().manual_seed(0)).to(factor)
+            error = float((factor @ (factor.T @ z) - z).abs().max())
+            if not error < ORTHOGONALITY_TOLERANCE:
+                raise ValueError(
+                    f"the basis is off orthogonality by {error:.1e}: its rows must be orthonormal, as "
+                    "sparsegrad.hosvd makes them, and not rounded below float32."
+                )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Basis:
         for name in ("U", "V"):

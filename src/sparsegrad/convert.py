@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
+from sparsegrad.fingerprint import fingerprints
 from sparsegrad.folded import FoldedLinear
 from sparsegrad.linear import SparseGradLinear
 from sparsegrad.quantized import QuantizedTruncatedLinear, is_quantized
@@ -53,9 +54,11 @@ def find_targets(
         layers_to_transform: block indices to take; None takes all.
 
     Raises:
-        ValueError: if a pattern matches nothing, matches something that is no linear layer, a block is missing, or the
-            blocks leave a layer kind without any layer.
+        ValueError: if there is no pattern, one matches nothing or something that is no linear layer, a block is
+            missing, or the blocks leave a layer kind without any layer.
     """
+    if not isinstance(target_modules, Mapping) or not target_modules:
+        raise ValueError(f"target_modules={target_modules!r}; it maps layer kinds to regular expressions, one or more.")
     found = list(_matches(model, target_modules))
     for kind, pattern in target_modules.items():
         if not any(t.kind == kind for t in found):
@@ -70,6 +73,8 @@ def find_targets(
         raise ValueError(f"target_modules must name nn.Linear layers; these are not: {kinds}.")
     if layers_to_transform is None:
         return found
+    if any(type(block) is not int for block in layers_to_transform):
+        raise ValueError(f"layers_to_transform={list(layers_to_transform)}; blocks are whole numbers, from 0.")
     missing = sorted(set(layers_to_transform) - {t.layer for t in found})
     if missing:
         present = sorted({t.layer for t in found if t.layer is not None})
@@ -113,29 +118,34 @@ def sparsify(
         The same model.
 
     Raises:
-        ValueError: on an unmatched target, a basis missing or of other shapes, k out of range, or an unknown option.
+        ValueError: on an unmatched or tied target, a basis that is missing, not orthonormal or of other shapes, k out
+            of range, or an unknown option.
     """
     if form not in FORMS:
         raise ValueError(f"form={form!r}; allowed: {', '.join(FORMS)}.")
-    options = _own_options(form, options)
+    options = own_options(form, options)
     targets = find_targets(model, target_modules, layers_to_transform)
-    if any(isinstance(t.module, SparseGradLinear) for t in targets):
-        raise ValueError("the model holds SparseGrad layers already: merge(model) first.")
+    _refuse_what_cannot_be_replaced(model, targets, form)
+    base = {} if any(p.is_meta for p in model.parameters()) else fingerprints(model)
     shared: dict[str, Basis] = {}
-    built: list[tuple[str, SparseGradLinear]] = []
+    built: dict[nn.Module, SparseGradLinear] = {}
     for target in targets:  # build all before replacing any: an error leaves the model as it was
         try:
-            own = {name: _of_kind(value, target.kind, name) for name, value in ({"k": k} | options).items()}
+            own = {name: kind_value(value, target.kind, name) for name, value in ({"k": k} | options).items()}
+            known = target.kind in shared
             if bases is not None:
-                basis = _of_kind(bases, target.kind, "basis")
+                basis = kind_value(bases, target.kind, "basis")
                 own |= FORMS[form].options_by(basis, **own)
-                if target.kind not in shared:
+                if not known:
                     shared[target.kind] = _own_basis(basis, target.module.weight, own.get("ranks", basis.ranks))
-            built.append((target.name, _layer(form, target, shared.get(target.kind), select, own)))
+            layer = built[target.module] = _layer(form, target, shared.get(target.kind), select, own)
+            layer.base = base
+            if known:
+                layer.borrow_basis()
         except ValueError as error:
             raise ValueError(f"{target.name}: {error}") from None
-    for name, layer in built:
-        model.set_submodule(name, layer)
+    _replace(model, built)
+    _leave_fast_paths(model)
     return model
 
 
@@ -144,11 +154,20 @@ def merge(model: nn.Module) -> nn.Module:
 
     Returns:
         The same model, plain again: ``save_pretrained`` and FastChat take it.
+
+    Raises:
+        RuntimeError: if another optimizer has moved a layer's weight.
     """
-    for name, module in list(model.named_modules()):
-        if isinstance(module, SparseGradLinear):
-            model.set_submodule(name, module.to_linear().train(module.training))
+    layers = sparsegrad_layers(model).values()
+    _replace(model, {layer: layer.to_linear().train(layer.training) for layer in layers})
     return model
+
+
+def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Under every name that a module has: blocks may share it."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in new:
+            model.set_submodule(name, new[module])
 
 
 def sparsegrad_layers(model: nn.Module) -> dict[str, SparseGradLinear]:
@@ -162,7 +181,7 @@ def _matches(model: nn.Module, target_modules: Mapping[str, str]) -> Iterator[Ta
     for kind, pattern in target_modules.items():
         try:
             compiled[kind] = re.compile(pattern)
-        except re.error as error:
+        except (re.error, TypeError) as error:
             raise ValueError(f"target_modules.{kind}={pattern!r} is no regular expression: {error}.") from None
     for name, module in model.named_modules():
         for kind, pattern in compiled.items():
@@ -172,7 +191,40 @@ def _matches(model: nn.Module, target_modules: Mapping[str, str]) -> Iterator[Ta
                 break
 
 
-def _of_kind(value: Any, kind: str, name: str) -> Any:
+def _leave_fast_paths(model: nn.Module) -> None:
+    """torch's encoder reads its linears' weights past their forward, unless a module in it has a hook."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for layer in sparsegrad_layers(module).values():
+                layer.register_forward_pre_hook(_go_through_forward)
+        elif isinstance(module, nn.TransformerEncoder) and sparsegrad_layers(module):
+            module.use_nested_tensor = False  # nested tensors are made for that path
+
+
+def _go_through_forward(*_: object) -> None: ...
+
+
+def _refuse_what_cannot_be_replaced(model: nn.Module, targets: Sequence[Target], form: str) -> None:
+    """Raise ValueError for layers of this library, tied parameters, and layers whose weight is read past forward."""
+    if any(isinstance(t.module, SparseGradLinear) for t in targets):
+        raise ValueError("the model holds SparseGrad layers already: merge(model) first.")
+    names: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+    for target in targets:
+        for parameter in target.module.parameters(recurse=False):
+            if len(names[id(parameter)]) > 1:
+                raise ValueError(
+                    f"{target.name}: {' and '.join(names[id(parameter)][:3])} are tied, and SparseGrad would train a "
+                    "copy of one of them: leave it out of target_modules, or untie them first."
+                )
+        parent = model.get_submodule(target.name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention) and form != "folded":
+            raise ValueError(f"{target.name}: nn.MultiheadAttention reads its weight itself: use form='folded'.")
+
+
+def kind_value(value: Any, kind: str, name: str) -> Any:
     """An option of one layer kind: it may be given for all kinds at once."""
     if not isinstance(value, Mapping):
         return value
@@ -181,7 +233,7 @@ def _of_kind(value: Any, kind: str, name: str) -> Any:
     return value[kind]
 
 
-def _own_options(form: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def own_options(form: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Those that the form's layers take; the others must be as if they had not been given."""
     taken = {name: _defaults(layer_class) for name, layer_class in FORMS.items()}
     every = {name: default for defaults in taken.values() for name, default in defaults.items()}
@@ -200,6 +252,7 @@ def _defaults(layer_class: type[SparseGradLinear]) -> dict[str, Any]:
 
 def _own_basis(basis: Basis, weight: Tensor, ranks: tuple[int, int]) -> Basis:
     """A copy of the leading rows, in the precision of the weight but at least float32."""
+    basis.refuse_skewed()
     (r, c), dtype = ranks, torch.promote_types(weight.dtype, torch.float32)
     factors = (factor.to(device=weight.device, dtype=dtype, copy=True) for factor in (basis.U[:c], basis.V[:r]))
     return Basis(*factors)
@@ -214,6 +267,6 @@ def _layer(form: str, target: Target, basis: Basis | None, select: Rule, options
         layer = QuantizedTruncatedLinear(linear, basis, select=select, **options)
     else:
         layer = FORMS[form](linear.weight, linear.bias, basis, select=select, **options)
-    layer.kind = target.kind
+    layer.kind, layer.name = target.kind, target.name
     layer.trained.requires_grad_(quantized or linear.weight.requires_grad)
     return layer.train(linear.training)

@@ -117,7 +117,7 @@ class CoreLinear(SparseGradLinear):
         return self.keep is not None
 
     @torch.no_grad()
-    def add_(self, indices: Tensor, delta: Tensor) -> None:
+    def add_(self, indices: Tensor, delta: Tensor, *, held: Tensor | None = None, union: Tensor | None = None) -> None:
         """As in the other forms, of the block ``W_rot[:r, :c]``."""
         self.core.view(-1).index_add_(0, indices, delta.to(self.core.dtype))
         self.absorb()
@@ -128,17 +128,6 @@ class CoreLinear(SparseGradLinear):
 
     def _zero_core(self, dtype: torch.dtype) -> SparseGradWeight:
         return SparseGradWeight(torch.zeros(*self.ranks, dtype=dtype, device=self.basis.U.device))
-
-    def _pending(self) -> tuple[Tensor, Tensor] | None:
-        if self.selects or self.core.grad is None:
-            return self._gradient
-        return torch.arange(self.core.numel(), device=self.core.device), self.core.grad.flatten()
-
-    def _set_pending(self, indices: Tensor, values: Tensor) -> None:
-        if self.selects:
-            self._gradient = (indices, values)
-        else:
-            self.core.grad = values.view_as(self.core)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         core = self.core.detach()

@@ -111,7 +111,7 @@ def _csr(row: Tensor, column: Tensor, values: Tensor, shape: tuple[int, int]) ->
 
 
 class _FoldedProduct(torch.autograd.Function):
-    """A linear whose weight gradient is rotated and selected at once and handed to the layer, never to ``.grad``."""
+    """A linear whose weight gradient is rotated and selected at once: no dense one is kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: FoldedLinear) -> Tensor:
@@ -123,14 +123,14 @@ class _FoldedProduct(torch.autograd.Function):
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - autograd calls it with one gradient
         ctx: Any, g: Tensor
-    ) -> tuple[Tensor | None, None, Tensor | None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         layer: FoldedLinear = ctx.layer
-        layer.refuse_second_backward(layer.selected_gradient() is not None)
         g2, x2 = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-        basis = layer.basis
-        layer.keep_selected((g2.T @ x2).to(weight.dtype) if basis is None else rotated_product(basis, g2, x2))
+        basis, kept = layer.basis, None
+        if ctx.needs_input_grad[1]:
+            kept = layer.compact((g2.T @ x2).to(weight.dtype) if basis is None else rotated_product(basis, g2, x2))
         grad_x = g @ weight.to(g.dtype) if ctx.needs_input_grad[0] else None
         bias = layer.bias if ctx.needs_input_grad[2] else None
         grad_bias = None if bias is None else g2.sum(dim=0).to(bias.dtype)
-        return grad_x, None, grad_bias, None
+        return grad_x, kept, grad_bias, None

@@ -8,14 +8,18 @@ W_rot alone; their steps are the same wherever the selected entries lie in that 
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
-from sparsegrad.select import Rule, selected
+from sparsegrad.compact import CompactGradient
+from sparsegrad.select import NonFiniteGradient, Rule, insert_sorted, selected
 
 
 class SparseGradWeight(nn.Parameter):
@@ -32,19 +36,27 @@ class SparseGradLinear(nn.Module, ABC):
         select: the rule that says which (:data:`sparsegrad.select.Rule`).
         device: of the weight; the basis is moved there, in place, so that layers of a kind go on sharing it.
 
+    Attributes:
+        kind, name: of the layer: whose basis it takes, and how the model calls it.
+        base: fingerprints of the plain model that the layer was made in, by name.
+        moved: flat indices, int64 and ascending, of the entries in rotated coordinates that steps have moved; None
+            where others have written to the weight, so that any may differ from the base.
+
     Raises:
         ValueError: if the basis has other shapes than the weight.
     """
 
     bias: nn.Parameter | None
+    weight: Tensor
 
     def __init__(self, shape: tuple[int, int], basis: Basis | None, k: int, select: Rule, device: torch.device) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
         self.k, self.rule = k, select
-        self.kind = ""  # set by sparsify: whose basis the layer takes
+        self.kind = self.name = ""  # set by sparsify
+        self.base: Mapping[str, str] = {}  # likewise
         self.basis = None if basis is None else fitting_basis(basis, shape, device)
-        self._gradient: tuple[Tensor, Tensor] | None = None  # selected: indices and values
+        self.moved: Tensor | None = torch.empty(0, dtype=torch.int64, device=device)
 
     @classmethod
     def options_by(cls, basis: Basis, k: int, **options: Any) -> dict[str, Any]:
@@ -72,20 +84,26 @@ class SparseGradLinear(nn.Module, ABC):
         """Of the weight of :meth:`to_linear`."""
 
     @abstractmethod
-    def add_(self, indices: Tensor, delta: Tensor) -> None:
+    def add_(self, indices: Tensor, delta: Tensor, *, held: Tensor | None = None, union: Tensor | None = None) -> None:
         """``W_rot.flatten()[indices] += delta``, in the coordinates that the form keeps.
 
         Args:
-            indices: flat, int64 ``(n,)``, no duplicates.
+            indices: flat, int64 ``(n,)``, ascending, no duplicates.
             delta: ``(n,)``.
+            held, union: see :meth:`note_moved`.
         """
 
     @abstractmethod
     def original_weight(self) -> Tensor:
-        """The weight in original coordinates, ``(out_features, in_features)``, in float32 at least."""
+        """The weight in original coordinates, ``(out_features, in_features)``, in float32 at least.
+
+        Raises:
+            RuntimeError: if another optimizer has moved it.
+        """
 
     def absorb(self) -> None:
-        """Called after a step of the whole of :attr:`trained`, for a form that keeps steps elsewhere."""
+        """Called after a step of the whole of :attr:`trained`; a form may keep steps elsewhere."""
+        self._version_at_gradient = None
 
     def rotated_weight(self) -> Tensor:
         """The weight in rotated coordinates, ``(out_features, in_features)`` or the basis' ranks."""
@@ -109,64 +127,142 @@ class SparseGradLinear(nn.Module, ABC):
             Flat indices int64 ``(k,)``, ascending, and values ``(k,)`` in rotated coordinates; None without a gradient.
 
         Raises:
-            ValueError: if the gradient is not finite.
+            NonFiniteGradient: if the gradient is not finite.
         """
         self.select()
-        gradient = self._pending()
+        gradient = self.selected_gradient()
+        if gradient is None and self.trained.grad is not None:  # nothing is selected: all of it
+            gradient = torch.arange(self.trained.numel(), device=self.trained.device), self.trained.grad.flatten()
         self.zero_gradient()
         return gradient
 
     def selected_gradient(self) -> tuple[Tensor, Tensor] | None:
         """Indices and values of a gradient that is selected already; None where there is none or it is still dense."""
-        dense = self.trained.grad is not None and not self.trained.grad.is_sparse
-        return None if dense else self._pending()
+        gradient = self.trained.grad
+        return gradient.kept() if isinstance(gradient, CompactGradient) else None
 
     def select(self) -> None:
         """Replace a dense gradient by k of its entries in the rotated basis; no effect when that is done.
 
         Raises:
-            RuntimeError: if a gradient was selected before and neither taken nor forgotten.
+            NonFiniteGradient: if the gradient is not finite.
         """
         dense = self.trained.grad
-        if self.selects and dense is not None and not dense.is_sparse:
+        if self.selects and dense is not None and not isinstance(dense, CompactGradient):
             self.trained.grad = None
-            self.refuse_second_backward(self._pending() is not None)
-            self.keep_selected(self._gradient_to_rotated(dense))
+            self.trained.grad = self.compact(self._gradient_to_rotated(dense))
 
     def scale_gradient(self, factor: Tensor | float) -> None:
-        """Multiply the selected gradient, for clipping."""
+        """Multiply the selected gradient by a finite factor, for clipping."""
         self.select()
-        gradient = self._pending()
-        if gradient is not None:
-            self._set_pending(gradient[0], gradient[1] * factor)
+        gradient = self.trained.grad
+        if isinstance(gradient, CompactGradient):
+            gradient.entries = gradient.entries * factor
+        elif gradient is not None:
+            self.trained.grad = gradient * factor
 
     def zero_gradient(self) -> None:
         """Forget the gradient, selected or not."""
-        self.trained.grad = self._gradient = None
+        self.trained.grad = self._version_at_gradient = None
+
+    def compact(self, G_rot: Tensor) -> CompactGradient:
+        """Select from a gradient in rotated coordinates.
+
+        Raises:
+            NonFiniteGradient: if it is not finite.
+        """
+        try:
+            indices, values = selected(G_rot, self.k, self.rule)
+        except NonFiniteGradient:
+            raise NonFiniteGradient(self.name) from None
+        return CompactGradient(self._where(indices), values, self.trained, G_rot.shape[1])
 
     def _gradient_to_rotated(self, dense: Tensor) -> Tensor:
         """The gradient of :attr:`trained` in rotated coordinates."""
         return dense
 
-    def _pending(self) -> tuple[Tensor, Tensor] | None:
-        """Indices and values of the selected gradient, wherever the form keeps them."""
-        return self._gradient
+    def _where(self, indices: Tensor) -> Tensor:
+        """Flat indices as the form's gradient holds them."""
+        return indices
 
-    def _set_pending(self, indices: Tensor, values: Tensor) -> None:
-        self._gradient = (indices, values)
+    # ---- what others do to the weights ----
 
-    def keep_selected(self, G_rot: Tensor) -> None:
-        """Select from a gradient in rotated coordinates and hold what is kept."""
-        self._set_pending(*selected(G_rot, self.k, self.rule))
+    def watch(self) -> None:
+        """Notice from now on what anything but :meth:`add_` and :meth:`absorb` does to the weights."""
+        self._version = version(self.weight)
+        self._version_at_gradient: int | None = None
+        self.trained.register_post_accumulate_grad_hook(partial(_note_gradient, weakref.ref(self)))
 
-    def refuse_second_backward(self, pending: bool) -> None:
-        """Raise RuntimeError if a gradient is pending: a second one can't be added to what was selected."""
-        if pending:
+    def refuse_foreign_steps(self) -> None:
+        """Raise if something else than SparseGradAdamW has moved the trained parameter by its gradient.
+
+        Raises:
+            RuntimeError: if so.
+        """
+        if self._version_at_gradient not in (None, version(self.trained)):
             raise RuntimeError(
-                "a second backward pass met a gradient that no optimizer step has taken. With select_in='backward' "
-                "each step is one backward pass: use select_in='step' to accumulate gradients, clip after the last "
-                "micro-batch, and give the optimizer sparsegrad.param_groups(model)."
+                f"{self.name or 'a SparseGrad weight'} was moved after its gradient had come, but not by "
+                "SparseGradAdamW: another optimizer trains it, in full. Give "
+                "SparseGradAdamW(sparsegrad.param_groups(model)) in its place (to a Trainer as optimizers=)."
             )
+
+    def follow(self) -> None:
+        """After others have written to the weight (``load_state_dict``): all of it may differ from the base."""
+        if self._version != version(self.weight):
+            self._version, self.moved = version(self.weight), None
+
+    def note_moved(self, indices: Tensor, held: Tensor | None = None, union: Tensor | None = None) -> None:
+        """Add to :attr:`moved`.
+
+        Args:
+            indices: flat, ascending.
+            held, union: of an optimizer's state before and after ``indices`` came to it; where ``held`` is what is held
+                here, ``union`` is taken as it is, so that both are one tensor.
+        """
+        if self.moved is not None:
+            shared = union is not None and (self.moved is held or not len(self.moved))
+            self.moved = union if shared else insert_sorted(self.moved, indices)[0]
+
+    def borrow_basis(self) -> None:
+        """Hold the basis without registering it: another layer does, and a state dictionary holds it once."""
+        self.__dict__["basis"] = self._modules.pop("basis")
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._version_at_gradient = None  # not another optimizer
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.follow()
+        trained = self.trained
+        super()._apply(fn, recurse)
+        if self.trained is not trained:
+            self.watch()
+        self._version = version(self.weight)
+        if self.basis is not None and self.basis.U.device != self.trained.device:
+            self.basis.to(self.trained.device)  # a borrowed one whose owner does not come along
+        if self.moved is not None:
+            self.moved = self.moved.to(self.trained.device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.follow()
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.watch()  # copies of parameters have other versions, and no hooks
+
+
+def version(tensor: Tensor) -> int:
+    """Counts what is written to a tensor in place; of tensors made in inference mode nothing is counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _note_gradient(reference: weakref.ref[SparseGradLinear], parameter: Tensor) -> None:
+    layer = reference()
+    if layer is not None and layer.trained is parameter:
+        layer.refuse_foreign_steps()
+        layer._version_at_gradient = version(parameter)
 
 
 def copied(bias: Tensor) -> nn.Parameter:

@@ -10,6 +10,7 @@ weight decay, bias corrected), unless it selects: then lazy Adam, as everything 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import inf
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from sparsegrad.linear import SparseGradLinear, SparseGradWeight
-from sparsegrad.select import NonFiniteGradient
+from sparsegrad.compact import CompactGradient
+from sparsegrad.linear import SparseGradLinear, SparseGradWeight, version
+from sparsegrad.select import NonFiniteGradient, insert_sorted
 
 
 def lazy_adam_delta(
@@ -37,23 +39,6 @@ def lazy_adam_delta(
     v.lerp_(g * g, 1 - beta2)
     step_size = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
     return -step_size * m / (v.sqrt() + eps)
-
-
-def insert_sorted(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Union of two ascending int64 index vectors.
-
-    Returns:
-        The union, ascending; the places in it of the old indices; the places in it of the new ones.
-    """
-    at = torch.searchsorted(old, new)
-    known = at < len(old)
-    known[known.clone()] = old[at[known]] == new[known]
-    added = new[~known]
-    union = old.new_empty(len(old) + len(added))
-    place_old = torch.arange(len(old), device=old.device) + torch.searchsorted(added, old)
-    place_added = torch.arange(len(added), device=old.device) + torch.searchsorted(old, added)
-    union[place_old], union[place_added] = old, added
-    return union, place_old, torch.searchsorted(union, new)
 
 
 class SparseGradAdamW(Optimizer):
@@ -84,14 +69,15 @@ class SparseGradAdamW(Optimizer):
         fused: bool = False,
         drop_after: int | None = None,
     ) -> None:
-        if lr < 0 or eps < 0 or weight_decay < 0:
-            raise ValueError(f"lr={lr}, eps={eps}, weight_decay={weight_decay}; none may be negative.")
+        if not all(0 <= value < inf for value in (lr, eps, weight_decay)):
+            raise ValueError(f"lr={lr}, eps={eps}, weight_decay={weight_decay}; each must be finite, none negative.")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas={betas}; each must lie in [0, 1).")
-        if drop_after is not None and (isinstance(drop_after, bool) or drop_after < 1):
+        if drop_after is not None and (type(drop_after) is not int or drop_after < 1):
             raise ValueError(f"drop_after={drop_after!r}; it must be a whole number of steps, at least 1, or None.")
         self._fused, self._drop_after = fused, drop_after
         self._layers: dict[Tensor, SparseGradLinear] = {}
+        self._versions: dict[Tensor, int] = {}  # of parameters with a master, after their latest step
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -162,8 +148,9 @@ class SparseGradAdamW(Optimizer):
         state["step"] += 1
         if self._drop_after is not None:
             self._drop(state, self._drop_after)
-        union, place_old, place = insert_sorted(state["indices"], indices)
-        if len(union) > len(state["indices"]):
+        held = state["indices"]
+        union, place_old, place = insert_sorted(held, indices)
+        if len(union) > len(held):
             for key in state.keys() & {"exp_avg", "exp_avg_sq", "last"}:
                 state[key] = state[key].new_zeros(len(union)).index_copy_(0, place_old, state[key])
             state["indices"] = union
@@ -172,7 +159,7 @@ class SparseGradAdamW(Optimizer):
         m, v = state["exp_avg"][place], state["exp_avg_sq"][place]
         delta = lazy_adam_delta(m, v, g, int(state["step"]), group["lr"], group["betas"], group["eps"])
         state["exp_avg"][place], state["exp_avg_sq"][place] = m, v
-        layer.add_(indices, delta)
+        layer.add_(indices, delta, held=held, union=state["indices"])
 
     @staticmethod
     def _drop(state: dict[str, Any], after: int) -> None:
@@ -196,6 +183,9 @@ class SparseGradAdamW(Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=precision)
                 if parameter.dtype != precision:  # bfloat16 swallows small updates: step a float32 master
                     state["master"] = parameter.detach().to(precision)
+            elif "master" in state and self._versions.get(parameter) != version(parameter):
+                same = state["master"].to(parameter.dtype) == parameter  # else others have written to it: follow
+                state["master"] = torch.where(same, state["master"], parameter.to(precision))
             weights.append(state.get("master", parameter))
         states = [self.state[p] for p in parameters]
         adamw(
@@ -218,6 +208,7 @@ class SparseGradAdamW(Optimizer):
         for parameter, weight in zip(parameters, weights, strict=True):
             if weight is not parameter:
                 parameter.copy_(weight)
+                self._versions[parameter] = version(parameter)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; indices, moments and masters keep their own dtypes.
@@ -252,8 +243,22 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, 
     Args:
         model: after :func:`sparsegrad.sparsify`.
         weight_decay: for the dense group.
+
+    Raises:
+        ValueError: if the weight of a SparseGrad layer is frozen, or no longer the layer's own.
     """
-    layers = [m for m in model.modules() if isinstance(m, SparseGradLinear) and m.trained.requires_grad]
+    named = {name: m for name, m in model.named_modules() if isinstance(m, SparseGradLinear)}
+    layers = list(named.values())
+    if frozen := [name for name, layer in named.items() if not layer.trained.requires_grad]:
+        raise ValueError(
+            f"{len(frozen)} of {len(layers)} SparseGrad layers are frozen ({', '.join(frozen[:4])}) and would not be "
+            "trained: set requires_grad of their weights, or leave them out of target_modules or layers_to_transform."
+        )
+    if replaced := [name for name, layer in named.items() if not isinstance(layer.trained, SparseGradWeight)]:
+        raise ValueError(
+            f"the weights of {', '.join(replaced[:4])} are no longer those of their SparseGrad layers: FSDP and "
+            "DeepSpeed, which cut weights in parts, are not supported, nor is load_state_dict(assign=True)."
+        )
     sparse = {id(layer.trained) for layer in layers}
     dense = [p for p in model.parameters() if p.requires_grad and id(p) not in sparse]
     groups: list[dict[str, Any]] = [
@@ -271,8 +276,10 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
         The norm before clipping.
 
     Raises:
-        ValueError: if a SparseGrad gradient is not finite.
+        ValueError: if max_norm is not above 0, or a gradient is not finite; the message names it, and none is changed.
     """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm={max_norm}; it must be above 0.")
     layers = [m for m in model.modules() if isinstance(m, SparseGradLinear)]
     _select(layers)
     layers = [layer for layer in layers if layer.selects]
@@ -280,6 +287,9 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     kept = [pair[1] for pair in (layer.selected_gradient() for layer in layers) if pair is not None]
     dense = [p.grad for p in model.parameters() if p.grad is not None and id(p) not in sparse]
     total = torch.nn.utils.get_total_norm(kept + dense)
+    if not torch.isfinite(total):  # the only wait for the device; scaled by it, one NaN would be in every gradient
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        raise NonFiniteGradient(*(n for n, g in gradients.items() if not torch.isfinite(torch.linalg.vector_norm(g))))
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for gradient in dense:
         gradient.mul_(scale)
@@ -289,12 +299,17 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
 
 
 def _select(layers: Iterable[SparseGradLinear]) -> None:
-    """Select every gradient that is to be selected; of the others, all at once, see that they are finite."""
-    whole = []
-    for layer in layers:
+    """Select every gradient that is to be selected; of what else there is, all at once, see that it is finite."""
+    unsure: dict[str, Tensor] = {}
+    for number, layer in enumerate(layers):
         if layer.selects:
             layer.select()
-        elif layer.trained.grad is not None:
-            whole.append(layer.trained.grad)
-    if whole and not torch.isfinite(torch.nn.utils.get_total_norm(whole, norm_type=float("inf"))):
-        raise NonFiniteGradient
+        gradient = layer.trained.grad
+        if isinstance(gradient, CompactGradient):
+            if gradient.finite:
+                continue
+            gradient = gradient.entries
+        if gradient is not None:
+            unsure[layer.name or f"SparseGrad layer {number}"] = gradient
+    if unsure and not torch.isfinite(torch.nn.utils.get_total_norm(unsure.values(), norm_type=float("inf"))):
+        raise NonFiniteGradient(*(name for name, gradient in unsure.items() if not torch.isfinite(gradient).all()))

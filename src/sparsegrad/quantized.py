@@ -56,6 +56,7 @@ class QuantizedTruncatedLinear(CoreLinear):
         super().__init__(shape, basis, k, ranks=ranks, keep=keep, select=select, update="side", device=device)
         self.linear = linear
         self.core = self._zero_core(torch.float32)
+        self.watch()
 
     @property
     def weight(self) -> Tensor:
@@ -85,6 +86,7 @@ class QuantizedTruncatedLinear(CoreLinear):
     @torch.no_grad()
     def original_weight(self) -> Tensor:
         """The weight as its linear computes with it, plus V_r^T S U_c; ``(out_features, in_features)``, float32."""
+        self.refuse_foreign_steps()
         bias = self.linear.bias
         self.linear.bias = None  # pyright: ignore[reportAttributeAccessIssue] - added, it would round the weight
         try:

@@ -85,7 +85,11 @@ def _refreshable(name: str, layer: CoreLinear, basis: Basis) -> TruncatedLinear:
         )
     if basis.V.shape[0] < r or basis.U.shape[0] < c:
         raise ValueError(f"{name}: the new basis has {basis.V.shape[0]} and {basis.U.shape[0]} rows, not {r} and {c}.")
-    if layer.core.grad is not None or layer.selected_gradient() is not None:
+    try:
+        basis.refuse_skewed()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if layer.core.grad is not None:
         raise ValueError(f"{name} holds a gradient in the old basis: refresh after optimizer.step() and zero_grad().")
     return layer
 

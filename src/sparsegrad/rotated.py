@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from sparsegrad.basis import Basis
 from sparsegrad.linear import autocast
-from sparsegrad.select import Rule, selected, top_k
+from sparsegrad.select import Rule, top_k
 from sparsegrad.selecting import SelectingLinear
 
 MATMULS = ("regular", "sparse_by_dense")
@@ -61,23 +61,9 @@ class RotatedLinear(SelectingLinear):
     def _to_original(self, weight: Tensor) -> Tensor:
         return weight if self.basis is None else self.basis.rotate_back(weight)
 
-    def _pending(self) -> tuple[Tensor, Tensor] | None:
-        if self.weight.grad is None:
-            return None
-        coo = self.weight.grad.coalesce()
-        self.refuse_second_backward(coo._nnz() > self.k)  # one pass that used the layer twice
-        row, column = coo.indices()
-        return row * self.in_features + column, coo.values()
-
-    def _set_pending(self, indices: Tensor, values: Tensor) -> None:
-        self.weight.grad = self.as_coo(indices, values.to(self.weight.dtype))
-
-    def as_coo(self, indices: Tensor, values: Tensor) -> Tensor:
-        """Entries at flat indices, in the weight's shape."""
-        rows_columns = torch.stack((indices // self.in_features, indices % self.in_features))
-        return torch.sparse_coo_tensor(
-            rows_columns, values, self.weight.shape, is_coalesced=True, check_invariants=False
-        )
+    def _where(self, indices: Tensor) -> Tensor:
+        """Rows and columns: the paper's gradient of W_rot is in coordinate format."""
+        return torch.stack((indices // self.in_features, indices % self.in_features))
 
 
 class _RotatedProduct(torch.autograd.Function):
@@ -108,8 +94,5 @@ class _RotatedProduct(torch.autograd.Function):
             grad_x = g @ weight
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None
-        layer.refuse_second_backward(layer.weight.grad is not None and layer.weight.grad.is_sparse)
         G = G.to(layer.weight.dtype)
-        if layer.select_in == "backward":
-            G = layer.as_coo(*selected(G, layer.k, layer.rule))
-        return grad_x, G, None
+        return grad_x, layer.compact(G) if layer.select_in == "backward" else G, None

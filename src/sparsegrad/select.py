@@ -20,8 +20,9 @@ _STRIDE, _MARGIN, _SPARE = 61, 1.25, 32  # of the sample that guesses a bound fo
 class NonFiniteGradient(ValueError):
     """A gradient holds NaN or infinity: training has diverged."""
 
-    def __init__(self) -> None:
-        super().__init__("gradient holds non-finite values: lower the learning rate or check the loss.")
+    def __init__(self, *names: str) -> None:
+        of = f" of {', '.join(filter(None, names[:4]))}" if any(names) else ""
+        super().__init__(f"gradient{of} holds non-finite values: lower the learning rate or check the loss.")
 
 
 def check_k(k: int, shape: tuple[int, ...]) -> int:
@@ -105,6 +106,23 @@ def _check_kept(indices: object, k: int, entries: int, rule: Rule) -> None:
     name = getattr(rule, "__name__", type(rule).__name__)
     expected = f"a rule gives {k} flat indices, int64 and ascending, each once, from 0 to {entries - 1}"
     raise ValueError(f"select={name} gave {what}; {expected}.")
+
+
+def insert_sorted(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Union of two ascending int64 index vectors.
+
+    Returns:
+        The union, ascending; the places in it of the old indices; the places in it of the new ones.
+    """
+    at = torch.searchsorted(old, new)
+    known = at < len(old)
+    known[known.clone()] = old[at[known]] == new[known]
+    added = new[~known]
+    union = old.new_empty(len(old) + len(added))
+    place_old = torch.arange(len(old), device=old.device) + torch.searchsorted(added, old)
+    place_added = torch.arange(len(added), device=old.device) + torch.searchsorted(old, added)
+    union[place_old], union[place_added] = old, added
+    return union, place_old, torch.searchsorted(union, new)
 
 
 def _candidates(magnitude: Tensor, k: int, width: int) -> Tensor | None:

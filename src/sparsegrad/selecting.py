@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
-from sparsegrad.linear import SparseGradLinear, SparseGradWeight, copied
+from sparsegrad.linear import SparseGradLinear, SparseGradWeight, copied, version
 from sparsegrad.select import Rule, check_k, top_k
 
 SELECT_IN = ("step", "backward")
@@ -63,6 +63,7 @@ class SelectingLinear(SparseGradLinear):
         self.register_buffer("master", None)
         self.weight = SparseGradWeight(self._from_original(weight.detach()).to(weight.dtype).clone())
         self._keep_master(weight.detach())
+        self.watch()
 
     @property
     def trained(self) -> nn.Parameter:
@@ -77,16 +78,35 @@ class SelectingLinear(SparseGradLinear):
         return self.weight.dtype
 
     @torch.no_grad()
-    def add_(self, indices: Tensor, delta: Tensor) -> None:
+    def add_(self, indices: Tensor, delta: Tensor, *, held: Tensor | None = None, union: Tensor | None = None) -> None:
+        self.follow()
+        self.note_moved(indices, held, union)
         self._keep_master(None)
         target = self.weight if self.master is None else self.master
         self._add(target, indices, delta.to(target.dtype))
         if self.master is not None:
             self.weight.copy_(self.master)
+        self._version = version(self.weight)
 
     def original_weight(self) -> Tensor:
+        self.refuse_foreign_steps()
+        self.follow()
         weight = self.weight if self.master is None else self.master
         return self._to_original(weight.detach())
+
+    @torch.no_grad()
+    def set_original(self, weight: Tensor) -> None:
+        exact = self._from_original(weight.to(self.weight.device))
+        if self.master is not None:
+            self.master.copy_(exact)
+        self.weight.copy_(exact)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        if self.master is not None and self._version != version(self.weight):
+            same = self.master.to(self.weight.dtype) == self.weight  # the master has been written to as well
+            self.master = torch.where(same, self.master, self.weight.float())
+        super().follow()
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
@@ -118,4 +138,5 @@ class SelectingLinear(SparseGradLinear):
         elif master is not None:
             with torch.no_grad():
                 self.weight.copy_(master)  # the model was cast back up
+                self._version = version(self.weight)
         return self

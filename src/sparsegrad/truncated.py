@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from sparsegrad.basis import Basis
 from sparsegrad.core import CoreLinear
-from sparsegrad.linear import autocast, copied
+from sparsegrad.linear import autocast, copied, version
 from sparsegrad.select import Rule, top_k
 
 UPDATES = ("in_place", "side")
@@ -77,6 +77,7 @@ class TruncatedLinear(CoreLinear):
         self.core = self._zero_core(torch.promote_types(weight.dtype, torch.float32))
         self.register_buffer("refreshes", torch.zeros((), dtype=torch.int64, device=device))
         self.register_load_state_dict_post_hook(_absorb_loaded)
+        self.watch()
 
     @property
     def moves_weight(self) -> bool:
@@ -96,19 +97,23 @@ class TruncatedLinear(CoreLinear):
     def store_weight(self, dtype: torch.dtype) -> None:
         """Store W in another precision, below float32 with ``update="side"`` from now on; call it before training."""
         self.weight.data = self.weight.data.to(dtype)
+        self._version = version(self.weight)
         if torch.finfo(dtype).bits < 32:
             self.update = "side"
 
     @torch.no_grad()
     def absorb(self) -> None:
         """After a step of S: add it to W and start from zero again, where steps are taken in place."""
+        super().absorb()
         if self.update == "in_place":
+            self.follow()
             add_product_(self.weight, self.basis.V, self.core, self.basis.U)
             self.core.zero_()
+            self._version = version(self.weight)
 
     @torch.no_grad()
     def original_weight(self) -> Tensor:
-        """W + V_r^T S U_c, ``(out_features, in_features)``, in float32 at least."""
+        self.refuse_foreign_steps()
         weight = self.weight.detach()
         if self.update == "in_place":
             return weight
@@ -124,6 +129,7 @@ class TruncatedLinear(CoreLinear):
             basis: the new one, with r and c rows.
         """
         self.refreshes += 1
+        self.moved = None  # what earlier bases have moved does not lie in this one's block
         if self.update == "in_place":
             return
         exact = self.original_weight()

@@ -295,7 +295,9 @@ def test_a_gradient_that_is_not_finite_is_refused_before_anything_moves(
         for p in model.parameters():
             p.grad = torch.ones_like(p) if p.requires_grad else None
         model.layers[1].down.trained.grad[1, 2] = bad
-        with pytest.raises(ValueError, match="gradient holds non-finite values: lower the learning rate"):
+        with pytest.raises(
+            ValueError, match=r"gradient of layers\.1\.down holds non-finite values: lower the learning"
+        ):
             act()
         optimizer.zero_grad()
     literal.assert_unchanged(model, before)
@@ -350,12 +352,14 @@ def test_a_step_without_any_gradient_changes_nothing(fused, blocks, block_bases,
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"lr": -1.0}, r"lr=-1.0, eps=1e-08, weight_decay=0.0; none may be negative"),
-        ({"eps": -1e-8}, r"eps=-1e-08.*none may be negative"),
-        ({"weight_decay": -0.1}, r"weight_decay=-0.1; none may be negative"),
+        ({"lr": -1.0}, r"lr=-1.0, eps=1e-08, weight_decay=0.0; each must be finite, none negative"),
+        ({"eps": -1e-8}, r"eps=-1e-08.*none negative"),
+        ({"weight_decay": -0.1}, r"weight_decay=-0.1; each must be finite"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"eps": float("inf")}, "eps=inf"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\); each must lie in \[0, 1\)"),
         ({"betas": (-0.1, 0.9)}, r"betas=\(-0.1, 0.9\)"),
-        *(({"drop_after": bad}, f"drop_after={bad}") for bad in (0, -1, True)),
+        *(({"drop_after": bad}, f"drop_after={bad}") for bad in (0, -1, True, 2.5)),
     ],
 )
 def test_refuses_hyper_parameters_out_of_range(options, text):

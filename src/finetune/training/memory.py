@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsegrad import Basis, sparsegrad_layers
+from sparsegrad import Basis, CompactGradient
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
@@ -40,11 +40,9 @@ def components(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
 
 
 def gradient_bytes(model: nn.Module) -> int:
-    """Bytes of the gradients that are held right now, SparseGrad's selected entries among them."""
-    dense = [p.grad for p in model.parameters() if p.grad is not None]
-    compact = [layer for layer in sparsegrad_layers(model).values() if layer.weight.grad is None]
-    selected = [layer.selected_gradient() for layer in compact]
-    return tensor_bytes([*dense, *(tensor for pair in selected if pair is not None for tensor in pair)])
+    """Bytes of the gradients that are held right now, of SparseGrad's the selected entries."""
+    held = [p.grad for p in model.parameters() if p.grad is not None]
+    return tensor_bytes(t for g in held for t in ((g.where, g.entries) if isinstance(g, CompactGradient) else (g,)))
 
 
 class Saved:

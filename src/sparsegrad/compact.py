@@ -1,0 +1,97 @@
+"""A selected gradient as torch sees it: a tensor of the parameter's shape that holds k entries and nothing else.
+
+It lies in ``.grad``, as every gradient does. So whoever throws gradients away (``model.zero_grad()``, a skipped step,
+``torch.autograd.grad`` for an input) throws it away too, and torch's clipping and ``GradScaler`` see it. What would
+need the entries that were not kept, such as a second gradient to add or a sum over processes, is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+_COPIES = {aten.detach, aten.alias, aten.clone}
+_ENTRYWISE = {aten.mul_, aten.div_, aten.clamp_, aten.clamp_min_, aten.clamp_max_, aten.neg_}  # zero stays zero
+_NORMS = {aten.linalg_vector_norm, aten.norm}
+
+
+_SECOND = (
+    "a second backward pass met a gradient that no optimizer step has taken. With select_in='backward' each step is "
+    "one backward pass: use select_in='step' to accumulate gradients, clip after the last micro-batch, and give the "
+    "optimizer sparsegrad.param_groups(model)."
+)
+_UNKNOWN = (
+    "{} met the gradient of a SparseGrad weight, of which only the selected entries are held. Under data parallelism "
+    "use select_in='step', and give sparsegrad.param_groups(model) to SparseGradAdamW, not the weights to another "
+    "optimizer."
+)
+
+
+class CompactGradient(Tensor):
+    """k entries of a gradient.
+
+    Args:
+        where: int64, flat indices ``(k,)``, or rows and columns ``(2, k)``, as a COO tensor has them; ascending.
+        entries: ``(k,)``.
+        like: the parameter.
+        width: columns of the matrix that the places count in: a gradient in a truncated basis is smaller than ``like``.
+
+    Attributes:
+        finite: whether the entries are known to be finite: torch's functions may have changed them.
+    """
+
+    where: Tensor
+    entries: Tensor
+    finite: bool
+
+    # Every operation comes to __torch_dispatch__, where it is carried out on the entries or refused.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, where: Tensor, entries: Tensor, like: Tensor, width: int) -> CompactGradient:
+        # Declared in the parameter's dtype, as .grad must be; the entries keep the precision of their basis.
+        return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=entries.device)  # pyright: ignore
+
+    def __init__(self, where: Tensor, entries: Tensor, like: Tensor, width: int) -> None:
+        self.where, self.entries, self.width, self.finite = where, entries, width, True
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """Flat indices, int64 ``(k,)`` and ascending, and their values."""
+        where = self.where if self.where.dim() == 1 else self.where[0] * self.width + self.where[1]
+        return where, self.entries
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"CompactGradient({len(self.entries)} entries of {tuple(self.shape)})"
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        operation, kwargs = func.overloadpacket, kwargs or {}
+        if operation is aten._amp_foreach_non_finite_check_and_unscale_:  # GradScaler gives all gradients at once
+            return func([_entries(tensor) for tensor in args[0]], *args[1:], **kwargs)
+        self = args[0]
+        if isinstance(self, CompactGradient) and not any(isinstance(value, CompactGradient) for value in args[1:]):
+            if operation in _COPIES:
+                return CompactGradient(self.where, self.entries.clone(), self, self.width)
+            if operation in _NORMS:
+                return func(self.entries, *args[1:], **kwargs)
+            if operation in _ENTRYWISE:
+                func(_entries(self), *args[1:], **kwargs)
+                return self
+            if operation is aten.zero_:  # of zero_grad(set_to_none=False)
+                self.where, self.entries = self.where[..., :0], self.entries[:0]
+                return self
+        raise RuntimeError(_SECOND if operation in (aten.add, aten.add_) else _UNKNOWN.format(operation))
+
+
+def _entries(gradient: Tensor) -> Tensor:
+    """What a function of torch may change in place."""
+    if not isinstance(gradient, CompactGradient):
+        return gradient
+    gradient.finite = False
+    return gradient.entries
