@@ -30,7 +30,7 @@ from sparsegrad.truncated import TruncatedLinear
 
 
 def save_adapter(
-    path: str | Path, model: nn.Module, optimizer: SparseGradAdamW, sparsify_config: Mapping[str, Any]
+    path: str | Path, model: nn.Module, optimizer: SparseGradAdamW | None, sparsify_config: Mapping[str, Any]
 ) -> None:
     """Write what differs from the base model.
 
@@ -40,19 +40,15 @@ def save_adapter(
     Args:
         path: a ``.safetensors`` file.
         model: a sparsified model.
-        optimizer: one that trains the model; the model itself knows what was moved, by whichever optimizers.
+        optimizer: one that trained the model, or None. It is not asked: the layers know what any optimizer has moved.
         sparsify_config: the keyword arguments given to :func:`sparsegrad.sparsify` (without the bases, and without the
             rule of selection, which no loaded adapter needs).
 
     Raises:
-        ValueError: if the arguments are not those that the model was made with, or the optimizer is another model's.
-        RuntimeError: if another optimizer has moved a SparseGrad weight.
+        ValueError: if the arguments are not those that the model was made with.
     """
     layers = sparsegrad_layers(model)
     config = _checked_config(sparsify_config, model, layers)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if strangers := [n for n, m in layers.items() if m.trained.requires_grad and id(m.trained) not in held]:
-        raise ValueError(f"the optimizer does not train {', '.join(strangers[:4])}: give one of this model.")
     labels: dict[int, str] = {}
     bases: dict[str, str] = {}
     tensors = _others(model, layers)

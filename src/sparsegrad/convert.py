@@ -154,9 +154,6 @@ def merge(model: nn.Module) -> nn.Module:
 
     Returns:
         The same model, plain again: ``save_pretrained`` and FastChat take it.
-
-    Raises:
-        RuntimeError: if another optimizer has moved a layer's weight.
     """
     layers = sparsegrad_layers(model).values()
     _replace(model, {layer: layer.to_linear().train(layer.training) for layer in layers})

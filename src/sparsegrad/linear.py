@@ -8,14 +8,15 @@ W_rot alone; their steps are the same wherever the selected entries lie in that 
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from sparsegrad.basis import Basis
 from sparsegrad.compact import CompactGradient
@@ -24,6 +25,25 @@ from sparsegrad.select import NonFiniteGradient, Rule, insert_sorted, selected
 
 class SparseGradWeight(nn.Parameter):
     """Marks the weight of a SparseGrad layer, so that an optimizer can refuse it without its layer."""
+
+    def __new__(cls, data: Tensor, requires_grad: bool = True) -> Self:
+        _watch_optimizers()
+        return super().__new__(cls, data, requires_grad)
+
+
+@cache
+def _watch_optimizers() -> RemovableHandle:
+    """Once a process: no weight can tell who moves it, since torch's fused kernels leave no trace of that."""
+    return register_optimizer_step_pre_hook(_refuse_weights_without_layers)
+
+
+def _refuse_weights_without_layers(optimizer: Optimizer, *_: object) -> None:
+    for group in optimizer.param_groups:
+        if not group.get("sparsegrad") and any(isinstance(p, SparseGradWeight) for p in group["params"]):
+            raise ValueError(
+                f"{type(optimizer).__name__} holds the weights of SparseGrad layers, which it would fine-tune in full: "
+                "give SparseGradAdamW(sparsegrad.param_groups(model)) in its place (to a Trainer as optimizers=)."
+            )
 
 
 class SparseGradLinear(nn.Module, ABC):
@@ -57,6 +77,7 @@ class SparseGradLinear(nn.Module, ABC):
         self.base: Mapping[str, str] = {}  # likewise
         self.basis = None if basis is None else fitting_basis(basis, shape, device)
         self.moved: Tensor | None = torch.empty(0, dtype=torch.int64, device=device)
+        self._version = 0  # of the weight, after the latest step
 
     @classmethod
     def options_by(cls, basis: Basis, k: int, **options: Any) -> dict[str, Any]:
@@ -95,15 +116,10 @@ class SparseGradLinear(nn.Module, ABC):
 
     @abstractmethod
     def original_weight(self) -> Tensor:
-        """The weight in original coordinates, ``(out_features, in_features)``, in float32 at least.
-
-        Raises:
-            RuntimeError: if another optimizer has moved it.
-        """
+        """The weight in original coordinates, ``(out_features, in_features)``, in float32 at least."""
 
     def absorb(self) -> None:
-        """Called after a step of the whole of :attr:`trained`; a form may keep steps elsewhere."""
-        self._version_at_gradient = None
+        """Called after a step of the whole of :attr:`trained`, for a form that keeps steps elsewhere."""
 
     def rotated_weight(self) -> Tensor:
         """The weight in rotated coordinates, ``(out_features, in_features)`` or the basis' ranks."""
@@ -163,7 +179,7 @@ class SparseGradLinear(nn.Module, ABC):
 
     def zero_gradient(self) -> None:
         """Forget the gradient, selected or not."""
-        self.trained.grad = self._version_at_gradient = None
+        self.trained.grad = None
 
     def compact(self, G_rot: Tensor) -> CompactGradient:
         """Select from a gradient in rotated coordinates.
@@ -187,25 +203,6 @@ class SparseGradLinear(nn.Module, ABC):
 
     # ---- what others do to the weights ----
 
-    def watch(self) -> None:
-        """Notice from now on what anything but :meth:`add_` and :meth:`absorb` does to the weights."""
-        self._version = version(self.weight)
-        self._version_at_gradient: int | None = None
-        self.trained.register_post_accumulate_grad_hook(partial(_note_gradient, weakref.ref(self)))
-
-    def refuse_foreign_steps(self) -> None:
-        """Raise if something else than SparseGradAdamW has moved the trained parameter by its gradient.
-
-        Raises:
-            RuntimeError: if so.
-        """
-        if self._version_at_gradient not in (None, version(self.trained)):
-            raise RuntimeError(
-                f"{self.name or 'a SparseGrad weight'} was moved after its gradient had come, but not by "
-                "SparseGradAdamW: another optimizer trains it, in full. Give "
-                "SparseGradAdamW(sparsegrad.param_groups(model)) in its place (to a Trainer as optimizers=)."
-            )
-
     def follow(self) -> None:
         """After others have written to the weight (``load_state_dict``): all of it may differ from the base."""
         if self._version != version(self.weight):
@@ -227,16 +224,9 @@ class SparseGradLinear(nn.Module, ABC):
         """Hold the basis without registering it: another layer does, and a state dictionary holds it once."""
         self.__dict__["basis"] = self._modules.pop("basis")
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self._version_at_gradient = None  # not another optimizer
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.follow()
-        trained = self.trained
         super()._apply(fn, recurse)
-        if self.trained is not trained:
-            self.watch()
         self._version = version(self.weight)
         if self.basis is not None and self.basis.U.device != self.trained.device:
             self.basis.to(self.trained.device)  # a borrowed one whose owner does not come along
@@ -250,19 +240,12 @@ class SparseGradLinear(nn.Module, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.watch()  # copies of parameters have other versions, and no hooks
+        self._version = version(self.weight)  # copies of tensors count from zero
 
 
 def version(tensor: Tensor) -> int:
     """Counts what is written to a tensor in place; of tensors made in inference mode nothing is counted."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _note_gradient(reference: weakref.ref[SparseGradLinear], parameter: Tensor) -> None:
-    layer = reference()
-    if layer is not None and layer.trained is parameter:
-        layer.refuse_foreign_steps()
-        layer._version_at_gradient = version(parameter)
 
 
 def copied(bias: Tensor) -> nn.Parameter:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
 from sparsegrad.core import CoreLinear
-from sparsegrad.linear import autocast
+from sparsegrad.linear import autocast, version
 from sparsegrad.select import Rule, top_k
 from sparsegrad.truncated import TruncatedProduct, add_product_
 
@@ -56,7 +56,7 @@ class QuantizedTruncatedLinear(CoreLinear):
         super().__init__(shape, basis, k, ranks=ranks, keep=keep, select=select, update="side", device=device)
         self.linear = linear
         self.core = self._zero_core(torch.float32)
-        self.watch()
+        self._version = version(self.weight)
 
     @property
     def weight(self) -> Tensor:
@@ -86,7 +86,6 @@ class QuantizedTruncatedLinear(CoreLinear):
     @torch.no_grad()
     def original_weight(self) -> Tensor:
         """The weight as its linear computes with it, plus V_r^T S U_c; ``(out_features, in_features)``, float32."""
-        self.refuse_foreign_steps()
         bias = self.linear.bias
         self.linear.bias = None  # pyright: ignore[reportAttributeAccessIssue] - added, it would round the weight
         try:

@@ -63,7 +63,7 @@ class SelectingLinear(SparseGradLinear):
         self.register_buffer("master", None)
         self.weight = SparseGradWeight(self._from_original(weight.detach()).to(weight.dtype).clone())
         self._keep_master(weight.detach())
-        self.watch()
+        self._version = version(self.weight)
 
     @property
     def trained(self) -> nn.Parameter:
@@ -89,7 +89,6 @@ class SelectingLinear(SparseGradLinear):
         self._version = version(self.weight)
 
     def original_weight(self) -> Tensor:
-        self.refuse_foreign_steps()
         self.follow()
         weight = self.weight if self.master is None else self.master
         return self._to_original(weight.detach())

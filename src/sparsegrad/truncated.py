@@ -77,7 +77,7 @@ class TruncatedLinear(CoreLinear):
         self.core = self._zero_core(torch.promote_types(weight.dtype, torch.float32))
         self.register_buffer("refreshes", torch.zeros((), dtype=torch.int64, device=device))
         self.register_load_state_dict_post_hook(_absorb_loaded)
-        self.watch()
+        self._version = version(self.weight)
 
     @property
     def moves_weight(self) -> bool:
@@ -104,7 +104,6 @@ class TruncatedLinear(CoreLinear):
     @torch.no_grad()
     def absorb(self) -> None:
         """After a step of S: add it to W and start from zero again, where steps are taken in place."""
-        super().absorb()
         if self.update == "in_place":
             self.follow()
             add_product_(self.weight, self.basis.V, self.core, self.basis.U)
@@ -113,7 +112,6 @@ class TruncatedLinear(CoreLinear):
 
     @torch.no_grad()
     def original_weight(self) -> Tensor:
-        self.refuse_foreign_steps()
         weight = self.weight.detach()
         if self.update == "in_place":
             return weight

@@ -8,7 +8,7 @@ import torch
 import yaml
 from torch import nn
 
-from sparsegrad import Basis
+from sparsegrad import Basis, SparseGradAdamW, find_targets, param_groups, sparsify
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 CONF = Path(__file__).parents[2] / "conf" / "model"
@@ -132,3 +132,29 @@ def tiny_transformer(hub_model, model_conf):
 def transformer_bases(random_basis):
     """``transformer_bases()``: bases for ``tiny_transformer`` of the standard size."""
     return lambda: {"up": random_basis(24, 16), "down": random_basis(16, 24, 1)}
+
+
+@pytest.fixture
+def trained(tiny_transformer, transformer_bases):
+    """``trained(family, form, **options)``: a model after some steps, its optimizer and its sparsify options."""
+
+    def make(family="bert", form="folded", basis="full", dense=True, dtype=torch.float64, steps=3):
+        model, patterns, tokens = tiny_transformer(family, dtype=dtype)
+        full = transformer_bases()
+        bases = {"full": full, "leading": {kind: b.leading(6, 5) for kind, b in full.items()}, "none": None}[basis]
+        if not dense:
+            model.requires_grad_(False)
+            for target in find_targets(model, patterns):
+                target.module.weight.requires_grad_(True)
+        config = {"k": {"up": 7, "down": 9}, "target_modules": patterns, "form": form}
+        if family == "llama":
+            config["layers_to_transform"] = [0, 3]
+        sparsify(model, bases, **config)
+        optimizer = SparseGradAdamW(param_groups(model), lr=1e-2)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            torch.log_softmax(model(input_ids=tokens).logits.float(), -1)[..., 0].square().sum().backward()
+            optimizer.step()
+        return model, optimizer, config
+
+    return make

@@ -10,53 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sparsegrad import (
-    SparseGradAdamW,
-    find_targets,
     load_adapter,
     load_bases,
     load_tensors,
-    merge,
-    param_groups,
     save_adapter,
     save_bases,
     save_tensors,
-    sparsegrad_layers,
-    sparsify,
 )
-
-FORMS = ["folded", "rotated", "truncated"]
-
-
-def logits(model, tokens):
-    with torch.no_grad():
-        return model(input_ids=tokens).logits
-
-
-@pytest.fixture
-def trained(tiny_transformer, transformer_bases):
-    """``trained(family, form, **options)``: a model after some steps, its optimizer and its sparsify options."""
-
-    def make(family="bert", form="folded", basis="full", dense=True, dtype=torch.float64, steps=3):
-        model, patterns, tokens = tiny_transformer(family, dtype=dtype)
-        full = transformer_bases()
-        bases = {"full": full, "leading": {kind: b.leading(6, 5) for kind, b in full.items()}, "none": None}[basis]
-        if not dense:
-            model.requires_grad_(False)
-            for target in find_targets(model, patterns):
-                target.module.weight.requires_grad_(True)
-        config = {"k": {"up": 7, "down": 9}, "target_modules": patterns, "form": form}
-        if family == "llama":
-            config["layers_to_transform"] = [0, 3]
-        sparsify(model, bases, **config)
-        optimizer = SparseGradAdamW(param_groups(model), lr=1e-2)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            torch.log_softmax(model(input_ids=tokens).logits.float(), -1)[..., 0].square().sum().backward()
-            optimizer.step()
-        return model, optimizer, config
-
-    return make
-
 
 # ---- bases ----
 
@@ -195,94 +155,3 @@ def test_metadata_that_is_no_json_is_refused_before_anything_is_written(tmp_path
     with pytest.raises(TypeError, match="not JSON serializable"):
         save_tensors(tmp_path / "t", {"a": torch.ones(3)}, {"bad": object()})
     assert not list(tmp_path.iterdir())
-
-
-# ---- adapters ----
-
-
-@pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
-@pytest.mark.parametrize(
-    ("form", "basis"),
-    [*((form, "full") for form in FORMS), ("folded", "none"), ("rotated", "none"), ("folded", "leading")],
-)
-def test_base_model_plus_adapter_is_the_trained_model(family, form, basis, trained, tiny_transformer, tmp_path):
-    model, optimizer, config = trained(family, form, basis)
-    save_adapter(tmp_path / "adapter.safetensors", model, optimizer, config)
-    base, _, tokens = tiny_transformer(family)
-    assert (logits(base, tokens) - logits(model, tokens)).abs().max() > 1e-3
-    assert load_adapter(tmp_path / "adapter.safetensors", base) is base
-    torch.testing.assert_close(logits(base, tokens), logits(model, tokens), rtol=0, atol=1e-10)
-    assert list(sparsegrad_layers(base)) == list(sparsegrad_layers(model))
-    assert all((layer.basis is None) == (basis == "none") for layer in sparsegrad_layers(base).values())
-    torch.testing.assert_close(logits(merge(base), tokens), logits(model, tokens), rtol=0, atol=1e-10)
-
-
-def test_an_adapter_holds_the_touched_entries_and_not_the_matrices(trained, tmp_path):
-    model, optimizer, config = trained()
-    save_adapter(tmp_path / "a", model, optimizer, config)
-    tensors, metadata = load_tensors(tmp_path / "a")
-    layers = sparsegrad_layers(model)
-    for name, layer in layers.items():
-        indices = tensors[f"indices.{name}"]
-        assert torch.equal(indices, optimizer.touched(layer))
-        assert layer.k <= len(indices) <= 3 * layer.k and len(tensors[f"values.{name}"]) == len(indices)
-    dense = {name for name, _ in model.named_parameters()} - {f"{name}.weight" for name in layers}
-    assert {name.removeprefix("dense.") for name in tensors if name.startswith("dense.")} == dense
-    assert sum(name.endswith((".U", ".V")) for name in tensors) == 4  # one basis a kind, not one a layer
-    assert metadata["sparsify"] == config
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("steps", [0, 3])
-def test_an_adapter_of_mlp_weights_alone_has_no_dense_part(form, steps, trained, tiny_transformer, tmp_path):
-    model, optimizer, config = trained(form=form, dense=False, steps=steps)
-    save_adapter(tmp_path / "a", model, optimizer, config)
-    assert not [name for name in load_tensors(tmp_path / "a")[0] if name.startswith("dense.")]
-    base, _, tokens = tiny_transformer("bert")
-    load_adapter(tmp_path / "a", base)
-    torch.testing.assert_close(logits(base, tokens), logits(model, tokens), rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_bfloat16_adapter_brings_back_the_masters(form, trained, tiny_transformer, tmp_path):
-    model, optimizer, config = trained(form=form, dtype=torch.bfloat16)
-    save_adapter(tmp_path / "a", model, optimizer, config)
-    base, _, _ = tiny_transformer("bert", dtype=torch.bfloat16)
-    start = {t.name: t.module.weight.detach().float() for t in find_targets(base, config["target_modules"])}
-    load_adapter(tmp_path / "a", base)
-    loaded = sparsegrad_layers(base)
-    for name, layer in sparsegrad_layers(model).items():
-        change = layer.original_weight() - start[name]
-        assert change.abs().max() > 1e-3
-        error = loaded[name].original_weight() - layer.original_weight()
-        assert error.norm() < 1e-4 * change.norm()
-        assert loaded[name].weight.dtype == torch.bfloat16
-
-
-OTHERS = [
-    ("bert", {"hidden_size": 32}),
-    ("bert", {"intermediate_size": 32}),
-    ("bert", {"num_hidden_layers": 1}),
-    ("bert", {"num_hidden_layers": 3}),
-    ("roberta", {}),
-    ("llama", {}),
-]
-
-
-@pytest.mark.parametrize(
-    ("family", "sizes", "dense"),
-    [(*other, dense) for other in OTHERS for dense in (True, False)] + [("bert", {"vocab_size": 60}, True)],
-    ids=lambda value: str(value),
-)
-@pytest.mark.parametrize("basis", ["full", "none"])
-def test_an_adapter_of_another_architecture_is_refused_and_the_model_left_unchanged(
-    family, sizes, dense, basis, trained, tiny_transformer, tmp_path
-):
-    """An adapter without a dense part carries only the MLPs' names and shapes to tell by."""
-    model, optimizer, config = trained(dense=dense, basis=basis)
-    save_adapter(tmp_path / "a", model, optimizer, config)
-    other, _, _ = tiny_transformer(family, **sizes)
-    before = snapshot(other)
-    with pytest.raises(ValueError, match="is an adapter of another architecture|matches no module in full"):
-        load_adapter(tmp_path / "a", other)
-    assert_unchanged(other, before)

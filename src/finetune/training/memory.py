@@ -16,16 +16,8 @@ from sparsegrad import Basis, CompactGradient
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors, each storage counted once."""
-    seen = {}
-    for tensor in tensors:
-        if tensor.is_sparse:
-            parts: tuple[Tensor, ...] = (tensor._indices(), tensor._values())  # what is held, not a coalesced copy
-        else:
-            parts = (tensor,)
-        for part in parts:
-            storage = part.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-    return sum(seen.values())
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def components(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:

@@ -1,0 +1,323 @@
+"""Adapters: what comes back whoever changed the model, what is refused, and that a base is known by its bits."""
+
+import copy
+import itertools
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from literal import assert_unchanged, snapshot, train
+
+from sparsegrad import (
+    SparseGradAdamW,
+    clip_grad_norm_,
+    find_targets,
+    load_adapter,
+    load_tensors,
+    merge,
+    param_groups,
+    refresh,
+    save_adapter,
+    sparsegrad_layers,
+    sparsify,
+)
+
+FORMS = ["folded", "rotated", "truncated"]
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
+@pytest.mark.parametrize(
+    ("form", "basis"),
+    [*((form, "full") for form in FORMS), ("folded", "none"), ("rotated", "none"), ("folded", "leading")],
+)
+def test_base_model_plus_adapter_is_the_trained_model(family, form, basis, trained, tiny_transformer, tmp_path):
+    model, optimizer, config = trained(family, form, basis)
+    save_adapter(tmp_path / "adapter.safetensors", model, optimizer, config)
+    base, _, tokens = tiny_transformer(family)
+    assert (logits(base, tokens) - logits(model, tokens)).abs().max() > 1e-3
+    assert load_adapter(tmp_path / "adapter.safetensors", base) is base
+    torch.testing.assert_close(logits(base, tokens), logits(model, tokens), rtol=0, atol=1e-10)
+    assert list(sparsegrad_layers(base)) == list(sparsegrad_layers(model))
+    assert all((layer.basis is None) == (basis == "none") for layer in sparsegrad_layers(base).values())
+    torch.testing.assert_close(logits(merge(base), tokens), logits(model, tokens), rtol=0, atol=1e-10)
+
+
+def test_an_adapter_holds_the_touched_entries_and_not_the_matrices(trained, tmp_path):
+    model, optimizer, config = trained()
+    save_adapter(tmp_path / "a", model, optimizer, config)
+    tensors, metadata = load_tensors(tmp_path / "a")
+    layers = sparsegrad_layers(model)
+    for name, layer in layers.items():
+        indices = tensors[f"indices.{name}"]
+        assert torch.equal(indices, optimizer.touched(layer))
+        assert layer.k <= len(indices) <= 3 * layer.k and len(tensors[f"values.{name}"]) == len(indices)
+    dense = {name for name, _ in model.named_parameters()} - {f"{name}.weight" for name in layers}
+    assert {name.removeprefix("dense.") for name in tensors if name.startswith("dense.")} == dense
+    assert sum(name.endswith((".U", ".V")) for name in tensors) == 4  # one basis a kind, not one a layer
+    assert metadata["sparsify"] == config
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_an_adapter_of_mlp_weights_alone_has_no_dense_part(form, steps, trained, tiny_transformer, tmp_path):
+    model, optimizer, config = trained(form=form, dense=False, steps=steps)
+    save_adapter(tmp_path / "a", model, optimizer, config)
+    assert not [name for name in load_tensors(tmp_path / "a")[0] if name.startswith("dense.")]
+    base, _, tokens = tiny_transformer("bert")
+    load_adapter(tmp_path / "a", base)
+    torch.testing.assert_close(logits(base, tokens), logits(model, tokens), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bfloat16_adapter_brings_back_the_masters(form, trained, tiny_transformer, tmp_path):
+    model, optimizer, config = trained(form=form, dtype=torch.bfloat16)
+    save_adapter(tmp_path / "a", model, optimizer, config)
+    base, _, _ = tiny_transformer("bert", dtype=torch.bfloat16)
+    start = {t.name: t.module.weight.detach().float() for t in find_targets(base, config["target_modules"])}
+    load_adapter(tmp_path / "a", base)
+    loaded = sparsegrad_layers(base)
+    for name, layer in sparsegrad_layers(model).items():
+        change = layer.original_weight() - start[name]
+        assert change.abs().max() > 1e-3
+        error = loaded[name].original_weight() - layer.original_weight()
+        assert error.norm() < 1e-4 * change.norm()
+        assert loaded[name].weight.dtype == torch.bfloat16
+
+
+OTHERS = [
+    ("bert", {"hidden_size": 32}),
+    ("bert", {"intermediate_size": 32}),
+    ("bert", {"num_hidden_layers": 1}),
+    ("bert", {"num_hidden_layers": 3}),
+    ("roberta", {}),
+    ("llama", {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "dense"),
+    [(*other, dense) for other in OTHERS for dense in (True, False)] + [("bert", {"vocab_size": 60}, True)],
+    ids=lambda value: str(value),
+)
+@pytest.mark.parametrize("basis", ["full", "none"])
+def test_an_adapter_of_another_architecture_is_refused_and_the_model_left_unchanged(
+    family, sizes, dense, basis, trained, tiny_transformer, tmp_path
+):
+    """An adapter without a dense part carries only the MLPs' names and shapes to tell by."""
+    model, optimizer, config = trained(dense=dense, basis=basis)
+    save_adapter(tmp_path / "a", model, optimizer, config)
+    other, _, _ = tiny_transformer(family, **sizes)
+    before = snapshot(other)
+    with pytest.raises(ValueError, match="is an adapter of another architecture|matches no module in full"):
+        load_adapter(tmp_path / "a", other)
+    assert_unchanged(other, before)
+
+
+# ---- whoever changed the model ----
+
+
+class History:
+    """A base model and one that was made from it; each act is something that users do to it."""
+
+    def __init__(self, blocks, bases, config, path):
+        self.make, self.bases, self.config, self.path, self.numbers = blocks, bases, config, path, itertools.count()
+        self.model = sparsify(self.base(), bases(), **config)
+        self.optimizer = SparseGradAdamW(param_groups(self.model), lr=1e-2)
+
+    def base(self):
+        model = self.make()
+        model.register_buffer("count", torch.zeros(2, dtype=torch.int64))
+        return model
+
+    def train(self, model=None, optimizer=None):
+        train(model or self.model, optimizer or self.optimizer, [next(self.numbers)])
+
+    def clip_and_throw_away(self):
+        self.model(torch.randn(3, 8, dtype=torch.float64)).sum().backward()
+        clip_grad_norm_(self.model, 1.0)
+        self.model.zero_grad()
+
+    def another_optimizer(self):
+        self.optimizer = SparseGradAdamW(param_groups(self.model), lr=1e-2)
+
+    def dropping_optimizer(self):
+        self.optimizer = SparseGradAdamW(param_groups(self.model), lr=1e-2, drop_after=1)
+
+    def load_weights(self):
+        other = sparsify(self.base(), self.bases(), **self.config)
+        optimizer = SparseGradAdamW(param_groups(other), lr=0.1)
+        for _ in range(2):
+            self.train(other, optimizer)
+        self.model.load_state_dict(other.state_dict())
+
+    def train_norm_and_freeze(self):
+        norm = self.model.layers[1].norm
+        norm.weight.data.mul_(1.1)
+        norm.requires_grad_(False)
+        self.another_optimizer()
+
+    def count(self):
+        self.model.count += 1
+
+    def copy(self):
+        self.model = copy.deepcopy(self.model)
+        self.another_optimizer()
+
+    def save_and_load(self):
+        save_adapter(self.path, self.model, self.optimizer, self.config)
+        self.model = load_adapter(self.path, self.base())
+        self.another_optimizer()
+
+    def refresh(self):
+        if self.config["form"] == "truncated":
+            self.optimizer.zero_grad()
+            refresh(self.model, self.bases(next(self.numbers)), self.optimizer)
+
+    def loaded(self):
+        save_adapter(self.path, self.model, self.optimizer, self.config)
+        return load_adapter(self.path, self.base())
+
+
+ACTS = [name for name, value in vars(History).items() if callable(value) and name not in ("__init__", "base", "loaded")]
+
+
+@pytest.fixture
+def history(blocks, block_bases, block_patterns, tmp_path):
+    """``history(form, **options)``."""
+
+    def make(form, **options):
+        config = {"k": 9, "target_modules": block_patterns, "form": form, **options}
+        return History(blocks, block_bases, config, tmp_path / "adapter")
+
+    return make
+
+
+def same_function(one, other, exact=1e-10):
+    states = [merge(copy.deepcopy(model)).state_dict() for model in (one, other)]
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=0, atol=exact, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_an_act_of_each_kind_after_training_is_in_the_adapter(form, act, history):
+    past = history(form)
+    for name in ("train", "train", act, "train"):
+        getattr(past, name)()
+    same_function(past.model, past.loaded())
+    assert act == "train" or not torch.equal(past.model.head.weight, past.base().head.weight)
+
+
+@pytest.mark.parametrize("form", ["folded", "truncated"])
+@hypothesis.settings(max_examples=10, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(acts=st.lists(st.sampled_from(ACTS), max_size=6))
+def test_any_history_is_in_the_adapter(form, acts, history):
+    past = history(form)
+    for act in acts:
+        getattr(past, act)()
+    same_function(past.model, past.loaded())
+
+
+@pytest.mark.parametrize("form", ["folded", "rotated"])
+def test_entries_are_written_as_long_as_they_are_known(form, history):
+    """Not the whole weight, unless others have written to it."""
+    past = history(form)
+    for act in ("train", "another_optimizer", "train", "save_and_load", "dropping_optimizer", "train", "train", "copy"):
+        getattr(past, act)()
+    past.loaded()
+    tensors = load_tensors(past.path)[0]
+    layers = sparsegrad_layers(past.model)
+    assert all(len(tensors[f"indices.{name}"]) <= 4 * layer.k for name, layer in layers.items())
+    assert not any(name.startswith("weight.") for name in tensors)
+    past.load_weights()
+    past.loaded()
+    assert {f"weight.{name}" for name in layers} == {n for n in load_tensors(past.path)[0] if n.startswith("weight.")}
+
+
+def test_what_did_not_change_is_not_written(history):
+    past = history("folded")
+    past.loaded()
+    assert {name.partition(".")[0] for name in load_tensors(past.path)[0]} == {"indices", "values", "basis0", "basis1"}
+
+
+# ---- the base ----
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["layers.1.up.weight", "layers.0.norm.bias", "count"])
+def test_another_base_is_refused_by_the_name_of_what_differs(form, name, history):
+    """One bit is enough; the architecture is the same."""
+    past = history(form)
+    past.model.layers[0].norm.requires_grad_(False)
+    past.another_optimizer()
+    past.train()
+    save_adapter(past.path, past.model, past.optimizer, past.config)
+    base = past.base()
+    tensor = base.state_dict()[name]
+    tensor.view(-1)[0] = (
+        torch.nextafter(tensor.view(-1)[0], torch.tensor(9.0).double()) if tensor.is_floating_point() else 1
+    )
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=rf"an adapter of another base model: {name}  differ"):
+        load_adapter(past.path, base)
+    assert_unchanged(base, before)
+
+
+def test_a_base_in_another_precision_is_another_base(history):
+    past = history("folded")
+    past.train()
+    save_adapter(past.path, past.model, past.optimizer, past.config)
+    with pytest.raises(ValueError, match=r"another base model: layers\.0\.up\.weight.*or are in another precision"):
+        load_adapter(past.path, past.base().float())
+
+
+def test_what_the_adapter_holds_may_differ_in_the_base(history):
+    """A head that training has moved is in the file: whoever starts from a new head may load it."""
+    past = history("folded")
+    past.train()
+    save_adapter(past.path, past.model, past.optimizer, past.config)
+    base = past.base()
+    torch.nn.init.zeros_(base.head.weight)
+    same_function(past.model, load_adapter(past.path, base))
+
+
+# ---- arguments ----
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"target_modules": None}, "target_modules=None; it maps layer kinds"),
+        ({"target_modules": {"up": r"layers\.\d+\.up"}}, r"differ in layers\.0\.down, layers\.1\.down"),
+        ({"layers_to_transform": range(1)}, r"differ in layers\.1\.down, layers\.1\.up"),
+        ({"k": 10}, r"has k=10; layers\.0\.up is FoldedLinear\("),
+        ({"k": {"up": 9}}, "no k for layer kind 'down'"),
+        ({"k": True}, "k=True"),
+        ({"form": "rotated"}, r"has form='rotated'; layers\.0\.up is FoldedLinear"),
+        ({"form": "square"}, "form='square'; allowed: folded"),
+        ({"density": 0.1}, "density=0.1 is no option"),
+        ({"select": print}, "has select=.* which no file can hold: leave out bases and select"),
+    ],
+)
+def test_arguments_that_are_not_the_models_are_refused_before_anything_is_written(wrong, text, history):
+    past = history("folded")
+    with pytest.raises(ValueError, match=text):
+        save_adapter(past.path, past.model, past.optimizer, past.config | wrong)
+    with pytest.raises(ValueError, match="sparsify_config lacks target_modules: give all that sparsify was given"):
+        save_adapter(past.path, past.model, past.optimizer, {"k": 9})
+    assert not past.path.exists()
+
+
+@pytest.mark.parametrize("given", [range(0, 2, 1), (0, 1), [1, 0]])
+def test_ranges_and_tuples_are_stored_as_lists(given, history):
+    past = history("truncated", layers_to_transform=given, ranks={"up": (3, 2), "down": (2, 4)})
+    past.train()
+    same_function(past.model, past.loaded())
+    assert load_tensors(past.path)[1]["sparsify"]["layers_to_transform"] == list(given)
