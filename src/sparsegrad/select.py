@@ -43,7 +43,7 @@ def entries_for_density(density: float, shape: tuple[int, int]) -> int:
     Raises:
         ValueError: if the density is not in (0, 1].
     """
-    if not 0 < density <= 1:
+    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
         raise ValueError(f"density={density}; allowed: above 0, at most 1 (the paper keeps about 0.01).")
     return max(1, round(density * shape[0] * shape[1]))
 

@@ -8,6 +8,7 @@ from literal import assert_unchanged, snapshot
 from torch import nn
 
 from sparsegrad import (
+    Basis,
     FoldedLinear,
     GradientMoments,
     RotatedLinear,
@@ -77,6 +78,10 @@ def test_a_pattern_without_the_group_has_no_block_index(blocks):
         ({"up": "up"}, None, r"target_modules.up='up' matches no module in full. Linear layers .*: layers.0.up, "),
         ({"up": r"layers\.\d+\.(up|norm)"}, None, r"must name nn.Linear layers; these are not: layers.0.norm \(LayerN"),
         ({"up": r"layers\.(\d+\.up"}, None, r"target_modules.up=.* is no regular expression: "),
+        ({"up": None}, None, r"target_modules.up=None is no regular expression: "),
+        ({}, None, r"target_modules=\{\}; it maps layer kinds to regular expressions, one or more"),
+        (r"layers\.\d+\.up", None, r"target_modules='layers.*; it maps layer kinds to regular expressions"),
+        ({"up": r"layers\.(?P<layer>\d+)\.up"}, [True], r"layers_to_transform=\[True\]; blocks are whole numbers"),
         ({"up": r"layers\.(?P<layer>\d+)\.up"}, [0, 2, 5], r"names blocks \[2, 5\]; the model has \[0, 1\]"),
         ({"up": r"layers\.\d+\.up"}, [0], r"names blocks \[0\]; the model has no block index"),
         (
@@ -181,6 +186,9 @@ REFUSALS = [
     ({"bases": "up only"}, r"no basis for layer kind 'down'; given: up"),
     ({"bases": "swapped"}, r"layers.0.up: the basis is for weights of shape \(8, 12\), this weight has \(12, 8\)"),
     ({"bases": "truncated", "form": "rotated"}, r"layers.0.up: form 'rotated' keeps .* this one is truncated"),
+    ({"bases": "skewed"}, r"layers.0.down: the basis is off orthogonality by .*e-02: its rows must be orthonormal"),
+    ({"bases": "rounded"}, r"layers.0.up: the basis is off orthogonality by .*not rounded below float32"),
+    ({"k": None}, r"layers.0.up: k=None; .* whole numbers from 1 to 96"),
     ({"bases": "truncated", "k": 10}, r"layers.0.up: k=10; a matrix of shape \(3, 3\)"),
 ]
 
@@ -194,6 +202,8 @@ def test_a_refusal_says_why_and_leaves_the_model_unchanged(wrong, text, blocks, 
         "up only": {"up": good["up"]},
         "swapped": {"up": good["down"], "down": good["up"]},
         "truncated": {"up": hosvd(moments, rank=3), "down": good["down"]},
+        "skewed": {"up": good["up"], "down": Basis(1.01 * good["down"].U, good["down"].V)},
+        "rounded": {kind: Basis(basis.U.bfloat16(), basis.V.bfloat16()) for kind, basis in good.items()},
     }
     arguments = {"bases": good, "k": 5, "target_modules": block_patterns} | wrong
     if isinstance(arguments["bases"], str):
@@ -260,3 +270,176 @@ def test_a_deepcopy_trains_apart_from_its_original(form, blocks, block_bases, bl
     optimizer.step()
     assert_unchanged(model, before)
     assert not torch.equal(twin.layers[0].up.weight, model.layers[0].up.weight)
+
+
+# ---- what models do with their layers ----
+
+
+def step(model, x):
+    optimizer = SparseGradAdamW(param_groups(model), lr=0.1)
+    model(x).square().sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_under_two_names_stays_one_layer(form, blocks, block_bases, block_patterns):
+    """Blocks that share an MLP, and a whole block that is used twice."""
+    model = blocks(n=3)
+    model.layers[1].up, model.layers[2] = model.layers[0].up, model.layers[0]
+    x = torch.randn(4, 8, dtype=torch.float64)
+    before = model(x).detach()
+    sparsify(model, block_bases(), 9, block_patterns, form=form)
+    assert model.layers[1].up is model.layers[0].up and model.layers[2] is model.layers[0]
+    assert isinstance(model.layers[1].up, LAYERS[form]) and len(sparsegrad_layers(model)) == 3
+    step(model, x)
+    trained = model(x).detach()
+    assert (trained - before).abs().max() > 1e-3
+    merge(model)
+    assert type(model.layers[1].up) is nn.Linear and model.layers[1].up is model.layers[0].up
+    torch.testing.assert_close(model(x).detach(), trained, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_tied_parameters_are_refused_by_their_names(form, name, blocks, block_bases, block_patterns):
+    model = blocks()
+    setattr(model.layers[1].up, name, getattr(model.layers[0].up, name))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"layers\.0\.up\.{name} and layers\.1\.up\.{name} are tied"):
+        sparsify(model, block_bases(), 9, block_patterns, form=form)
+    assert_unchanged(model, before)
+
+
+def test_an_output_layer_that_is_tied_to_the_embedding_is_refused(tiny_transformer, random_basis):
+    model, _, _ = tiny_transformer("llama", tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight and lm_head\.weight are tied"):
+        sparsify(model, {"head": random_basis(50, 16)}, 9, {"head": "lm_head"})
+    sparsify(model, None, 9, {"up": r"model\.layers\.\d+\.mlp\.up_proj"})
+
+
+ENCODER = {"up": r".*layers\.(?P<layer>\d+)\.linear1", "down": r".*layers\.(?P<layer>\d+)\.linear2"}
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole rows", "padded rows"])
+@pytest.mark.parametrize(("form", "options"), [("folded", {}), ("rotated", {}), ("truncated", {"update": "side"})])
+def test_torchs_encoder_calls_the_layers_when_it_keeps_no_gradients(form, options, padded, block_bases):
+    """Its fast path reads weights; where none of its layers is ours, it is taken again."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True), 2).double()
+    x, mask = torch.randn(3, 5, 8, dtype=torch.float64), torch.zeros(3, 5, dtype=torch.bool)
+    mask[:, 3:] = padded
+    given = {"src_key_padding_mask": mask} if padded else {}
+    sparsify(encoder, block_bases(), 9, ENCODER, form=form, **options)
+    optimizer = SparseGradAdamW(param_groups(encoder), lr=0.1)
+    encoder(x, **given).square().sum().backward()
+    optimizer.step()
+    encoder.eval()
+    calls = []
+    layer = encoder.layers[1].linear1
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    with_gradients = encoder(x, **given)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(x, **given)[~mask], with_gradients[~mask])
+    assert len(calls) == 2
+    merge(encoder)
+    assert not any(module._forward_pre_hooks for module in encoder.modules())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_attention_that_reads_the_weight_of_its_output_layer(form, random_basis):
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).double()
+    model, x = nn.ModuleDict({"attention": attention}), torch.randn(2, 4, 8, dtype=torch.float64)
+    before = attention(x, x, x)[0].detach()
+    arguments = ({"out": random_basis(8, 8)}, 9, {"out": r"attention\.out_proj"})
+    if form != "folded":
+        with pytest.raises(ValueError, match=r"out_proj: nn.MultiheadAttention reads its weight itself: use form='fol"):
+            sparsify(model, *arguments, form=form)
+        return
+    sparsify(model, *arguments)
+    torch.testing.assert_close(attention(x, x, x)[0], before)
+    optimizer, start = SparseGradAdamW(param_groups(model), lr=0.1), attention.out_proj.rotated_weight().clone()
+    attention(x, x, x)[0].square().sum().backward()
+    optimizer.step()
+    assert ((attention.out_proj.rotated_weight() - start).abs() > 1e-6).sum() == 9
+
+
+@pytest.mark.parametrize("frozen", [["layers.0.up"], ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"]])
+@pytest.mark.parametrize("form", FORMS)
+def test_layers_that_were_frozen_before_are_noticed_when_training_begins(
+    form, frozen, blocks, block_bases, block_patterns
+):
+    model = blocks()
+    for name in frozen:
+        model.get_submodule(name).weight.requires_grad_(False)
+    sparsify(model, block_bases(), 9, block_patterns, form=form)
+    with pytest.raises(ValueError, match=rf"{len(frozen)} of 4 SparseGrad layers are frozen \({frozen[0]}"):
+        param_groups(model)
+    merge(model)
+
+
+def test_weights_that_were_replaced_are_noticed_when_training_begins(blocks, block_bases, block_patterns):
+    """As sharding does it, and loading by assignment."""
+    model = sparsify(blocks(), block_bases(), 9, block_patterns)
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+    model.layers[1].down.weight = nn.Parameter(model.layers[1].down.weight.detach())
+    with pytest.raises(ValueError, match=r"the weights of .*layers\.1\.down are no longer .* FSDP and DeepSpeed"):
+        param_groups(model)
+
+
+# ---- Hugging Face's Trainer ----
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_state_holds_every_basis_once_and_loads_into_a_model_with_others(form, blocks, block_bases, block_patterns):
+    model = sparsify(blocks(), block_bases(), 9, block_patterns, form=form)
+    state = model.state_dict()
+    assert sum(name.endswith(".U") for name in state) == 2
+    pointers = [t.untyped_storage().data_ptr() for t in state.values() if t.numel()]
+    assert len(pointers) == len(set(pointers))
+    other = sparsify(blocks(seed=1), block_bases(1), 9, block_patterns, form=form)
+    other.load_state_dict(state)
+    for block in other.layers:
+        assert torch.equal(block.up.basis.U, model.layers[0].up.basis.U)
+    x = torch.randn(4, 8, dtype=torch.float64)
+    torch.testing.assert_close(other(x), model(x))
+
+
+def test_a_borrowed_basis_goes_where_its_layer_goes(blocks, block_bases, block_patterns):
+    model = sparsify(blocks(), block_bases(), 9, block_patterns)
+    layer = model.layers[1].up
+    layer.to("meta")
+    assert layer.basis.U.is_meta and layer.weight.is_meta
+
+
+def test_the_trainer_saves_resumes_and_loads_its_best_checkpoint(tiny_transformer, transformer_bases, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": [1, 2, 3 + i % 9], "attention_mask": [1, 1, 1], "labels": i % 2} for i in range(16)]
+
+    def trainer(folder, **options):
+        model, patterns, _ = tiny_transformer("bert", dtype=torch.float32, num_hidden_layers=2)
+        sparsify(model, transformer_bases(), 9, patterns)
+        arguments = TrainingArguments(
+            str(tmp_path / folder),
+            per_device_train_batch_size=8,
+            save_steps=1,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            logging_strategy="no",
+            **options,
+        )
+        optimizers = (SparseGradAdamW(param_groups(model), lr=1e-2), None)
+        return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:4], optimizers=optimizers)
+
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
+    whole = trainer("whole", max_steps=3, **best)
+    whole.train()
+    assert (tmp_path / "whole" / "checkpoint-3" / "model.safetensors").is_file()
+    resumed = trainer("resumed", max_steps=3, **best)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    for (name, p), q in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(q, p, msg=name)
+    with pytest.raises(ValueError, match=r"to a Trainer as optimizers="):
+        Trainer(whole.model, whole.args, train_dataset=rows, eval_dataset=rows[:4]).train()

@@ -3,13 +3,16 @@
 import json
 import os
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from literal import assert_unchanged, snapshot
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sparsegrad import (
+    Basis,
     load_adapter,
     load_bases,
     load_tensors,
@@ -127,6 +130,46 @@ def test_bases_and_adapters_are_not_taken_for_each_other(trained, block_bases, t
     with pytest.raises(ValueError, match="adapter holds 'adapter', not bases"):
         load_bases(tmp_path / "adapter")
     assert_unchanged(model, before)
+
+
+# ---- anything ----
+
+
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | FLOATS | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+TENSORS = st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 3), max_size=3))
+
+
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(
+    described=st.dictionaries(st.text(min_size=1, max_size=8), TENSORS, max_size=4),
+    metadata=st.dictionaries(st.text(max_size=8), JSON, max_size=3),
+)
+def test_any_tensors_and_json_come_back(described, metadata, tmp_path):
+    tensors = {name: (3 * torch.randn(shape)).to(dtype) for name, (dtype, shape) in described.items()}
+    save_tensors(tmp_path / "t", tensors, metadata)
+    loaded, found = load_tensors(tmp_path / "t")
+    assert found == metadata and loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
+
+
+def test_tensors_that_share_memory_are_written_one_by_one(random_basis, tmp_path):
+    """Two bases with one U, views of one another, a tensor under two names."""
+    basis, x = random_basis(6, 4), torch.randn(4, 4)
+    save_bases(tmp_path / "b", {"up": basis, "gate": Basis(basis.U, basis.V.flip(0))})
+    loaded, _ = load_bases(tmp_path / "b")
+    assert torch.equal(loaded["up"].U, loaded["gate"].U) and torch.equal(loaded["gate"].V, basis.V.flip(0))
+    save_tensors(tmp_path / "t", {"x": x, "again": x, "row": x[1], "turned": x.T}, {})
+    tensors, _ = load_tensors(tmp_path / "t")
+    assert (
+        torch.equal(tensors["again"], x) and torch.equal(tensors["row"], x[1]) and torch.equal(tensors["turned"], x.T)
+    )
 
 
 # ---- whole or not at all ----

@@ -147,6 +147,54 @@ def test_a_master_is_no_part_of_a_graph_and_lets_go_of_the_linear(form, random_b
     assert weight() is None
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("how", ["all", "weights alone", "in place", "after some steps"])
+def test_masters_follow_what_is_loaded(form, how, blocks, block_bases, block_patterns):
+    """Else the next step would bring back the weights from before."""
+    model, other = (
+        sparsify(blocks(torch.bfloat16, seed), block_bases(), 5, block_patterns, form=form) for seed in (0, 1)
+    )
+    train_blocks(other, lr=1e-4)
+    train_blocks(model, steps=2 if how == "after some steps" else 0)
+    state = other.state_dict()
+    if how == "weights alone":
+        state = {name: tensor for name, tensor in state.items() if not name.endswith("master")}
+    if how == "in place":
+        for name, tensor in model.state_dict().items():
+            if not name.endswith("master"):
+                tensor.copy_(state[name])
+    else:
+        model.load_state_dict(state, strict=how != "weights alone")
+    exact = how in ("all", "after some steps")
+    train_blocks(model, steps=1, lr=0.0)
+    for name, layer in sparsegrad_layers(model).items():
+        expected = other.get_submodule(name)
+        assert torch.equal(layer.weight, expected.weight) and torch.equal(layer.master.bfloat16(), expected.weight)
+        assert not exact or torch.equal(layer.master, expected.master)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_dense_masters_follow_what_is_loaded(fused, blocks, block_bases, block_patterns):
+    """And stay what they are where the state that is loaded is their own."""
+    model = sparsify(blocks(torch.bfloat16), block_bases(), 5, block_patterns)
+    optimizer = SparseGradAdamW(param_groups(model), lr=1e-4, fused=fused)
+    train(model, optimizer, range(3), torch.bfloat16)
+    saved = copy.deepcopy(model.state_dict())
+    masters = {name: optimizer.state[p]["master"].clone() for name, p in model.head.named_parameters()}
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    model.load_state_dict(saved)
+    train(model, optimizer, range(3, 4), torch.bfloat16)
+    for name, parameter in model.head.named_parameters():
+        assert torch.equal(optimizer.state[parameter]["master"], masters[name])
+    model.load_state_dict(blocks(torch.bfloat16, seed=1).state_dict(), strict=False)
+    head = model.head.weight.detach().clone()
+    train(model, optimizer, range(4, 5), torch.bfloat16)
+    assert torch.equal(model.head.weight, head) and torch.equal(
+        optimizer.state[model.head.weight]["master"], head.float()
+    )
+
+
 # ---- bases ----
 
 

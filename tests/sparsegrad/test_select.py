@@ -1,8 +1,10 @@
 """Selection (D6): exactly k entries, by absolute value, ties to the lowest flat index."""
 
+import hypothesis
 import literal
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from sparsegrad import (
     NonFiniteGradient,
@@ -30,6 +32,36 @@ def test_equals_a_literal_sort(seed, dtype):
         indices = top_k(G, k)
         assert indices.dtype == torch.int64
         assert indices.tolist() == literal.top_k(G, k).tolist()
+
+
+NUMBERS = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, 3e38]) | st.floats(
+    width=32, allow_nan=False, allow_infinity=False
+)
+
+
+@hypothesis.given(numbers=st.lists(NUMBERS, min_size=1, max_size=24), data=st.data())
+def test_any_finite_matrix_and_k_equal_a_literal_sort(numbers, data):
+    """Few values, so that ties abound, and all sizes that float32 has."""
+    G = torch.tensor(numbers).view(data.draw(st.sampled_from([1, len(numbers)])), -1)
+    k = data.draw(st.integers(1, G.numel()))
+    assert top_k(G, k).tolist() == literal.top_k(G, k).tolist()
+
+
+@hypothesis.given(k=st.one_of(st.integers(), st.floats(), st.booleans(), st.none(), st.text(max_size=3)))
+def test_any_k_selects_so_many_or_is_refused(k):
+    if type(k) is int and 1 <= k <= 12:
+        assert len(top_k(torch.randn(3, 4), k)) == k
+    else:
+        with pytest.raises(ValueError, match=r"^k=.*; a matrix of shape \(3, 4\) allows whole numbers from 1 to 12"):
+            top_k(torch.randn(3, 4), k)
+
+
+@hypothesis.given(st.lists(st.integers(0, 40), unique=True), st.lists(st.integers(0, 40), unique=True))
+def test_any_two_sets_of_indices_are_united_in_order(old, new):
+    old, new = torch.tensor(sorted(old), dtype=torch.int64), torch.tensor(sorted(new), dtype=torch.int64)
+    union, place_old, place_new = select.insert_sorted(old, new)
+    assert union.tolist() == sorted({*old.tolist(), *new.tolist()})
+    assert torch.equal(union[place_old], old) and torch.equal(union[place_new], new)
 
 
 def test_keeps_exactly_k_of_an_all_negative_gradient():
@@ -78,7 +110,7 @@ def test_entries_for_density(density, shape, k):
     assert entries_for_density(density, shape) == k
 
 
-@pytest.mark.parametrize("density", [0, -0.1, 1.01, float("nan")])
+@pytest.mark.parametrize("density", [0, -0.1, 1.01, float("nan"), True, "0.1", None])
 def test_refuses_a_density_that_is_no_share(density):
     with pytest.raises(ValueError, match=rf"density={density}; allowed: above 0, at most 1"):
         entries_for_density(density, (3, 4))
