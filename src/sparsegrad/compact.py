@@ -18,7 +18,6 @@ _COPIES = {aten.detach, aten.alias, aten.clone}
 _ENTRYWISE = {aten.mul_, aten.div_, aten.clamp_, aten.clamp_min_, aten.clamp_max_, aten.neg_}  # zero stays zero
 _NORMS = {aten.linalg_vector_norm, aten.norm}
 
-
 _SECOND = (
     "a second backward pass met a gradient that no optimizer step has taken. With select_in='backward' each step is "
     "one backward pass: use select_in='step' to accumulate gradients, clip after the last micro-batch, and give the "

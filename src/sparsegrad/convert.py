@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
-from sparsegrad.fingerprint import fingerprints
+from sparsegrad.fingerprint import fingerprint, fingerprints
 from sparsegrad.folded import FoldedLinear
 from sparsegrad.linear import SparseGradLinear
 from sparsegrad.quantized import QuantizedTruncatedLinear, is_quantized
@@ -139,7 +139,7 @@ def sparsify(
                 if not known:
                     shared[target.kind] = _own_basis(basis, target.module.weight, own.get("ranks", basis.ranks))
             layer = built[target.module] = _layer(form, target, shared.get(target.kind), select, own)
-            layer.base = base
+            layer.base, layer.start = base, fingerprint(layer.weight) if base else ""
             if known:
                 layer.borrow_basis()
         except ValueError as error:

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsegrad.basis import Basis
 from sparsegrad.compact import CompactGradient
+from sparsegrad.fingerprint import fingerprint
 from sparsegrad.select import NonFiniteGradient, Rule, insert_sorted, selected
 
 
@@ -58,6 +59,7 @@ class SparseGradLinear(nn.Module, ABC):
 
     Attributes:
         kind, name: of the layer: whose basis it takes, and how the model calls it.
+        start: fingerprint of the weight as the layer was made.
         base: fingerprints of the plain model that the layer was made in, by name.
         moved: flat indices, int64 and ascending, of the entries in rotated coordinates that steps have moved; None
             where others have written to the weight, so that any may differ from the base.
@@ -73,11 +75,11 @@ class SparseGradLinear(nn.Module, ABC):
         super().__init__()
         self.out_features, self.in_features = shape
         self.k, self.rule = k, select
-        self.kind = self.name = ""  # set by sparsify
+        self.kind = self.name = self.start = ""  # set by sparsify
         self.base: Mapping[str, str] = {}  # likewise
         self.basis = None if basis is None else fitting_basis(basis, shape, device)
         self.moved: Tensor | None = torch.empty(0, dtype=torch.int64, device=device)
-        self._version = 0  # of the weight, after the latest step
+        self._version = (0, 0)  # of the weight, after the latest step
 
     @classmethod
     def options_by(cls, basis: Basis, k: int, **options: Any) -> dict[str, Any]:
@@ -204,9 +206,14 @@ class SparseGradLinear(nn.Module, ABC):
     # ---- what others do to the weights ----
 
     def follow(self) -> None:
-        """After others have written to the weight (``load_state_dict``): all of it may differ from the base."""
+        """After others have written to the weight (``load_state_dict``): all of it may differ from the base.
+
+        Unless they wrote what was there: DistributedDataParallel begins with that.
+        """
         if self._version != version(self.weight):
-            self._version, self.moved = version(self.weight), None
+            self._version = version(self.weight)
+            if self.moved is not None and (len(self.moved) or fingerprint(self.weight) != self.start):
+                self.moved = None
 
     def note_moved(self, indices: Tensor, held: Tensor | None = None, union: Tensor | None = None) -> None:
         """Add to :attr:`moved`.
@@ -243,9 +250,9 @@ class SparseGradLinear(nn.Module, ABC):
         self._version = version(self.weight)  # copies of tensors count from zero
 
 
-def version(tensor: Tensor) -> int:
-    """Counts what is written to a tensor in place; of tensors made in inference mode nothing is counted."""
-    return 0 if tensor.is_inference() else tensor._version
+def version(tensor: Tensor) -> tuple[int, int]:
+    """Another one after the tensor is replaced, or written to in place; in inference mode nothing is counted."""
+    return id(tensor), 0 if tensor.is_inference() else tensor._version
 
 
 def copied(bias: Tensor) -> nn.Parameter:

@@ -77,7 +77,7 @@ class SparseGradAdamW(Optimizer):
             raise ValueError(f"drop_after={drop_after!r}; it must be a whole number of steps, at least 1, or None.")
         self._fused, self._drop_after = fused, drop_after
         self._layers: dict[Tensor, SparseGradLinear] = {}
-        self._versions: dict[Tensor, int] = {}  # of parameters with a master, after their latest step
+        self._versions: dict[Tensor, tuple[int, int]] = {}  # of parameters with a master, after their latest step
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

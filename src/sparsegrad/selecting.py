@@ -95,6 +95,7 @@ class SelectingLinear(SparseGradLinear):
 
     @torch.no_grad()
     def set_original(self, weight: Tensor) -> None:
+        """Put a weight ``(out_features, in_features)`` in original coordinates in."""
         exact = self._from_original(weight.to(self.weight.device))
         if self.master is not None:
             self.master.copy_(exact)
@@ -129,6 +130,7 @@ class SelectingLinear(SparseGradLinear):
             self.master = exact.to(torch.float32).clone()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.follow()
         master, self.master = self.master, None
         super()._apply(fn, recurse)
         if torch.finfo(self.weight.dtype).bits < 32:

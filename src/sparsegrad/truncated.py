@@ -97,7 +97,7 @@ class TruncatedLinear(CoreLinear):
     def store_weight(self, dtype: torch.dtype) -> None:
         """Store W in another precision, below float32 with ``update="side"`` from now on; call it before training."""
         self.weight.data = self.weight.data.to(dtype)
-        self._version = version(self.weight)
+        self._version, self.moved = version(self.weight), None
         if torch.finfo(dtype).bits < 32:
             self.update = "side"
 
@@ -136,9 +136,12 @@ class TruncatedLinear(CoreLinear):
         self.core.copy_(basis.rotate(exact - self.weight) if lost else torch.zeros_like(self.core))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        dtype = self.weight.dtype
         super()._apply(fn, recurse)
         if torch.finfo(self.weight.dtype).bits < 32:
             self.update = "side"  # the model was cast down
+        if self.weight.dtype != dtype:
+            self.moved = None  # rounded
         return self
 
 

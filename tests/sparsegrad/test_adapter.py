@@ -236,15 +236,20 @@ def test_entries_are_written_as_long_as_they_are_known(form, history):
     layers = sparsegrad_layers(past.model)
     assert all(len(tensors[f"indices.{name}"]) <= 4 * layer.k for name, layer in layers.items())
     assert not any(name.startswith("weight.") for name in tensors)
-    past.load_weights()
+    past.model.load_state_dict(past.model.state_dict())
     past.loaded()
     assert {f"weight.{name}" for name in layers} == {n for n in load_tensors(past.path)[0] if n.startswith("weight.")}
 
 
-def test_what_did_not_change_is_not_written(history):
-    past = history("folded")
+@pytest.mark.parametrize("form", FORMS)
+def test_what_did_not_change_is_not_written(form, history):
+    """Though it was written to: data parallelism begins with everybody's weights from the first process."""
+    past = history(form)
+    past.model.load_state_dict(past.model.state_dict())
     past.loaded()
-    assert {name.partition(".")[0] for name in load_tensors(past.path)[0]} == {"indices", "values", "basis0", "basis1"}
+    assert {name.partition(".")[0] for name in load_tensors(past.path)[0]} == {"values", "basis0", "basis1"} | (
+        set() if form == "truncated" else {"indices"}
+    )
 
 
 # ---- the base ----
@@ -321,3 +326,15 @@ def test_ranges_and_tuples_are_stored_as_lists(given, history):
     past.train()
     same_function(past.model, past.loaded())
     assert load_tensors(past.path)[1]["sparsify"]["layers_to_transform"] == list(given)
+
+
+@pytest.mark.parametrize("cast", ["by the model", "by the layer"])
+def test_a_weight_that_was_rounded_is_in_the_adapter(cast, history):
+    past = history("truncated", update="side")
+    past.train()
+    if cast == "by the model":
+        past.model.layers.bfloat16().double()
+    else:
+        for layer in sparsegrad_layers(past.model).values():
+            layer.store_weight(torch.bfloat16)
+    same_function(past.model.double(), past.loaded())
