@@ -139,7 +139,7 @@ def sparsify(
                 if not known:
                     shared[target.kind] = _own_basis(basis, target.module.weight, own.get("ranks", basis.ranks))
             layer = built[target.module] = _layer(form, target, shared.get(target.kind), select, own)
-            layer.base, layer.start = base, fingerprint(layer.weight) if base else ""
+            layer.base, layer.start = base, fingerprint(layer.stored) if base else ""
             if known:
                 layer.borrow_basis()
         except ValueError as error:

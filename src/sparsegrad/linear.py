@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ from sparsegrad.select import NonFiniteGradient, Rule, insert_sorted, selected
 class SparseGradWeight(nn.Parameter):
     """Marks the weight of a SparseGrad layer, so that an optimizer can refuse it without its layer."""
 
-    def __new__(cls, data: Tensor, requires_grad: bool = True) -> Self:
+    def __new__(  # pyright: ignore[reportInconsistentConstructor] - torch's stub gives data a default in __init__
+        cls, data: Tensor, requires_grad: bool = True
+    ) -> Self:
         _watch_optimizers()
         return super().__new__(cls, data, requires_grad)
 
@@ -69,7 +71,6 @@ class SparseGradLinear(nn.Module, ABC):
     """
 
     bias: nn.Parameter | None
-    weight: Tensor
 
     def __init__(self, shape: tuple[int, int], basis: Basis | None, k: int, select: Rule, device: torch.device) -> None:
         super().__init__()
@@ -79,7 +80,7 @@ class SparseGradLinear(nn.Module, ABC):
         self.base: Mapping[str, str] = {}  # likewise
         self.basis = None if basis is None else fitting_basis(basis, shape, device)
         self.moved: Tensor | None = torch.empty(0, dtype=torch.int64, device=device)
-        self._version = (0, 0)  # of the weight, after the latest step
+        self._seen = (0, 0)  # of the weight, after the latest step
 
     @classmethod
     def options_by(cls, basis: Basis, k: int, **options: Any) -> dict[str, Any]:
@@ -90,6 +91,11 @@ class SparseGradLinear(nn.Module, ABC):
     @abstractmethod
     def trained(self) -> nn.Parameter:
         """The parameter whose gradient is selected; the only one that an optimizer is given besides the bias."""
+
+    @property
+    def stored(self) -> Tensor:
+        """``weight``, as the form keeps it: a parameter, or its linear's."""
+        return cast(Tensor, self.weight)
 
     @property
     def selects(self) -> bool:
@@ -193,13 +199,13 @@ class SparseGradLinear(nn.Module, ABC):
             indices, values = selected(G_rot, self.k, self.rule)
         except NonFiniteGradient:
             raise NonFiniteGradient(self.name) from None
-        return CompactGradient(self._where(indices), values, self.trained, G_rot.shape[1])
+        return CompactGradient(self._places(indices), values, self.trained, G_rot.shape[1])
 
     def _gradient_to_rotated(self, dense: Tensor) -> Tensor:
         """The gradient of :attr:`trained` in rotated coordinates."""
         return dense
 
-    def _where(self, indices: Tensor) -> Tensor:
+    def _places(self, indices: Tensor) -> Tensor:
         """Flat indices as the form's gradient holds them."""
         return indices
 
@@ -210,9 +216,9 @@ class SparseGradLinear(nn.Module, ABC):
 
         Unless they wrote what was there: DistributedDataParallel begins with that.
         """
-        if self._version != version(self.weight):
-            self._version = version(self.weight)
-            if self.moved is not None and (len(self.moved) or fingerprint(self.weight) != self.start):
+        if self._seen != version(self.stored):
+            self._seen = version(self.stored)
+            if self.moved is not None and (len(self.moved) or fingerprint(self.stored) != self.start):
                 self.moved = None
 
     def note_moved(self, indices: Tensor, held: Tensor | None = None, union: Tensor | None = None) -> None:
@@ -229,12 +235,12 @@ class SparseGradLinear(nn.Module, ABC):
 
     def borrow_basis(self) -> None:
         """Hold the basis without registering it: another layer does, and a state dictionary holds it once."""
-        self.__dict__["basis"] = self._modules.pop("basis")
+        vars(self)["basis"] = self._modules.pop("basis")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.follow()
         super()._apply(fn, recurse)
-        self._version = version(self.weight)
+        self._seen = version(self.stored)
         if self.basis is not None and self.basis.U.device != self.trained.device:
             self.basis.to(self.trained.device)  # a borrowed one whose owner does not come along
         if self.moved is not None:
@@ -247,7 +253,7 @@ class SparseGradLinear(nn.Module, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._version = version(self.weight)  # copies of tensors count from zero
+        self._seen = version(self.stored)  # copies of tensors count from zero
 
 
 def version(tensor: Tensor) -> tuple[int, int]:

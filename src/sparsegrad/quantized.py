@@ -56,7 +56,7 @@ class QuantizedTruncatedLinear(CoreLinear):
         super().__init__(shape, basis, k, ranks=ranks, keep=keep, select=select, update="side", device=device)
         self.linear = linear
         self.core = self._zero_core(torch.float32)
-        self._version = version(self.weight)
+        self._seen = version(self.weight)
 
     @property
     def weight(self) -> Tensor:

@@ -61,7 +61,7 @@ class RotatedLinear(SelectingLinear):
     def _to_original(self, weight: Tensor) -> Tensor:
         return weight if self.basis is None else self.basis.rotate_back(weight)
 
-    def _where(self, indices: Tensor) -> Tensor:
+    def _places(self, indices: Tensor) -> Tensor:
         """Rows and columns: the paper's gradient of W_rot is in coordinate format."""
         return torch.stack((indices // self.in_features, indices % self.in_features))
 

@@ -63,7 +63,7 @@ class SelectingLinear(SparseGradLinear):
         self.register_buffer("master", None)
         self.weight = SparseGradWeight(self._from_original(weight.detach()).to(weight.dtype).clone())
         self._keep_master(weight.detach())
-        self._version = version(self.weight)
+        self._seen = version(self.weight)
 
     @property
     def trained(self) -> nn.Parameter:
@@ -86,7 +86,7 @@ class SelectingLinear(SparseGradLinear):
         self._add(target, indices, delta.to(target.dtype))
         if self.master is not None:
             self.weight.copy_(self.master)
-        self._version = version(self.weight)
+        self._seen = version(self.weight)
 
     def original_weight(self) -> Tensor:
         self.follow()
@@ -103,7 +103,7 @@ class SelectingLinear(SparseGradLinear):
 
     @torch.no_grad()
     def follow(self) -> None:
-        if self.master is not None and self._version != version(self.weight):
+        if self.master is not None and self._seen != version(self.weight):
             same = self.master.to(self.weight.dtype) == self.weight  # the master has been written to as well
             self.master = torch.where(same, self.master, self.weight.float())
         super().follow()
@@ -139,5 +139,5 @@ class SelectingLinear(SparseGradLinear):
         elif master is not None:
             with torch.no_grad():
                 self.weight.copy_(master)  # the model was cast back up
-                self._version = version(self.weight)
+                self._seen = version(self.weight)
         return self

@@ -77,7 +77,7 @@ class TruncatedLinear(CoreLinear):
         self.core = self._zero_core(torch.promote_types(weight.dtype, torch.float32))
         self.register_buffer("refreshes", torch.zeros((), dtype=torch.int64, device=device))
         self.register_load_state_dict_post_hook(_absorb_loaded)
-        self._version = version(self.weight)
+        self._seen = version(self.weight)
 
     @property
     def moves_weight(self) -> bool:
@@ -97,7 +97,7 @@ class TruncatedLinear(CoreLinear):
     def store_weight(self, dtype: torch.dtype) -> None:
         """Store W in another precision, below float32 with ``update="side"`` from now on; call it before training."""
         self.weight.data = self.weight.data.to(dtype)
-        self._version, self.moved = version(self.weight), None
+        self._seen, self.moved = version(self.weight), None
         if torch.finfo(dtype).bits < 32:
             self.update = "side"
 
@@ -108,7 +108,7 @@ class TruncatedLinear(CoreLinear):
             self.follow()
             add_product_(self.weight, self.basis.V, self.core, self.basis.U)
             self.core.zero_()
-            self._version = version(self.weight)
+            self._seen = version(self.weight)
 
     @torch.no_grad()
     def original_weight(self) -> Tensor:

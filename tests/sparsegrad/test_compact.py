@@ -63,6 +63,18 @@ def test_a_gradient_that_was_thrown_away_is_never_applied(options, how, clipped,
     literal.assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("options", BACKWARD + WHOLE, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("how", THROW)
+def test_after_one_that_was_thrown_away_the_next_is_stepped_with(options, how, made):
+    (model, optimizer), (other, other_optimizer) = made(options), made(options)
+    loss(model, seed=1).backward()
+    THROW[how](model)
+    for net, opt in ((model, optimizer), (other, other_optimizer)):
+        loss(net).backward()
+        opt.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
 @by_options
 def test_a_gradient_for_the_input_alone_leaves_none_behind(options, made):
     """An attack or a saliency map between two steps: only the loss that was stepped with counts."""

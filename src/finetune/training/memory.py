@@ -34,7 +34,7 @@ def components(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
 def gradient_bytes(model: nn.Module) -> int:
     """Bytes of the gradients that are held right now, of SparseGrad's the selected entries."""
     held = [p.grad for p in model.parameters() if p.grad is not None]
-    return tensor_bytes(t for g in held for t in ((g.where, g.entries) if isinstance(g, CompactGradient) else (g,)))
+    return tensor_bytes(t for g in held for t in ((g.places, g.entries) if isinstance(g, CompactGradient) else (g,)))
 
 
 class Saved:
