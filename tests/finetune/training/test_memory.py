@@ -78,7 +78,8 @@ def test_gradients_that_are_held(name, one_backward, held, prepared, load):
     backward(model, load)
     dense = sum(p.numel() for p in model.parameters()) - MATRICES * SIZE
     assert memory.gradient_bytes(model) == 4 * dense + MATRICES * held
-    assert all(isinstance(layer.weight.grad, CompactGradient) is one_backward for layer in sparsegrad_layers(model).values())
+    gradients = [layer.weight.grad for layer in sparsegrad_layers(model).values()]
+    assert all(isinstance(gradient, CompactGradient) is one_backward for gradient in gradients)
 
 
 def test_saved_activations_are_those_of_the_largest_pass_and_off_by_choice():
