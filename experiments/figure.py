@@ -52,7 +52,7 @@ def _efficiency(name: str, experiment: Experiment, results: Path) -> list[Path]:
 
 def _costs(name: str, experiment: Experiment, results: Path) -> list[Path]:
     path = results / "cost_curves.json"
-    return draw_figure_cost_curves(records.read_json(path), path.as_posix(), results / "figures", experiment.labels)
+    return draw_figure_cost_curves(records.read_record(path), path.as_posix(), results / "figures", experiment.labels)
 
 
 def _scores(name: str, experiment: Experiment, results: Path) -> list[Path]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 
@@ -14,6 +16,11 @@ class Examples(Protocol):
     @property
     def sha256(self) -> str:
         """Of the file that they came from."""
+        ...
+
+    @property
+    def content(self) -> str:
+        """sha256 of what a model gets to see of them: token ids, labels, padding."""
         ...
 
     def __len__(self) -> int: ...
@@ -35,3 +42,13 @@ class Examples(Protocol):
     def targets(self, indices: Sequence[int]) -> int:
         """How many predictions the summed loss of these rows adds up."""
         ...
+
+
+def content_of(*arrays: Any) -> str:
+    """sha256 of arrays (lists of numbers, CPU tensors), each with its type and shape."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        values = np.ascontiguousarray(array)
+        digest.update(f"{values.dtype.str} {values.shape}".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()

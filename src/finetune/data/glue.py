@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from finetune.data.examples import content_of
 from finetune.data.tables import read_files, read_hub
 from finetune.store.shards import shards
 
@@ -76,6 +79,13 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @cached_property
+    def content(self) -> str:
+        """sha256 of what a model gets to see: token and segment ids, labels, padding."""
+        rows = [[len(row) for row in self.input_ids], list(chain.from_iterable(self.input_ids))]
+        types = list(chain.from_iterable(self.token_type_ids or []))
+        return content_of(*rows, types, self.labels, [self.pad_token_id, self.length or 0])
 
     @property
     def longest(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finetune.data.chat import ChatTemplate, escape, special_tokens
+from finetune.data.examples import content_of
 from finetune.data.threads import Thread, read_messages, threads_of
 
 IGNORED = -100
@@ -39,6 +41,11 @@ class PackedSplit:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @cached_property
+    def content(self) -> str:
+        """sha256 of what a model gets to see: token ids and labels."""
+        return content_of(self.input_ids, self.labels)
 
     @property
     def longest(self) -> int:

@@ -47,8 +47,8 @@ class Stage:
         named = {"experiment": config["name"], "scale": config["scale"]["name"], "version": config["version"]}
         return cls(folder / f"{kind}.json", kind, checkpoints, **named, progress=config["progress"])
 
-    def digest(self, content: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-        """Hash of what decides the numbers.
+    def identity(self, content: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+        """What decides the numbers.
 
         Args:
             content: the request.
@@ -59,7 +59,7 @@ class Stage:
             "device": [facts["type"], facts["name"]],
             "torch": torch.__version__,
         }
-        return records.config_hash({**own, **content})
+        return {**own, **content}
 
     def run(
         self,
@@ -85,10 +85,11 @@ class Stage:
         if threads is not None:
             torch.set_num_threads(threads)
         facts = machine.facts(found)
-        digest = self.digest(content, facts)
-        if self.path.is_file() and records.read_json(self.path).get("run", {}).get("config_hash") == digest:
+        identity = self.identity(content, facts)
+        digest = records.config_hash(identity)
+        if held := records.reusable(self.path, digest):
             log.info("%s is finished, reused", self.path)
-            return records.read_json(self.path)
+            return held
         before = machine.others(found)
         warnings = machine.check_alone(found, before)
         folder = self.checkpoints / digest
@@ -102,11 +103,12 @@ class Stage:
             "status": "finished",
             "error": None,
             "run": named | {"config_hash": digest},
+            "identity": identity,
             "device": facts | {"others_before": before, "others_after": after},
             "warnings": warnings,
             **measured,
             "provenance": records.provenance(),
         }
-        records.write_json(self.path, record)
+        records.write_record(self.path, record)
         shutil.rmtree(folder, ignore_errors=True)
         return record

@@ -15,7 +15,7 @@ from finetune.energy.measures import MeasureOptions
 from finetune.energy.probe import Probe
 from finetune.energy.spaces import SPACES
 from finetune.energy.trajectory import Looks, follow
-from finetune.methods import build_method
+from finetune.methods import build_method, deciding
 from finetune.runs.glue import GlueProblem
 from finetune.runs.problem import for_task
 from finetune.store import records
@@ -49,13 +49,13 @@ def energy_cell(config: Mapping[str, Any], tasks: Sequence[str], folder: Path) -
         path = folder / f"{task}-{name}.json"
         content = identity(inputs, task, name)
         digest = records.config_hash(content)
-        if path.is_file() and records.read_json(path).get("run", {}).get("config_hash") == digest:
+        if records.reusable(path, digest):
             log.info("%s is finished, reused", path)
             continue
         looks, facts = _follow(inputs, task, name)
         maps = {"content": "gradient maps", "config_hash": digest, "largest": "1; each map is relative to its own"}
         save_tensors(path.with_suffix(".safetensors"), looks.pictures, maps)
-        records.write_json(path, _record(config, task, name, digest, looks, facts))
+        records.write_record(path, _record(config, task, name, content, looks, facts))
     names = {f"{task}-{name}" for task, name in wanted}
     for path in [*folder.glob("*.json"), *folder.glob("*.safetensors")]:
         if path.stem not in names:
@@ -65,26 +65,27 @@ def energy_cell(config: Mapping[str, Any], tasks: Sequence[str], folder: Path) -
 def identity(inputs: GlueProblem, task: str, trajectory: str) -> dict[str, Any]:
     """Everything that decides a trajectory's numbers; paths, device and logging are left out."""
     config = inputs.config
-    splits = inputs.splits(task)
-    _, facts = inputs.bases(task)
-    protocol = ("density", "train", "frozen", "padding", "max_length", "weight_decay", "max_grad_norm", "schedule")
+    model = {name: config["model"][name] for name in ("name", "target_modules", "layers_to_transform", "k")}
     return {
         "version": config["version"],
-        "model": {name: config["model"][name] for name in ("name", "target_modules", "layers_to_transform", "k")},
-        "model_sha256": inputs.fingerprint,
-        "method": dict(_method_group(config, trajectory)),
-        "protocol": {name: config["protocol"][name] for name in protocol},
-        "preliminary": dict(config["protocol"]["preliminary"]),
-        "basis": {name: facts[name] for name in ("gradients", "data_sha256", "preliminary")},
+        "kind": "energy",
+        "model": model | inputs.contents,
+        "method": deciding(_method_group(config, trajectory)),
+        "protocol": {name: config["protocol"][name] for name in _CHOICES},
+        "basis": {"scope": "task", "sha256": inputs.bases(task)[1]["sha256"]},
         "scale": {name: for_task(config["scale"][name], task) for name in _SIZES},
         "measure": dict(config["measure"]),
-        "task": task,
-        "data_sha256": {role: split.sha256 for role, split in splits.items()},
+        "task": {"name": task, "metric": inputs.metric(task)},
+        "data": {role: split.content for role, split in inputs.splits(task).items()},
         "seed": config["seed"],
     }
 
 
-# What of conf/scale/energy decides numbers.
+# What of conf/protocol and of conf/scale/energy decides numbers.
+_CHOICES = (
+    *("name", "density", "orientation", "train", "frozen", "padding", "max_length", "precision", "preliminary"),
+    *("weight_decay", "max_grad_norm", "schedule", "search_seed"),
+)
 _SIZES = (
     *("train_examples", "steps", "batches", "refresh_batches", "batch_size", "learning_rate"),
     *("accumulation_steps", "precision", "picture"),
@@ -150,7 +151,7 @@ def _follow(inputs: GlueProblem, task: str, name: str) -> tuple[Looks, dict[str,
 
 
 def _record(
-    config: Mapping[str, Any], task: str, name: str, digest: str, looks: Looks, facts: Mapping[str, Any]
+    config: Mapping[str, Any], task: str, name: str, content: Mapping[str, Any], looks: Looks, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     run = {
         "experiment": config["name"],
@@ -161,12 +162,13 @@ def _record(
         "protocol": config["protocol"]["name"],
         "scale": config["scale"]["name"],
         "seed": config["seed"],
-        "config_hash": digest,
+        "config_hash": records.config_hash(content),
     }
     return {
         "schema": records.SCHEMA,
         "version": config["version"],
         "run": run,
+        "identity": content,
         "titles": {"model": config["model"]["title"], "task": facts["title"]},
         "random_weights": config["model"]["random_weights"],
         "metric": facts["metric"],

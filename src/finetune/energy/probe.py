@@ -38,6 +38,10 @@ class Rows:
         return self.split.largest_id
 
     @property
+    def content(self) -> str:
+        return self.split.content
+
+    @property
     def longest(self) -> int:
         return self.split.longest
 

@@ -3,6 +3,7 @@
 from finetune.models.load import (
     cast_frozen,
     checkpoint_activations,
+    contents,
     fingerprint,
     load_causal,
     load_classifier,
@@ -15,6 +16,7 @@ from finetune.models.load import (
 __all__ = [
     "cast_frozen",
     "checkpoint_activations",
+    "contents",
     "fingerprint",
     "load_causal",
     "load_classifier",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import nn
 
 from finetune.fetch.fetching import source_of
 from finetune.models.files import check_json, weight_files
+from finetune.store.records import read_json
 from sparsegrad import TruncatedLinear
 
 _LOCAL = {"local_files_only": True}
@@ -234,21 +237,54 @@ def positions(model: nn.Module) -> int | None:
     return found
 
 
-def fingerprint(model: Mapping[str, Any], root: str | Path) -> str:
-    """What identifies the starting weights: sha256 of a folder's safetensors, or the hub revision.
+def contents(model: Mapping[str, Any], root: str | Path) -> dict[str, str]:
+    """What identifies a starting model: ``sha256``, its fingerprint, and of a folder ``config_sha256``.
 
-    Records and bases carry it, so that a basis of another model is refused.
+    Activation, dropout and epsilons stand in the configuration alone. Of its entries those that say where a file came
+    from decide nothing. A commit of the hub holds it too; of random weights the ``model`` group says all.
+
+    Raises:
+        ValueError: if files are missing or damaged.
+    """
+    found = {"sha256": fingerprint(model, root)}
+    if model["random_weights"]:
+        return found
+    source, arguments = resolve(model, root)
+    if "revision" in arguments:
+        return found
+    config = read_json(Path(source) / "config.json")
+    deciding = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+    return found | {"config_sha256": hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()}
+
+
+def fingerprint(model: Mapping[str, Any], root: str | Path) -> str:
+    """What identifies the starting weights: sha256 of a folder's safetensors, or the hub's name and commit.
+
+    Records and bases carry it, so that a basis of another model is refused. A branch of the hub is no content: its
+    commit is.
     """
     if model["random_weights"]:
         return "random"
     source, arguments = resolve(model, root)
     if "revision" in arguments:
-        return f"{source}@{arguments['revision']}"
+        return f"{source}@{_commit(source, arguments['revision'])}"
     digest = hashlib.sha256()
     for file in weight_files(Path(source)):
         with file.open("rb") as handle:
             hashlib.file_digest(handle, lambda: digest)
     return digest.hexdigest()
+
+
+def _commit(name: str, revision: str | None) -> str:
+    """The commit of the hub that a revision means, from the cache or the hub."""
+    from transformers.utils import cached_file
+
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    try:
+        return Path(str(cached_file(name, "config.json", revision=revision))).parent.name
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no model at {name}: {_reason(error)} {_HINT}") from None
 
 
 _HINT = (

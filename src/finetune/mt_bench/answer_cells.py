@@ -30,7 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 # What of a checkpoint's folder, besides weights, decides its answers.
 SETTINGS = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt"),
 )
 
 
@@ -106,6 +106,7 @@ def answer_one(config: Mapping[str, Any], seed: int, checkpoint: Path, folder: P
     record = start | facts
     record |= {
         "status": "finished",
+        "identity": identity,
         "options": asdict(options) | {"dtype": dtype},
         "template": template.name,
         "model": {"title": config["model"]["title"], "checkpoint": str(checkpoint)} | model,
@@ -115,7 +116,7 @@ def answer_one(config: Mapping[str, Any], seed: int, checkpoint: Path, folder: P
         "device": memory.device_name(device),
         "provenance": records.provenance(),
     }
-    records.write_json(path, record)
+    records.write_record(path, record)
     log.info("%s answers in %.0f s  %s", facts["counts"]["questions"], facts["seconds"], path)
     return path
 
@@ -123,13 +124,13 @@ def answer_one(config: Mapping[str, Any], seed: int, checkpoint: Path, folder: P
 def _is_finished(path: Path, answers: Path, start: Mapping[str, Any], questions: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the record is this one's, and its file holds an answer to each question as it was written."""
     try:
-        record, asked = records.read_json(path), {question["question_id"] for question in questions}
+        record, asked = records.read_record(path), {question["question_id"] for question in questions}
         return (
             {name: record.get(name) for name in start} == start
             and record.get("status") == "finished"
             and vouched_answers(answers).keys() == asked
         )
-    except ValueError:  # missing or damaged: it is done again
+    except ValueError:  # missing or not sound: it is done again
         return False
 
 

@@ -90,24 +90,17 @@ def read_judgments(folder: str | Path) -> Iterator[Judged]:
 
 def current_records(folder: str | Path) -> Iterator[Path]:
     """The JSON files below a folder without those that a `cell.json` above them, or beside them, does not list."""
-    cells = {index.parent: _listed(index) for index in Path(folder).rglob("cell.json")}
+    cells = {index.parent: records.listed_records(index) for index in Path(folder).rglob("cell.json")}
     for path in sorted(Path(folder).rglob("*.json")):
         cell = next((parent for parent in path.parents if parent in cells), None)
         if path.name != "cell.json" and (cell is None or path.relative_to(cell).as_posix() in cells[cell]):
             yield path
 
 
-def _listed(index: Path) -> list[str]:
-    listed = records.read_json(index).get("records")
-    if not isinstance(listed, list):
-        raise ValueError(f"{index} lists no records: run the stage that writes it again.")
-    return listed
-
-
 def read_judged(path: str | Path) -> Judged:
     """Read the judgments of one record, as `read_judgments`; of several lines of an item the last counts."""
     path = Path(path)
-    record = records.read_json(path)
+    record = records.read_record(path)
     _check(path, record)
     parsing, answers = record["judge"].get("parsing", FASTCHAT), _answers(path)
     kept: dict[tuple[int, int, int], Line] = {}

@@ -122,8 +122,8 @@ def _judge_one(
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record, unless it says what the file says already: its time is that of the judgments."""
-    with suppress(ValueError):  # none, or a damaged one
-        held = records.read_json(path)
-        if {key: held[key] for key in held if key != "provenance"} == record:
+    with suppress(ValueError):  # none, or one that is not sound
+        held = records.read_record(path)
+        if {key: held[key] for key in held if key not in ("provenance", "checksum")} == record:
             return
-    records.write_json(path, {**record, "provenance": records.provenance()})
+    records.write_record(path, {**record, "provenance": records.provenance()})

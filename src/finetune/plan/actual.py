@@ -55,7 +55,7 @@ def _seconds(place: Path) -> Iterator[tuple[Key, float, int, Mapping[str, Any]]]
             key = ("train", record["run"]["model"], record["run"]["method"])
             yield key, record["training"]["seconds"], record["training"]["steps"], record
     for path in sorted(place.glob("search/*/*/*.json")):
-        content = records.read_json(path)
+        content = records.read_record(path)
         key = ("search", content["run"]["model"], content["run"]["method"])
         for trial in content["trials"]:
             steps = max((int(step) for step in trial["intermediate"]), default=0)
@@ -64,7 +64,7 @@ def _seconds(place: Path) -> Iterator[tuple[Key, float, int, Mapping[str, Any]]]
         for kinds in records.read_json(path).values():
             yield ("basis", path.parent.name, ""), sum(report["seconds"] for report in kinds.values()), 1, {}
     for path in sorted(place.glob("efficiency/*/*.json")):
-        record = records.read_json(path)
+        record = records.read_record(path)
         for variant in record["variants"]:
             rounds = variant.get("seconds") or []
             key = ("efficiency", record["run"]["model"], "")

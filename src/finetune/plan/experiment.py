@@ -238,7 +238,7 @@ class Experiment:
         path = self.results / self.lists["name"] / "search" / model / method / f"{task}.json"
         if path.is_file():
             self.sources["batch sizes"] = f"searches in {path.parents[2]}"
-            return records.read_json(path)["best"]
+            return records.read_record(path)["best"]
         scale = self.lists["scale"]
         self.sources.setdefault("batch sizes", f"scale {scale}; an epoch takes about as long with another")
         return None

@@ -84,7 +84,7 @@ def padded_tokens(results: Path, model: Mapping[str, Any], protocol: Mapping[str
     if protocol["padding"] == "max_length":
         return limit, "protocol.max_length"
     for path in sorted(results.glob(f"*/efficiency/{model['name']}/{task}.json")):
-        record = records.read_json(path)
+        record = records.read_record(path)
         if record["treatment"]["padding"] == "longest":
             return record["lengths"]["mean_slots"] / record["treatment"]["batch_size"], str(path)
     return limit, "protocol.max_length, an upper bound: rows are padded to the longest of a batch"

@@ -118,7 +118,7 @@ def recorded_facts(results: Path, cards: Sequence[Processor], planned: str) -> I
     A plan that took the step times of its own runs would agree with them whatever it says.
     """
     for path in sorted(results.glob("*/efficiency/*/*.json")):
-        record = records.read_json(path)
+        record = records.read_record(path)
         run, treatment = record["run"], record["treatment"]
         for variant in record["variants"]:
             name = _METHOD_OF_FORM.get(variant["name"], variant["name"])

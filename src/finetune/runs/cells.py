@@ -121,7 +121,7 @@ def train_cell(cell: Cell) -> None:
 def _train_missing(cell: Cell) -> None:
     problem, workers, runs = cell.problem, Workers.of(cell.problem.config), []
     for task in cell.tasks:
-        best = records.read_json(cell.folder("search") / f"{task}.json")["best"] if problem.searches else None
+        best = records.read_record(cell.folder("search") / f"{task}.json")["best"] if problem.searches else None
         runs += [Run(task, seed, problem.hyperparameters(best)) for seed in cell.seeds]
     folder = cell.folder("runs")
     found = _run_missing(problem, runs, folder, cell.folder("models"), workers)
@@ -143,7 +143,7 @@ def _run_missing(
         digest = problem.digest(run)
         path = folder / f"{run.task}-seed{run.seed}-{digest}.json"
         keep = models / f"seed{run.seed}" if problem.keeps_models else None
-        found[path] = records.read_json(path) if path.is_file() else {}
+        found[path] = records.reusable(path, digest) or {}
         if found[path].get("status") != "finished" or (keep is not None and not _is_of(keep, digest)):
             jobs[path] = partial(run_once, problem, run, path=path, keep=keep)
         else:
@@ -194,7 +194,7 @@ def _search_missing(cell: Cell) -> list[Path]:
     for task in cell.tasks:
         steps, path = for_task(problem.config["scale"]["search"]["max_steps"], task), folder / f"{task}.json"
         whole = Run(task, protocol["search_seed"], {"max_steps": steps}, search=True)
-        if not _is_searched(path, problem.digest(whole), problem.config["scale"]["search"]["trials"]):
+        if not _is_searched(problem, whole, path):
             jobs.append(partial(_search, problem, whole, path))
             paths.append(path)
     if jobs and processes()[1] > 1:  # each process would ask for points of its own
@@ -204,11 +204,18 @@ def _search_missing(cell: Cell) -> list[Path]:
     return paths
 
 
-def _is_searched(path: Path, digest: str, trials: int) -> bool:
-    if not path.is_file():
+def _is_searched(problem: Problem, whole: Run, path: Path) -> bool:
+    """Whether a search has its record, whole, with all trials, and as its journal tells it."""
+    from finetune.runs.search import SearchSpace, is_told_by
+
+    digest, space = problem.digest(whole), SearchSpace.of(problem.config)
+    found, journal = records.reusable(path, digest), path.with_suffix(".journal")
+    if found is None or found["n_trials"] != space.trials:
         return False
-    found = records.read_json(path)
-    return found["run"]["config_hash"] == digest and found["n_trials"] == trials
+    if journal.is_file() and not is_told_by(journal, digest, space, found):
+        log.warning("%s differs from %s, and is written anew", path, journal)
+        return False
+    return True
 
 
 def _search(problem: Problem, whole: Run, path: Path) -> None:
@@ -228,9 +235,10 @@ def _search(problem: Problem, whole: Run, path: Path) -> None:
 
     study = run_search(objective, space, open_storage(path.with_suffix(".journal")), digest)
     header = {"schema": records.SCHEMA, "version": config["version"], "run": named(problem, whole)}
+    header["identity"] = problem.identity(whole)
     header["run"].pop("seed")  # it stands beside: trials are all of one seed
     content = header | summary(study, space) | {"seed": whole.seed, "provenance": records.provenance()}
-    records.write_json(path, content)
+    records.write_record(path, content)
     send_search(content, config["wandb"])
 
 
@@ -246,7 +254,7 @@ def gradients_cell(cell: Cell) -> None:
 def _gradients(problem: Problem, task: str, path: Path) -> None:
     device, seed = make_accelerator(problem.config["device"], "fp32").device, problem.gradients_seed
     collected = problem.collect(problem.gradient_model(task, seed), task, seed, device)
-    made = problem.made_for(task) | {"content": "moments", "model": problem.config["model"]["name"]}
+    made = problem.made_for(task) | {"content": "moments"}
     save_tensors(path, gradients.pack(collected), collected.facts | made)
 
 

@@ -23,18 +23,16 @@ from finetune.training.options import TrainingOptions, planned_steps
 TASK = "oasst1"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# What of conf/chat and conf/scale/llama decides numbers.
-_CHOICES = ("languages", "threads", "deleted", "review", "validation_share")
-_SIZES = (
-    "train_examples", "epochs", "max_steps", "warmup_steps", "evaluation_steps", "micro_batch_size", "precision",
-    "frozen_dtype", "max_length",
-)  # fmt: skip
-
 
 class ChatProblem(Problem):
     """A configuration of ``conf/chat.yaml``. Scores are in nats a token; merged models are kept."""
 
     kind, group, lists, baseline, keeps_models = "llama", "chat", ("decoder_seeds",), True, True
+    sizes = (
+        "train_examples", "epochs", "max_steps", "warmup_steps", "evaluation_steps", "micro_batch_size", "precision",
+        "frozen_dtype", "max_length",
+    )  # fmt: skip
+    no_choices = ("sources", "batch_size", "learning_rate")
     task = TASK
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -117,27 +115,12 @@ class ChatProblem(Problem):
         )
         return replace(options, warmup_steps=min(warmup, planned_steps(len(self._packed["train"]), options)))
 
-    @property
-    def data_identity(self) -> dict[str, Any]:
-        """What decides the examples."""
-        chosen = {key: self.config["chat"][key] for key in _CHOICES}
-        splits = {role: {"sha256": split.sha256, "rows": len(split)} for role, split in self._packed.items()}
-        return chosen | splits | {"template": self.template.name, "length": self._packed["train"].longest}
-
     def made_for(self, task: str) -> dict[str, Any]:
-        return {
-            "model_sha256": self.fingerprint,
-            "task": task,
-            "preliminary": dict(self.config["protocol"]["preliminary"]),
-            "data": self.data_identity,
-        }
+        stored = self.config["scale"]["frozen_dtype"]
+        return super().made_for(task) | {"precision": self.precision, "frozen_dtype": stored}
 
     def identity(self, run: Run) -> dict[str, Any]:
-        config = self.config
-        return self._identity(run, self.kind, ["batch_size", "learning_rate"]) | {
-            "scale": {name: config["scale"][name] for name in _SIZES},
-            "data": self.data_identity,
-        }
+        return super().identity(run) | {"template": self.template.name}  # the merged model is asked in it
 
     def treatment(self, task: str) -> dict[str, Any]:
         scale = self.config["scale"]

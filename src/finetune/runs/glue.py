@@ -17,14 +17,13 @@ from finetune.runs.problem import Problem, Run, for_task
 from finetune.training.evaluation import evaluate
 from finetune.training.options import TrainingOptions, planned_steps
 
-# What of conf/scale decides numbers; the rest (batch of evaluation, time between checkpoints) does not.
-_SIZES = ("train_examples", "epochs", "max_steps", "evaluation_steps", "accumulation_steps", "precision")
-
 
 class GlueProblem(Problem):
     """A configuration of ``conf/glue.yaml``."""
 
     kind, group, lists = "train", "data", ("tasks", "seeds")
+    sizes = ("train_examples", "epochs", "max_steps", "evaluation_steps", "accumulation_steps", "precision")
+    no_choices = ("sources", "search")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
@@ -86,27 +85,14 @@ class GlueProblem(Problem):
         warmup = round(protocol["warmup_ratio"] * planned_steps(len(self.splits(run.task)["train"]), options))
         return replace(options, warmup_steps=warmup)
 
-    def made_for(self, task: str) -> dict[str, Any]:
-        return {
-            "model_sha256": self.fingerprint,
-            "task": task,
-            "data_sha256": self.splits(task)["train"].sha256,
-            "preliminary": dict(self.config["protocol"]["preliminary"]),
-        }
-
     def identity(self, run: Run) -> dict[str, Any]:
-        config, facts = self.config, self.facts(run.task)
-        sizes = [name for name in _SIZES if not (run.search and name == "max_steps")]  # a search has its own
-        return self._identity(run, "search" if run.search else self.kind, ["search"]) | {
-            "scale": {name: for_task(config["scale"][name], run.task) for name in sizes},
-            "task": {
-                "name": run.task,
-                "metric": facts.metric,
-                "columns": list(facts.columns),
-                "num_labels": facts.num_labels,
-            },
-            "data_sha256": {role: split.sha256 for role, split in self.splits(run.task).items()},
-        }
+        found = super().identity(run)
+        found["task"] |= {"num_labels": self.facts(run.task).num_labels}
+        if run.search:  # it has its own length, and what it tries is its own; more trials go on with those there are
+            sizes = self.config["scale"]["search"]
+            del found["scale"]["max_steps"]
+            found["search"] = self.config["protocol"]["search"] | {k: sizes[k] for k in ("points", "pruning")}
+        return found
 
     def treatment(self, task: str) -> dict[str, Any]:
         return {

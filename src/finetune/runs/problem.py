@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,13 +19,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune import models
+from finetune.data.examples import content_of
 from finetune.methods import Method, base_method, build_targets, deciding, needs_bases, with_own_choices
 from finetune.store import records
 from finetune.training import gradients
 from finetune.training.options import TrainingOptions
 from sparsegrad import Basis, load_bases
 
-# What of a model's file decides no number: the hash of the weights does.
+# What of a model's file decides no number: the content of what lies there does.
 _PLACES = ("checkpoint", "folder", "files", "title", "checksums", "tokenizer")
 
 
@@ -54,6 +56,8 @@ class Problem(ABC):
         kind: of its records.
         group: of the configuration that names its data, with their ``root``.
         lists: of an experiment file: the names of those with the seeds and, if there is more than one, the tasks.
+        sizes: what of the group ``scale`` decides numbers; the rest (time between checkpoints) does not.
+        no_choices: what of the group ``protocol`` decides none, or stands in a run's hyper-parameters.
         baseline: whether the starting model is measured too.
         keeps_models: whether the merged model of a finished run is kept.
         stored_dtype: of a merged model's weights.
@@ -63,6 +67,8 @@ class Problem(ABC):
     kind: ClassVar[str]
     group: ClassVar[str]
     lists: ClassVar[tuple[str, ...]]
+    sizes: ClassVar[tuple[str, ...]]
+    no_choices: ClassVar[tuple[str, ...]]
     baseline: ClassVar[bool] = False
     keeps_models: ClassVar[bool] = False
 
@@ -110,13 +116,46 @@ class Problem(ABC):
     def options(self, run: Run, processes: int) -> TrainingOptions:
         """How a run trains on so many processes."""
 
-    @abstractmethod
     def made_for(self, task: str) -> dict[str, Any]:
         """What gradients and bases are made for: written into their files, checked when they are read."""
+        protocol = self.config["protocol"]
+        targets = build_targets("sparsegrad", self.config["model"], protocol)
+        return {
+            "version": self.config["version"],
+            "model": self.config["model"]["name"],
+            **{f"model_{name}": value for name, value in self.contents.items()},
+            "targets": {"modules": dict(targets.target_modules), "layers": targets.layers_to_transform},
+            "task": task,
+            "data": self.splits(task)["train"].content,
+            **{name: protocol.get(name) for name in ("preliminary", "hosvd", "shared_input")},
+        }
 
-    @abstractmethod
     def identity(self, run: Run) -> dict[str, Any]:
-        """Everything that decides a run's numbers, and nothing else: no path, no device. Its hash names the record."""
+        """Everything that decides a run's numbers, and nothing else: no path, no device. Its hash names the record.
+
+        Files count by their content: weights and configuration of the model, bases, and the data as the tokenizer gives
+        them to the model.
+        """
+        config = self.config
+        model = {name: value for name, value in config["model"].items() if name not in _PLACES}
+        return {
+            "version": config["version"],
+            "kind": "search" if run.search else self.kind,
+            "model": model | self.contents,
+            "method": deciding(config["method"]),
+            "protocol": {k: v for k, v in config["protocol"].items() if k not in self.no_choices},
+            "scale": {name: for_task(config["scale"][name], run.task) for name in self.sizes},
+            "basis": self._basis_identity(run.task),
+            "task": {"name": run.task, "metric": self.metric(run.task)},
+            "data": {role: split.content for role, split in self.splits(run.task).items()},
+            "hyperparameters": dict(run.hyperparameters),
+            "seed": run.seed,
+        }
+
+    def _basis_identity(self, task: str) -> dict[str, Any] | None:
+        if self.basis_scope != "task":
+            return self.basis_scope and {"scope": self.basis_scope}
+        return {"scope": "task", "sha256": self.bases(task)[1]["sha256"]}
 
     def treatment(self, task: str) -> dict[str, Any]:
         """What all methods share, for the record, beside the options of every training."""
@@ -146,9 +185,9 @@ class Problem(ABC):
         return self.config["scale"]["precision"] or self.config["protocol"]["precision"]
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Identity of the starting weights."""
-        return models.fingerprint(self.config["model"], self.root)
+    def contents(self) -> dict[str, str]:
+        """Identity of the starting model: of its weights (``sha256``) and of its configuration."""
+        return models.contents(self.config["model"], self.root)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -200,6 +239,8 @@ class Problem(ABC):
     def bases(self, task: str) -> tuple[dict[str, Basis], dict[str, Any]]:
         """Bases from ``basis``, a file or a folder of ``<task>.safetensors``, and the facts that lie in it.
 
+        To the facts comes ``sha256``, of the bases themselves.
+
         Raises:
             ValueError: if they are missing, damaged, or of another checkpoint, data or preliminary phase.
         """
@@ -213,7 +254,8 @@ class Problem(ABC):
                         f"{path} was made with {name}={facts.get(name)}, this run has {name}={value}: "
                         f"run the gradients and basis stages for model={self.config['model']['name']}."
                     )
-            self._bases[task] = bases, facts
+            content = [(kind.encode(), bases[kind].U, bases[kind].V) for kind in sorted(bases)]
+            self._bases[task] = bases, facts | {"sha256": content_of(*chain.from_iterable(content))}
         return self._bases[task]
 
     def checked(self, model: Any, task: str) -> nn.Module:
@@ -258,20 +300,6 @@ class Problem(ABC):
         if len(shared) > 1:
             collected.share_input(shared)
         return collected
-
-    def _identity(self, run: Run, kind: str, left_out: Sequence[str]) -> dict[str, Any]:
-        """What the identities of all problems hold; of the protocol all but what is left out, and its sources."""
-        config = self.config
-        return {
-            "version": config["version"],
-            "kind": kind,
-            "model": {k: v for k, v in config["model"].items() if k not in _PLACES} | {"sha256": self.fingerprint},
-            "method": deciding(config["method"]),
-            "protocol": {k: v for k, v in config["protocol"].items() if k not in ("sources", *left_out)},
-            "basis": self.basis_scope,
-            "hyperparameters": dict(run.hyperparameters),
-            "seed": run.seed,
-        }
 
     def _options(self, run: Run, **own: Any) -> TrainingOptions:
         """Options that all problems take from the same places."""

@@ -29,12 +29,14 @@ def header(problem: Problem, run: Run) -> dict[str, Any]:
         "status": "finished",
         "error": None,
         "run": named(problem, run),
+        "identity": problem.identity(run),
         "hyperparameters": dict(run.hyperparameters),
         "model": {name: model[name] for name in ("title", "checkpoint", "revision", "random_weights")}
-        | {"sha256": problem.fingerprint},
+        | problem.contents,
         "data": {
             "task": run.task,
             "sha256": {role: split.sha256 for role, split in splits.items()},
+            "content": {role: split.content for role, split in splits.items()},
             "rows": {role: len(split) for role, split in splits.items()},
         }
         | problem.data_facts(run.task),

@@ -135,7 +135,7 @@ def _run_once(
     if record["status"] == "finished" and accelerator.is_main_process and keep is not None:
         _keep(problem, method.merge(model), keep, training.digest)
     if accelerator.is_main_process and path is not None:
-        records.write_json(path, record)
+        records.write_record(path, record)
     accelerator.wait_for_everyone()
     _forget(training)
     return record

@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from finetune.runs.search_journal import open_storage
 from finetune.training.loop import Ended, NonFiniteLoss
 
 log = logging.getLogger(__name__)
@@ -134,6 +136,15 @@ def summary(study: optuna.Study, space: SearchSpace) -> dict[str, Any]:
         ],
         "n_trials": space.trials,
     }
+
+
+def is_told_by(journal: Path, study_name: str, space: SearchSpace, record: Mapping[str, Any]) -> bool:
+    """Whether a record says of a search what its journal says."""
+    try:
+        told = summary(optuna.load_study(study_name=study_name, storage=open_storage(journal)), space)
+    except (KeyError, ValueError):  # no such study; nothing that completed
+        return False
+    return all(record.get(name) == value for name, value in told.items())
 
 
 def _one_trial(study: optuna.Study, space: SearchSpace, objective: Objective) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from finetune.store.checks import LOWER_IS_BETTER
+
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Share of equal entries."""
@@ -41,10 +43,6 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "pearson": pearson,
     "f1": f1,
 }
-
-
-LOWER_IS_BETTER = frozenset({"loss"})
-"""Scores of which the lowest is the best; ``loss`` is the score of a language model."""
 
 
 def improves(name: str, score: float, best: float | None) -> bool:

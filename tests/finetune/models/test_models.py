@@ -24,9 +24,10 @@ def copy(tiny_checkpoint, tmp_path):
 
 
 def test_a_folder_comes_before_the_hub_and_a_given_one_first(group, tiny_checkpoint, tmp_path):
-    named = group(checkpoint="acme/tiny", revision="abc")
-    assert models.resolve(named, tmp_path) == ("acme/tiny", {"revision": "abc"})
-    assert models.fingerprint(named, tmp_path) == "acme/tiny@abc"
+    commit = "abc0" * 10
+    named = group(checkpoint="acme/tiny", revision=commit)
+    assert models.resolve(named, tmp_path) == ("acme/tiny", {"revision": commit})
+    assert models.fingerprint(named, tmp_path) == f"acme/tiny@{commit}"
     local = tmp_path / "models" / "tiny_bert"
     local.mkdir(parents=True)
     assert models.resolve(named, tmp_path) == (str(local), {"local_files_only": True})

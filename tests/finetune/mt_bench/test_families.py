@@ -68,7 +68,6 @@ def test_a_step_and_an_answer(method, family, tmp_path):
     record = run_once(inputs, Run(inputs.task, 1, inputs.hyperparameters()), keep=tmp_path / "merged")
     assert record["status"] == "finished" and record["training"]["steps"] == 1
     assert inputs.template.name.startswith("tokenizer:") and record["data"]["template"] == inputs.template.name
-    assert inputs.data_identity["template"] == inputs.template.name
 
     question = {"question_id": 1, "category": "math", "turns": ["One?", "Two?"]}
     (tmp_path / "question.jsonl").write_text(json.dumps(question) + "\n")

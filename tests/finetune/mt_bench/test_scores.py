@@ -22,6 +22,8 @@ from finetune.mt_bench.journal import read_items, write_items
 from finetune.mt_bench.questions import answer_sha256
 from finetune.mt_bench.scores import item_scores, summarize
 
+pytestmark = pytest.mark.usefixtures("believed")
+
 DATA = Path(os.environ.get("SPARSEGRAD_DATA") or Path(__file__).parents[3] / "data")
 JUDGMENTS = DATA / "mt_bench" / "judgments" / "gpt-4_single.jsonl"
 PUBLISHED = {"mamba_0_5_dpo_ep1": "7.12", "mamba_0_75_dpo_ep3": "6.58", "mamba_0_875_dpo_ep3": "6.37"}

@@ -28,6 +28,8 @@ from finetune.store import records
 from finetune.store.experiment import expand
 from sparsegrad import core_shape
 
+pytestmark = pytest.mark.usefixtures("believed")
+
 ROOT = Path(__file__).resolve().parents[3]
 TINY = {
     "model_type": "bert",

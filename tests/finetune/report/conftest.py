@@ -38,6 +38,11 @@ class Tree(HTMLParser):
         return [attributes[name] for _, attributes in self.tags if name in attributes]
 
 
+@pytest.fixture(autouse=True)
+def _believed(believed):
+    """Of records made up here."""
+
+
 @pytest.fixture
 def whole():
     """``whole(html)``: its tree, after checks of what holds for every page: it needs and runs nothing from outside."""

@@ -25,7 +25,7 @@ def numbers():
     """``numbers(record)``: what may not depend on time or on a kill."""
 
     def make(record):
-        kept = {key: value for key, value in record.items() if key != "provenance"}
+        kept = {key: value for key, value in record.items() if key not in ("provenance", "checksum")}
         return kept | {"training": {key: value for key, value in record["training"].items() if key not in TIMES}}
 
     return make

@@ -1,6 +1,5 @@
 """Cells: what is finished is reused, what fails is told, a search comes first, a kill loses nothing."""
 
-import json
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
@@ -77,6 +76,23 @@ def test_a_record_under_anothers_hash_is_not_taken_for_it(train, trained):
     assert trained == [("cola", 1)] * 2 and path.is_file()
 
 
+def test_a_record_that_a_table_would_refuse_is_made_anew(train, trained, read, numbers):
+    folder = train(seeds=[1, 2, 3, 4])
+    before = {key: numbers(record) for key, record in read(folder).items()}
+    paths = {int(path.name.split("seed")[1][0]): path for path in folder.glob("*-seed*.json")}
+    kept = {seed: records.read_record(path) for seed, path in paths.items()}
+    records.write_record(paths[1], kept[1] | {"score": str(kept[1]["score"])})
+    records.write_record(paths[2], kept[2] | {"schema": 2})
+    records.write_json(paths[3], kept[3] | {"score": 0.9})
+    paths[4].write_text(paths[4].read_text().replace('"score": ', '"score": NaN, "was": '))
+    for path in paths.values():
+        with pytest.raises(ValueError, match=path.name):
+            records.read_record(path)
+    train(seeds=[1, 2, 3, 4])
+    assert trained == [("cola", seed) for seed in (1, 2, 3, 4)] * 2
+    assert {key: numbers(record) for key, record in read(folder).items()} == before
+
+
 def test_failed_runs_are_recorded_the_others_done_and_tried_again(train, trained, read, diverge, tmp_path):
     text = r"2 of 4 runs failed; cola-seed1-[0-9a-f]{12}.json: loss is nan at step 3; lower .*; mrpc-seed1-"
     with diverge(1), pytest.raises(ValueError, match=text):
@@ -111,7 +127,7 @@ def test_a_run_killed_before_its_record_is_on_disk_still_has_its_checkpoints(
     whole = read(folder)["cola", 1]
     shutil.rmtree(folder)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(records, "write_json", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(records, "write_record", Mock(side_effect=KeyboardInterrupt))
         train("scale.checkpoint_seconds=0", seeds=[1])
     again = read(train("scale.checkpoint_seconds=0", seeds=[1]))["cola", 1]
     assert again["training"]["resumed"] == 1 and numbers(again) == numbers(whole)
@@ -299,8 +315,30 @@ def test_a_search_is_one_process(search, train, trained, monkeypatch):
     assert len(trained) == 3
 
 
-def test_a_damaged_search_says_so(search, train, tmp_path):
-    search()
-    (tmp_path / "search" / "tiny_bert" / "full" / "cola.json").write_text(json.dumps({"best": {}})[:-3])
-    with pytest.raises(ValueError, match="cola.json is damaged"):
-        train(*SMALL, seeds=[1])
+def _moved(search):
+    search["best"]["learning_rate"] *= 2
+
+
+def _of_other_trials(search):
+    search["trials"][0]["value"] = search["best"]["value"] = 0.99
+    search["best"] |= {name: search["trials"][0][name] for name in ("learning_rate", "batch_size")} | {"trial": 0}
+
+
+@pytest.mark.parametrize("edit", [None, _moved, _of_other_trials], ids=["torn", "moved", "resealed"])
+def test_a_search_that_is_not_what_its_journal_tells_is_written_anew_and_no_trial_repeated(
+    edit, search, trained, tmp_path, caplog
+):
+    whole = search()
+    path = tmp_path / "search" / "tiny_bert" / "full" / "cola.json"
+    edited = records.read_record(path)
+    if edit is None:
+        path.write_text(path.read_text()[:-30])
+    elif edit is _moved:
+        edit(edited)
+        records.write_json(path, edited)
+    else:  # its checksum is right again
+        edit(edited)
+        records.write_record(path, edited)
+    again = search()
+    assert again["best"] == whole["best"] and again["trials"] == whole["trials"] and len(trained) == 3
+    assert "cola.json" in caplog.text

@@ -3,7 +3,6 @@
 What does not decide numbers (a label, a mark, a key of the loop around the runs) must stay out of a run's identity.
 """
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +12,12 @@ from finetune.data.glue import Task
 from finetune.runs.chat import ChatProblem
 from finetune.runs.glue import GlueProblem
 from finetune.runs.problem import Run, for_task
+from finetune.store.records import read_record
 
 LOCAL = Path(__file__).parents[3] / "results" / "local"
 RUNS = sorted(LOCAL.glob("**/*-seed*-*.json"))
 SEARCHES = sorted(LOCAL.glob("search/*/*/*.json"))
-READ = {path: json.loads(path.read_text()) for path in RUNS}
+READ = {path: read_record(path) for path in RUNS}
 
 
 def compose_as(compose, record):
@@ -46,20 +46,23 @@ def splits_of(record):
             return self.rows
 
     return {
-        role: Rows(sha256=digest, rows=facts["rows"][role], longest=length) for role, digest in facts["sha256"].items()
+        role: Rows(content=digest, rows=facts["rows"][role], longest=length)
+        for role, digest in facts["content"].items()
     }
 
 
 def digest_of(config, record, **changes):
     """The hash of a run: everything that data and weights decide is the record's."""
     run, splits = record["run"], splits_of(record)
+    contents = {name: record["model"][name] for name in ("sha256", "config_sha256")}
+    known = {"contents": contents, "_bases": {run["task"]: ({}, record["basis"])}}
     if run["kind"] == "llama":
         problem = ChatProblem(config)
-        problem.__dict__.update(fingerprint=record["model"]["sha256"], _packed=splits, tokenizer=None)
+        problem.__dict__.update(known, _packed=splits, tokenizer=None)
     else:
         problem = GlueProblem(config)
         facts = Task.from_config(config["data"] | {"task": run["task"]})
-        problem.__dict__.update(fingerprint=record["model"]["sha256"], _tasks={run["task"]: (facts, splits)})
+        problem.__dict__.update(known, _tasks={run["task"]: (facts, splits)})
     named = {"task": run["task"], "seed": run["seed"], "hyperparameters": problem.hyperparameters()}
     return problem.digest(Run(**named | changes))
 
@@ -72,13 +75,14 @@ def test_all_committed_records_are_here():
 def test_a_run_is_named_by_its_content_and_by_todays_configuration(path, compose):
     record = READ[path]
     assert path.stem.endswith(record["run"]["config_hash"])
+    assert record["migration"]["checked"][:3] == ["hash", "weights", "data"] and not record["migration"]["unchecked"]
     for config in (compose(config_name="chat") | record["config"], compose_as(compose, record)):
         assert digest_of(with_facts(compose, config, record), record) == record["run"]["config_hash"]
 
 
 @pytest.mark.parametrize("path", SEARCHES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_search_is_named_by_todays_configuration(path, compose):
-    search = json.loads(path.read_text())
+    search = read_record(path)
     run = next(r for r in READ.values() if all(r["run"][k] == search["run"][k] for k in ("model", "method", "task")))
     config = with_facts(compose, compose_as(compose, run), run)
     steps = for_task(config["scale"]["search"]["max_steps"], run["run"]["task"])

@@ -87,27 +87,6 @@ def test_a_file_that_is_no_record_is_named(content, message, tmp_path):
         records.read_json(tmp_path / "a.json")
 
 
-def test_cells_list_what_is_theirs(tmp_path):
-    for cell in ("a/full", "a/lora"):
-        for name in ("cola-seed1-abc", "cola-seed2-xyz", "old-seed1-000"):
-            records.write_json(tmp_path / cell / f"{name}.json", {"cell": cell, "name": name})
-        records.write_json(tmp_path / cell / "cell.json", {"records": ["cola-seed2-xyz.json", "cola-seed1-abc.json"]})
-    records.write_json(tmp_path / "b" / "unlisted" / "cola-seed1-abc.json", {})
-    found = [(path.relative_to(tmp_path).as_posix(), record["name"]) for path, record in records.iterate(tmp_path)]
-    assert found == [
-        ("a/full/cola-seed2-xyz.json", "cola-seed2-xyz"),
-        ("a/full/cola-seed1-abc.json", "cola-seed1-abc"),
-        ("a/lora/cola-seed2-xyz.json", "cola-seed2-xyz"),
-        ("a/lora/cola-seed1-abc.json", "cola-seed1-abc"),
-    ]
-
-
-def test_listed_record_that_is_missing_is_an_error(tmp_path):
-    records.write_json(tmp_path / "cell.json", {"records": ["cola-seed1-abc.json"]})
-    with pytest.raises(ValueError, match="cola-seed1-abc.json does not exist"):
-        list(records.iterate(tmp_path))
-
-
 def git(folder, *arguments):
     identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
     done = subprocess.run(["git", "-C", folder, *identity, *arguments], check=True, capture_output=True, text=True)
@@ -156,7 +135,7 @@ def test_the_commit_of_an_enclosing_repository_is_not_the_projects(repository):
     inside.mkdir()
     for place in (inside, repository / "src"):
         found = records.provenance(place)
-        assert found["commit"] is None and found["dirty"] is False
+        assert found["commit"] is None and found["dirty"] is None
     (inside / "pyproject.toml").write_text("x\n")
     assert records.provenance(inside)["commit"] is None
     git(repository, "add", ".")
@@ -164,6 +143,23 @@ def test_the_commit_of_an_enclosing_repository_is_not_the_projects(repository):
     assert records.provenance(inside)["commit"] is None
     (repository / "pyproject.toml").unlink()  # a repository that is not the project's
     assert records.provenance(repository)["commit"] is None
+
+
+@pytest.mark.parametrize("elsewhere", ["hook", "owner"])
+def test_a_repository_that_is_not_the_projects_or_not_ours_says_nothing(elsewhere, repository, tmp_path, monkeypatch):
+    """A hook's GIT_DIR, which git would follow from any folder; a checkout that git refuses as another user's."""
+    own = records.provenance(repository)
+    if elsewhere == "hook":
+        other = tmp_path / "other"
+        git(tmp_path, "init", "-q", str(other))
+        git(other, "commit", "-q", "--allow-empty", "-m", "other")
+        monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+        found = records.provenance(repository)
+        assert (found["commit"], found["dirty"]) == (own["commit"], False)
+    else:
+        monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+        found = records.provenance(repository)
+        assert (found["commit"], found["dirty"]) == (None, None)
 
 
 def test_the_project_is_the_folder_of_this_code(monkeypatch, tmp_path):

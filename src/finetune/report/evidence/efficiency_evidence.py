@@ -79,7 +79,7 @@ def read_efficiency_evidence(experiment: Experiment, results: Path) -> Efficienc
         ValueError: As `collect_efficiency_evidence`, or if a file is damaged.
     """
     folder = results / "efficiency" / next(iter(experiment.efficiency_models), "none")
-    found = [(path.as_posix(), files.read_json(path)) for path in sorted(folder.glob("*.json"))]
+    found = [(path.as_posix(), files.read_record(path)) for path in sorted(folder.glob("*.json"))]
     return collect_efficiency_evidence(experiment, found)
 
 

@@ -115,7 +115,7 @@ def read_evidence(experiment: Experiment, results: Path, conf: Path = catalog.CO
     return collect_evidence(
         experiment,
         records=[(path.as_posix(), record) for path, record in files.iterate(results / "runs")],
-        searches=[(p.as_posix(), files.read_json(p)) for p in sorted(results.glob("search/*/*/*.json"))],
+        searches=[(p.as_posix(), files.read_record(p)) for p in sorted(results.glob("search/*/*/*.json"))],
         judgments=read_judgments(results / "mt_bench" / "judgments"),
         models=catalog.read_models(conf),
     )

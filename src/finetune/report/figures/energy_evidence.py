@@ -121,7 +121,7 @@ def read_looks(folder: Path, tasks: Sequence[str]) -> list[Look]:
     Raises:
         ValueError: if there is none.
     """
-    found = [Look(path, records.read_json(path)) for path in sorted(folder.glob("*.json"))]
+    found = [Look(path, records.read_record(path)) for path in sorted(folder.glob("*.json"))]
     found = [look for look in found if look.record["run"]["task"] in tasks]
     if not found:
         raise ValueError(f"{folder} holds no record of {', '.join(tasks)}: run the energy stage.")

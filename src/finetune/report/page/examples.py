@@ -74,9 +74,8 @@ def read_answers(folder: str | Path) -> Iterator[Answers]:
         ValueError: If a file is missing or damaged.
     """
     for path in current_records(folder):
-        record = records.read_json(path)
-        if record.get("run", {}).get("kind") == "answers":
-            yield Answers(record, vouched_answers(path.with_suffix(".jsonl")))
+        if records.read_json(path).get("run", {}).get("kind") == "answers":
+            yield Answers(records.read_record(path), vouched_answers(path.with_suffix(".jsonl")))
 
 
 def parts_of(
