@@ -8,12 +8,15 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
+from finetune.config.check import check_script
 from finetune.store.catalog import read_methods
 
 ROOT = Path(__file__).parents[1]
 LOCAL = ROOT / "results" / "local"
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 LABELS = {facts.label: name for name, facts in read_methods(ROOT / "conf").items()}
 TASKS = {"STS-B": "stsb", "MRPC": "mrpc", "CoLA": "cola"}
 
@@ -135,3 +138,39 @@ def test_energies_are_those_of_the_record():
         assert task == "STS-B"
         looks = ((0, "initial"), (50, "initial"), (50, "refreshed"))
         assert cells == [block(step, space, kind) for step, space in looks], kind
+
+
+# Commands and promises
+
+
+def commands():
+    """(script, arguments) of every command that a page shows; of a list to sweep over its first value."""
+    for text in (page.read_text() for page in PAGES):
+        for script, arguments in re.findall(r"(?:python|launch) experiments/(\w+)\.py ([^#`\n]*)", text):
+            words = [word for word in arguments.split() if re.fullmatch(r"[\w.]+=\S+|--config-name|chat", word)]
+            words = [word for word in words if word.count("[") == word.count("]")]  # else it may be left out
+            if "..." not in arguments:
+                yield script, tuple(word if "[" in word else word.partition(",")[0] for word in words)
+
+
+def test_every_command_that_is_shown_passes_the_schema():
+    found = sorted({command for command in commands() if (ROOT / "experiments" / f"{command[0]}.py").is_file()})
+    assert len(found) > 8
+    for script, words in found:
+        default = re.search(r'@script\("(\w+)"\)', (ROOT / "experiments" / f"{script}.py").read_text())
+        if default is None:
+            continue
+        name = words[words.index("--config-name") + 1] if "--config-name" in words else default[1]
+        overrides = [word for word in words if "=" in word]
+        with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+            config = OmegaConf.to_container(compose(name, overrides), resolve=True, throw_on_missing=True)
+        check_script(name, config)
+
+
+def test_every_promise_names_tests_that_are_there():
+    code = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    promises = re.findall(r"^\| (.+) \| (.+) \|$", (ROOT / "SECURITY.md").read_text(), re.M)[1:]
+    assert len(promises) > 5
+    for promise, tests in promises:
+        named = re.findall(r"`(test_\w+)`", tests)
+        assert named and all(f"def {name}(" in code for name in named), promise

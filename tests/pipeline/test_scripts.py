@@ -133,7 +133,7 @@ ERRORS = {
     "checkpoint": (["model.checkpoint=/no/such/folder"], "model.checkpoint='/no/such/folder' is no folder"),
     "k": (["protocol.density=null", "model.k=2049", "method=sparsegrad"], "k=2049; a matrix of shape (64, 32)"),
     "rank": (["model.lora_rank=33", "method=lora"], "lora_rank=33; allowed: 1 to 32"),
-    "targets": (["model.target_modules.up=nope"], "target_modules.up='nope' matches no module"),
+    "targets": (["model.target_modules.up='nope(?P<layer>1)'"], "target_modules.up='nope(?P<layer>1)' matches no"),
     "length": (["protocol.padding=max_length"], "inputs of 128 tokens; this model has 40 positions"),
     "learning rate": (["learning_rate=0"], "learning_rate=0; allowed: greater than 0."),
     "missing basis": (["method=sparsegrad", "basis=no/such/file"], "no/such/file does not exist"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -119,7 +120,8 @@ def _line(error: Mapping[str, Any], where: str) -> str:
         return f"{key} is missing"
     allowed = _ALLOWED[what].format(**told) if what in _ALLOWED else error["msg"].replace("Input should be", "allowed:")
     if what == "key" or (isinstance(received, Mapping) and what == "refused"):  # a key's value may be a secret
-        return f"{key}: {allowed}" if key else allowed
+        joined = "." if re.match(r"\w+=", allowed) else ": "  # an option of the group, or words
+        return f"{key}{joined}{allowed}" if key else allowed
     shown = "(not shown)" if place and place[-1] in SECRET else repr(received)
     shown = shown if len(shown) < 80 else f"{shown[:76]}..."
     return f"{key} has the name {shown}; {allowed}" if is_key else f"{key}{'=' if key else ''}{shown}; {allowed}"

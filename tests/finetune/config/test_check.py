@@ -166,7 +166,7 @@ def test_an_error_says_what_was_received_and_what_is_allowed(compose):
     assert (
         told("method.protocol", {"densty": 1}) == "method.protocol.densty: there is no such option; nearest: density."
     )
-    assert told("data.task", "x").startswith("data: task='x'; glue has: cola, mnli")
+    assert told("data.task", "x").startswith("data.task='x'; glue has: cola, mnli")
     assert told("protocol.gate", ["lore"], "chat").endswith("nearest: lora.")
     config = compose()
     del config["scale"]["epochs"], config["model"]["title"]
