@@ -38,6 +38,21 @@ def read_files(files: Sequence[Path]) -> tuple[pa.Table, str]:
         raise ValueError(f"{names} are of different columns ({' '.join(str(error).split())}); {AGAIN}") from None
 
 
+def count_rows(files: Sequence[Path]) -> int:
+    """Rows of several files, from their metadata alone.
+
+    Raises:
+        ValueError: if one is no parquet.
+    """
+    rows = 0
+    for file in files:
+        try:
+            rows += pq.read_metadata(file).num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{file} is no readable parquet ({' '.join(str(error).split())}); {AGAIN}") from None
+    return rows
+
+
 def read_hub(data: Mapping[str, Any], split: str, folder: Path, *names: str) -> tuple[pa.Table, str]:
     """A split from the hub, where there is no folder, and its name and revision.
 

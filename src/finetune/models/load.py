@@ -165,11 +165,7 @@ def _check_fit(model: Any, loading: Mapping[str, Any], source: str, head_may_be_
     """Refuse weights that are not the model's: from_pretrained draws what is missing, and drops what is left."""
     body, missing = f"{model.base_model_prefix}.", set(loading["missing_keys"])
     if head_may_be_new:
-        names = set(model.state_dict())
-        head = {name for name in names if not name.startswith(body)}
-        pooler = {name for name in names if name.startswith(f"{body}pooler")}  # masked language models have none
-        if head <= missing:
-            missing -= head | (pooler if pooler <= missing else set())
+        missing -= _new_head(list(model.state_dict()), body, missing)
     parts = dict(getattr(model, model.base_model_prefix).named_children())
     faults = {
         "missing": missing,
@@ -183,6 +179,19 @@ def _check_fit(model: Any, loading: Mapping[str, Any], source: str, head_may_be_
             f"{source}: its weights are not those of a {type(model).__name__} with its config.json: "
             f"{'; '.join(told)}. Fetch or train it again, or give another model.checkpoint."
         )
+
+
+def _new_head(names: list[str], body: str, missing: set[str]) -> set[str]:
+    """Layers behind the body, each missing as a whole: the last one, and with it those before that are new too.
+
+    A pooler counts as one: masked language models have none.
+    """
+    head: dict[str, set[str]] = {}
+    for name in names:
+        if not name.startswith(body) or name.startswith(f"{body}pooler"):
+            head.setdefault(name.removeprefix(body).partition(".")[0], set()).add(name)
+    last = list(head.values())[-1]
+    return set().union(*(layer for layer in head.values() if layer <= missing)) if last <= missing else set()
 
 
 def _some(names: set[str]) -> str:

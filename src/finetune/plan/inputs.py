@@ -11,6 +11,7 @@ from typing import Any
 
 from finetune.published import read_csv
 from finetune.store import records
+from finetune.store.shards import shards
 
 _MODELS = {"bert-base-uncased": "bert_base", "roberta-base": "roberta_base", "roberta-large": "roberta_large"}
 _METHODS = {"ft": "full", "lora": "lora", "sparse": "sparsegrad"}
@@ -42,15 +43,15 @@ def task_rows(data: Mapping[str, Any], sizes: Mapping[str, Any], task: str) -> t
         sizes: task -> ``train``, ``validation``, and under ``source`` where they come from.
 
     Raises:
-        ValueError: if a task is in neither.
+        ValueError: if a task is in neither, or its files are there in part, twice or damaged.
     """
     folder = Path(data["root"]) / data["folder"] / task
     validation = data["tasks"][task].get("validation", "validation")
-    files = {split: sorted(folder.glob(f"{split}-*.parquet")) for split in ("train", validation)}
-    if all(files.values()):
-        import pyarrow.parquet as pq
+    files = [shards(folder, split) for split in ("train", validation)]
+    if all(files):
+        from finetune.data.tables import count_rows
 
-        train, held = (sum(pq.read_metadata(path).num_rows for path in paths) for paths in files.values())
+        train, held = map(count_rows, files)
         return train, held, f"files in {folder}"
     if task not in sizes:
         raise ValueError(

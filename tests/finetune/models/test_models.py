@@ -138,6 +138,8 @@ def change(names, tensors):
         "size": tensors | {"encoder.layer.0.output.dense.weight": torch.zeros(32, 65)},
         "block more": tensors | {"encoder.layer.2.output.dense.weight": torch.zeros(32, 64)},
         "half a pooler": {name: tensor for name, tensor in tensors.items() if name != "pooler.dense.bias"},
+        "a pooler under a head": {n: t for n, t in tensors.items() if not n.startswith("pooler")}
+        | {"classifier.weight": torch.zeros(2, 32), "classifier.bias": torch.zeros(2)},
         "half a head": tensors | {"classifier.weight": torch.zeros(2, 32)},
         "head of another size": tensors | {"classifier.weight": torch.zeros(3, 32), "classifier.bias": torch.zeros(3)},
     }[names]
@@ -154,6 +156,7 @@ def change(names, tensors):
         ("size", r"1 of another size \(bert.encoder.layer.0.output.dense.weight\)"),
         ("block more", r"1 of no layer \(encoder.layer.2.output.dense.weight\)"),
         ("half a pooler", r"1 missing \(bert.pooler.dense.bias\)"),
+        ("a pooler under a head", r"2 missing \(bert.pooler.dense.bias, bert.pooler.dense.weight\)"),
         ("half a head", r"1 missing \(classifier.bias\)"),
         ("head of another size", r"2 of another size \(classifier.bias, classifier.weight\)"),
     ],

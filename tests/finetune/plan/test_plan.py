@@ -236,6 +236,11 @@ def test_rows_come_from_files_then_from_the_table(tmp_path, glue_root):
     sizes = SETTINGS["rows"]
     train, held, source = task_rows(data | {"root": str(glue_root)}, sizes, "cola")
     assert source.startswith("files in") and (train, held) != (8551, 1043) and train > 0
+    half = tmp_path / "half" / "glue" / "cola"
+    half.mkdir(parents=True)
+    (half / "train-00000-of-00002.parquet").touch()
+    with pytest.raises(ValueError, match=r"each shard 0 to 1 is needed once, wrong: \[1\]"):
+        task_rows(data | {"root": str(tmp_path / "half")}, sizes, "cola")
     assert task_rows(data | {"root": str(tmp_path)}, sizes, "cola") == (8551, 1043, "dataset card of nyu-mll/glue")
     with pytest.raises(ValueError, match="rows of cola are not known: add rows.cola to conf/plan.yaml"):
         task_rows(data | {"root": str(tmp_path)}, {}, "cola")
