@@ -145,39 +145,6 @@ def test_patterns_of_a_decoder_find_the_blocks_of_index_divisible_by_3(name):
     assert 0.002 <= config["k"] / size <= 0.01
 
 
-@pytest.mark.parametrize("entry", ["chat", "mt_bench"])
-def test_choices_of_a_decoder_compose(entry):
-    groups = {"model": DECODERS, "method": names("method")}
-    nested = {group: [f"llama/{name}" for name in names(f"{group}/llama")] for group in ("protocol", "scale")}
-    for group, found in (groups | nested).items():
-        for name in found:
-            assert composed(f"{group}={name}", entry=entry)[group]["name"] == name.removeprefix("llama/")
-
-
-@pytest.mark.parametrize("name", names("scale/efficiency"))
-def test_choices_of_the_efficiency_stage_compose(name):
-    from finetune.efficiency.cell import _options
-
-    found = composed(f"scale=efficiency/{name}", entry="efficiency")
-    assert found["scale"]["name"] == name and found["scale"]["rounds"] >= 2
-    assert _options(found | {"device": "cpu"}, 2).batch_size == found["scale"]["batch_size"]
-
-
-@pytest.mark.parametrize("entry", ["hosvd_cost", "cost_curves"])
-@pytest.mark.parametrize("name", names("scale/efficiency"))
-def test_sizes_of_the_cost_stages_are_read(entry, name):
-    from finetune.efficiency import cost_curves, hosvd_cost
-
-    found = composed(f"scale={entry}/{name}", entry=entry)
-    assert found["scale"]["name"] == name
-    if entry == "cost_curves":
-        assert all(len(points) >= 3 for points in cost_curves.read_config(found).curves().values())
-    else:
-        cases, options = hosvd_cost.read_config(found)
-        assert all(set(case.ways) == set(hosvd_cost.WAYS) for case in cases) and options.limit_seconds > 0
-        assert all(options.rank <= min(case.shape) for case in cases)
-
-
 # Experiments
 
 

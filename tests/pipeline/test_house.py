@@ -17,13 +17,7 @@ from finetune.store.experiment import write_params
 from finetune.store.records import iterate
 
 ROOT = Path(__file__).resolve().parents[2]
-METHOD = {
-    "name": "dora",
-    "label": "DoRA",
-    "base": "peft",
-    "config": "LoraConfig",
-    "arguments": {"use_dora": True},
-}
+METHOD = {"name": "dora", "label": "DoRA", "base": "peft", "config": "LoraConfig", "arguments": {"use_dora": True}}
 TASK = {"title": "WNLI", "columns": ["sentence1", "sentence2"], "num_labels": 2, "metric": "accuracy"}
 DECODER = {
     "name": "tiny_qwen",
@@ -114,8 +108,9 @@ def house(run_in, tmp_path_factory):
         if stage.name.startswith("generate"):
             glue = folder / "results/house/data/glue"
             shutil.copytree(glue / "mrpc", glue / "wnli")
-    done = run_in(folder, folder / "experiments/plan.py", "experiment=experiments/house.yaml")
-    assert done.code == 0, done.err
+    for last in (["plan", "experiment=experiments/house.yaml"], ["figure", "figure=methods_scores", "name=house"]):
+        done = run_in(folder, folder / f"experiments/{last[0]}.py", *last[1:])
+        assert done.code == 0, done.err
     return folder
 
 
@@ -154,6 +149,11 @@ def test_they_stand_in_the_statistics(results):
     assert all("dora" in decoder["comparison"]["methods"] for decoder in statistics["decoders"])
 
 
+def test_they_stand_in_the_figure(results):
+    svg = (results / "figures" / "methods_scores.svg").read_text()
+    assert ">DoRA, AVG<" in svg and ">WNLI<" in svg
+
+
 def test_they_stand_in_the_plan(house):
     plan = json.loads((house / "outputs/plan/house.json").read_text())
     steps = {(s["model"], s["method"]): (s["runs"], s["steps"]) for s in plan["stages"] if s["stage"] == "train"}
@@ -165,3 +165,5 @@ def test_they_stand_in_the_plan(house):
 def test_they_stand_on_the_page(results):
     page = (results / "report.html").read_text()
     assert all(page.count(word) > 2 for word in ("DoRA", "WNLI", "tiny Qwen"))
+    page = (results / "examples.html").read_text()
+    assert all(page.count(word) > 2 for word in ("DoRA", "tiny Qwen", "not a measure of quality"))

@@ -83,13 +83,7 @@ def make_bases(point: Point, seed: int, device: torch.device) -> dict[str, Basis
 def make_layer(
     name: str, point: Point, bases: Mapping[str, Basis], *, seed: int, learning_rate: float = 1e-5
 ) -> Trainee:
-    """Build the MLP with random weights and hand it to a variant's method, which trains matrices and biases.
-
-    Raises:
-        ValueError: on an unknown variant.
-    """
-    if name not in LAYER_VARIANTS:
-        raise ValueError(f"variant={name!r}; allowed: {', '.join(LAYER_VARIANTS)}.")
+    """Build the MLP with random weights and hand it to a variant's method, which trains matrices and biases."""
     torch.manual_seed(seed)
     plain = MLP(point.hidden, point.inner, bases["up"].U.device)
     if name == FLOOR:

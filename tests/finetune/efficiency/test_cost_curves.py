@@ -112,11 +112,6 @@ def test_decay_draws_the_entries_into_leading_rows_and_columns(stepped):
     assert touched(stepped("truncated")[0]) == {} == touched(stepped("floor")[0])
 
 
-def test_an_unknown_variant_is_refused():
-    with pytest.raises(ValueError, match="variant='nope'; allowed: floor, full"):
-        make_layer("nope", POINT, make_bases(POINT, 0, CPU), seed=0)
-
-
 # ---- the record ----
 
 

@@ -391,10 +391,7 @@ def test_sizes_of_a_run_come_from_scale_then_protocol(tmp_path):
         return read(group, name) | (over if (group, name) == ("scale", "llama/paper") else {})
 
     lists = LISTS | {"models": [], "ablations": [], "decoders": ["stories260k"], "methods": ["full"]}
-    for reading, expected in (
-        (read, (2, 512, 32, "bf16", "bf16", True)),
-        (other, (5, 16, 1, "bf16", "fp32", True)),
-    ):
+    for reading, expected in ((read, (2, 512, 32, "bf16", "bf16", True)), (other, (5, 16, 1, "bf16", "fp32", True))):
         setup = experiment_of(tmp_path, lists, reading).setup("stories260k", "full")
         assert astuple(setup)[:6] == expected
     encoder = experiment_of(tmp_path).setup("bert_base", "full")
