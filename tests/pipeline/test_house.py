@@ -16,6 +16,7 @@ from finetune.report.model import read_table
 from finetune.store.experiment import write_params
 from finetune.store.records import iterate
 
+pytestmark = pytest.mark.timeout(1200)  # half a minute on free cores
 ROOT = Path(__file__).resolve().parents[2]
 METHOD = {"name": "dora", "label": "DoRA", "base": "peft", "config": "LoraConfig", "arguments": {"use_dora": True}}
 TASK = {"title": "WNLI", "columns": ["sentence1", "sentence2"], "num_labels": 2, "metric": "accuracy"}

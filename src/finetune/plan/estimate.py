@@ -19,11 +19,7 @@ CHECKPOINTS = 3  # of a run, two and one being written
 def plan_experiment(experiment: Experiment, cards: Sequence[Processor], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that is printed; JSON values.
 
-    Args:
-        experiment: what is planned.
-        cards: kinds of processors.
-        settings: ``utilisation``, ``touched``, ``questions``, ``turns``, ``judge``, ``currency`` and ``seconds`` of
-            ``conf/plan.yaml``.
+    The settings are those of ``conf/plan.yaml``.
 
     Raises:
         ValueError: on a configuration that a run would refuse, or sizes that are not known.

@@ -26,9 +26,7 @@ COMPONENTS = {
 def plan_text(plan: Mapping[str, Any], unplanned: Sequence[str]) -> str:
     """The whole plan.
 
-    Args:
-        plan: of :func:`finetune.plan.estimate.plan_experiment`.
-        unplanned: stages of the pipeline whose time is not estimated.
+    `unplanned` are stages of the pipeline whose time is not estimated.
     """
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"aligned": _aligned, "gigabytes": _gigabytes, "fixed": format}

@@ -45,9 +45,7 @@ class Labels:
 def read_labels(data: str | None, conf: Path = CONF) -> Labels:
     """Read the labels of an experiment.
 
-    Args:
-        data: Its file of `conf/data`; `None`: the paper's tasks alone.
-        conf: Folder of the configuration.
+    `data` is its file of `conf/data`; without it they are the paper's tasks alone.
 
     Raises:
         ValueError: If a file of the configuration is damaged, or there is none of that name.

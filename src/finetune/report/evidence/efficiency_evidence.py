@@ -90,10 +90,6 @@ def collect_efficiency_evidence(
 
     Records of another experiment, protocol, model or task are left out and listed.
 
-    Args:
-        experiment: What the experiment names.
-        records: (relative path, record).
-
     Raises:
         ValueError: If a record is incomplete, holds a value that is no number above 0, or two are of the same task.
     """

@@ -7,33 +7,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from finetune.report.figures.figure_style import COLOURS, GREY
+from finetune.report.figures.figure_style import COLOURS, GREY, Mark
 from finetune.store import records
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-class Space(NamedTuple):
-    """How a space of :mod:`finetune.energy.spaces` is drawn: told apart without colour too."""
-
-    label: str
-    color: str
-    marker: str
-
-
 SPACES = {
-    "original": Space("original space", COLOURS["meprop"], "o"),  # where MeProp selects
-    "random": Space("random bases", GREY, "x"),
-    "released": Space("released orientation, V G U", COLOURS["rotated"], "v"),
-    "stored": Space("HOSVD core, basis of another head", COLOURS["lora"], "s"),
-    "initial": Space("HOSVD core, own basis of the first step", COLOURS["sparsegrad"], "D"),
-    "refreshed": Space("HOSVD core, own basis, refreshed", COLOURS["truncated"], "^"),
+    "original": Mark("original space", COLOURS["meprop"], "o"),  # where MeProp selects
+    "random": Mark("random bases", GREY, "x"),
+    "released": Mark("released orientation, V G U", COLOURS["rotated"], "v"),
+    "stored": Mark("HOSVD core, basis of another head", COLOURS["lora"], "s"),
+    "initial": Mark("HOSVD core, own basis of the first step", COLOURS["sparsegrad"], "D"),
+    "refreshed": Mark("HOSVD core, own basis, refreshed", COLOURS["truncated"], "^"),
 }
+"""How each space of :mod:`finetune.energy.spaces` is drawn."""
 
 ANOTHER_HEAD = (
     "Basis of another head: that of the basis stage, which all runs of a task share; it was made from the same weights "

@@ -15,12 +15,9 @@ NAMED = ("original", "released", "stored", "initial", "refreshed")  # in the cap
 
 
 def draw_figure_energy(looks: Sequence[Look], model: str, folder: Path) -> list[Path]:
-    """One row a task and trajectory: energy in the largest 1 % of the entries and in the leading block, by layer kind.
+    """Energy in the largest 1 % of the entries and in the leading block, by layer kind: ``figure_energy.*``.
 
-    Args:
-        looks: of :func:`finetune.report.figures.energy_evidence.read_looks`.
-        model: identity, to say whether it is the paper's.
-        folder: for the files ``figure_energy.*``.
+    One row a task and trajectory; the model's name says whether it is the paper's.
     """
     panels = [(part, kind) for part in PARTS for kind in looks[0].kinds]
     height = 2.1 * len(looks) + 1.1

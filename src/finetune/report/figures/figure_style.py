@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finetune.store import records
 from finetune.store.files import write_atomically
@@ -70,6 +70,14 @@ _STYLE = {
     "svg.fonttype": "none",  # texts stay texts: found, copied and read aloud
     "svg.hashsalt": "sparsegrad",  # ids of clip paths are random without it
 }
+
+
+class Mark(NamedTuple):
+    """How a form or a space is drawn; the names are matplotlib's. Markers tell it apart without colour too."""
+
+    label: str
+    color: str
+    marker: str
 
 
 @dataclass(frozen=True)

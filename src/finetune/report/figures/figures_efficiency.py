@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from finetune.report.evidence.efficiency_evidence import EfficiencyEvidence, Mea
 from finetune.report.evidence.evidence import read_key
 from finetune.report.figures.figure_style import (
     GREY,
+    Mark,
     Words,
     band,
     legend_below,
@@ -47,15 +48,7 @@ _PANELS = {
 }
 
 
-class VariantLook(NamedTuple):
-    """How a variant is drawn."""
-
-    label: str
-    color: str
-    marker: str
-
-
-def looks_of(names: Iterable[str], labels: Labels) -> dict[str, VariantLook]:
+def looks_of(names: Iterable[str], labels: Labels) -> dict[str, Mark]:
     """How each variant is drawn, in the order of figures."""
     known = list(_FORMS)
     found = sorted(set(names), key=lambda name: (known.index(name) if name in _FORMS else len(known), name))
@@ -63,18 +56,14 @@ def looks_of(names: Iterable[str], labels: Labels) -> dict[str, VariantLook]:
     looks = {}
     for name, (colour, marker) in styles(found, kin).items():
         label = _FORMS[name][0] if name in _FORMS else labels.method(name)
-        looks[name] = VariantLook(label, GREY if name == "floor" else colour, marker)
+        looks[name] = Mark(label, GREY if name == "floor" else colour, marker)
     return looks
 
 
 def draw_figure_efficiency(evidence: EfficiencyEvidence, folder: Path, labels: Labels, *, seed: int = 0) -> list[Path]:
     """Steps per second and peak training memory of every variant, over full fine-tuning's: ``figure_efficiency.*``.
 
-    Args:
-        evidence: of :func:`finetune.report.evidence.efficiency_evidence.collect_efficiency_evidence`.
-        folder: for the files.
-        labels: of methods and tasks.
-        seed: of the bootstrap behind the intervals of speed.
+    The seed is the bootstrap's, behind the intervals of speed.
 
     Raises:
         ValueError: if no task has a record with full fine-tuning in it.
@@ -112,11 +101,7 @@ def draw_figure_efficiency(evidence: EfficiencyEvidence, folder: Path, labels: L
 def draw_figure_cost_curves(record: Mapping[str, Any], path: str, folder: Path, labels: Labels) -> list[Path]:
     """Milliseconds of one MLP's training step over k, tokens and width, logarithmic: ``figure_cost_curves.*``.
 
-    Args:
-        record: of :func:`finetune.efficiency.cost_curves.cost_curves`.
-        path: of the record.
-        folder: for the files.
-        labels: of methods.
+    The record is that of :func:`finetune.efficiency.cost_curves.cost_curves`.
 
     Raises:
         ValueError: if the record is of another kind or incomplete.
@@ -146,7 +131,7 @@ def draw_figure_cost_curves(record: Mapping[str, Any], path: str, folder: Path, 
 
 
 def _dots(
-    axis: Any, place: int, look: VariantLook, values: list[float], mean: float, interval: tuple[float, float] | None
+    axis: Any, place: int, look: Mark, values: list[float], mean: float, interval: tuple[float, float] | None
 ) -> None:
     """The tasks as small dots, the mean with its interval, and the mean as a number."""
     axis.plot(values, [place] * len(values), "o", color=look.color, alpha=0.45, markersize=3)
@@ -170,7 +155,7 @@ def _printed_speed() -> dict[str, float]:
 def _words_efficiency(
     evidence: EfficiencyEvidence,
     tasks: Mapping[str, Mapping[str, Measured]],
-    looks: Mapping[str, VariantLook],
+    looks: Mapping[str, Mark],
     labels: Labels,
 ) -> Words:
     facts = evidence.tasks[next(iter(tasks))].facts
@@ -202,7 +187,7 @@ def _words_efficiency(
     )
 
 
-def _words_curves(record: Mapping[str, Any], path: str, looks: Mapping[str, VariantLook]) -> Words:
+def _words_curves(record: Mapping[str, Any], path: str, looks: Mapping[str, Mark]) -> Words:
     base, decaying = (record["points"][record[name]] for name in ("base", "decaying"))
     device, how, point = record["device"], record["treatment"], base["point"]
     shape = f"{point['inner']:,} x {point['hidden']:,}"

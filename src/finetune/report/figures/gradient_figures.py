@@ -32,10 +32,7 @@ MAPS = {"original": "original gradient G", "initial": "HOSVD core V G Uᵀ", "re
 def draw_figure_02(looks: Sequence[Look], model: str, folder: Path) -> list[Path]:
     """Weight gradients of the middle block before fine-tuning, original and rotated, and how few entries hold them.
 
-    Args:
-        looks: of :func:`finetune.report.figures.energy_evidence.read_looks`; the first task is drawn.
-        model: identity, to say whether it is the paper's.
-        folder: for the files ``figure_02.*``.
+    Of the first task; the model's name says whether it is the paper's. Files: ``figure_02.*``.
 
     Raises:
         ValueError: if heat maps are missing.
@@ -99,8 +96,7 @@ def _words_02(look: Look, model: str, block: int, tiles: int) -> Words:
 def draw_figure_03(looks: Sequence[Look], model: str, folder: Path) -> list[Path]:
     """Output gradients in rotated coordinates, token by token, and their non-zero and large entries over training.
 
-    Args:
-        looks, model, folder: as of :func:`draw_figure_02`; files ``figure_03.*``.
+    As :func:`draw_figure_02`: ``figure_03.*``.
 
     Raises:
         ValueError: if heat maps are missing.

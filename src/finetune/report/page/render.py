@@ -27,9 +27,7 @@ _DARK = "<style>@media (prefers-color-scheme:dark){text{fill:#b9c0cb!important}}
 def render(template: str, **context: Any) -> str:
     """A whole HTML document.
 
-    Args:
-        template: Name of a template beside this module.
-        **context: What it shows.
+    The template lies beside this module.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(_PACKAGE, "."),

@@ -134,12 +134,7 @@ def counts(cells: Iterable[PrintedCell]) -> dict[str, int]:
 
 
 def exchanges(pair: tuple[str, str], *, seed: int = 0) -> list[Exchange]:
-    """Ask of every task and model whether the printed cells of two methods look exchanged.
-
-    Args:
-        pair: The two methods.
-        seed: Seed of the draws behind `p_chance`.
-    """
+    """Ask of every task and model whether the printed cells of two methods look exchanged."""
     couples = [couple for model in GLUE_TABLES for couple in _couples(printed_cells(model), pair)]
     evidence = [_evidence(first, second) for first, second in couples]
     chances = [
@@ -169,10 +164,7 @@ def exchange_counts() -> list[dict[str, Any]]:
 def averages_with(exchanged: Iterable[str], model: str, pair: tuple[str, str]) -> dict[str, tuple[float, float, float]]:
     """Method -> mean of its printed cells, the same with the cells of some tasks exchanged, and the logs' mean.
 
-    Args:
-        exchanged: Tasks whose two printed cells are exchanged.
-        model: The paper's model; it needs print and logs of all tasks.
-        pair: The two methods.
+    The model needs print and logs of all tasks.
     """
     cells = {(cell.method, cell.task): cell for cell in printed_cells(model)}
     moved, other = set(exchanged), {pair[0]: pair[1], pair[1]: pair[0]}
@@ -210,11 +202,7 @@ def _ratio(p1, p2, l1, l2, v1, v2):
 def _chance(evidence: float, runs: tuple[int, int, int], seed: int, samples: int = 200_000) -> float:
     """Share of draws without an exchange, and without a difference, whose evidence is as large.
 
-    Args:
-        evidence: The observed one.
-        runs: Runs behind a printed mean, and behind the two logged ones.
-        seed: Seed of the local generator.
-        samples: Number of draws; the observed one counts as one more.
+    `runs`: behind a printed mean, and behind the two logged ones. The observed evidence counts as one draw more.
     """
     n, *logs = runs
     generator = np.random.default_rng(seed)

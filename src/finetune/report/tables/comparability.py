@@ -33,11 +33,7 @@ def reasons_against(
 ) -> list[Reason]:
     """Say why a cell may not be compared with the paper.
 
-    Args:
-        place: The cell.
-        evidence: Where its runs come from.
-        runs: The finished runs, or the search, behind the cell.
-        sizes: Whether the value depends on scale, weights and metric. A parameter count does not.
+    `sizes`: whether the value depends on scale, weights and metric; a parameter count does not.
 
     Returns:
         The reasons; none if it may be compared.

@@ -36,14 +36,7 @@ _HOW = {
 
 
 def build_efficiency_table(number: int, measured: EfficiencyEvidence, evidence: Evidence, *, seed: int = 0) -> Table:
-    """Build table 3, 7 or 8; what was not measured stands there as `not run`, with its reason.
-
-    Args:
-        number: One of `layouts.EFFICIENCY_TABLES`.
-        measured: What was measured.
-        evidence: What ran: what each way of training reached stands beside its speed.
-        seed: Seed of the bootstrap behind the intervals of averages.
-    """
+    """Build table 3, 7 or 8; what was not measured stands there as `not run`, with its reason."""
     experiment = evidence.experiment
     places = efficiency_places(number, [*measured.methods], [*measured.tasks], experiment)
     return Table(

@@ -57,16 +57,7 @@ def finish(
 ) -> Cell:
     """Put a cell together.
 
-    Args:
-        place: What the paper prints there, and what stands behind it.
-        protocol: Name of the protocol behind ours.
-        verdict: One of `verdicts.VERDICTS`.
-        ours: Our value, with its interval if it has one.
-        how: How it was computed.
-        reasons: Why there is none, or why it may not be compared.
-        logs: Where the value of the authors' logs comes from.
-        flags: Words on ours.
-        fields: `released`, `model` and `records` of the cell.
+    `how` it was computed, `logs`: where the value of the authors' logs comes from; `fields` are the cell's.
     """
     value, low, high, n = astuple(ours) if isinstance(ours, Estimate) else (ours, None, None, None)
     paper = f"{place.source}{f' ({place.note})' if place.note else ''}" if place.source else place.note

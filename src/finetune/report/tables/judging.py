@@ -68,10 +68,7 @@ def _against_judge(judged: Sequence[Judged]) -> list[Reason]:
 def judging_notes(evidence: Evidence, categories: Mapping[int, str] | None, seed: int) -> list[Note]:
     """Everything that the table says of the judge: settings, what failed, scores by turn and category, pairs.
 
-    Args:
-        evidence: What was judged.
-        categories: Question id -> category.
-        seed: Seed of the bootstraps of pairs.
+    `categories`: question id -> category.
     """
     judged = {key: [one for one in found if one.lines] for key, found in evidence.judged.items()}
     everything = [one for found in evidence.judged.values() for one in found]

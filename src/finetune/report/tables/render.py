@@ -36,10 +36,6 @@ _LATEX = {
 def write_files(folder: str | Path, table: Table) -> list[Path]:
     """Write `<name>.json`, `.csv`, `.md` and `.tex`.
 
-    Args:
-        folder: Folder of the tables; made if missing.
-        table: What is written.
-
     Returns:
         The four paths.
 
