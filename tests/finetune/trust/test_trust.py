@@ -59,9 +59,10 @@ def folders(tmp_path):
         (RECORD | {"training": {"seconds": 1.0, "steps": 5}}, WRONG),
         ({"run": RECORD["run"]}, WRONG),
         (RECORD | {"score": "0.5"}, WRONG),
+        (RECORD | {"score": 0.75, "checksum": "of the new content"}, WRONG),
         (RECORD | {"score": 0.75, "run": {"config_hash": "b" * 12}}, SAID),
     ],
-    ids=["same", "time", "score", "steps", "gone", "text", "another run"],
+    ids=["same", "time", "score", "steps", "gone", "text", "sealed", "another run"],
 )
 def test_a_planted_silent_error_is_found(record, expected, folders):
     right, found = folders(record)
