@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,46 +33,47 @@ OUTCOMES = ("same", "files left", "different", "refused", "traceback", "hang")
 BYTES = (1, 100, 1000, 10_000)
 
 
-def plan(world: World, kinds: Mapping[str, Sequence[Stage]], counts: Mapping[str, int], slow: float, seed: int) -> list:
+def plan(kinds: Mapping[str, Sequence[Stage]], counts: Mapping[str, int], slow: float, seed: int) -> list[dict]:
     """The kills, as plain values: stage, driver and trouble."""
     found = []
     for kind, stages in kinds.items():
         draw = random.Random(f"{seed} {kind}")
         few = min(1.0, slow / max(stage.seconds for stage in stages))
-        for driver_, number in counts.items():
-            for turn in range(max(1, round(number * few)) if number else 0):
-                stage = stages[turn % len(stages)] if driver_ == "calls" else draw.choice(stages)
-                at = draw.randrange(len(stage.events)) if stage.events else 0
-                if driver_ == "calls":  # spread over the whole stage, at another place each time
-                    at = int((turn + draw.random()) / max(1, round(number * few)) * len(stage.events))
-                trouble = {
-                    "calls": Trouble("kill", at),
-                    "bytes": Trouble("bytes", BYTES[turn % len(BYTES)] if number > turn else 1),
-                    "delays": Trouble("delay", round(draw.uniform(0.1, 0.9) * stage.seconds, 3)),
-                    "pairs": Trouble("pause", at),
-                    "both": Trouble("pause", at),
-                    "whole": Trouble("delay", round(draw.uniform(0.0, 0.8) * stage.seconds, 3)),
-                }[driver_]
-                own = {"driver": driver_, "trouble": trouble.__dict__}
-                found.append({"kind": kind, "stage": stage.name, **own, "turn": turn})
+        for name, wanted in counts.items():
+            number = max(1, round(wanted * few)) if wanted else 0
+            for turn in range(number):
+                stage = stages[turn % len(stages)] if name == "calls" else draw.choice(stages)
+                trouble = _trouble(name, stage, turn / number if name == "calls" else None, number, draw)
+                own = {"driver": name, "trouble": asdict(trouble), "turn": turn}
+                found.append({"kind": kind, "stage": stage.name, **own})
     return found
+
+
+def _trouble(name: str, stage: Stage, share: float | None, number: int, draw: random.Random) -> Trouble:
+    """Of a driver; its calls are spread over the whole stage, at another place of each part."""
+    calls = len(stage.events)
+    at = draw.randrange(calls) if share is None else int((share + draw.random() / number) * calls)
+    if name == "bytes":
+        return Trouble("bytes", draw.choice(BYTES))
+    if name in ("delays", "whole"):
+        return Trouble("delay", round(draw.uniform(0.05, 0.9) * stage.seconds, 3))
+    return Trouble("kill" if name == "calls" else "pause", at)
 
 
 def one_kill(world: World, folder: Path, limit: float, kill: Mapping[str, Any]) -> dict[str, Any]:
     """Kill, run again, compare; what was seen."""
     stage = next(one for one in world.stages if one.name == kill["stage"])
     world.copy(folder, stage, done=False)
-    trouble, seen = Trouble(**kill["trouble"]), {}
-    if kill["driver"] in ("pairs", "both"):
-        killed, seen = pair(folder, stage, trouble, limit, killed=kill["driver"] == "pairs")
-    elif kill["driver"] == "whole":
-        killed = whole(folder, stage, trouble.at, limit)
+    trouble, how = Trouble(**kill["trouble"]), kill["driver"]
+    if how in ("pairs", "both"):
+        killed, seen = pair(folder, stage, trouble, limit, killed=how == "pairs")
+    elif how == "whole":
+        killed, seen = whole(folder, stage, trouble.at, limit), {}
     else:
         killed = driver.run(folder, stage.words, trouble, limit=limit)
-    if kill["driver"] != "both" and killed.code not in (-signal.SIGKILL, -signal.SIGXFSZ):
+        seen = {"point": killed.events[-1]} if killed.events else {}
+    if how != "both" and killed.code not in (-signal.SIGKILL, -signal.SIGXFSZ):
         return {"outcome": "not killed", "code": killed.code, "error": killed.err[-200:], **seen}
-    if killed.events and kill["driver"] not in ("whole", "pairs", "both"):
-        seen["point"] = killed.events[-1]
     again = driver.run(folder, stage.words, limit=limit)
     differing = differences(world.folder, folder, stage.outs, stage.moving)
     left = left_over(world.folder, folder)
@@ -148,7 +150,7 @@ def totals(kills: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 @script("trust")
 def main(config: dict[str, Any]) -> None:
     run = campaign.prepare(config, "kills")
-    kills = plan(run.world, run.kinds, config["kills"], config["slow"], config["seed"])
+    kills = plan(run.kinds, config["kills"], config["slow"], config["seed"])
     done = run.each(kills, partial(one_kill, run.world))
     record = run.header() | {"totals": totals(done), "kills": done}
     records.write_json(run.record, record)

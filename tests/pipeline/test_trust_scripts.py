@@ -131,16 +131,37 @@ def test_what_a_fault_breaks_is_found(lines, fault, file, expected, world, tmp_p
     assert totals["faults"] == 1 and totals["by_fault"] == {fault: {expected: 1}}
 
 
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (GOOD.replace("except (", "except (OSError, "), REFUSED),
+        (GOOD, TRACEBACK),
+        (
+            "begun = Path('results/begun')\nscore = 0.75 if begun.exists() else 0.5\nbegun.touch()\n"
+            "try:\n    write_json(out, {'score': score})\nexcept OSError as error:\n    sys.exit(f'error: {error}')\n"
+            "begun.unlink()",
+            WRONG,
+        ),
+    ],
+    ids=["refused, then right", "traceback", "refused, then wrong"],
+)
+def test_a_full_disk_is_refused_and_leaves_no_trace(lines, expected, world, tmp_path):
+    faults, made = load("trust_faults"), world(lines)
+    at = next(n for n, event in enumerate(made.stages[0].events) if event.startswith("os.fsync"))
+    own = {"stage": "x@a", "fault": "full", "trouble": {"kind": "full", "at": at}}
+    assert faults.one_fault(made, tmp_path / "copy", 20, own)["outcome"] == expected
+
+
 def test_plans_are_drawn_from_the_seed_and_leave_nothing_out(world):
     made = world(GOOD)
     kinds = {"x": made.stages}
     counts = {"calls": 4, "bytes": 1, "delays": 0, "pairs": 1, "both": 1, "whole": 1}
     kills = load("trust_kills")
-    first, second = (kills.plan(made, kinds, counts, 3.0, seed) for seed in (0, 0))
-    assert first == second != kills.plan(made, kinds, counts, 3.0, 1)
+    first, second = (kills.plan(kinds, counts, 3.0, seed) for seed in (0, 0))
+    assert first == second != kills.plan(kinds, counts, 3.0, 1)
     drivers = [kill["driver"] for kill in first]
     assert {name: drivers.count(name) for name in counts} == counts
     calls = [kill["trouble"]["at"] for kill in first if kill["driver"] == "calls"]
     assert calls == sorted(calls) and max(calls) < len(made.stages[0].events)
-    found = list(load("trust_faults").of_files(made, made.stages[0], random.Random(0)))
+    found = load("trust_faults").of_files(made, made.stages[0], random.Random(0))
     assert {one["fault"] for one in found} == {*KINDS} and {one["role"] for one in found} == {"input", "output"}
