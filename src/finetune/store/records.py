@@ -44,11 +44,13 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(), parse_constant=_no_number)
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: run the stage that writes it.") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and run the stage that writes it again.") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged, or no JSON ({error}): move it away and run the stage that writes it again."
+        ) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object.")
     return content

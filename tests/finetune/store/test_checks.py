@@ -124,7 +124,7 @@ def test_a_number_that_is_none_is_no_json(tmp_path):
     path = tmp_path / "full" / RUN.name
     path.parent.mkdir()
     path.write_text(RUN.read_text().replace(f'"score": {SCORE}', '"score": NaN'))
-    with pytest.raises(ValueError, match=r"is damaged \(NaN is no JSON\)"):
+    with pytest.raises(ValueError, match=r"is damaged, or no JSON \(NaN is no JSON\)"):
         records.read_record(path)
 
 

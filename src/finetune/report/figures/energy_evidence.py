@@ -102,7 +102,7 @@ class Look:
                 facts = json.loads((file.metadata() or {}).get("sparsegrad", "{}"))
                 found = {name: file.get_tensor(name).astype("float32") for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged ({error}): delete it and run the energy stage again.") from None
+            raise ValueError(f"{path} is damaged ({error}): move it away and run the energy stage again.") from None
         if facts.get("config_hash") != self.record["run"]["config_hash"]:
             raise ValueError(f"{path} is of another configuration than {self.path}: run the energy stage again.")
         return found
