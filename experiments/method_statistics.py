@@ -16,6 +16,7 @@ from finetune.report.statistics.statistics_page import to_markdown
 from finetune.report.statistics.statistics_record import build_statistics
 from finetune.runs.command import script
 from finetune.store import records
+from finetune.store.experiment import check_names
 from finetune.store.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 def main(config: dict[str, Any]) -> None:
     results = Path("results") / config["name"]
     experiment = load_experiment(config["experiment"], config["name"])
+    for role in ("focus", "baseline"):
+        check_names(role, [config[role]], experiment.labels.methods)
     chosen = (config[name] for name in ("focus", "baseline", "seed", "samples"))
     content = build_statistics(
         read_evidence(experiment, results), Design(experiment.labels, experiment.methods, *chosen)

@@ -11,12 +11,13 @@ from finetune.report.labels import read_labels
 from finetune.report.page.context import to_html
 from finetune.report.page.inputs import read_inputs
 from finetune.runs.command import script
+from finetune.store.catalog import read_group
 from finetune.store.experiment import read_checked
-from finetune.store.files import read_yaml, write_atomically
+from finetune.store.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-PROTOCOLS = {"GLUE": Path("conf/protocol"), "LLaMa-2": Path("conf/protocol/llama")}
+PROTOCOLS = {"GLUE": "protocol", "LLaMa-2": "protocol/llama"}
 
 
 @script("report")
@@ -25,10 +26,7 @@ def main(config: dict[str, Any]) -> None:
     experiment, results = read_checked(file), Path("results") / name
     if experiment.get("name") != name:
         raise ValueError(f"{file} is experiment {experiment.get('name')!r}, not {name!r}.")
-    protocols = {
-        title: {path.stem: read_yaml(path) for path in sorted(folder.glob("*.yaml"))}
-        for title, folder in PROTOCOLS.items()
-    }
+    protocols = {title: read_group(group) for title, group in PROTOCOLS.items()}
     labels = read_labels(experiment.get("data"))
     inputs = read_inputs(results, experiment=experiment, labels=labels, protocols=protocols, expected=config["figures"])
     path = Path(config["output"] or results / "report.html")

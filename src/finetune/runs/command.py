@@ -88,7 +88,8 @@ def _hydra_in_one_line() -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException, RecursionError) as error:  # the last: files that include each other
-        text = " ".join(re.split(r"\s+(?:full_key:|Config search path:|To append to)", str(error))[0].split())
+        said = re.split(r"\s+(?:full_key:|Config search path:|To append to)", str(error))[0]
+        text = " ".join(said.split()) or f"the configuration can't be composed ({type(error).__name__})"
         where = error if isinstance(error, OmegaConfBaseException) else error.__cause__
         there, key = getattr(where, "parent_node", None), str(getattr(where, "key", None))
         names = [str(name) for name in there] if isinstance(there, Mapping) else []

@@ -54,7 +54,7 @@ def read_methods(conf: Path = CONF) -> dict[str, MethodFacts]:
         name: MethodFacts(
             name, file.get("label", name), file.get("base", name), file.get("control", False), file.get("extends", "")
         )
-        for name, file in _files(conf / "method").items()
+        for name, file in read_group("method", conf).items()
     }
     unknown = {name: one.extends for name, one in found.items() if one.extends and one.extends not in found}
     if unknown:
@@ -77,15 +77,20 @@ def read_tasks(data: str, conf: Path = CONF) -> dict[str, TaskFacts]:
 
 def read_models(conf: Path = CONF) -> dict[str, dict[str, Any]]:
     """Every file of ``conf/model`` by name."""
-    return _files(conf / "model")
+    return read_group("model", conf)
 
 
-def _files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Every file of a folder by its name, which must stand in it too."""
+def read_group(group: str, conf: Path = CONF) -> dict[str, dict[str, Any]]:
+    """Every file of a folder of ``conf`` by its name, which must stand in it too.
+
+    Raises:
+        ValueError: if one is none of its group.
+    """
+    folder = conf / group
     found = {path.stem: read_yaml(path) for path in sorted(folder.glob("*.yaml"))}
     for name, content in found.items():
         path = folder / f"{name}.yaml"
-        check_group(folder.name, content, file=path)
+        check_group(group, content, file=path)
         if content["name"] != name:
             raise ValueError(f"{path}: name is {content.get('name')!r}; it must be that of the file, {name!r}.")
     return found

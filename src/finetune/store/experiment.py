@@ -45,6 +45,8 @@ def read_experiment(path: str | Path, _children: tuple[str, ...] = ()) -> dict[s
     path = Path(path)
     content = read_checked(path)
     if "stages" in content:
+        if missing := [key for key in ExperimentFile.model_fields if key not in content and key != "extends"]:
+            raise ValueError(f"{path}: {missing[0]} is missing; make repro EXPERIMENT=NAME writes the whole file.")
         return content
     defaults = {"name": path.stem, "extends": None, **read_checked(path.parent / "base.yaml")}
     check(ExperimentFile, defaults, file=path)  # a file's name names folders
@@ -91,34 +93,34 @@ def expand(experiment: Mapping[str, Any], conf: Path = CONF) -> dict[str, Any]:
     for key, default in (("ablation_models", "models"), ("decoder_seeds", "seeds")):
         given[key] = given[default] if given[key] is None else given[key]
     known = read_models(conf)
-    _check_names(given, known, conf)
+    _check_all(given, known, conf)
     there = {*given["models"], *given["decoders"]}
     stands = {paper: given["stands_for"].get(paper, paper if paper in there else None) for paper in TABLES}
     given["stands_for"] = stands
     if given["efficiency_models"] is None:
         given["efficiency_models"] = [stands["roberta_base"]] if stands["roberta_base"] else given["models"][:1]
     for key, can in _fillable(given).items():
-        _check(key, given[key], can)
+        check_names(key, given[key], can)
         given[key] = can if given[key] is None else given[key]
     return given | {"stages": _Stages(given, known, conf).all()}
 
 
-def _check_names(given: Mapping[str, Any], known: Mapping[str, Any], conf: Path) -> None:
+def _check_all(given: Mapping[str, Any], known: Mapping[str, Any], conf: Path) -> None:
     for group in _GROUPS:
         there = sorted(path.stem for path in (conf / group).glob("*.yaml"))
-        _check(group, [given[group.split("/")[0]]], there)
+        check_names(group, [given[group.split("/")[0]]], there)
     decoders = {name for name, model in known.items() if "template" in model}
     for keys, allowed in ((_ENCODERS, known.keys() - decoders), (_DECODERS, decoders), (("pretrain",), known.keys())):
         for key in keys:
-            _check(key, given[key], sorted(allowed))
+            check_names(key, given[key], sorted(allowed))
     methods = read_methods(conf)
     for key in _METHODS:
-        _check(key, given[key], methods)
+        check_names(key, given[key], methods)
     for key, listed in (("ablations", "methods"), ("decoder_ablations", "methods")):
-        _check(key, given[key], [name for name in methods if name not in given[listed]])
-    _check("ablation_models", given["ablation_models"], given["models"])
-    _check("tasks", given["tasks"], read_tasks(given["data"], conf))
-    _check("stands_for", filter(None, given["stands_for"].values()), [*given["models"], *given["decoders"]])
+        check_names(key, given[key], [name for name in methods if name not in given[listed]])
+    check_names("ablation_models", given["ablation_models"], given["models"])
+    check_names("tasks", given["tasks"], read_tasks(given["data"], conf))
+    check_names("stands_for", filter(None, given["stands_for"].values()), [*given["models"], *given["decoders"]])
     if not given["models"] and not given["decoders"]:
         raise ValueError("an experiment needs models (encoders) or decoders.")
     for model, list_ in (("models", "tasks"), ("models", "seeds"), ("decoders", "decoder_seeds")):
@@ -126,7 +128,12 @@ def _check_names(given: Mapping[str, Any], known: Mapping[str, Any], conf: Path)
             raise ValueError(f"{list_}: {model} need at least one.")
 
 
-def _check(key: str, names: Any, allowed: Any) -> None:
+def check_names(key: str, names: Any, allowed: Any) -> None:
+    """Refuse names that are none of those allowed.
+
+    Raises:
+        ValueError: with them, the nearest, and all.
+    """
     there = [str(name) for name in allowed]
     unknown = [str(name) for name in names or () if str(name) not in there]
     if unknown:

@@ -1,5 +1,6 @@
 """Experiment files: what they leave out, what they may not say, what dvc.yaml gets of them."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from finetune.store.catalog import read_group
 from finetune.store.experiment import expand, load, read_experiment, write_params
 
 ROOT = Path(__file__).parents[3]
@@ -158,6 +160,32 @@ def test_parameters_are_written_when_they_differ_and_errors_are_one_line(tmp_pat
     failed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert failed.returncode == 1 and failed.stderr.startswith("error: there is no none.yaml")
     assert failed.stderr.count("\n") == 1
+
+
+def test_a_params_file_that_is_not_whole_is_refused(tmp_path):
+    path = tmp_path / "params.yaml"
+    write_params(ROOT / "experiments" / "smoke.yaml", path, CONF)
+    whole = yaml.safe_load(path.read_text())
+    for key in ("name", "ablation_models", "judge"):
+        path.write_text(yaml.safe_dump({name: value for name, value in whole.items() if name != key}))
+        with pytest.raises(ValueError, match=f"params.yaml: {key} is missing; make repro"):
+            load(path, CONF)
+    path.write_text(yaml.safe_dump({"stages": {"train": {}}}))
+    with pytest.raises(ValueError, match="params.yaml: name is missing"):
+        load(path, CONF)
+
+
+def test_a_file_of_the_configuration_that_is_none_of_its_group_is_refused(tmp_path):
+    shutil.copytree(CONF, tmp_path / "conf")
+    for group, name, key in (("model", "minilm", "target_modules"), ("protocol/llama", "sound", "density")):
+        path = tmp_path / "conf" / group / f"{name}.yaml"
+        text = path.read_text()
+        path.write_text(text[: text.index(key)])
+        with pytest.raises(ValueError, match=f"{name}.yaml: {key} is missing"):
+            read_group(group, tmp_path / "conf")
+        path.write_text(text.replace(f"name: {name}\n", "name: other\n"))
+        with pytest.raises(ValueError, match="name is 'other'; it must be that of the file"):
+            read_group(group, tmp_path / "conf")
 
 
 def test_the_committed_parameters_are_those_of_smoke(tmp_path):
