@@ -19,6 +19,7 @@ from finetune.methods import build_method, deciding
 from finetune.runs.glue import GlueProblem
 from finetune.runs.problem import for_task
 from finetune.store import records
+from finetune.store.files import sha256
 from finetune.training import memory
 from finetune.training.evaluation import evaluate
 from finetune.training.options import TrainingOptions
@@ -49,12 +50,14 @@ def energy_cell(config: Mapping[str, Any], tasks: Sequence[str], folder: Path) -
         path = folder / f"{task}-{name}.json"
         content = identity(inputs, task, name)
         digest = records.config_hash(content)
-        if records.reusable(path, digest):
+        record, file = records.reusable(path, digest), path.with_suffix(".safetensors")
+        if record and file.is_file() and record.get("maps_sha256") in (None, sha256(file)):  # None: records without it
             log.info("%s is finished, reused", path)
             continue
         looks, facts = _follow(inputs, task, name)
         maps = {"content": "gradient maps", "config_hash": digest, "largest": "1; each map is relative to its own"}
-        save_tensors(path.with_suffix(".safetensors"), looks.pictures, maps)
+        save_tensors(file, looks.pictures, maps)
+        facts["maps_sha256"] = sha256(file)
         records.write_record(path, _record(config, task, name, content, looks, facts))
     names = {f"{task}-{name}" for task, name in wanted}
     for path in [*folder.glob("*.json"), *folder.glob("*.safetensors")]:
@@ -179,6 +182,7 @@ def _record(
         "measure": dict(config["measure"]) | {"judged_examples": facts["judged_examples"]},
         "refresh_batches": _refresh_batches(config),
         "layers": facts["layers"],
+        "maps_sha256": facts["maps_sha256"],
         "steps": looks.steps,
         "nonzero_percent_of_training_steps": looks.nonzero,
         "provenance": records.provenance(),

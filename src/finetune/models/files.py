@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -19,7 +20,7 @@ def check_json(folder: Path, *names: str) -> None:
     """
     for name in names:
         if (folder / name).exists():
-            _read_object(folder / name)
+            read_object(folder / name)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -50,13 +51,18 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _named(index: Path) -> set[str]:
-    names = _read_object(index).get("weight_map")
+    names = read_object(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index} has no weight_map from weights to files: {AGAIN}")
     return set(names.values())
 
 
-def _read_object(path: Path) -> dict[str, object]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file that others may have written.
+
+    Raises:
+        ValueError: if it is missing or holds something else, naming the file.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -15,8 +15,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 
 from finetune.fetch.fetching import source_of
-from finetune.models.files import check_json, weight_files
-from finetune.store.records import read_json
+from finetune.models.files import check_json, read_object, weight_files
 from sparsegrad import TruncatedLinear
 
 _LOCAL = {"local_files_only": True}
@@ -247,8 +246,9 @@ def positions(model: nn.Module) -> int | None:
 
 
 def contents(model: Mapping[str, Any], root: str | Path) -> dict[str, str]:
-    """What identifies a starting model: ``sha256``, its fingerprint, and of a folder ``config_sha256``.
+    """What identifies a starting model: ``sha256``, its fingerprint, and of a folder what its configuration says.
 
+    That is ``config_sha256`` and, where there is one, ``generation_config_sha256``, which a merged model inherits.
     Activation, dropout and epsilons stand in the configuration alone. Of its entries those that say where a file came
     from decide nothing. A commit of the hub holds it too; of random weights the ``model`` group says all.
 
@@ -261,9 +261,16 @@ def contents(model: Mapping[str, Any], root: str | Path) -> dict[str, str]:
     source, arguments = resolve(model, root)
     if "revision" in arguments:
         return found
-    config = read_json(Path(source) / "config.json")
-    deciding = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
-    return found | {"config_sha256": hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()}
+    for name in ("config", "generation_config"):
+        path = Path(source) / f"{name}.json"
+        if name == "config" or path.exists():
+            deciding = {key: value for key, value in read_object(path).items() if key not in _ORIGIN}
+            text = json.dumps(deciding, sort_keys=True)
+            found[f"{name}_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    return found
+
+
+_ORIGIN = ("_name_or_path", "_from_model_config", "transformers_version")
 
 
 def fingerprint(model: Mapping[str, Any], root: str | Path) -> str:

@@ -85,6 +85,9 @@ class GlueProblem(Problem):
         warmup = round(protocol["warmup_ratio"] * planned_steps(len(self.splits(run.task)["train"]), options))
         return replace(options, warmup_steps=warmup)
 
+    def made_for(self, task: str) -> dict[str, Any]:
+        return super().made_for(task) | {"seed": self.gradients_seed}  # of dialogues it is a run's own, where by hand
+
     def identity(self, run: Run) -> dict[str, Any]:
         found = super().identity(run)
         found["task"] |= {"num_labels": self.facts(run.task).num_labels}

@@ -14,6 +14,7 @@ from finetune.energy.spaces import SPACES, rotations
 from finetune.energy.trajectory import follow
 from finetune.methods.sparsegrad import random_basis
 from finetune.runs import cells
+from finetune.store.files import sha256
 from finetune.training.processes import make_accelerator
 from sparsegrad import GradientMoments, hosvd, load_tensors
 
@@ -342,7 +343,9 @@ def test_a_cell_writes_records_and_goes_on(energy_config, tmp_path, caplog):
     assert {"step0.initial.up.0", "step4.original.down.0", "step0.output.initial.up.1"} <= set(tensors)
     assert all((folder / name).stat().st_size < 300_000 for name in names)
     before = {path: path.read_bytes() for path in folder.glob("cola-*")}
-    (folder / "stsb-full.json").unlink()
+    assert record["maps_sha256"] == sha256(folder / "cola-full.safetensors")
+    flipped = folder / "stsb-full.safetensors"
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"x")
     (folder / "old-full.json").write_text("{}")
     with caplog.at_level("INFO"):
         energy_cell(found, ["cola", "stsb"], folder)

@@ -107,6 +107,10 @@ def test_maps_of_another_configuration_are_refused(folder):
     look = read_looks(folder, ["cola"])[0]
     assert look.maps()["step0.padding"].tolist() == [0, 0, 1, 1, 0, 0]
     save_tensors(look.path.with_suffix(".safetensors"), {}, {"config_hash": "another"})
+    look.record["maps_sha256"] = "0" * 64
+    with pytest.raises(ValueError, match=r"is another file than was written with .*: run the energy stage again"):
+        look.maps()
+    del look.record["maps_sha256"]
     with pytest.raises(ValueError, match="another configuration"):
         look.maps()
     path = look.path.with_suffix(".safetensors")

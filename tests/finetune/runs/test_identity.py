@@ -49,6 +49,7 @@ OTHERS = {
     "dropout": lambda root: edit(root / "models/tiny/config.json", hidden_dropout_prob=0.5),
     "activation": lambda root: edit(root / "models/tiny/config.json", hidden_act="relu"),
     "epsilon": lambda root: edit(root / "models/tiny/config.json", layer_norm_eps=1e-3),
+    "generation": lambda root: (root / "models/tiny/generation_config.json").write_text('{"bos_token_id": 3}'),
     "tokenizer": lambda root: swap_words(root / "models/tiny/tokenizer.json"),
     "weights": lambda root: nudge(root / "models/tiny/model.safetensors"),
     "a label": lambda root: relabel(root / TRAIN),

@@ -233,6 +233,11 @@ def test_run_takes_its_tasks_basis_from_a_folder_or_a_file_and_refuses_another(s
         read("mrpc", basis=file)
     with pytest.raises(ValueError, match=r"was made with preliminary=.*'steps': 2.*this run has .*'steps': 5"):
         read("cola", "protocol.preliminary.steps=5", basis=file)
+    with pytest.raises(ValueError, match=r"cola.safetensors was made with data=[0-9a-f]{64}, this run has data="):
+        read("cola", "scale.train_examples=7", basis=file)
+    save_bases(folder / "other.safetensors", bases, facts | {"seed": 99})
+    with pytest.raises(ValueError, match=r"other.safetensors was made with seed=99, this run has seed=\d+: run"):
+        read(basis=folder / "other.safetensors")
     with pytest.raises(ValueError, match=r"mrpc.safetensors does not exist: run the stage that writes it"):
         read("mrpc", basis=folder)
     with pytest.raises(ValueError, match=r"cola.safetensors holds 'moments', not bases\."):
@@ -252,3 +257,13 @@ def test_basis_stage_refuses_what_holds_no_moments(stages, config, tmp_path):
     with pytest.raises(ValueError, match=r"cola.safetensors holds 'bases', not moments\."):
         basis_cell(Cell(GlueProblem(config()), ["cola"], [], tmp_path / "other"))
     assert not list((tmp_path / "other" / "basis").rglob("*.*"))
+
+
+def test_basis_stage_refuses_gradients_with_a_changed_byte(stages, config, tmp_path):
+    stages()
+    file = tmp_path / "gradients" / "tiny_bert" / "cola.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"cola.safetensors is damaged, .*its content does not fit its checksum"):
+        basis_cell(Cell(GlueProblem(config()), ["cola"], [], tmp_path))

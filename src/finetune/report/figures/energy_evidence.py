@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from finetune.report.figures.figure_style import COLOURS, GREY, Mark
 from finetune.store import records
+from finetune.store.files import sha256
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,6 +98,8 @@ class Look:
         path = self.path.with_suffix(".safetensors")
         if not path.is_file():
             raise ValueError(f"{path} does not exist: run the energy stage.")
+        if self.record.get("maps_sha256") not in (None, sha256(path)):  # None: records without it
+            raise ValueError(f"{path} is another file than was written with {self.path}: run the energy stage again.")
         try:
             with safe_open(path, framework="numpy") as file:
                 facts = json.loads((file.metadata() or {}).get("sparsegrad", "{}"))
