@@ -87,12 +87,13 @@ class Stage:
         facts = machine.facts(found)
         identity = self.identity(content, facts)
         digest = records.config_hash(identity)
+        folder = self.checkpoints / digest
         if held := records.reusable(self.path, digest):
             log.info("%s is finished, reused", self.path)
+            shutil.rmtree(folder, ignore_errors=True)  # a kill after the record leaves them
             return held
         before = machine.others(found)
         warnings = machine.check_alone(found, before)
-        folder = self.checkpoints / digest
         measured, after = measure(found, folder), machine.others(found)
         if after.get("other_bytes", 0) > machine.OTHERS:
             warnings.append(f"other processes took {after['other_bytes'] / 1e6:.0f} MB of the device while measuring")

@@ -132,9 +132,10 @@ def test_a_record_holds_every_curve_through_one_base_and_is_reused(tmp_path):
         for variant in point["variants"].values():
             assert variant["step_seconds"]["n"] == 4 and len(variant["rounds"]) == 2 and min(variant["rounds"]) > 0
         assert point["variants"]["full"]["over_full"]["mean"] == 1 == point["variants"]["floor"]["over_floor"]["mean"]
-    before = stage.path.read_bytes()
+    before, left = stage.path.read_bytes(), tmp_path / "kept" / found["run"]["config_hash"]
+    left.mkdir()  # by a kill after the record
     cost_curves(OPTIONS, stage)
-    assert stage.path.read_bytes() == before
+    assert stage.path.read_bytes() == before and not left.exists()
     assert any("folded_over_rotated_regular: time" in line for line in summary(found))
 
 
