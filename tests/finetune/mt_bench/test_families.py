@@ -71,7 +71,7 @@ def test_a_step_and_an_answer(method, family, tmp_path):
 
     question = {"question_id": 1, "category": "math", "turns": ["One?", "Two?"]}
     (tmp_path / "question.jsonl").write_text(json.dumps(question) + "\n")
-    sizes = {"max_new_tokens": 4, "batch_size": 1, "long_prompts": "cut", "reserve": 4, "seed": 0}
+    sizes = {"max_new_tokens": 4, "batch_size": 1, "long_prompts": "cut", "reserve": 4, "seed": 0, "dtype": "fp32"}
     asked = {"name": "own", "root": str(tmp_path), "folder": "", "questions": "question.jsonl"}
     answering = config | {"questions": asked, "scale": {"name": "smoke", "answers": sizes}}
     answers = read_json(answer_one(answering, 1, tmp_path / "merged", tmp_path / "answers"))
