@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -110,3 +113,30 @@ def tiny(tiny_checkpoint, glue_root):
         "progress=false",
         "wandb.mode=disabled",
     ]
+
+
+@pytest.fixture(scope="session")
+def resolved(tmp_path_factory):
+    """``with resolved("smoke") as (stages, lists, folder)``: DVC's stages by name, and the experiment's parameters.
+
+    All lies in a folder of its own, outside the repository.
+    """
+    from dvc.repo import Repo
+
+    from finetune.store.experiment import write_params
+
+    root = Path(__file__).parents[2]
+
+    @contextmanager
+    def make(experiment):
+        folder = tmp_path_factory.mktemp(experiment)
+        shutil.copytree(root / "conf", folder / "conf")
+        shutil.copy(root / "dvc.yaml", folder)
+        (folder / ".dvc").mkdir()
+        (folder / ".dvc" / "config").write_text("[core]\n    analytics = false\n    no_scm = true\n")
+        write_params(root / "experiments" / f"{experiment}.yaml", folder / "params.yaml", folder / "conf")
+        with Repo(str(folder)) as repo:
+            stages = {stage.name: stage for stage in repo.index.stages}
+            yield stages, yaml.safe_load((folder / "params.yaml").read_text()), folder
+
+    return make

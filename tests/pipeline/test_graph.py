@@ -1,34 +1,21 @@
 """The DVC graph of every experiment: its stages, what they depend on, and that every command composes."""
 
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-
-from finetune.store.experiment import write_params
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ("smoke", "local", "paper", "paper_released")
 
 
 @pytest.fixture(scope="module", params=EXPERIMENTS)
-def graph(request, tmp_path_factory):
-    """The stages of an experiment by name, resolved outside the repository, and its parameters."""
-    from dvc.repo import Repo
-
-    folder = tmp_path_factory.mktemp(request.param)
-    shutil.copytree(ROOT / "conf", folder / "conf")
-    shutil.copy(ROOT / "dvc.yaml", folder)
-    (folder / ".dvc").mkdir()
-    (folder / ".dvc" / "config").write_text("[core]\n    analytics = false\n    no_scm = true\n")
-    write_params(ROOT / "experiments" / f"{request.param}.yaml", folder / "params.yaml", folder / "conf")
-    with Repo(str(folder)) as repo:
-        stages = {stage.name: stage for stage in repo.index.stages}
-        yield stages, yaml.safe_load((folder / "params.yaml").read_text()), folder
+def graph(request, resolved):
+    """The stages of an experiment by name, and its parameters."""
+    with resolved(request.param) as found:
+        yield found
 
 
 def paths(entries, folder):
