@@ -45,10 +45,11 @@ def read_experiment(path: str | Path, _children: tuple[str, ...] = ()) -> dict[s
     path = Path(path)
     content = read_checked(path)
     if "stages" in content:
-        if missing := [key for key in ExperimentFile.model_fields if key not in content and key != "extends"]:
-            raise ValueError(f"{path}: {missing[0]} is missing; make repro EXPERIMENT=NAME writes the whole file.")
+        _check_whole(path, content, "make repro EXPERIMENT=NAME writes the whole file")
         return content
-    defaults = {"name": path.stem, "extends": None, **read_checked(path.parent / "base.yaml")}
+    base = path.parent / "base.yaml"
+    defaults = {"name": path.stem, "extends": None, **read_checked(base)}
+    _check_whole(base, defaults | {"stages": {}}, "it holds every key of an experiment")
     check(ExperimentFile, defaults, file=path)  # a file's name names folders
     parent = content.get("extends")
     if parent in (path.stem, *_children):
@@ -56,6 +57,11 @@ def read_experiment(path: str | Path, _children: tuple[str, ...] = ()) -> dict[s
     children = (*_children, path.stem)
     inherited = read_experiment(path.parent / f"{parent}.yaml", children) | {"name": path.stem} if parent else {}
     return defaults | inherited | content | {"extends": None}
+
+
+def _check_whole(path: Path, content: Mapping[str, Any], remedy: str) -> None:
+    if missing := [key for key in ExperimentFile.model_fields if key not in content and key != "extends"]:
+        raise ValueError(f"{path}: {missing[0]} is missing; {remedy}.")
 
 
 def read_checked(path: str | Path) -> dict[str, Any]:

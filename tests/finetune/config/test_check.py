@@ -4,7 +4,7 @@ import math
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune.config import types
@@ -205,6 +205,9 @@ NUMBERS = {
 
 @pytest.mark.parametrize("kind", NUMBERS)
 @given(value=SCALARS)
+@example(value=math.inf)
+@example(value=math.nan)
+@example(value=True)
 def test_a_number_is_taken_if_it_is_one_in_its_range(kind, value):
     try:
         check(getattr(types, kind), value)

@@ -170,6 +170,10 @@ def test_a_params_file_that_is_not_whole_is_refused(tmp_path):
         path.write_text(yaml.safe_dump({name: value for name, value in whole.items() if name != key}))
         with pytest.raises(ValueError, match=f"params.yaml: {key} is missing; make repro"):
             load(path, CONF)
+    (tmp_path / "base.yaml").write_text("protocol: sound\n")
+    (tmp_path / "mine.yaml").write_text(MINE)
+    with pytest.raises(ValueError, match="base.yaml: scale is missing; it holds every key"):
+        load(tmp_path / "mine.yaml", CONF)
     path.write_text(yaml.safe_dump({"stages": {"train": {}}}))
     with pytest.raises(ValueError, match="params.yaml: name is missing"):
         load(path, CONF)
