@@ -112,4 +112,4 @@ class Stage:
         }
         records.write_record(self.path, record)
         shutil.rmtree(folder, ignore_errors=True)
-        return record
+        return records.read_json(self.path)
