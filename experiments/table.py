@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from finetune.mt_bench.journal import read_items
+from finetune.mt_bench.questions import load_questions
 from finetune.mt_bench.scores import categories_of
 from finetune.report.evidence.efficiency_evidence import read_efficiency_evidence
 from finetune.report.evidence.evidence import read_evidence
@@ -37,7 +37,7 @@ def main(config: dict[str, Any]) -> None:
 def _categories(place: dict[str, Any] | None) -> dict[int, str] | None:
     if place is None:
         return None
-    return categories_of(read_items(Path(place["root"]) / place["folder"] / place["questions"]))
+    return categories_of(load_questions(Path(place["root"]) / place["folder"] / place["questions"]))
 
 
 if __name__ == "__main__":
