@@ -186,7 +186,7 @@ def vouched_answers(path: str | Path) -> dict[int, Answer]:
     path = Path(path)
     answers, record = load_answers(path), path.with_suffix(".json")
     if record.is_file():
-        held = records.read_json(record).get("answers")
+        held = records.read_record(record).get("answers")
         if not isinstance(held, dict) or held.get("sha256") != sha256(path):
             raise ValueError(f"{path} is not the file that {record.name} was written for: run the answers stage again.")
     return answers

@@ -22,7 +22,7 @@ _FASTCHATS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]")
 
 _THOUGHT = r"think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad"
 _MARK = re.compile(
-    rf"<(?P<xml>/?)(?:seed:)?(?:{_THOUGHT})\b[^<>\n]{{0,40}}>"  # DeepSeek, Qwen, Seed
+    rf"<(?P<xml>/?)(?:\w{{1,20}}[:_])?(?:{_THOUGHT})\b[^<>\n]{{0,40}}>"  # DeepSeek, Qwen, Seed
     r"|(?-i:\[(?P<square>/?)THINK\])"  # Mistral
     r"|◁(?P<kimi>/?)think▷"
     rf"|<\|(?P<word>end|start|begin)_(?:of_)?(?:{_THOUGHT})\|>"  # Command A, OpenThinker

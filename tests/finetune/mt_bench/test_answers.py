@@ -446,10 +446,12 @@ def test_a_finished_cell_that_was_changed_is_done_again(cell):
         path.write_text(json.dumps(record | change))
         cell([1])
         assert {name: read_json(path)[name] for name in told} == told | {"answers": read_json(path)["answers"]}
-    path.write_text('{"torn')
-    lines.write_bytes(lines.read_bytes().replace(b'"turns": ["', b'"turns": ["X', 1))
-    cell([1])
-    assert turns(read(lines)) == texts and read_json(path)["status"] == "finished"
+    for torn in (None, '{"torn'):
+        if torn is not None:
+            path.write_text(torn)
+        lines.write_bytes(lines.read_bytes().replace(b'"turns": ["', b'"turns": ["X', 1))
+        cell([1])
+        assert turns(read(lines)) == texts and read_json(path)["status"] == "finished"
 
 
 @pytest.mark.parametrize("change", ["options", "questions", "weights", "tokenizer"])

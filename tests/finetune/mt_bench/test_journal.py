@@ -44,7 +44,7 @@ def test_a_torn_last_line_is_cut_off_and_its_item_done_again(path, kept, caplog)
     with path.open("ab") as file:
         file.write(b'{"n": 2, "text": "b"}'[:kept])
     again = Journal(path, number)
-    assert list(again.items) == [1] and path.read_bytes() == whole and "last line was cut short" in caplog.text
+    assert list(again.items) == [1] and path.read_bytes() == whole and "line 2 is torn" in caplog.text
     again.append({"n": 2, "text": "c"})
     assert Journal(path, number).items[2] == {"n": 2, "text": "c"}
 
