@@ -189,7 +189,9 @@ def _case_record(case: Case, entries: list[Entry], folder: Path) -> dict[str, An
     index = {(entry["way"], entry["gradients"]): entry for entry in entries}
     for entry in entries:
         reference = index.get((REFERENCE, entry["gradients"]))
-        if entry["way"] != REFERENCE and _is_finished(entry) and _is_finished(reference):
+        if reference is None or entry["way"] == REFERENCE:
+            continue
+        if _is_finished(entry) and _is_finished(reference):
             ours, theirs = (load_tensors(_answer(folder, case, one, ".safetensors"))[0] for one in (entry, reference))
             entry[f"angle_to_{REFERENCE}"] = {name: angle(ours[name], theirs[name]) for name in ("U", "V")}
     facts = {"name": case.name, "shape": list(case.shape), "asked": case.asked}

@@ -33,7 +33,7 @@ def plan_text(plan: Mapping[str, Any], unplanned: Sequence[str]) -> str:
     environment.filters |= {"marked": _marked, "number": _number, "time": _time}
     cards, first = plan["cards"], {row["method"]: row["components"] for row in plan["memory"]}
     prices = [card["price"] for card in cards.values()]
-    return environment.from_string(resources.files(__package__).joinpath("plan.txt.j2").read_text()).render(
+    return environment.from_string(resources.files("finetune.plan").joinpath("plan.txt.j2").read_text()).render(
         plan=plan,
         unplanned=unplanned,
         components=COMPONENTS,
@@ -52,7 +52,7 @@ def _aligned(text: str, left: int) -> str:
     rows = [[cell.strip() for cell in line.split("|")] for line in text.strip("\n").splitlines()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = [str.ljust] * left + [str.rjust] * (len(widths) - left)
-    padded = ([side(*cell) for side, *cell in zip(sides, row, widths, strict=True)] for row in rows)
+    padded = ([side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True)] for row in rows)
     return "".join("  ".join(row).rstrip() + "\n" for row in padded)
 
 
