@@ -70,9 +70,7 @@ def work(tmp_path):
     (work / "conf").symlink_to(ROOT / "conf")
     experiment = {"name": "test", "protocol": "sound", "scale": "smoke", "tasks": ["cola"], "tables": []}
     (work / "params.yaml").write_text(yaml.safe_dump(experiment | {"stands_for": {"bert_base": "tiny"}}))
-    record = {"run": {"kind": "judgments", "model": "tiny"}, "judge": {"measures_quality": True}}
-    record |= {"provenance": {"commit": "abc", "packages": {}}}
-    write(work / "results" / "test" / "mt_bench" / "a.json", record)
+    write(work / "results" / "test" / "mt_bench" / "a.json", {"provenance": {"commit": "abc", "packages": {}}})
     return work
 
 
