@@ -191,10 +191,17 @@ def test_both_splits_are_checked(split, cola, load):
         load("cola", root=root)
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b""])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: b"",
+        lambda content: content.replace(b"a cat", b"a \xffat"),
+    ],
+)
 def test_damaged_parquet(damage, cola, load):
-    """Cut off, or empty."""
-    file = cola() / "glue" / "cola" / "train-00000-of-00001.parquet"
+    """Cut off, empty, or with text that is no UTF-8."""
+    file = cola(sentence=["a cat"] * 40) / "glue" / "cola" / "train-00000-of-00001.parquet"
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match="is no readable parquet .*; fetch it again"):
         load("cola", root=file.parents[2])
