@@ -19,6 +19,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune import models
+from finetune.config.check import check
+from finetune.config.scales import Point
 from finetune.data.examples import content_of
 from finetune.methods import Method, base_method, build_targets, deciding, needs_bases, with_own_choices
 from finetune.store import records
@@ -214,19 +216,20 @@ class Problem(ABC):
         Each may be one value, or a mapping from methods to values; a variant that it leaves out takes its base's.
 
         Raises:
-            ValueError: if a mapping leaves the method out.
+            ValueError: if a mapping leaves the method out, or one is none in range.
         """
         config, found = self.config, {}
         names = (config["method"]["name"], base_method(config["method"]))
         places = (config, best or {}, config["scale"], config["protocol"])
         for name in ("learning_rate", "batch_size"):
-            value = next(place[name] for place in places if place.get(name) is not None)
+            value = next((place[name] for place in places if place.get(name) is not None), None)
             if isinstance(value, Mapping):
                 own = next((method for method in names if method in value), None)
                 if own is None:
                     raise ValueError(f"{name} is given for {', '.join(value)}; method={names[0]} needs one too.")
                 value = value[own]
             found[name] = value
+        check(Point, found)  # a search's record, or nothing, may stand behind them
         return found
 
     @property
