@@ -85,6 +85,10 @@ def load_adapter(path: str | Path, model: nn.Module) -> nn.Module:
     tensors, metadata = load_tensors(path)
     if metadata.get("content") != "adapter":
         raise ValueError(f"{path} holds {metadata.get('content')!r}, not an adapter.")
+    if missing := {"sparsify", "shapes", "bases", "base"} - metadata.keys():
+        raise ValueError(
+            f"{path} lacks {', '.join(sorted(missing))}: it is of an older version; save the adapter again."
+        )
     config, state = metadata["sparsify"], model.state_dict()
     dense = {n.removeprefix("dense."): t for n, t in tensors.items() if n.startswith("dense.")}
     unknown = [n for n, t in dense.items() if n not in state or state[n].shape != t.shape]

@@ -17,6 +17,13 @@ aten = torch.ops.aten
 _COPIES = {aten.detach, aten.alias, aten.clone}
 _ENTRYWISE = {aten.mul_, aten.div_, aten.clamp_, aten.clamp_min_, aten.clamp_max_, aten.neg_}  # zero stays zero
 _NORMS = {aten.linalg_vector_norm, aten.norm}
+_LISTS = {
+    aten._amp_foreach_non_finite_check_and_unscale_,
+    aten._foreach_norm,
+    aten._foreach_mul_,
+    aten._foreach_clamp_min_,
+    aten._foreach_clamp_max_,
+}
 
 _SECOND = (
     "a second backward pass met a gradient that no optimizer step has taken. With select_in='backward' each step is "
@@ -73,7 +80,7 @@ class CompactGradient(Tensor):
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         operation, kwargs = func.overloadpacket, kwargs or {}
-        if operation is aten._amp_foreach_non_finite_check_and_unscale_:  # GradScaler gives all gradients at once
+        if operation in _LISTS:  # GradScaler and foreach=True give all gradients at once
             return func([_entries(tensor) for tensor in args[0]], *args[1:], **kwargs)
         self, compact = args[0], [value for value in args if isinstance(value, CompactGradient)]
         if len(compact) == 1 and self is compact[0]:

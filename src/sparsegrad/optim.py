@@ -41,6 +41,12 @@ def lazy_adam_delta(
     return -step_size * m / (v.sqrt() + eps)
 
 
+_REPLACED = (
+    "the weights of {} are no longer those of their SparseGrad layers: FSDP and DeepSpeed, which cut weights in parts, "
+    "are not supported, nor is load_state_dict(assign=True)."
+)
+
+
 class SparseGradAdamW(Optimizer):
     """AdamW for dense groups, lazy Adam with compact state for SparseGrad weights.
 
@@ -115,14 +121,16 @@ class SparseGradAdamW(Optimizer):
         """One step; the SparseGrad gradients are taken from their layers.
 
         Raises:
-            ValueError: if a SparseGrad gradient is not finite.
+            ValueError: if a SparseGrad gradient is not finite, or weights were put in the place of the layers'.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         _select(self._layers.values())  # all before any update: one that is not finite leaves the model as it was
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
+            if group["sparsegrad"] and not all(p in self._layers for p in group["params"]):
+                raise ValueError(_REPLACED.format(f"group {number}"))
             dense = [p for p in group["params"] if p.grad is not None and not self._is_lazy(p)]
             self._step_dense(group, dense)
             for parameter in dense if group["sparsegrad"] else ():
@@ -254,11 +262,9 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, 
             f"{len(frozen)} of {len(layers)} SparseGrad layers are frozen ({', '.join(frozen[:4])}) and would not be "
             "trained: set requires_grad of their weights, or leave them out of target_modules or layers_to_transform."
         )
-    if replaced := [name for name, layer in named.items() if not isinstance(layer.trained, SparseGradWeight)]:
-        raise ValueError(
-            f"the weights of {', '.join(replaced[:4])} are no longer those of their SparseGrad layers: FSDP and "
-            "DeepSpeed, which cut weights in parts, are not supported, nor is load_state_dict(assign=True)."
-        )
+    own = {n: isinstance(m.trained, SparseGradWeight) and m.trained.dim() == 2 for n, m in named.items()}
+    if replaced := [name for name, is_own in own.items() if not is_own]:
+        raise ValueError(_REPLACED.format(", ".join(replaced[:4])))
     sparse = {id(layer.trained) for layer in layers}
     dense = [p for p in model.parameters() if p.requires_grad and id(p) not in sparse]
     groups: list[dict[str, Any]] = [

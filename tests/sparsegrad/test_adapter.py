@@ -19,6 +19,7 @@ from sparsegrad import (
     param_groups,
     refresh,
     save_adapter,
+    save_tensors,
     sparsegrad_layers,
     sparsify,
 )
@@ -273,6 +274,15 @@ def test_another_base_is_refused_by_the_name_of_what_differs(form, name, history
     with pytest.raises(ValueError, match=rf"an adapter of another base model: {name}  differ"):
         load_adapter(past.path, base)
     assert_unchanged(base, before)
+
+
+def test_an_adapter_of_an_older_version_is_refused_in_one_line(history):
+    past = history("folded")
+    save_adapter(past.path, past.model, past.optimizer, past.config)
+    tensors, metadata = load_tensors(past.path)
+    save_tensors(past.path, tensors, {name: value for name, value in metadata.items() if name != "base"})
+    with pytest.raises(ValueError, match=r"adapter lacks base: it is of an older version; save it again\.$"):
+        load_adapter(past.path, past.base())
 
 
 def test_a_base_in_another_precision_is_another_base(history):

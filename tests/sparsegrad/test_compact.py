@@ -96,16 +96,18 @@ def test_a_gradient_for_the_input_alone_leaves_none_behind(options, made):
 
 
 @pytest.mark.parametrize("options", BACKWARD, ids=lambda o: o["form"])
-def test_torchs_clipping_is_ours(options, made):
+@pytest.mark.parametrize("foreach", [None, True])
+def test_torchs_clipping_is_ours(options, foreach, made):
     """By the norm to the bit of rounding, by value entry by entry; optimizer and accelerate call these."""
     (model, _), (ours, _) = made(options), made(options)
     for net in (model, ours):
         loss(net).backward()
-    torch.testing.assert_close(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1), clip_grad_norm_(ours, 0.1))
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1, foreach=foreach)
+    torch.testing.assert_close(norm, clip_grad_norm_(ours, 0.1))
     for found, expected in zip(kept(model), kept(ours), strict=True):
         torch.testing.assert_close(found, expected)
     before = [gradient.clone() for gradient in kept(model)]
-    torch.nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+    torch.nn.utils.clip_grad_value_(model.parameters(), 1e-3, foreach=foreach)
     assert any((gradient.abs() > 1e-3).any() for gradient in before)
     for found, old in zip(kept(model), before, strict=True):
         torch.testing.assert_close(found, old.clamp(-1e-3, 1e-3))

@@ -2,8 +2,10 @@
 
 import copy
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from literal import assert_unchanged, snapshot
 from torch import nn
 
@@ -214,6 +216,31 @@ def test_a_refusal_says_why_and_leaves_the_model_unchanged(wrong, text, blocks, 
     assert_unchanged(model, before)
 
 
+ANY = st.none() | st.booleans() | st.integers(-2, 100) | st.floats() | st.just("x")
+PAIRS = st.none() | st.lists(st.integers(-1, 13), max_size=3)
+
+
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(
+    form=st.sampled_from(FORMS), k=ANY, keep=ANY, ranks=PAIRS, which=PAIRS, select_in=st.sampled_from(["step", "x"])
+)
+def test_any_arguments_give_a_model_or_a_refusal(
+    form, k, keep, ranks, which, select_in, blocks, block_bases, block_patterns
+):
+    """Of a refusal, one line, and the model as it was."""
+    model, x = blocks(), torch.randn(3, 8, dtype=torch.float64)
+    before, y = snapshot(model), model(x)
+    options = {"keep": keep, "ranks": ranks} if form == "truncated" else {}
+    try:
+        sparsify(model, block_bases(), k, block_patterns, which, form=form, select_in=select_in, **options)
+    except ValueError as error:
+        assert "\n" not in str(error)
+        assert_unchanged(model, before)
+    else:
+        torch.testing.assert_close(model(x), y)
+        assert sparsegrad_layers(model) and type(k) is int
+
+
 def test_a_sparsified_model_is_refused_until_it_is_merged(blocks, block_bases, block_patterns):
     plain = blocks()
     before = snapshot(plain)
@@ -384,6 +411,18 @@ def test_weights_that_were_replaced_are_noticed_when_training_begins(blocks, blo
     model.layers[1].down.weight = nn.Parameter(model.layers[1].down.weight.detach())
     with pytest.raises(ValueError, match=r"the weights of .*layers\.1\.down are no longer .* FSDP and DeepSpeed"):
         param_groups(model)
+
+
+def test_weights_that_were_replaced_in_the_optimizer_are_not_stepped(blocks, block_bases, block_patterns):
+    """As DeepSpeed and accelerate's FSDP do it; what stands there would be trained in full."""
+    model = sparsify(blocks(), block_bases(), 9, block_patterns)
+    optimizer = SparseGradAdamW(param_groups(model))
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in optimizer.param_groups[1]["params"]]))
+    flat.grad = torch.ones_like(flat)
+    optimizer.param_groups[1]["params"] = [flat]
+    with pytest.raises(ValueError, match=r"the weights of group 1 are no longer .* FSDP and DeepSpeed"):
+        optimizer.step()
+    assert torch.equal(flat[:96].view(12, 8), model.layers[0].up.weight)
 
 
 # ---- Hugging Face's Trainer ----
