@@ -281,7 +281,7 @@ def test_an_adapter_of_an_older_version_is_refused_in_one_line(history):
     save_adapter(past.path, past.model, past.optimizer, past.config)
     tensors, metadata = load_tensors(past.path)
     save_tensors(past.path, tensors, {name: value for name, value in metadata.items() if name != "base"})
-    with pytest.raises(ValueError, match=r"adapter lacks base: it is of an older version; save it again\.$"):
+    with pytest.raises(ValueError, match=r"adapter lacks base: it is of an older version; save the adapter again\.$"):
         load_adapter(past.path, past.base())
 
 
