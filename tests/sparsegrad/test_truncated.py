@@ -361,6 +361,9 @@ def test_a_refresh_that_does_not_fit_is_refused(
         refresh(model, {kind: make(*sizes) for kind, sizes in bases.items()}, optimizer, **options)
     with pytest.raises(ValueError, match="with keep the moments are lazy: use state='reset'"):
         refresh(model, block_bases(1), optimizer, state="carry")
+    skewed = Basis(1.01 * block_bases(1)["up"].U, block_bases(1)["up"].V)
+    with pytest.raises(ValueError, match="layers.0.up: the basis is off orthogonality by"):
+        refresh(model, {"up": skewed}, optimizer)
     model(torch.randn(2, 8, dtype=torch.float64)).sum().backward()
     with pytest.raises(ValueError, match="layers.0.up holds a gradient in the old basis: refresh after optimizer.ste"):
         refresh(model, block_bases(1), optimizer)
