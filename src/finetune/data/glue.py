@@ -80,9 +80,13 @@ class Split:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    @cached_property
+    @property
     def content(self) -> str:
         """sha256 of what a model gets to see: token and segment ids, labels, padding."""
+        return self._content
+
+    @cached_property
+    def _content(self) -> str:
         rows = [[len(row) for row in self.input_ids], list(chain.from_iterable(self.input_ids))]
         types = list(chain.from_iterable(self.token_type_ids or []))
         return content_of(*rows, types, self.labels, [self.pad_token_id, self.length or 0])

@@ -42,9 +42,13 @@ class PackedSplit:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    @cached_property
+    @property
     def content(self) -> str:
         """sha256 of what a model gets to see: token ids and labels."""
+        return self._content
+
+    @cached_property
+    def _content(self) -> str:
         return content_of(self.input_ids, self.labels)
 
     @property

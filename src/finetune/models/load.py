@@ -293,7 +293,7 @@ def fingerprint(model: Mapping[str, Any], root: str | Path) -> str:
 
 def _commit(name: str, revision: str | None) -> str:
     """The commit of the hub that a revision means, from the cache or the hub."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
         return revision

@@ -155,9 +155,10 @@ class Problem(ABC):
         }
 
     def _basis_identity(self, task: str) -> dict[str, Any] | None:
-        if self.basis_scope != "task":
-            return self.basis_scope and {"scope": self.basis_scope}
-        return {"scope": "task", "sha256": self.bases(task)[1]["sha256"]}
+        scope = self.basis_scope
+        if scope is None:
+            return None
+        return {"scope": scope} | ({"sha256": self.bases(task)[1]["sha256"]} if scope == "task" else {})
 
     def treatment(self, task: str) -> dict[str, Any]:
         """What all methods share, for the record, beside the options of every training."""

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,14 +13,16 @@ from pathlib import Path
 import pytest
 
 from finetune.published import TASKS, paper_table, released_scores
-from finetune.report.evidence.evidence import collect_evidence
+from finetune.report.evidence.evidence import collect_evidence, read_evidence
 from finetune.report.evidence.experiment import Experiment, load_experiment
 from finetune.report.labels import Labels
 from finetune.report.model import Cell, Note, Reason, Table, read_table
 from finetune.report.paper import layouts, printed
 from finetune.report.tables import render
 from finetune.report.tables.tables import build_table
+from finetune.store import records
 from finetune.store.catalog import MethodFacts, read_models
+from finetune.store.checks import check_record
 
 ROOT = Path(__file__).parents[3]
 GLUE = (1, 4, 5, 9, 10, 11, 12, 13, 14, 15)
@@ -539,3 +542,27 @@ def test_importing_the_tables_does_not_import_torch():
     code = "import sys, finetune.report.tables.tables; sys.exit('torch' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+def test_an_edited_score_becomes_no_value_of_a_table(tmp_path, monkeypatch):
+    """A cell of real records; one of them says more than its runs reached, or less of it is listed."""
+    monkeypatch.setattr(records, "check_record", check_record)
+    local = ROOT / "results" / "local"
+    folder = tmp_path / "runs" / "minilm" / "full"
+    shutil.copytree(local / "runs" / "minilm" / "full", folder)
+    experiment = replace(EXPERIMENT, name="local", protocol="sound", tasks=("cola", "mrpc", "stsb"))
+    whole = read_evidence(experiment, tmp_path, ROOT / "conf").runs["minilm", "full", "cola"]
+    assert len(whole) == 3
+    path = next(folder.glob("cola-seed2-*.json"))
+    text = path.read_text()
+    path.write_text(text.replace(f'"score": {json.loads(text)["score"]!r}', '"score": 0.99'))
+    with pytest.raises(ValueError, match=f"{path.name} is not what was written: its checksum is another"):
+        read_evidence(experiment, tmp_path, ROOT / "conf")
+    records.write_record(path, json.loads(text) | {"score": 0.99})
+    with pytest.raises(ValueError, match=f"{path.name} has score 0.99, the best of its evaluations is"):
+        read_evidence(experiment, tmp_path, ROOT / "conf")
+    path.write_text(text)
+    listed = records.listed_records(folder / "cell.json")
+    records.write_json(folder / "cell.json", {"records": [name for name in listed if name != path.name]})
+    with pytest.raises(ValueError, match=f"cell.json lacks {path.name}, which lies beside it"):
+        read_evidence(experiment, tmp_path, ROOT / "conf")

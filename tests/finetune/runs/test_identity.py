@@ -180,13 +180,13 @@ def test_another_space_is_another_search_and_no_other_run(override, config):
 
 def test_a_branch_of_the_hub_counts_by_its_commit(compose, tmp_path, monkeypatch):
     """``revision: null`` or a branch moves; the commit is that of the files in the cache."""
-    import transformers.utils
+    from transformers.utils import hub
 
     group = compose("model=tiny_bert")["model"] | {"checkpoint": "acme/tiny", "folder": "none", "revision": "main"}
     commits = [letter * 40 for letter in "abc"]
     for commit in commits[:2]:
         path = tmp_path / "snapshots" / commit / "config.json"
-        monkeypatch.setattr(transformers.utils, "cached_file", lambda name, file, revision, path=path: str(path))
+        monkeypatch.setattr(hub, "cached_file", lambda name, file, revision, path=path: str(path))
         assert models.contents(group, tmp_path) == {"sha256": f"acme/tiny@{commit}"}
     pinned = group | {"revision": commits[2]}
     assert models.contents(pinned, tmp_path) == {"sha256": f"acme/tiny@{commits[2]}"}
