@@ -187,7 +187,7 @@ def main(config: dict[str, Any]) -> None:
     done = run.each(plan(run.world, run.kinds, config), partial(one_fault, run.world))
     record = run.header() | {"totals": totals(done), "faults": done}
     records.write_json(run.record, record)
-    run.show("fault", [*compare.GOOD, *compare.BAD], record["totals"]["by_fault"])
+    run.show()
     log.info("%s: %s", run.record, json.dumps({k: record["totals"][k] for k in ("faults", *compare.BAD)}))
 
 

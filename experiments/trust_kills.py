@@ -29,7 +29,6 @@ from finetune.trust.driver import Outcome, Trouble
 from finetune.trust.world import Stage, World
 
 log = logging.getLogger(__name__)
-OUTCOMES = ("same", "files left", "different", "refused", "traceback", "hang")
 BYTES = (1, 100, 1000, 10_000)
 
 
@@ -143,7 +142,7 @@ def totals(kills: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "hangs": outcomes["hang"] + sum(found.get("hang", 0) for found in callers.values()),
         "left_files": sum(len(kill.get("left", ())) for kill in done),
         "two_at_once": callers,
-        "stages": by_kind,
+        "by_stage": by_kind,
     }
 
 
@@ -154,8 +153,8 @@ def main(config: dict[str, Any]) -> None:
     done = run.each(kills, partial(one_kill, run.world))
     record = run.header() | {"totals": totals(done), "kills": done}
     records.write_json(run.record, record)
-    run.show("stage", list(OUTCOMES), record["totals"]["stages"])
-    log.info("%s: %s", run.record, {k: v for k, v in record["totals"].items() if k != "stages"})
+    run.show()
+    log.info("%s: %s", run.record, {k: v for k, v in record["totals"].items() if k != "by_stage"})
 
 
 if __name__ == "__main__":

@@ -13,11 +13,13 @@ from omegaconf import OmegaConf
 
 from finetune.config.check import check_script
 from finetune.store.catalog import read_methods
+from finetune.trust.campaign import table
 
 ROOT = Path(__file__).parents[1]
 LOCAL = ROOT / "results" / "local"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 LABELS = {facts.label: name for name, facts in read_methods(ROOT / "conf").items()}
+TRUST = ("kills", "faults")
 TASKS = {"STS-B": "stsb", "MRPC": "mrpc", "CoLA": "cola"}
 
 
@@ -174,3 +176,9 @@ def test_every_promise_names_tests_that_are_there():
     for promise, tests in promises:
         named = re.findall(r"`(test_\w+)`", tests)
         assert named and all(f"def {name}(" in code for name in named), promise
+
+
+def test_outcomes_of_kills_and_faults_are_those_of_the_records():
+    totals = {name: json.loads((ROOT / f"results/trust/{name}.json").read_text())["totals"] for name in TRUST}
+    text = (ROOT / "docs/trust.md").read_text()
+    assert table(totals) in text and table_after(ROOT / "docs/trust.md", "trust")[-1][0] == "all"

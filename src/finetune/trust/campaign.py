@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from finetune.runs.workers import Workers, run_all
 from finetune.store import records
 from finetune.store.files import write_atomically
 from finetune.trust import driver
+from finetune.trust.compare import BAD, GOOD
 from finetune.trust.world import Stage, World, build_world
 
 Trial = Mapping[str, Any]
@@ -58,18 +60,18 @@ class Campaign:
         workers = _workers(self.config)
         return run_all(jobs, workers, label=self.name, bar=self.config["progress"])
 
-    def show(self, title: str, outcomes: Sequence[str], counts: Mapping[str, Mapping[str, int]]) -> None:
-        """Put a table of numbers of outcomes into the page, in the place of the one below its mark."""
+    def show(self) -> None:
+        """Put a table of both records into the page, in the place of the one below the mark ``<!-- trust -->``."""
         if self.config["page"] is None:
             return
         page = Path(self.config["page"])
-        before, mark, rest = page.read_text().partition(f"<!-- {self.name} -->\n")
+        before, mark, rest = page.read_text().partition("<!-- trust -->\n")
         if not mark:
-            raise ValueError(
-                f"{page} has no line <!-- {self.name} -->, below which the table goes: add it, or set page=null."
-            )
+            raise ValueError(f"{page} has no line <!-- trust --> for the table: add it, or set page=null.")
+        places = {name: self.record.with_name(f"{name}.json") for name in ("kills", "faults")}
+        totals = {name: records.read_json(path)["totals"] for name, path in places.items() if path.is_file()}
         rest = "".join(itertools.dropwhile(lambda line: line.startswith("|"), rest.splitlines(keepends=True)))
-        write_atomically(page, before + mark + table(title, outcomes, counts) + rest)
+        write_atomically(page, before + mark + table(totals) + rest)
 
     def header(self) -> dict[str, Any]:
         """The head of the record: code, machine, settings, and what is not compared."""
@@ -84,14 +86,22 @@ class Campaign:
         }
 
 
-def table(title: str, outcomes: Sequence[str], counts: Mapping[str, Mapping[str, int]]) -> str:
-    """A Markdown table: a row each, its number of trials, and of each outcome that there is."""
-    columns = [name for name in outcomes if any(name in row for row in counts.values())]
-    rows: list[list[Any]] = [[title, "tried", *columns], ["---"] * (2 + len(columns))]
-    rows += [[name, sum(row.values()), *(row.get(one, 0) for one in columns)] for name, row in counts.items()]
-    sums = [sum(row.get(one, 0) for row in counts.values()) for one in columns]
-    rows.append(["all", sum(sums), *sums])
-    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
+def table(totals: Mapping[str, Mapping[str, Any]]) -> str:
+    """A Markdown table of the totals of ``kills`` and of ``faults``: a row for each stage, a column for each outcome."""
+    rows: dict[str, Counter[str]] = {}
+    for name, found in totals.items():
+        for stage, outcomes in found["by_stage"].items():
+            row = rows.setdefault(stage.partition(" ")[0], Counter())
+            row.update({name: sum(outcomes.values())})
+            row.update({f"{name} {outcome}": number for outcome, number in outcomes.items()})
+    columns = {"kills": "killed", "kills same": "then the same", "faults": "faults"}
+    columns |= {f"faults {outcome}": outcome for outcome in (*GOOD, *BAD)}
+    seen = sorted({key for row in rows.values() for key in row} - {*columns})
+    columns |= {key: f"{key.partition(' ')[2]} after a kill" for key in seen}
+    whole = sum(rows.values(), Counter())
+    lines = [["stage", *columns.values()], ["---"] * (1 + len(columns))]
+    lines += [[stage, *(str(row[key]) for key in columns)] for stage, row in [*rows.items(), ("all", whole)]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def prepare(config: Mapping[str, Any], name: str) -> Campaign:

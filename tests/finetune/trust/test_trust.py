@@ -291,13 +291,21 @@ def test_stages_stand_behind_what_they_read_and_a_copy_is_before_or_after(tmp_pa
 
 def test_the_table_of_a_page_is_replaced(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("# Page\n\n<!-- kills -->\n| stage | tried |\n|---|---|\n| old | 1 |\n\nmore\n")
-    one = Campaign({"page": str(page)}, "kills", World(tmp_path, ()), {}, tmp_path)
+    page.write_text("# Page\n\n<!-- trust -->\n| stage | tried |\n|---|---|\n| old | 1 |\n\nmore\n")
+    kills = {"basis": {"same": 3}, "train": {"same": 1}, "train decoder": {"same": 2, "different": 1}}
+    write_json(tmp_path / "kills.json", {"totals": {"by_stage": kills}})
+    write_json(tmp_path / "faults.json", {"totals": {"by_stage": {"train": {REFUSED: 4, WRONG: 1}}}})
+    one = Campaign({"page": str(page), "output": str(tmp_path)}, "kills", World(tmp_path, ()), {}, tmp_path)
     for _ in range(2):
-        one.show("stage", ["same", "hang", "different"], {"basis": {"same": 3}, "train": {"same": 1, "different": 2}})
-        rows = ["| stage | tried | same | different |", "| --- | --- | --- | --- |", "| basis | 3 | 3 | 0 |"]
-        rows += ["| train | 3 | 1 | 2 |", "| all | 6 | 4 | 2 |"]
-        assert page.read_text() == "# Page\n\n<!-- kills -->\n" + "\n".join(rows) + "\n\nmore\n"
+        one.show()
+        head, _, *rows = page.read_text().partition("<!-- trust -->\n")[2].partition("\n\nmore\n")[0].splitlines()
+        names = ["stage", "killed", "then the same", "faults", REFUSED, REDONE, HARMLESS, SAID, WRONG, TRACEBACK, HANG]
+        assert head == f"| {' | '.join(names)} | different after a kill |"
+        assert rows == [
+            "| basis | 3 | 3 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 |",
+            "| train | 4 | 3 | 5 | 4 | 0 | 0 | 0 | 1 | 0 | 0 | 1 |",
+            "| all | 7 | 6 | 5 | 4 | 0 | 0 | 0 | 1 | 0 | 0 | 1 |",
+        ]
     page.write_text("nothing")
-    with pytest.raises(ValueError, match="has no line <!-- kills -->"):
-        one.show("stage", ["same"], {})
+    with pytest.raises(ValueError, match="has no line <!-- trust -->"):
+        one.show()
