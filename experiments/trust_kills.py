@@ -142,7 +142,7 @@ def totals(kills: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "hangs": outcomes["hang"] + sum(found.get("hang", 0) for found in callers.values()),
         "left_files": sum(len(kill.get("left", ())) for kill in done),
         "two_at_once": callers,
-        "by_stage": by_kind,
+        "stages": by_kind,
     }
 
 
@@ -154,7 +154,7 @@ def main(config: dict[str, Any]) -> None:
     record = run.header() | {"totals": totals(done), "kills": done}
     records.write_json(run.record, record)
     run.show()
-    log.info("%s: %s", run.record, {k: v for k, v in record["totals"].items() if k != "by_stage"})
+    log.info("%s: %s", run.record, {k: v for k, v in record["totals"].items() if k != "stages"})
 
 
 if __name__ == "__main__":

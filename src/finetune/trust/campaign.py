@@ -87,10 +87,10 @@ class Campaign:
 
 
 def table(totals: Mapping[str, Mapping[str, Any]]) -> str:
-    """A Markdown table of the totals of ``kills`` and of ``faults``: a row for each stage, a column for each outcome."""
+    """A Markdown table of the totals of ``kills`` and of ``faults``: a row each stage, a column each outcome."""
     rows: dict[str, Counter[str]] = {}
     for name, found in totals.items():
-        for stage, outcomes in found["by_stage"].items():
+        for stage, outcomes in found["stages" if name == "kills" else "by_stage"].items():
             row = rows.setdefault(stage.partition(" ")[0], Counter())
             row.update({name: sum(outcomes.values())})
             row.update({f"{name} {outcome}": number for outcome, number in outcomes.items()})

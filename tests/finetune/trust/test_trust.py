@@ -293,7 +293,7 @@ def test_the_table_of_a_page_is_replaced(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# Page\n\n<!-- trust -->\n| stage | tried |\n|---|---|\n| old | 1 |\n\nmore\n")
     kills = {"basis": {"same": 3}, "train": {"same": 1}, "train decoder": {"same": 2, "different": 1}}
-    write_json(tmp_path / "kills.json", {"totals": {"by_stage": kills}})
+    write_json(tmp_path / "kills.json", {"totals": {"stages": kills}})
     write_json(tmp_path / "faults.json", {"totals": {"by_stage": {"train": {REFUSED: 4, WRONG: 1}}}})
     one = Campaign({"page": str(page), "output": str(tmp_path)}, "kills", World(tmp_path, ()), {}, tmp_path)
     for _ in range(2):
