@@ -19,7 +19,7 @@ from finetune.trust.driver import Outcome
 NAMED = re.compile(
     r"/(provenance|seconds|step_seconds_median|created|memory|resumed|platform|host|warnings|load_average)(/|$)"
 )
-"""Times and warnings of them, machines, and how often a run was taken up again."""
+"""Times and warnings of them, machines, how often a run was taken up again; a file's bytes where its tensors count."""
 
 PASSED = re.compile(r"(^|/)outputs/hydra/|\.lock$|\.journal$")
 """Files that are compared by what is made from them: a journal holds times, a lock nothing."""
