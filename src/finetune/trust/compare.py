@@ -17,7 +17,7 @@ from typing import Any
 from finetune.trust.driver import Outcome
 
 NAMED = re.compile(
-    r"/(provenance|seconds|step_seconds_median|created|memory|resumed|platform|host|warnings|load_average)(/|$)"
+    r"/(provenance|seconds|step_seconds_median|created|memory|resumed|platform|host|warnings|load_average|maps_sha256)(/|$)"
 )
 """Times and warnings of them, machines, how often a run was taken up again; a file's bytes where its tensors count."""
 
