@@ -94,7 +94,7 @@ def table(totals: Mapping[str, Mapping[str, Any]]) -> str:
             row = rows.setdefault(stage.partition(" ")[0], Counter())
             row.update({name: sum(outcomes.values())})
             row.update({f"{name} {outcome}": number for outcome, number in outcomes.items()})
-    columns = {"kills": "killed", "kills same": "then the same", "faults": "faults"}
+    columns = {"kills": "kills, pairs", "kills same": "then the same", "faults": "faults"}
     columns |= {f"faults {outcome}": outcome for outcome in (*GOOD, *BAD)}
     seen = sorted({key for row in rows.values() for key in row} - {*columns})
     columns |= {key: f"{key.partition(' ')[2]} after a kill" for key in seen}
