@@ -299,8 +299,8 @@ def test_the_table_of_a_page_is_replaced(tmp_path):
     for _ in range(2):
         one.show()
         head, _, *rows = page.read_text().partition("<!-- trust -->\n")[2].partition("\n\nmore\n")[0].splitlines()
-        names = ["stage", "kills, pairs", "then the same", "faults", REFUSED, REDONE, HARMLESS, SAID, WRONG, TRACEBACK, HANG]
-        assert head == f"| {' | '.join(names)} | different after a kill |"
+        names = ["stage", "kills, pairs", "then the same", "faults", REFUSED, REDONE, HARMLESS, SAID]
+        assert head == f"| {' | '.join([*names, WRONG, TRACEBACK, HANG])} | different after a kill |"
         assert rows == [
             "| basis | 3 | 3 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 |",
             "| train | 4 | 3 | 5 | 4 | 0 | 0 | 0 | 1 | 0 | 0 | 1 |",
