@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 
 from finetune.data.tables import write_parquet
-from finetune.store.files import write_atomically
+from finetune.store.files import write_text
 
 NOUNS = ("dog", "cat", "boy", "girl", "teacher", "doctor", "farmer", "king", "painter", "singer", "driver", "sailor")
 VERBS = ("help", "visit", "call", "greet", "admire", "trust", "warn", "thank")
@@ -35,7 +35,7 @@ def write_corpus(path: str | Path, sentences: int, seed: int) -> None:
     """Write sentences of the grammar, one a line, for masked-language-model pretraining."""
     rng = random.Random(seed)
     lines = [" ".join(_with_time(_clause(rng), rng, rng.randrange(2))) for _ in range(sentences)]
-    write_atomically(Path(path), ("\n".join(lines) + "\n").encode())
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def write_task(task: str, folder: str | Path, train: int, validation: int, seed: int) -> None:

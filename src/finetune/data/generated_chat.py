@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from finetune.data.generated import TIMES, subject_verb_object
 from finetune.data.tables import write_parquet
-from finetune.store.files import write_atomically
+from finetune.store.files import write_atomically, write_text
 
 TAUGHT_LATER = ("speak", "code")
 SEEN_BEFORE = 0.05  # share of the dialogues for pretraining that have one of them: their words are known, barely
@@ -107,7 +107,7 @@ def write_chat(folder: str | Path, *, trees: int, dialogues: int, seed: int) -> 
     _write_lines(folder / "mt_bench" / "reference_answer" / "gpt-4.jsonl", references)
     rng = random.Random(f"dialogues {seed}")
     lines = ["\t".join(_dialogue(rng, draw())) for _ in range(dialogues)]
-    write_atomically(folder / "text" / "dialogues.txt", "\n".join(lines) + "\n")
+    write_text(folder / "text" / "dialogues.txt", "\n".join(lines) + "\n")
 
 
 def ask(request: str, sentence: Sentence, first: bool) -> str:

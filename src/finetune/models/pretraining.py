@@ -18,7 +18,7 @@ from finetune.data.chat import ChatTemplate
 from finetune.data.oasst import PackedSplit, pack
 from finetune.models.load import no_file_bars
 from finetune.models.tokenizers import SPECIAL, train_llama_tokenizer, train_tokenizer
-from finetune.store.files import folder_atomically
+from finetune.store.files import folder_atomically, read_text
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,10 @@ def pretrain(
         ``loss`` (mean over the last tenth of the steps), ``steps``, ``seconds``.
 
     Raises:
-        ValueError: if the corpus is missing or the model type is unknown.
+        ValueError: if the corpus is missing or another than was written, or the model type is unknown.
     """
-    corpus, folder = Path(corpus), Path(folder)
-    if not corpus.is_file():
-        raise ValueError(f"{corpus} does not exist; the generate stage writes it.")
-    lines = corpus.read_text().splitlines()
+    folder = Path(folder)
+    lines = read_text(corpus).splitlines()
     length = architecture["max_position_embeddings"] - 2
     tokenizer = train_tokenizer(lines, architecture["model_type"], options.vocab_size, length)
     torch.manual_seed(options.seed)
@@ -153,9 +151,7 @@ def _train_and_save(
 
 
 def _read_dialogues(path: Path) -> list[list[str]]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; the generate stage writes it.")
-    turns = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line]
+    turns = [line.split("\t") for line in read_text(path).splitlines() if line]
     if odd := [number for number, line in enumerate(turns, 1) if len(line) % 2 or not all(line)]:
         raise ValueError(f"{path}, line {odd[0]}: needs turns of user and assistant in pairs, separated by tabs.")
     return turns

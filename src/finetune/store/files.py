@@ -17,7 +17,7 @@ import yaml
 
 log = logging.getLogger(__name__)
 
-_KINDS = "csv|html|json|jsonl|journal|md|parquet|png|safetensors|svg|tex|txt|yaml"
+_KINDS = "csv|html|json|jsonl|journal|md|parquet|png|safetensors|sha256|svg|tex|txt|yaml"
 _RANDOM = r"\.(?!s[a-z]{2}$)\w+"  # of tempfile; an editor's swap file, .NAME.swp, is a user's
 _LEFT = re.compile(rf"\.((.+\.({_KINDS})|seed\d+){_RANDOM}|step_\d+)")
 """Names of files, of merged models and of checkpoints that are being written."""
@@ -53,6 +53,31 @@ def sha256(path: Path) -> str:
     """Of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: str | Path, content: str) -> None:
+    """Write a text, and beside it its checksum as ``sha256sum -c`` reads it; see :func:`read_text`."""
+    path = Path(path)
+    write_atomically(path, content)
+    write_atomically(path.with_name(f"{path.name}.sha256"), f"{sha256(path)}  {path.name}\n")
+
+
+def read_text(path: str | Path) -> str:
+    """A text that the generate stage wrote, or one of a user's own, which has no checksum beside it.
+
+    Raises:
+        ValueError: if it is missing, no UTF-8, or not what was written.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; the generate stage writes it.")
+    sums = path.with_name(f"{path.name}.sha256")
+    if sums.is_file() and sums.read_bytes().split()[:1] != [sha256(path).encode()]:
+        raise ValueError(f"{path} is not what {sums.name} was written for: run the generate stage again.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}): run the generate stage again.") from None
 
 
 @contextmanager

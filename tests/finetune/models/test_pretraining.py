@@ -19,6 +19,7 @@ from finetune.data.generated_chat import write_chat
 from finetune.models import pretraining
 from finetune.models.pretraining import Pretraining, pretrain, pretrain_causal
 from finetune.models.tokenizers import train_llama_tokenizer, train_tokenizer
+from finetune.store.files import read_text, write_text
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
 BERT = {"model_type": "bert", "max_position_embeddings": 64, "type_vocab_size": 2} | SIZES
@@ -300,3 +301,27 @@ def test_a_tokenizer_is_the_same_whenever_it_is_learned(kind):
     ] * 3
     first, *others = (train_tokenizer(lines, kind, 320, 64).backend_tokenizer.to_str() for _ in range(4))
     assert others == [first] * 3
+
+
+@pytest.mark.parametrize("name", ["corpus.txt", "dialogues.txt"])
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(b"another text\n", "is not what"), (b"", "is not what"), (None, "does not exist"), (b"\xff", "is not what")],
+)
+def test_a_text_that_was_written_is_read_whole_or_refused(name, content, told, tmp_path):
+    path = tmp_path / name
+    write_text(path, "one\ntwo\n")
+    assert read_text(path) == "one\ntwo\n"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=told):
+        read_text(path)
+
+
+def test_a_users_own_text_needs_no_checksum_but_utf_8(tmp_path):
+    (tmp_path / "mine.txt").write_text("a line\n")
+    assert read_text(tmp_path / "mine.txt") == "a line\n"
+    (tmp_path / "mine.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="is no UTF-8 text"):
+        read_text(tmp_path / "mine.txt")
