@@ -142,7 +142,7 @@ def endpoint(world: World, folder: Path, stage: Stage, limit: float, fault: Mapp
         own = world.copy(folder.with_name(f"{folder.name}-{reply == 'good'}"), stage, done=False)
         with FaultyJudge(reply, fault["when"]) as server:
             words = [*stage.words, "judge=openai", f"judge.base_url={server.base_url}", "judge.max_retries=1"]
-            words += ["judge.timeout=3", "judge.api_key_env=TRUST_KEY"]
+            words += ["judge.timeout=1", "judge.api_key_env=TRUST_KEY", "methods=[full]"]
             outcome = driver.run(own, words, limit=limit, env={"TRUST_KEY": KEY})
         found[reply == "good"] = own, outcome
     (right, first), (folder_, outcome) = found[True], found[False]

@@ -79,7 +79,7 @@ class FaultyJudge:
             def do_POST(self) -> None:
                 status, body = judge.answer(self.rfile.read(int(self.headers.get("Content-Length", 0))))
                 if status == -2:
-                    time.sleep(4)
+                    time.sleep(2)
                 if status < 0:
                     self.close_connection = True
                     return
