@@ -97,6 +97,15 @@ def test_a_worker_that_is_killed_loses_its_job_alone(dying, tmp_path):
     assert not multiprocessing.active_children()
 
 
+@pytest.fixture
+def interruptible():
+    """A shell's background jobs ignore Ctrl-C, and so would these tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_ends_the_workers_at_once():
     """Ctrl-C that reaches the parent alone; from a terminal it reaches the workers too, which end without a word."""
     threading.Timer(1.0, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
