@@ -59,7 +59,7 @@ def folders(tmp_path):
         (RECORD | {"training": {"seconds": 1.0, "steps": 5}}, WRONG),
         ({"run": RECORD["run"]}, WRONG),
         (RECORD | {"score": "0.5"}, WRONG),
-        (RECORD | {"score": 0.75, "checksum": "of the new content"}, WRONG),
+        (RECORD | {"score": 0.75, "sha256": "of the new content"}, WRONG),
         (RECORD | {"score": 0.75, "run": {"config_hash": "b" * 12}}, SAID),
     ],
     ids=["same", "time", "score", "steps", "gone", "text", "sealed", "another run"],
