@@ -2,6 +2,7 @@
 
 python experiments/figure.py figure=figure_02 name=local
 python experiments/figure.py figure=all name=local     # those that the experiment lists, in one process
+python experiments/figure.py figure=figure_steps name=paper experiment=experiments/paper.yaml
 """
 
 import logging
@@ -10,11 +11,13 @@ from typing import Any
 
 from finetune.report.evidence.efficiency_evidence import read_efficiency_evidence
 from finetune.report.evidence.experiment import Experiment, load_experiment
+from finetune.report.evidence.step_evidence import read_steps
 from finetune.report.figures.energy_evidence import PAPER_MODEL, read_looks
 from finetune.report.figures.energy_figure import draw_figure_energy
 from finetune.report.figures.figures_efficiency import draw_figure_cost_curves, draw_figure_efficiency
 from finetune.report.figures.gradient_figures import draw_figure_02, draw_figure_03
 from finetune.report.figures.scores_figure import draw_scores
+from finetune.report.figures.steps_figure import draw_figure_steps
 from finetune.runs.command import script
 from finetune.store import records
 
@@ -27,7 +30,7 @@ GRADIENTS = {"figure_02": draw_figure_02, "figure_03": draw_figure_03, "figure_e
 def main(config: dict[str, Any]) -> None:
     results = Path("results") / config["name"]
     drawers = dict.fromkeys(GRADIENTS, _gradients) | {"figure_efficiency": _efficiency, "figure_cost_curves": _costs}
-    drawers["methods_scores"] = _scores
+    drawers |= {"methods_scores": _scores, "figure_steps": _steps}
     experiment = load_experiment(config["experiment"], config["name"])
     wanted = experiment.figures if config["figure"] == "all" else [config["figure"]]
     if unknown := [name for name in wanted if name not in drawers]:
@@ -48,6 +51,10 @@ def _gradients(name: str, experiment: Experiment, results: Path) -> list[Path]:
 def _efficiency(name: str, experiment: Experiment, results: Path) -> list[Path]:
     evidence = read_efficiency_evidence(experiment, results)
     return draw_figure_efficiency(evidence, results / "figures", experiment.labels)
+
+
+def _steps(name: str, experiment: Experiment, results: Path) -> list[Path]:
+    return draw_figure_steps(read_steps(results), results / "figures", experiment.labels)
 
 
 def _costs(name: str, experiment: Experiment, results: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 python experiments/table.py number=9 name=local
 python experiments/table.py number=[3,7,8] name=local
+python experiments/table.py number=steps name=paper experiment=experiments/paper.yaml
 python experiments/table.py number=all name=local questions=mt_bench_inf
 """
 
@@ -13,8 +14,11 @@ from finetune.mt_bench.questions import load_questions
 from finetune.mt_bench.scores import categories_of
 from finetune.report.evidence.efficiency_evidence import read_efficiency_evidence
 from finetune.report.evidence.evidence import read_evidence
-from finetune.report.evidence.experiment import load_experiment
+from finetune.report.evidence.experiment import Experiment, load_experiment
+from finetune.report.evidence.step_evidence import read_steps
+from finetune.report.model import Table
 from finetune.report.tables.render import write_files
+from finetune.report.tables.steps import build_step_tables
 from finetune.report.tables.tables import build_table
 from finetune.runs.command import script
 
@@ -25,13 +29,25 @@ log = logging.getLogger(__name__)
 def main(config: dict[str, Any]) -> None:
     results = Path("results") / config["name"]
     experiment = load_experiment(config["experiment"], config["name"])
-    numbers = experiment.tables if config["number"] == "all" else config["number"]
-    evidence, measured = read_evidence(experiment, results), read_efficiency_evidence(experiment, results)
-    categories = _categories(config.get("questions"))
-    for number in [numbers] if isinstance(numbers, int) else numbers:
-        table = build_table(number, evidence, measured, categories=categories)
+    wanted = config["number"]
+    tables = [] if wanted == "steps" else _of_the_paper(wanted, experiment, results, config.get("questions"))
+    if wanted in ("all", "steps"):
+        own = build_step_tables(read_steps(results), experiment)
+        if wanted == "steps" and not own:
+            raise ValueError(f"{results} holds no step in a graph, of before or of a decoder: see docs/hardware.md.")
+        tables += own
+    for table in tables:
         for path in write_files(results / "tables", table):
             log.info("%s", path)
+
+
+def _of_the_paper(
+    wanted: int | list[int] | str, experiment: Experiment, results: Path, questions: dict[str, Any] | None
+) -> list[Table]:
+    numbers = experiment.tables if wanted == "all" else [wanted] if isinstance(wanted, int) else wanted
+    evidence, measured = read_evidence(experiment, results), read_efficiency_evidence(experiment, results)
+    categories = _categories(questions)
+    return [build_table(number, evidence, measured, categories=categories) for number in numbers]
 
 
 def _categories(place: dict[str, Any] | None) -> dict[int, str] | None:

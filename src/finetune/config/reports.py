@@ -99,7 +99,7 @@ class Table(Group):
     number: Annotated[
         Annotated[Annotated[int, Ge(1), Le(15)], Tag("<one>")]
         | Annotated[Some[Annotated[int, Ge(1), Le(15)]], Tag("<list>")]
-        | Annotated[Literal["all"], Tag("<text>")],
+        | Annotated[Literal["all", "steps"], Tag("<text>")],
         Discriminator(lambda value: "<list>" if isinstance(value, list) else kind(value)),
     ]
     questions: Questions | None = None

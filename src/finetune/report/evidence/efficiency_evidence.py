@@ -13,6 +13,9 @@ from finetune.store import records as files
 
 PAPER_MODEL = "roberta_base"
 
+BY_HAND = "hand"
+"""Experiment of a record that was measured outside the pipeline: it is of the one in whose folder it lies."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -94,7 +97,7 @@ def collect_efficiency_evidence(
         ValueError: If a record is incomplete, holds a value that is no number above 0, or two are of the same task.
     """
     model = next(iter(experiment.efficiency_models), "")
-    allowed = {"experiment": [experiment.name], "protocol": [experiment.protocol], "model": [model]}
+    allowed = {"experiment": [experiment.name, BY_HAND], "protocol": [experiment.protocol], "model": [model]}
     found: dict[str, TaskRecord] = {}
     methods: dict[str, str] = {}
     left_out = []

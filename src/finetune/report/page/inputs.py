@@ -15,8 +15,8 @@ from finetune.report.model import Table, read_table
 from finetune.store import records
 
 _NEEDED = ("name", "protocol", "scale", "tasks", "stands_for", "tables")
-_NOT_RECORDS = ("chat", "data", "figures", "gradients", "models", "tables")
-"""Folders of an experiment without records of runs."""
+_NOT_RECORDS = ("before", "chat", "data", "figures", "gradients", "models", "tables")
+"""Folders of an experiment without records of its runs: `before` holds those of an earlier commit."""
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,8 @@ def to_text(suffix: str, table: Table) -> str:
 def summary_notes(table: Table) -> list[str]:
     """Say what the cells themselves tell: how many of each verdict, how many runs, what did not run."""
     counts = {verdict: sum(cell.verdict == verdict for cell in table.cells) for verdict in VERDICTS}
-    lines = [f"Verdicts: {', '.join(f'{MARKS[v]} {v} ({count})' for v, count in counts.items())}."]
+    verdicts = f"Verdicts: {', '.join(f'{MARKS[v]} {v} ({count})' for v, count in counts.items())}."
+    lines = [verdicts] if table.number else []
     sizes = sorted({cell.n for cell in table.cells if cell.n is not None})
     spread = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else "".join(map(str, sizes))
     lines += [f"n ({table.counted}): {spread}."] if sizes else []
@@ -120,10 +121,15 @@ def _source(cell: Cell) -> str:
     return "; ".join([*parts.values(), *reasons, *flags, *released])
 
 
-def _markdown_cell(cell: Cell | None) -> str:
-    """Ours with its interval and mark, the paper's, the logs'; a dash where a row has no such column."""
+def _markdown_cell(cell: Cell | None, number: int | None) -> str:
+    """Ours with its interval and mark, the paper's, the logs'; a dash where a row has no such column.
+
+    Of a table that the paper lacks (its number is None), ours alone.
+    """
     if cell is None:
         return "–"
+    if number is None:
+        return _number(cell, cell.value)
     ours = cell.verdict
     if cell.value is not None:
         ours = " ".join(part for part in (_number(cell, cell.value), _interval(cell), MARKS[cell.verdict]) if part)
