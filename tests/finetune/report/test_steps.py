@@ -40,7 +40,9 @@ def record(place, *variants, before=False, rows=32, **changes):
         "status": "finished",
         "run": {"experiment": "paper", "kind": "efficiency", "model": folder.split("-")[0], "task": task},
         "model": {"title": "A model"},
-        "treatment": {"precision": "bf16", "batch_size": rows},
+        "treatment": {"precision": "bf16", "batch_size": rows}
+        | ({"graphs": "auto"} if "graphs" in folder else {})
+        | ({"checkpointing": True} if "checkpointing" in folder else {}),
         "lengths": {"mean_slots": 16.0 * rows},
         "device": {"name": "a card"},
         "warnings": [],

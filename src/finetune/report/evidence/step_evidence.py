@@ -21,8 +21,6 @@ EAGER, GRAPHS, BEFORE = "eager", "graphs", "before"
 MODES = {EAGER: "now", GRAPHS: "now, in graphs", BEFORE: "before"}
 """How steps were taken -> what readers call it; those of before are eager."""
 
-CHECKPOINTING = "-checkpointing"
-
 
 @dataclass(frozen=True)
 class Step:
@@ -51,6 +49,7 @@ class Setting:
         place: Folder and name of its records, such as `roberta_base-sound/cola`; a setting of the protocol printed
             has the model's folder.
         rows, tokens: Of a batch; tokens are those of a padded row, the mean over batches.
+        checkpointing: Whether activations are computed again in the backward pass.
         steps: Mode -> variant -> step.
         facts: Mode -> the record.
     """
@@ -62,6 +61,7 @@ class Setting:
     precision: str
     rows: int
     tokens: float
+    checkpointing: bool
     steps: dict[str, dict[str, Step]] = field(default_factory=dict)
     facts: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -69,10 +69,6 @@ class Setting:
     def decoder(self) -> bool:
         """Whether its task is a number of rows, not one of GLUE."""
         return re.fullmatch(r"rows\d+", self.task) is not None
-
-    @property
-    def checkpointing(self) -> bool:
-        return self.place.partition("/")[0].endswith(CHECKPOINTING)
 
     def name(self, labels: Labels) -> str:
         """What readers call it: its task, or its rows, and precision."""
@@ -104,9 +100,9 @@ def read_steps(results: Path) -> list[Setting]:
 
 def _put(found: dict[str, Setting], path: Path, record: Mapping[str, Any], *, before: bool) -> None:
     stem = path.parent.name
-    mode = BEFORE if before else GRAPHS if stem.endswith("-graphs") else EAGER
     place = f"{stem.removesuffix('-graphs').removesuffix('-printed')}/{path.stem}"
     name, treatment = path.as_posix(), record["treatment"]
+    mode = BEFORE if before else EAGER if treatment.get("graphs", "off") == "off" else GRAPHS
     rows = read_key(name, record, "treatment", "batch_size")
     setting = found.setdefault(
         place,
@@ -118,6 +114,7 @@ def _put(found: dict[str, Setting], path: Path, record: Mapping[str, Any], *, be
             precision=treatment["precision"],
             rows=rows,
             tokens=read_key(name, record, "lengths", "mean_slots") / rows,
+            checkpointing=treatment.get("checkpointing", False),
         ),
     )
     setting.steps[mode] = dict(_steps(name, record))

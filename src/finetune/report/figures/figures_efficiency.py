@@ -33,6 +33,8 @@ _FORMS = {
     "rotated_regular": ("SparseGrad, the paper's layer", "rotated"),
     "rotated_sparse_by_dense": ("the same, sparse by dense", "rotated"),
     "folded": ("SparseGrad, folded", "sparsegrad"),
+    "folded_backward": ("the same, layer by layer", "sparsegrad"),
+    **{f"folded_{name}": (f"the same, rotated in {name}", "sparsegrad") for name in ("float32", "tf32", "bf16")},
     "truncated": ("SparseGrad, truncated", "truncated"),
     "truncated_input": ("SparseGrad, truncated (inputs)", "truncated"),
     "floor": ("frozen layer: the floor", ""),

@@ -90,8 +90,8 @@ def _handle(mode: str) -> Any:
     from matplotlib.lines import Line2D
 
     marker, filled = _MARKS[mode]
-    look = {"color": "none", "mec": GREY, "mfc": GREY if filled else "none", "marker": marker}
-    return Line2D([], [], **look, label=MODES[mode])
+    face = GREY if filled else "none"
+    return Line2D([], [], color="none", mec=GREY, mfc=face, marker=marker, label=MODES[mode])
 
 
 def _words(shown: Sequence[Setting], modes: Sequence[str], labels: Labels) -> Words:

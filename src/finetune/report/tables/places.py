@@ -10,6 +10,8 @@ from finetune.report.paper.layouts import GLUE_TABLES, K_TABLES, LLAMA_TABLE, SE
 
 OWN_LABELS = {
     "folded": "SparseGrad, folded",
+    "folded_backward": "SparseGrad, folded layer by layer",
+    **{f"folded_{name}": f"SparseGrad, folded, rotated in {name}" for name in ("float32", "tf32", "bf16")},
     "truncated": "SparseGrad, truncated",
     "truncated_input": "SparseGrad, truncated (inputs)",
 }
