@@ -41,9 +41,7 @@ def main(config: dict[str, Any]) -> None:
             log.info("%s", path)
 
 
-def _of_the_paper(
-    wanted: int | list[int] | str, experiment: Experiment, results: Path, questions: dict[str, Any] | None
-) -> list[Table]:
+def _of_the_paper(wanted: Any, experiment: Experiment, results: Path, questions: dict[str, Any] | None) -> list[Table]:
     numbers = experiment.tables if wanted == "all" else [wanted] if isinstance(wanted, int) else wanted
     evidence, measured = read_evidence(experiment, results), read_efficiency_evidence(experiment, results)
     categories = _categories(questions)

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from finetune.config.check import check_script
+from finetune.report.tables.targets import fill
 from finetune.store.catalog import read_methods
 from finetune.trust.campaign import table
 
@@ -126,6 +127,11 @@ def test_ratios_at_true_size_are_those_of_the_record():
         found = by_name[names[label]]
         expected = f"{found['ratio_to_full']['mean']:.2f}", f"{found['memory']['peak_training'] / peak:.2f}"
         assert (speed, memory) == expected, label
+
+
+def test_what_was_reached_on_a_card_is_what_its_records_say():
+    page = (ROOT / "docs/hardware.md").read_text()
+    assert fill(page, ROOT / "results/paper") == page, "python experiments/targets.py name=paper"
 
 
 def test_energies_are_those_of_the_record():

@@ -24,6 +24,7 @@ SCRIPTS: dict[str, Any] = {
     "report": reports.Report,
     "table": reports.Table,
     "figure": reports.Figure,
+    "targets": reports.Targets,
     "examples": reports.Examples,
     "statistics": reports.Statistics,
     "fetch": reports.Fetch,

@@ -105,6 +105,13 @@ class Table(Group):
     questions: Questions | None = None
 
 
+class Targets(Group):
+    """``conf/targets.yaml``."""
+
+    name: Name
+    page: PathText
+
+
 class Figure(Group):
     """``conf/figure.yaml``."""
 

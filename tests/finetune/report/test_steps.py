@@ -149,7 +149,8 @@ def test_the_figure_shows_what_was_measured_before_with_what_is_now(results, tmp
 
 
 def test_records_of_before_are_what_was_imported():
-    paths, readme = sorted(BEFORE.rglob("*.json")), (BEFORE / "README.md").read_text()
+    readme = (BEFORE / "README.md").read_text()
+    paths = [path for path in sorted(BEFORE.rglob("*.json")) if path.name != "counts.json"]
     assert len(paths) == 9
     for path in paths:
         one = records.read_json(path)
