@@ -49,9 +49,9 @@ def plan_experiment(experiment: Experiment, cards: Sequence[Processor], settings
 def _throughput(experiment: Experiment, cards: Sequence[Processor], utilisation: Mapping[str, float]) -> Throughput:
     facts = [*published_facts(), *recorded_facts(experiment.results, cards, experiment.lists["name"])]
 
-    def cost(model: str, method: str) -> Cost | None:
+    def cost(model: str, method: str, checkpointing: bool | None) -> Cost | None:
         try:
-            return experiment.cost(model, method)
+            return experiment.cost(model, method, checkpointing)
         except FileNotFoundError:  # a record of a model or method that the configuration has no more
             return None
 

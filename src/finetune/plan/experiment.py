@@ -132,11 +132,12 @@ class Experiment:
         group = self.model(model)
         return meta_model(group["architecture"], causal="template" in group)
 
-    def _cost(self, model: str, method: str) -> Cost:
-        """Operations of a method on a model."""
+    def _cost(self, model: str, method: str, checkpointing: bool | None = None) -> Cost:
+        """Operations of a method on a model; checkpointing as its scale says, unless it is given."""
         config = self.problem(model, method).config
         chosen = build_method(*_groups(config), bases={}, one_backward_a_step=True)
-        return cost_of(self.plain(model), chosen, checkpointing=config["scale"].get("gradient_checkpointing", False))
+        own = config["scale"].get("gradient_checkpointing", False)
+        return cost_of(self.plain(model), chosen, checkpointing=own if checkpointing is None else checkpointing)
 
     def shapes(self, model: str) -> dict[str, Shape]:
         """Layer kind -> shape of SparseGrad's target matrices."""

@@ -84,8 +84,8 @@ def padded_tokens(results: Path, model: Mapping[str, Any], protocol: Mapping[str
     limit = min(protocol["max_length"], (model["architecture"] or {}).get("max_position_embeddings", 10**9))
     if protocol["padding"] == "max_length":
         return limit, "protocol.max_length"
-    for path in sorted(results.glob(f"*/efficiency/{model['name']}/{task}.json")):
+    for path in sorted(results.glob(f"*/efficiency/{model['name']}*/{task}.json")):
         record = records.read_record(path)
-        if record["treatment"]["padding"] == "longest":
+        if record["run"]["model"] == model["name"] and record["treatment"]["padding"] == "longest":
             return record["lengths"]["mean_slots"] / record["treatment"]["batch_size"], str(path)
     return limit, "protocol.max_length, an upper bound: rows are padded to the longest of a batch"

@@ -1,9 +1,10 @@
 """How fast a card works: from what was measured on it, or from its peak and a named assumption.
 
 A measured number of steps a second, times the operations of its step, is a rate in operations a second. For a cell the
-best there is: ``measured`` (same card, model and method, at the same precision), ``scaled`` (same card, another model
-or method; on a CPU another precision too), ``calculated`` (peak x utilisation). Small models are bound by starting
-kernels, not by operations: where nothing was measured, a step takes at least ``block_seconds`` for each block.
+best there is: ``measured`` (same card, model and method, at the same precision, in graphs where the run is), ``scaled``
+(same card, another model or method, or not in graphs; on a CPU another precision too), ``calculated`` (peak x
+utilisation). Small models are bound by starting kernels, not by operations: where nothing was measured, a step takes at
+least ``block_seconds`` for each block.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ class Fact:
         card: name of a processor.
         tokens: of a padded row; None: what the plan takes for the task.
         source: where it stands.
+        graphs: whether passes came from CUDA graphs.
+        checkpointing: whether activations were computed again; None: as the experiment does.
     """
 
     card: str
@@ -76,6 +79,8 @@ class Fact:
     precision: str
     steps_per_second: float
     source: str
+    graphs: bool = False
+    checkpointing: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -124,9 +129,10 @@ def recorded_facts(results: Path, cards: Sequence[Processor], planned: str) -> I
             name = _METHOD_OF_FORM.get(variant["name"], variant["name"])
             if variant["status"] == "finished":
                 shape = (treatment["batch_size"], record["lengths"]["mean_slots"] / treatment["batch_size"])
-                measured = (treatment["precision"], variant["steps_per_second"])
+                measured = (treatment["precision"], variant["steps_per_second"], str(path))
+                how = (treatment.get("graphs", "off") != "off", treatment.get("checkpointing", False))
                 for card in _cards(cards, record["device"]):
-                    yield Fact(card, run["model"], name, run["task"], *shape, *measured, str(path))
+                    yield Fact(card, run["model"], name, run["task"], *shape, *measured, *how)
     for folder in sorted(results.glob("*/runs")):
         if folder.parent.name != planned:
             yield from _of_runs(folder, cards)
@@ -143,8 +149,9 @@ def _of_runs(folder: Path, cards: Sequence[Processor]) -> Iterator[Fact]:
         run, treatment = record["run"], record["treatment"]
         tokens = treatment.get("packed_tokens")
         shape = (record["hyperparameters"]["batch_size"], tokens, treatment["precision"])
+        graphs = record["training"].get("captured_steps", 0) > 0
         for card in _cards(cards, record["device"]):
-            yield Fact(card, run["model"], run["method"], run["task"], *shape, 1 / seconds, str(path))
+            yield Fact(card, run["model"], run["method"], run["task"], *shape, 1 / seconds, str(path), graphs)
 
 
 def _cards(cards: Sequence[Processor], device: Mapping[str, Any]) -> list[str]:
@@ -156,7 +163,8 @@ class Throughput:
 
     Args:
         facts: what was measured.
-        costs: (model, method) -> :class:`Cost`, None where that model or method is not known.
+        costs: (model, method, checkpointing as of a fact) -> :class:`Cost`, None where that model or method is not
+            known.
         tokens: (model, task) -> tokens of a padded row, for facts that do not say.
         utilisation: share of its peak that a card reaches, by precision: an assumption.
     """
@@ -164,29 +172,34 @@ class Throughput:
     def __init__(
         self,
         facts: Sequence[Fact],
-        costs: Callable[[str, str], Cost | None],
+        costs: Callable[[str, str, bool | None], Cost | None],
         tokens: Callable[[str, str], float],
         utilisation: Mapping[str, float],
     ) -> None:
         self.utilisation = utilisation
         self._rates: list[tuple[Fact, float]] = []
         for fact in facts:
-            cost = costs(fact.model, fact.method)
+            cost = costs(fact.model, fact.method, fact.checkpointing)
             if cost is not None:
                 length = fact.tokens or tokens(fact.model, fact.task)
                 self._rates.append((fact, fact.steps_per_second * cost.training(fact.batch, length)))
 
-    def rate(self, card: Processor, model: str, method: str, task: str, precision: str) -> Rate:
-        """The best that is known of a card for a cell."""
+    def rate(
+        self, card: Processor, model: str, method: str, task: str, precision: str, *, graphs: bool = False
+    ) -> Rate:
+        """The best that is known of a card for a cell whose passes come from CUDA graphs, or do not; a CPU has none."""
+        graphs = graphs and card.match != "cpu"
         here = [(fact, rate) for fact, rate in self._rates if fact.card == card.name]
-        same = [(f, r) for f, r in here if (f.model, f.method, f.precision) == (model, method, precision)]
+        cell = (model, method, precision, graphs)
+        same = [(f, r) for f, r in here if (f.model, f.method, f.precision, f.graphs) == cell]
         for found in ([(f, r) for f, r in same if f.task == task], same):
             if found:
                 return _middle(found, MEASURED)
         alike = [(f, r) for f, r in here if f.precision == precision or card.match == "cpu"]
         for found in ([(f, r) for f, r in alike if f.model == model], alike):
             if found:
-                return _middle([(f, r) for f, r in found if f.method == method] or found, SCALED)
+                like = [(f, r) for f, r in found if f.method == method] or found
+                return _middle([(f, r) for f, r in like if f.graphs == graphs] or like, SCALED)
         if precision in card.peak:
             share = self.utilisation[precision]
             source = f"{precision} peak {card.peak[precision] / 1e12:g} TFLOP/s x {share:g}"

@@ -46,6 +46,7 @@ class Training(Work):
         batch, tokens: rows of a step, tokens of a row.
         interval: steps between evaluations; None: none.
         evaluated: rows of an evaluation.
+        graphs: whether its passes come from CUDA graphs where a card has them.
     """
 
     batch: int
@@ -54,6 +55,7 @@ class Training(Work):
     cost: Cost = field(repr=False)
     interval: int | None = None
     evaluated: int = 0
+    graphs: bool = False
 
     def operations(self, steps: float) -> float:
         """Of one run of so many steps."""
@@ -64,7 +66,7 @@ class Training(Work):
 
     def seconds(self, card: Processor, speed: Throughput, *, stopped: bool = False) -> Seconds:
         steps = self.stopped if stopped and self.stopped is not None else self.steps
-        rate = speed.rate(card, self.model, self.method, self.task, self.precision)
+        rate = speed.rate(card, self.model, self.method, self.task, self.precision, graphs=self.graphs)
         if rate.value is None:
             return None, rate.kind, rate.source
         found = self.operations(steps) / rate.value

@@ -131,7 +131,7 @@ def fact(**changes):
 
 
 def speed(*facts):
-    return Throughput(facts, lambda model, method: UNIT, lambda model, task: 10.0, {"fp32": 0.5, "bandwidth": 0.5})
+    return Throughput(facts, lambda *_: UNIT, lambda model, task: 10.0, {"fp32": 0.5, "bandwidth": 0.5})
 
 
 def test_the_best_rate_is_taken_and_named():
@@ -151,6 +151,20 @@ def test_the_best_rate_is_taken_and_named():
     assert speed(fact(precision="bf16")).rate(CARD, "m", "full", "cola", "fp32").kind == "calculated"
     cpu = Processor("card", match="cpu")
     assert speed(fact(precision="bf16")).rate(cpu, "m", "full", "cola", "fp32").kind == "scaled"
+
+
+def test_a_rate_is_measured_only_in_the_mode_that_the_runs_take():
+    eager, graphs = fact(), fact(graphs=True, steps_per_second=8.0)
+    both = speed(eager, graphs)
+    rates = [both.rate(CARD, "m", "full", "cola", "fp32", graphs=mode) for mode in (False, True)]
+    assert [(r.value, r.kind) for r in rates] == [(600, "measured"), (2400, "measured")]
+    other = both.rate(CARD, "m", "lora", "cola", "fp32", graphs=True)
+    assert (other.value, other.kind) == (2400, "scaled")
+    assert speed(eager).rate(CARD, "m", "full", "cola", "fp32", graphs=True).kind == "scaled"
+    cpu = Processor("card", match="cpu")  # has no graphs
+    assert speed(eager).rate(cpu, "m", "full", "cola", "fp32", graphs=True).kind == "measured"
+    sizes = {"runs": 1, "steps": 20, "batch": 10, "tokens": 10.0, "precision": "fp32", "cost": UNIT}
+    assert Training(**WHERE, **sizes, graphs=True).seconds(CARD, both)[0] == pytest.approx(20 * 300 / 2400)
 
 
 def test_time_of_runs_with_their_evaluations():
@@ -228,6 +242,25 @@ def test_what_was_taken_is_read_from_records(results):
     assert taken(results, "none", [CARD]) == {}
 
 
+def test_a_cards_records_are_rates_of_their_mode(tmp_path):
+    for folder, how in (("m-sound-graphs", {"graphs": "auto"}), ("m-checkpointing", {"checkpointing": True})):
+        record = {
+            "run": {"model": "m", "task": "cola"},
+            "treatment": {"batch_size": 32, "precision": "bf16"} | how,
+            "lengths": {"mean_slots": 512.0},
+            "device": {"type": "cuda", "name": "Big Card 1 (80 GB)"},
+            "variants": [{"name": "folded", "status": "finished", "steps_per_second": 4.0}],
+        }
+        records.write_json(tmp_path / f"paper/efficiency/{folder}/cola.json", record)
+        records.write_json(tmp_path / f"paper/before/efficiency/{folder}/cola.json", record)
+    again, graphs = recorded_facts(tmp_path, [CARD], "paper")  # what was before is no rate of today's
+    assert (graphs.graphs, graphs.checkpointing, again.graphs, again.checkpointing) == (True, False, False, True)
+    assert (graphs.method, graphs.batch, graphs.tokens, graphs.steps_per_second) == ("sparsegrad", 32, 16.0, 4.0)
+    asked = []
+    Throughput([again, graphs], lambda *names: asked.append(names) or UNIT, lambda *_: 1.0, {})
+    assert asked == [("m", "sparsegrad", True), ("m", "sparsegrad", False)]
+
+
 # Sizes
 
 
@@ -261,8 +294,10 @@ def test_tokens_of_a_row(tmp_path):
     longest, source = padded_tokens(tmp_path, model, PROTOCOL, "cola")
     assert longest == 64 and "an upper bound" in source
     record = {"treatment": {"padding": "longest", "batch_size": 32}, "lengths": {"mean_slots": 320}}
-    records.write_json(tmp_path / "any/efficiency/m/cola.json", record)
-    assert padded_tokens(tmp_path, model, PROTOCOL, "cola")[0] == 10
+    for folder, name in (("m", "another"), ("m-sound", "m")):
+        records.write_json(tmp_path / f"any/efficiency/{folder}/cola.json", record | {"run": {"model": name}})
+    found, source = padded_tokens(tmp_path, model, PROTOCOL, "cola")
+    assert found == 10 and "m-sound" in source
 
 
 def test_blocks_come_from_a_record_then_from_the_assumption(tmp_path):
