@@ -60,6 +60,7 @@ def results(tmp_path):
         record("m-sound/cola", full, variant("folded", 120.0, 1.7e9), before=True, note="of an earlier commit"),
         record("m-printed-graphs/mrpc", full),
         record("m/mrpc", full, warnings=["others were there"]),
+        record("m-printed-folded/mrpc", variant("full", 1.0, 2e9), variant("folded_tf32", 50.0, 1.6e9)),
         record("d/rows8", variant("full", 300.0, 40e9, 300.0), rows=8),
         record("d-checkpointing/rows2", variant("lora", 200.0, 20e9), rows=2),
         record("d/rows8", full, rows=8, before=True),
@@ -77,6 +78,8 @@ def test_settings_hold_their_modes(results):
     assert found["m/mrpc"].modes() == ["eager", "graphs"]  # the protocol printed has no name among eager ones
     folded = found["m-sound/cola"].step("graphs", "folded")
     assert (folded.seconds, folded.over_full, folded.peak_over_full) == pytest.approx((0.011, 11 / 8, 1.8 / 2.2))
+    mrpc = found["m/mrpc"].steps["eager"]  # choices of the folded form beside the others, with their own full
+    assert {name: step.seconds for name, step in mrpc.items()} == {"full": 0.04, "folded_tf32": 0.05}
     lora = found["d-checkpointing/rows2"]
     assert lora.step("eager", "lora").peak_over_full is None and lora.checkpointing and lora.decoder
     assert lora.step("eager", "full") is None and (lora.rows, lora.tokens) == (2, 16.0)

@@ -50,13 +50,16 @@ def test_each_quantity_is_looked_up_in_its_mode():
     assert rows["waits a step, 24 layers"] == ["288", "at most 8", "7", "yes"]
     assert rows["operations of the optimizer's step"] == ["2,522", "at most 400", "390", "yes"]
     assert rows["folded / full, bf16, CoLA and MRPC"] == ["3.000, -", "at most 1.15", "1.100, 1.250", "no"]
-    graphs = rows["folded / full in graphs, bf16, 512 and 4,096 tokens"]
-    assert graphs == ["-", "at most 1.5, 1.3", "1.500, 1.400", "no"]
+    graphs = rows["folded / full in graphs, bf16: 512 and 4,096 tokens, CoLA and MRPC"]
+    assert graphs == ["-", "at most 1.5, 1.3, 1.5, 1.3", "1.500, 1.400, -, -", "no"]
     assert rows["folded / full, fp32, padded to 128"][2:] == ["-", "not measured"]
     assert rows["MeProp / full, bf16, CoLA and MRPC"] == ["2.250, -", "at most 1.1", "1.200, -", "no"]
     gain = rows["eager / graphs, CoLA: full, LoRA, truncated"]
     assert gain == ["-", "at least 3", "5.00, 3.00, 4.00", "yes"]
-    assert rows["truncated / LoRA in graphs, bf16, 4,096 tokens"][2:] == ["0.688", "yes"]
+    assert rows["truncated (the faster) / LoRA in graphs, 4,096 tokens: bf16, fp32"][2:] == [
+        "0.688, -",
+        "partly measured",
+    ]
     assert rows["peak, truncated / full: CoLA, MRPC, padded"][2:] == ["0.690, -, -", "partly measured"]
     assert rows["LLaMa-2-7B, 8 rows: truncated (inputs) / LoRA"][2:] == ["0.900", "yes"]
     assert rows["the same, peak"][2:] == ["0.968", "no"]

@@ -20,6 +20,8 @@ from finetune.store import records
 EAGER, GRAPHS, BEFORE = "eager", "graphs", "before"
 MODES = {EAGER: "now", GRAPHS: "now, in graphs", BEFORE: "before"}
 """How steps were taken -> what readers call it; those of before are eager."""
+_MODES = re.compile(r"(-graphs|-folded)+$")
+"""Ends of the folders of one setting's records: in graphs, and choices of the folded form."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Setting:
             has the model's folder.
         rows, tokens: Of a batch; tokens are those of a padded row, the mean over batches.
         checkpointing: Whether activations are computed again in the backward pass.
-        steps: Mode -> variant -> step.
-        facts: Mode -> the record.
+        steps: Mode -> variant -> step. What a second record of the setting measured again is left out.
+        facts: Mode -> the records.
     """
 
     place: str
@@ -63,7 +65,7 @@ class Setting:
     tokens: float
     checkpointing: bool
     steps: dict[str, dict[str, Step]] = field(default_factory=dict)
-    facts: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    facts: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)
 
     @property
     def decoder(self) -> bool:
@@ -99,8 +101,7 @@ def read_steps(results: Path) -> list[Setting]:
 
 
 def _put(found: dict[str, Setting], path: Path, record: Mapping[str, Any], *, before: bool) -> None:
-    stem = path.parent.name
-    place = f"{stem.removesuffix('-graphs').removesuffix('-printed')}/{path.stem}"
+    place = f"{_MODES.sub('', path.parent.name).removesuffix('-printed')}/{path.stem}"
     name, treatment = path.as_posix(), record["treatment"]
     mode = BEFORE if before else EAGER if treatment.get("graphs", "off") == "off" else GRAPHS
     rows = read_key(name, record, "treatment", "batch_size")
@@ -117,8 +118,8 @@ def _put(found: dict[str, Setting], path: Path, record: Mapping[str, Any], *, be
             checkpointing=treatment.get("checkpointing", False),
         ),
     )
-    setting.steps[mode] = dict(_steps(name, record))
-    setting.facts[mode] = record
+    setting.steps[mode] = dict(_steps(name, record)) | setting.steps.get(mode, {})
+    setting.facts.setdefault(mode, []).append(record)
 
 
 def _steps(path: str, record: Mapping[str, Any]) -> Iterator[tuple[str, Step]]:

@@ -95,7 +95,8 @@ def _handle(mode: str) -> Any:
 
 
 def _words(shown: Sequence[Setting], modes: Sequence[str], labels: Labels) -> Words:
-    records = [record for one in shown for record in one.facts.values()]
+    records = [record for one in shown for found in one.facts.values() for record in found]
+    before = [record for one in shown for record in one.facts[BEFORE]]
     devices = ", ".join(dict.fromkeys(record["device"]["name"] for record in records))
     sizes = "; ".join(f"{one.name(labels)}: {one.rows} rows of {one.tokens:.0f} tokens" for one in shown)
     warnings = dict.fromkeys(text for record in records for text in record.get("warnings", ()))
@@ -108,7 +109,7 @@ def _words(shown: Sequence[Setting], modes: Sequence[str], labels: Labels) -> Wo
             "one step of the longest batch. Weights are random."
         ),
         notes=(
-            *dict.fromkeys(f"Before: {one.facts[BEFORE]['note']}" for one in shown if "note" in one.facts[BEFORE]),
+            *dict.fromkeys(f"Before: {record['note']}" for record in before if "note" in record),
             *(f"Nothing measured now: {one.name(labels)}." for one in shown if one.modes() == [BEFORE]),
             *(f"Warning: {text}." for text in warnings),
         ),

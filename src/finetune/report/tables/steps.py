@@ -106,18 +106,19 @@ def _cell(
 
 def _facts(settings: Sequence[Setting], labels: Labels) -> Iterator[Note]:
     """Device, and what was before, once; then sizes; then what was not measured, and what disturbed the clock."""
-    devices = dict.fromkeys(record["device"]["name"] for one in settings for record in one.facts.values())
+    records = [record for one in settings for found in one.facts.values() for record in found]
+    devices = dict.fromkeys(record["device"]["name"] for record in records)
     yield Note("machine", f"Measured on {', '.join(devices)}.")
-    notes = dict.fromkeys(one.facts[BEFORE].get("note", "") for one in settings if BEFORE in one.facts)
+    notes = dict.fromkeys(record.get("note", "") for one in settings for record in one.facts.get(BEFORE, ()))
     yield from (Note("machine", f"Before: {text}") for text in notes if text)
     for one in settings:
         size = f"{one.rows} rows of {one.tokens:.0f} tokens, the mean over batches, padding with them"
         yield Note("machine", f"{one.name(labels)}: {size}.")
     for mode, word in MODES.items():
         for one in settings:
-            for entry in one.facts.get(mode, {}).get("variants", ()):
+            for entry in (entry for record in one.facts.get(mode, ()) for entry in record["variants"]):
                 if entry["status"] != "finished":
                     where = f"{one.name(labels)}, {word}"
                     yield Note("loss", f"Not measured, {where}: {entry['name']}: {entry['reason']}.")
-    texts = dict.fromkeys(t for one in settings for record in one.facts.values() for t in record.get("warnings", ()))
+    texts = dict.fromkeys(text for record in records for text in record.get("warnings", ()))
     yield from (Note("warning", f"{text}.") for text in texts)
