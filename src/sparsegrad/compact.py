@@ -41,10 +41,9 @@ class CompactGradient(Tensor):
     """k entries of a gradient.
 
     Args:
-        places: int64, flat indices ``(k,)``, or rows and columns ``(2, k)``, as a COO tensor has them; ascending.
+        places: flat indices, int64 ``(k,)``, ascending; in a truncated basis of a matrix smaller than ``like``.
         entries: ``(k,)``.
         like: the parameter.
-        width: columns of the matrix that the places count in: a gradient in a truncated basis is smaller than ``like``.
 
     Attributes:
         finite: whether the entries are known to be finite: torch's functions may have changed them.
@@ -58,19 +57,12 @@ class CompactGradient(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportPrivateUsage, reportAssignmentType]
 
     @staticmethod
-    def __new__(
-        cls: type[CompactGradient], places: Tensor, entries: Tensor, like: Tensor, width: int
-    ) -> CompactGradient:
+    def __new__(cls: type[CompactGradient], places: Tensor, entries: Tensor, like: Tensor) -> CompactGradient:
         # Declared in the parameter's dtype, as .grad must be; the entries keep the precision of their basis.
         return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=entries.device)  # pyright: ignore
 
-    def __init__(self, places: Tensor, entries: Tensor, like: Tensor, width: int) -> None:
-        self.places, self.entries, self.width, self.finite = places, entries, width, True
-
-    def kept(self) -> tuple[Tensor, Tensor]:
-        """Flat indices, int64 ``(k,)`` and ascending, and their values."""
-        flat = self.places if self.places.dim() == 1 else self.places[0] * self.width + self.places[1]
-        return flat, self.entries
+    def __init__(self, places: Tensor, entries: Tensor, like: Tensor) -> None:
+        self.places, self.entries, self.finite = places, entries, True
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"CompactGradient({len(self.entries)} entries of {tuple(self.shape)})"
@@ -85,14 +77,14 @@ class CompactGradient(Tensor):
         self, compact = args[0], [value for value in args if isinstance(value, CompactGradient)]
         if len(compact) == 1 and self is compact[0]:
             if operation in _COPIES:
-                return CompactGradient(self.places, self.entries.clone(), self, self.width)
+                return CompactGradient(self.places, self.entries.clone(), self)
             if operation in _NORMS:
                 return func(self.entries, *args[1:], **kwargs)
             if operation in _ENTRYWISE:
                 func(_entries(self), *args[1:], **kwargs)
                 return self
             if operation is aten.zero_:  # of zero_grad(set_to_none=False)
-                self.places, self.entries = self.places[..., :0], self.entries[:0]
+                self.places, self.entries = self.places[:0], self.entries[:0]
                 return self
         if operation is aten.add_ and len(compact) == 2 and not len(self.entries):  # zeroed, and then the next one
             self.places, self.entries, self.finite = compact[1].places, compact[1].entries, compact[1].finite

@@ -117,7 +117,7 @@ class CoreLinear(SparseGradLinear):
         return self.keep is not None
 
     @torch.no_grad()
-    def add_(self, indices: Tensor, delta: Tensor, *, held: Tensor | None = None, union: Tensor | None = None) -> None:
+    def add_(self, indices: Tensor, delta: Tensor) -> None:
         """As in the other forms, of the block ``W_rot[:r, :c]``."""
         self.core.view(-1).index_add_(0, indices, delta.to(self.core.dtype))
         self.absorb()

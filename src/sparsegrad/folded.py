@@ -5,7 +5,7 @@ An update dW_rot in rotated coordinates is folded back as ``V^T dW_rot U``: exac
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,29 +15,63 @@ from torch.autograd.function import once_differentiable
 
 from sparsegrad.basis import Basis
 from sparsegrad.linear import autocast
+from sparsegrad.rotation import PRECISIONS, Rotation
+from sparsegrad.select import Rule, top_k
 from sparsegrad.selecting import SelectingLinear
-
-# An operation of a sparse product takes about as long as so many of a dense one (measured, one CPU core).
-SPARSE_COST = 25
 
 
 class FoldedLinear(SelectingLinear):
-    """A plain linear whose gradient is rotated and whose update is folded back; W stays in place."""
+    """A plain linear whose gradient is rotated and whose update is folded back; W stays in place.
+
+    Args:
+        weight, bias, basis, k, select, select_in: as in :class:`~sparsegrad.selecting.SelectingLinear`.
+        rotation: precision of these products: ``auto``, ``float32``, ``tf32`` or ``bf16``
+            (:mod:`sparsegrad.rotation`).
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        basis: Basis | None,
+        k: int,
+        *,
+        select: Rule = top_k,
+        select_in: str = "step",
+        rotation: str = "auto",
+    ) -> None:
+        if rotation not in PRECISIONS:
+            raise ValueError(f"rotation={rotation!r}; allowed: {', '.join(PRECISIONS)}.")
+        super().__init__(weight, bias, basis, k, select=select, select_in=select_in)
+        self.rotation = rotation
+        self._computed = weight.dtype  # what the latest forward pass computed in
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features) -> (..., out_features)``."""
+        if torch.is_grad_enabled():
+            self._computed = autocast(x).dtype
         if self.select_in == "step" or not (self.weight.requires_grad and torch.is_grad_enabled()):
             return F.linear(x, self.weight, self.bias)
         return _FoldedProduct.apply(autocast(x), self.weight, self.bias, self)
 
-    def _gradient_to_rotated(self, dense: Tensor) -> Tensor:
-        return dense if self.basis is None else self.basis.rotate(dense)
+    @property
+    def likeness(self) -> tuple[object, ...]:
+        return *super().likeness, self.rotation, self._computed
 
-    def _add(self, target: Tensor, indices: Tensor, delta: Tensor) -> None:
+    @staticmethod
+    def rotated_gradients(layers: Sequence[FoldedLinear], gradients: Sequence[Tensor]) -> Tensor:
+        stacked = torch.stack(list(gradients))
+        return stacked if layers[0].basis is None else layers[0]._products().rotate(stacked)
+
+    def _add(self, targets: Sequence[Tensor], places: Tensor, delta: Tensor) -> None:
         if self.basis is None:
-            super()._add(target, indices, delta)
+            super()._add(targets, places, delta)
         else:
-            add_rotated_back_(target, self.basis, indices, delta)
+            self._products().back(targets, places, delta)
+
+    def _products(self) -> Rotation:
+        assert self.basis is not None
+        return Rotation(self.basis, self.rotation, self._computed)
 
 
 def rotated_product(basis: Basis, g: Tensor, x: Tensor) -> Tensor:
@@ -61,53 +95,6 @@ def rotated_product(basis: Basis, g: Tensor, x: Tensor) -> Tensor:
     G = (g.T @ x).to(V.dtype)
     G = G if early_g else V @ G
     return G if early_x else G @ U.T
-
-
-def add_rotated_back_(target: Tensor, basis: Basis, indices: Tensor, delta: Tensor) -> None:
-    """``target += V^T dW_rot U``, where dW_rot holds ``delta`` at ``indices`` and is zero elsewhere.
-
-    Only the rows and columns of dW_rot that hold an entry take part: nr rows and nc columns. Its first product, with V
-    or with U, is dense over nr x nc, or sparse over the entries, and the cheaper of these four ways is taken.
-
-    Args:
-        target: ``(out_features, in_features)``.
-        indices: flat, of ``(rank_out, rank_in)``, int64 ``(n,)``, ascending, no duplicates.
-        delta: ``(n,)``, in the target's dtype.
-    """
-    width, (o, i), n = basis.U.shape[0], target.shape, len(indices)
-    rows, row = torch.unique(indices // width, return_inverse=True)
-    columns, column = torch.unique(indices % width, return_inverse=True)
-    nr, nc = len(rows), len(columns)
-    V_first, U_first = nc * o * i, nr * o * i  # operations of the second product; then those of the first
-    costs = {
-        ("V", "dense"): V_first + nr * nc * o,
-        ("U", "dense"): U_first + nr * nc * i,
-        ("V", "sparse"): V_first + SPARSE_COST * n * o,
-        ("U", "sparse"): U_first + SPARSE_COST * n * i,
-    }
-    first, way = min(costs, key=costs.__getitem__)
-    V, U = basis.V.to(delta.dtype), basis.U.to(delta.dtype)
-    if way == "sparse":
-        if first == "V":
-            target.addmm_((_csr(column, indices // width, delta, (nc, len(V))) @ V).T, U[columns])
-        else:
-            target.addmm_(V[rows].T, _csr(row, indices % width, delta, (nr, len(U))) @ U)
-        return
-    block = delta.new_zeros(nr, nc)
-    block[row, column] = delta
-    if first == "V":
-        target.addmm_(V[rows].T @ block, U[columns])
-    else:
-        target.addmm_(V[rows].T, block @ U[columns])
-
-
-def _csr(row: Tensor, column: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    order = torch.argsort(row * shape[1] + column)
-    counts = torch.bincount(row, minlength=shape[0]).cumsum(0)
-    starts = torch.cat((counts.new_zeros(1), counts))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(starts, column[order], values[order], shape, check_invariants=False)
 
 
 class _FoldedProduct(torch.autograd.Function):

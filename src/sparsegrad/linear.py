@@ -9,7 +9,7 @@ W_rot alone; their steps are the same wherever the selected entries lie in that 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, Self, cast
 
@@ -22,6 +22,7 @@ from sparsegrad.basis import Basis
 from sparsegrad.compact import CompactGradient
 from sparsegrad.fingerprint import fingerprint
 from sparsegrad.select import NonFiniteGradient, Rule, insert_sorted, selected
+from sparsegrad.state import Places
 
 
 class SparseGradWeight(nn.Parameter):
@@ -63,9 +64,6 @@ class SparseGradLinear(nn.Module, ABC):
         kind, name: of the layer: whose basis it takes, and how the model calls it.
         start: fingerprint of the weight as the layer was made.
         base: fingerprints of the plain model that the layer was made in, by name.
-        moved: flat indices, int64 and ascending, of the entries in rotated coordinates that steps have moved; None
-            where others have written to the weight, so that any may differ from the base.
-
     Raises:
         ValueError: if the basis has other shapes than the weight.
     """
@@ -79,7 +77,8 @@ class SparseGradLinear(nn.Module, ABC):
         self.kind = self.name = self.start = ""  # set by sparsify
         self.base: Mapping[str, str] = {}  # likewise
         self.basis = None if basis is None else fitting_basis(basis, shape, device)
-        self.moved: Tensor | None = torch.empty(0, dtype=torch.int64, device=device)
+        self._moved: Tensor | None = torch.empty(0, dtype=torch.int64, device=device)
+        self._moving: tuple[Places, int] | None = None  # an optimizer's notes of what it moves, and the place in them
         self._seen = (0, 0)  # of the weight, after the latest step
 
     @classmethod
@@ -98,6 +97,11 @@ class SparseGradLinear(nn.Module, ABC):
         return cast(Tensor, self.weight)
 
     @property
+    def rotated_shape(self) -> tuple[int, int]:
+        """Of a gradient in rotated coordinates."""
+        return (self.out_features, self.in_features) if self.basis is None else self.basis.ranks
+
+    @property
     def selects(self) -> bool:
         """Whether a gradient is replaced by k of its entries before a step."""
         return True
@@ -113,13 +117,12 @@ class SparseGradLinear(nn.Module, ABC):
         """Of the weight of :meth:`to_linear`."""
 
     @abstractmethod
-    def add_(self, indices: Tensor, delta: Tensor, *, held: Tensor | None = None, union: Tensor | None = None) -> None:
+    def add_(self, indices: Tensor, delta: Tensor) -> None:
         """``W_rot.flatten()[indices] += delta``, in the coordinates that the form keeps.
 
         Args:
             indices: flat, int64 ``(n,)``, ascending, no duplicates.
             delta: ``(n,)``.
-            held, union: see :meth:`note_moved`.
         """
 
     @abstractmethod
@@ -154,16 +157,12 @@ class SparseGradLinear(nn.Module, ABC):
             NonFiniteGradient: if the gradient is not finite.
         """
         self.select()
-        gradient = self.selected_gradient()
-        if gradient is None and self.trained.grad is not None:  # nothing is selected: all of it
-            gradient = torch.arange(self.trained.numel(), device=self.trained.device), self.trained.grad.flatten()
-        self.zero_gradient()
-        return gradient
-
-    def selected_gradient(self) -> tuple[Tensor, Tensor] | None:
-        """Indices and values of a gradient that is selected already; None where there is none or it is still dense."""
-        gradient = self.trained.grad
-        return gradient.kept() if isinstance(gradient, CompactGradient) else None
+        gradient, self.trained.grad = self.trained.grad, None
+        if isinstance(gradient, CompactGradient):
+            return gradient.places, gradient.entries
+        if gradient is None:
+            return None
+        return torch.arange(gradient.numel(), device=gradient.device), gradient.flatten()  # nothing is selected
 
     def select(self) -> None:
         """Replace a dense gradient by k of its entries in the rotated basis; no effect when that is done.
@@ -174,7 +173,7 @@ class SparseGradLinear(nn.Module, ABC):
         dense = self.trained.grad
         if self.selects and dense is not None and not isinstance(dense, CompactGradient):
             self.trained.grad = None
-            self.trained.grad = self.compact(self._gradient_to_rotated(dense))
+            self.trained.grad = self.compact(self.rotated_gradients([self], [dense])[0])
 
     def scale_gradient(self, factor: Tensor | float) -> None:
         """Multiply the selected gradient by a finite factor, for clipping."""
@@ -195,19 +194,29 @@ class SparseGradLinear(nn.Module, ABC):
         Raises:
             NonFiniteGradient: if it is not finite.
         """
-        try:
-            indices, values = selected(G_rot, self.k, self.rule)
-        except NonFiniteGradient:
-            raise NonFiniteGradient(self.name) from None
-        return CompactGradient(self._places(indices), values, self.trained, G_rot.shape[1])
+        places, values, finite = selected(G_rot.detach()[None], self.k, self.rule)
+        if not finite:
+            raise NonFiniteGradient(self.name)
+        return CompactGradient(places[0], values[0], self.trained)
 
-    def _gradient_to_rotated(self, dense: Tensor) -> Tensor:
-        """The gradient of :attr:`trained` in rotated coordinates."""
-        return dense
+    # ---- several layers at once: those whose `likeness` is equal ----
 
-    def _places(self, indices: Tensor) -> Tensor:
-        """Flat indices as the form's gradient holds them."""
-        return indices
+    @property
+    def likeness(self) -> tuple[object, ...]:
+        """What layers that are stepped together have in common."""
+        trained = self.trained
+        return type(self), id(self.basis), trained.shape, trained.dtype, trained.device, self.k, self.rule
+
+    @staticmethod
+    def rotated_gradients(layers: Sequence[Any], gradients: Sequence[Tensor]) -> Tensor:
+        """Dense gradients of :attr:`trained` in rotated coordinates, ``(layers, rows, columns)``."""
+        return torch.stack(list(gradients))
+
+    @staticmethod
+    def add_together(layers: Sequence[Any], places: Tensor, delta: Tensor) -> None:
+        """:meth:`add_` of several layers; ``(layers, k)`` both."""
+        for layer, indices, values in zip(layers, places, delta, strict=True):
+            layer.add_(indices, values)
 
     # ---- what others do to the weights ----
 
@@ -218,20 +227,34 @@ class SparseGradLinear(nn.Module, ABC):
         """
         if self._seen != version(self.stored):
             self._seen = version(self.stored)
-            if self.moved is not None and (len(self.moved) or fingerprint(self.stored) != self.start):
+            if (moved := self.moved) is not None and (len(moved) or fingerprint(self.stored) != self.start):
                 self.moved = None
 
-    def note_moved(self, indices: Tensor, held: Tensor | None = None, union: Tensor | None = None) -> None:
-        """Add to :attr:`moved`.
+    @property
+    def moved(self) -> Tensor | None:
+        """Flat indices, int64 and ascending, of the entries in rotated coordinates that steps have moved.
 
-        Args:
-            indices: flat, ascending.
-            held, union: of an optimizer's state before and after ``indices`` came to it; where ``held`` is what is held
-                here, ``union`` is taken as it is, so that both are one tensor.
+        None where others have written to the weight, so that any may differ from the base.
         """
-        if self.moved is not None:
-            shared = union is not None and (self.moved is held or not len(self.moved))
-            self.moved = union if shared else insert_sorted(self.moved, indices)[0]
+        if self._moving is not None and self._moved is not None:
+            places, number = self._moving
+            self._moved = insert_sorted(self._moved, places.of(number).to(self._moved.device))[0]
+        return self._moved
+
+    @moved.setter
+    def moved(self, indices: Tensor | None) -> None:
+        self._moved, self._moving = indices, None
+
+    def note_moved(self, indices: Tensor) -> None:
+        """Add to :attr:`moved` flat indices, ascending."""
+        if self._moved is not None:
+            self._moved = insert_sorted(self._moved, indices)[0]
+
+    def watch(self, places: Places, number: int) -> None:
+        """Count what an optimizer notes from now on to :attr:`moved`: asked for when it is wanted, not at each step."""
+        if self._moved is not None and (self._moving is None or self._moving[0] is not places):
+            self.moved = self.moved  # what another one has noted so far
+            self._moving = places, number
 
     def borrow_basis(self) -> None:
         """Hold the basis without registering it: another layer does, and a state dictionary holds it once."""
@@ -243,12 +266,12 @@ class SparseGradLinear(nn.Module, ABC):
         self._seen = version(self.stored)
         if self.basis is not None and self.basis.U.device != self.trained.device:
             self.basis.to(self.trained.device)  # a borrowed one whose owner does not come along
-        if self.moved is not None:
-            self.moved = self.moved.to(self.trained.device)
+        self.moved = None if self._moved is None else self.moved.to(self.trained.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         self.follow()
+        self.moved = self.moved
         return self.__dict__.copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

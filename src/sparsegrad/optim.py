@@ -2,16 +2,18 @@
 
 Dense groups follow ``torch.optim.AdamW``. The weights of SparseGrad layers follow lazy Adam, the rule of
 ``torch.optim.SparseAdam``: moments move only where the gradient holds an entry, the step count is the parameter's own.
-``SparseAdam`` keeps two dense moments as large as the weight; here the state holds the entries touched so far and
-nothing else. The core of a truncated layer has a gradient for every entry at every step, so it follows AdamW (without
-weight decay, bias corrected), unless it selects: then lazy Adam, as everything that selects.
+``SparseAdam`` keeps two dense moments as large as the weight; here the state holds the entries touched so far. Layers
+that are alike are stepped together (:mod:`sparsegrad.grouped`, :mod:`sparsegrad.state`). The core of a truncated layer
+has a gradient for every entry at every step, so it follows AdamW (without weight decay, bias corrected), unless it
+selects: then lazy Adam, as everything that selects.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from math import inf
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,26 +21,36 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from sparsegrad.compact import CompactGradient
+from sparsegrad.grouped import alike, select_together
 from sparsegrad.linear import SparseGradLinear, SparseGradWeight, version
-from sparsegrad.select import NonFiniteGradient, insert_sorted
+from sparsegrad.select import NonFiniteGradient
+from sparsegrad.state import MOMENTS, CompactMoments, DenseMoments, Family
 
 
 def lazy_adam_delta(
-    m: Tensor, v: Tensor, g: Tensor, step: int, lr: float, betas: tuple[float, float], eps: float
+    m: Tensor,
+    v: Tensor,
+    g: Tensor,
+    step: int | Sequence[int],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
 ) -> Tensor:
     """Update moments in place and return what to add to the weights, for the entries given.
 
     The rule is ``torch.optim.SparseAdam``'s, eps outside the bias correction as there.
 
     Args:
-        m, v, g: ``(n,)``, first and second moments and gradient of n entries.
-        step: optimizer steps of this parameter, this one included; from 1.
+        m, v, g: ``(n,)`` or ``(layers, n)``, first and second moments and gradient of n entries.
+        step: optimizer steps of this parameter, this one included; from 1; one for all layers or one each.
     """
     beta1, beta2 = betas
     m.lerp_(g, 1 - beta1)
     v.lerp_(g * g, 1 - beta2)
-    step_size = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
-    return -step_size * m / (v.sqrt() + eps)
+    steps = [step] if isinstance(step, int) else step
+    sizes = [lr * (1 - beta2**count) ** 0.5 / (1 - beta1**count) for count in steps]
+    size = sizes[0] if len(set(steps)) == 1 else torch.tensor(sizes, dtype=g.dtype).to(g.device)[:, None]
+    return -size * m / (v.sqrt() + eps)
 
 
 _REPLACED = (
@@ -74,6 +86,7 @@ class SparseGradAdamW(Optimizer):
         weight_decay: float = 0.0,
         fused: bool = False,
         drop_after: int | None = None,
+        moments: str = "compact",
     ) -> None:
         if not all(0 <= value < inf for value in (lr, eps, weight_decay)):
             raise ValueError(f"lr={lr}, eps={eps}, weight_decay={weight_decay}; each must be finite, none negative.")
@@ -81,8 +94,12 @@ class SparseGradAdamW(Optimizer):
             raise ValueError(f"betas={betas}; each must lie in [0, 1).")
         if drop_after is not None and (type(drop_after) is not int or drop_after < 1):
             raise ValueError(f"drop_after={drop_after!r}; it must be a whole number of steps, at least 1, or None.")
-        self._fused, self._drop_after = fused, drop_after
+        if moments not in MOMENTS or (moments == "dense" and drop_after is not None):
+            raise ValueError(f"moments={moments!r}; allowed: {', '.join(MOMENTS)}; drop_after needs compact ones.")
+        self._fused = fused
+        self._new_moments = partial(CompactMoments, drop_after=drop_after) if moments == "compact" else DenseMoments
         self._layers: dict[Tensor, SparseGradLinear] = {}
+        self._families: dict[tuple[int, ...], Family] = {}  # of lazy Adam
         self._versions: dict[Tensor, tuple[int, int]] = {}  # of parameters with a master, after their latest step
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -101,6 +118,8 @@ class SparseGradAdamW(Optimizer):
             if param_group.setdefault("weight_decay", 0.0) != 0:
                 raise ValueError("lazy Adam has no weight decay: give weight_decay to the dense groups only.")
             self._layers.update(zip(parameters, layers, strict=True))
+            for layer in filter(lambda layer: layer.selects, layers):
+                self._families.setdefault((len(self.param_groups), *layer.rotated_shape), Family()).add(layer)
         elif any(isinstance(p, SparseGradWeight) for p in parameters):
             raise ValueError(
                 "a dense group holds the weight of a SparseGrad layer, which would be fine-tuned in full: "
@@ -127,7 +146,7 @@ class SparseGradAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        _select(self._layers.values())  # all before any update: one that is not finite leaves the model as it was
+        select_together([*self._layers.values()])  # before any update: one not finite leaves the model as it was
         for number, group in enumerate(self.param_groups):
             if group["sparsegrad"] and not all(p in self._layers for p in group["params"]):
                 raise ValueError(_REPLACED.format(f"group {number}"))
@@ -135,57 +154,39 @@ class SparseGradAdamW(Optimizer):
             self._step_dense(group, dense)
             for parameter in dense if group["sparsegrad"] else ():
                 self._layers[parameter].absorb()
-            for parameter in filter(self._is_lazy, group["params"]):
-                self._step_sparse(self._layers[parameter], group)
+            lazy = [self._layers[p] for p in group["params"] if p.grad is not None and self._is_lazy(p)]
+            for layers in alike(lazy):
+                self._step_sparse(layers, group, self._families[number, *layers[0].rotated_shape])
         return loss
 
     def _is_lazy(self, parameter: Tensor) -> bool:
         return parameter in self._layers and self._layers[parameter].selects
 
-    def _step_sparse(self, layer: SparseGradLinear, group: dict[str, Any]) -> None:
-        parameter, gradient = layer.trained, layer.take_gradient()
-        if gradient is None:
-            return
-        indices, g = gradient
-        precision = torch.promote_types(parameter.dtype, torch.float32)
-        g = g.to(precision)
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["indices"], state["exp_avg"], state["exp_avg_sq"] = indices[:0], g[:0], g[:0]
-        state["step"] += 1
-        if self._drop_after is not None:
-            self._drop(state, self._drop_after)
-        held = state["indices"]
-        union, place_old, place = insert_sorted(held, indices)
-        if len(union) > len(held):
-            for key in state.keys() & {"exp_avg", "exp_avg_sq", "last"}:
-                state[key] = state[key].new_zeros(len(union)).index_copy_(0, place_old, state[key])
-            state["indices"] = union
-        if "last" in state:
-            state["last"][place] = int(state["step"])
-        m, v = state["exp_avg"][place], state["exp_avg_sq"][place]
-        delta = lazy_adam_delta(m, v, g, int(state["step"]), group["lr"], group["betas"], group["eps"])
-        state["exp_avg"][place], state["exp_avg_sq"][place] = m, v
-        layer.add_(indices, delta, held=held, union=state["indices"])
-
-    @staticmethod
-    def _drop(state: dict[str, Any], after: int) -> None:
-        """Forget entries whose last step, int32, lies too far back; the step that begins counts already."""
-        if "last" not in state:  # a state that was kept without this option: all as if selected in the step before
-            state["last"] = torch.full_like(state["indices"], int(state["step"]) - 1, dtype=torch.int32)
-        fresh = state["last"] >= int(state["step"]) - after
-        if not fresh.all():
-            for key in ("indices", "exp_avg", "exp_avg_sq", "last"):
-                state[key] = state[key][fresh]
+    def _step_sparse(self, layers: Sequence[SparseGradLinear], group: dict[str, Any], family: Family) -> None:
+        """Lazy Adam's step of layers that are alike, all of which have a selected gradient."""
+        steps = [family.count_step(layer) for layer in layers]
+        gradients = [cast(CompactGradient, layer.trained.grad) for layer in layers]
+        for layer in layers:
+            layer.zero_gradient()
+        places = torch.stack([gradient.places for gradient in gradients])
+        g = torch.stack([gradient.entries for gradient in gradients])
+        g = g.to(torch.promote_types(layers[0].trained.dtype, torch.float32))
+        moments = family.made(self._new_moments, g)
+        at, m, v = moments.take((places + family.offsets(layers, g.device)).flatten())
+        m, v = m.view_as(g), v.view_as(g)
+        delta = lazy_adam_delta(m, v, g, steps, group["lr"], group["betas"], group["eps"])
+        moments.put(at, m.flatten(), v.flatten())
+        for layer in layers:
+            layer.watch(moments.moved, family.numbers[layer.trained])
+        layers[0].add_together(layers, places, delta)
 
     def _step_dense(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
         """AdamW's step of parameters that have a gradient."""
         weights: list[Tensor] = []
         for parameter in parameters:
             state = self.state[parameter]
-            precision = torch.promote_types(parameter.dtype, torch.float32)
             if not state:
+                precision = torch.promote_types(parameter.dtype, torch.float32)
                 state["step"] = torch.tensor(0.0, device=parameter.device if self._fused else "cpu")
                 state["exp_avg"] = torch.zeros_like(parameter, dtype=precision)
                 state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=precision)
@@ -193,7 +194,7 @@ class SparseGradAdamW(Optimizer):
                     state["master"] = parameter.detach().to(precision)
             elif "master" in state and self._versions.get(parameter) != version(parameter):
                 same = state["master"].to(parameter.dtype) == parameter  # else others have written to it: follow
-                state["master"] = torch.where(same, state["master"], parameter.to(precision))
+                state["master"] = torch.where(same, state["master"], parameter.to(state["master"].dtype))
             weights.append(state.get("master", parameter))
         states = [self.state[p] for p in parameters]
         adamw(
@@ -218,6 +219,17 @@ class SparseGradAdamW(Optimizer):
                 parameter.copy_(weight)
                 self._versions[parameter] = version(parameter)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, by parameter; of a SparseGrad weight ``indices``, ``exp_avg`` and ``exp_avg_sq``."""
+        found = super().state_dict()
+        order = [index for group in found["param_groups"] for index in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        index_of = dict(zip(parameters, order, strict=True))
+        found["state"] = dict(found["state"])
+        for family in self._families.values():
+            found["state"] |= {index_of[parameter]: own for parameter, own in family.export().items()}
+        return found
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; indices, moments and masters keep their own dtypes.
 
@@ -229,18 +241,36 @@ class SparseGradAdamW(Optimizer):
         saved = state_dict["state"]
         order = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        lazy: dict[Tensor, dict[str, Tensor]] = {}
         for index, parameter in zip(order, parameters, strict=True):
             for key, value in saved.get(index, {}).items():
                 on_cpu = key == "step" and (self._is_lazy(parameter) or not self._fused)
                 device = "cpu" if on_cpu else parameter.device
                 self.state[parameter][key] = value.to(device=device, copy=True)
+            if self._is_lazy(parameter):
+                lazy[parameter] = self.state.pop(parameter, {})
+        for family in self._families.values():
+            family.load({p: own for p, own in lazy.items() if own and p in family.numbers}, self._new_moments)
+
+    def forget(self, layer: SparseGradLinear) -> None:
+        """Drop the state of a layer: its moments and step count start anew."""
+        self.state.pop(layer.trained, None)
+        for family in self._families.values():
+            if layer.trained in family.numbers:
+                family.load({p: own for p, own in family.export().items() if p is not layer.trained}, self._new_moments)
+
+    def moment_tensors(self) -> list[Tensor]:
+        """What is held for SparseGrad weights besides :attr:`state`, for counting bytes."""
+        return [t for family in self._families.values() if family.moments for t in family.moments.tensors()]
 
     def touched(self, layer: SparseGradLinear) -> Tensor:
         """Flat indices, int64 and ascending, of the entries that steps have moved and that still have a state."""
-        state, device = self.state.get(layer.trained, {}), layer.trained.device
-        if state and not layer.selects:
-            return torch.arange(layer.trained.numel(), device=device)
-        return state.get("indices", torch.empty(0, dtype=torch.int64, device=device))
+        if self.state.get(layer.trained) and not layer.selects:
+            return torch.arange(layer.trained.numel(), device=layer.trained.device)
+        found = [f for f in self._families.values() if layer.trained in f.numbers and f.moments is not None]
+        if not found:
+            return torch.empty(0, dtype=torch.int64, device=layer.trained.device)
+        return found[0].moments.touched.of(found[0].numbers[layer.trained])
 
 
 def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -287,35 +317,17 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     if not max_norm > 0:
         raise ValueError(f"max_norm={max_norm}; it must be above 0.")
     layers = [m for m in model.modules() if isinstance(m, SparseGradLinear)]
-    _select(layers)
-    layers = [layer for layer in layers if layer.selects]
-    sparse = {id(layer.trained) for layer in layers}
-    kept = [pair[1] for pair in (layer.selected_gradient() for layer in layers) if pair is not None]
-    dense = [p.grad for p in model.parameters() if p.grad is not None and id(p) not in sparse]
+    select_together(layers)
+    compact = [p.grad for p in model.parameters() if isinstance(p.grad, CompactGradient)]
+    dense = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p.grad, CompactGradient)]
+    kept = [gradient.entries for gradient in compact]
     total = torch.nn.utils.get_total_norm(kept + dense)
-    if not torch.isfinite(total):  # the only wait for the device; scaled by it, one NaN would be in every gradient
+    if not torch.isfinite(total):  # scaled by it, one NaN would be in every gradient
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         raise NonFiniteGradient(*(n for n, g in gradients.items() if not torch.isfinite(torch.linalg.vector_norm(g))))
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for gradient in dense:
         gradient.mul_(scale)
-    for layer in layers:
-        layer.scale_gradient(scale)
+    for gradient in compact:
+        gradient.entries = gradient.entries * scale
     return total
-
-
-def _select(layers: Iterable[SparseGradLinear]) -> None:
-    """Select every gradient that is to be selected; of what else there is, all at once, see that it is finite."""
-    unsure: dict[str, Tensor] = {}
-    for number, layer in enumerate(layers):
-        if layer.selects:
-            layer.select()
-        gradient = layer.trained.grad
-        if isinstance(gradient, CompactGradient):
-            if gradient.finite:
-                continue
-            gradient = gradient.entries
-        if gradient is not None:
-            unsure[layer.name or f"SparseGrad layer {number}"] = gradient
-    if unsure and not torch.isfinite(torch.nn.utils.get_total_norm(unsure.values(), norm_type=float("inf"))):
-        raise NonFiniteGradient(*(name for name, gradient in unsure.items() if not torch.isfinite(gradient).all()))

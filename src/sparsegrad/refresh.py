@@ -96,7 +96,7 @@ def _refreshable(name: str, layer: CoreLinear, basis: Basis) -> TruncatedLinear:
 
 def _renew(optimizer: SparseGradAdamW, layer: TruncatedLinear, basis: Basis, state: str) -> None:
     if state == "reset":
-        optimizer.state.pop(layer.core, None)
+        optimizer.forget(layer)
     elif optimizer.state.get(layer.core):
         old, moments = layer.basis, optimizer.state[layer.core]
         m = moments["exp_avg"]

@@ -17,7 +17,7 @@ MATMULS = ("regular", "sparse_by_dense")
 
 
 class RotatedLinear(SelectingLinear):
-    """The paper's layer: y = x U^T W_rot^T V + b, with a COO gradient of W_rot.
+    """The paper's layer: y = x U^T W_rot^T V + b, with a sparse gradient of W_rot.
 
     Args:
         weight, bias, basis, k, select, select_in: as in :class:`~sparsegrad.selecting.SelectingLinear`; a full basis.
@@ -60,10 +60,6 @@ class RotatedLinear(SelectingLinear):
 
     def _to_original(self, weight: Tensor) -> Tensor:
         return weight if self.basis is None else self.basis.rotate_back(weight)
-
-    def _places(self, indices: Tensor) -> Tensor:
-        """Rows and columns: the paper's gradient of W_rot is in coordinate format."""
-        return torch.stack((indices // self.in_features, indices % self.in_features))
 
 
 class _RotatedProduct(torch.autograd.Function):

@@ -7,7 +7,7 @@ and never keeps the dense gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -78,15 +78,23 @@ class SelectingLinear(SparseGradLinear):
         return self.weight.dtype
 
     @torch.no_grad()
-    def add_(self, indices: Tensor, delta: Tensor, *, held: Tensor | None = None, union: Tensor | None = None) -> None:
+    def add_(self, indices: Tensor, delta: Tensor) -> None:
         self.follow()
-        self.note_moved(indices, held, union)
-        self._keep_master(None)
-        target = self.weight if self.master is None else self.master
-        self._add(target, indices, delta.to(target.dtype))
-        if self.master is not None:
-            self.weight.copy_(self.master)
-        self._seen = version(self.weight)
+        self.note_moved(indices)
+        self.add_together([self], indices[None], delta[None])
+
+    @staticmethod
+    @torch.no_grad()
+    def add_together(layers: Sequence[SelectingLinear], places: Tensor, delta: Tensor) -> None:
+        for layer in layers:
+            layer.follow()
+            layer._keep_master(None)
+        targets = [layer.weight if layer.master is None else layer.master for layer in layers]
+        layers[0]._add(targets, places, delta.to(targets[0].dtype))
+        for layer in layers:
+            if layer.master is not None:
+                layer.weight.copy_(layer.master)
+            layer._seen = version(layer.weight)
 
     def original_weight(self) -> Tensor:
         self.follow()
@@ -119,9 +127,10 @@ class SelectingLinear(SparseGradLinear):
     def _to_original(self, weight: Tensor) -> Tensor:
         return weight
 
-    def _add(self, target: Tensor, indices: Tensor, delta: Tensor) -> None:
-        """:meth:`add_` on the weight or its master, in the target's dtype."""
-        target.view(-1).index_add_(0, indices, delta)
+    def _add(self, targets: Sequence[Tensor], places: Tensor, delta: Tensor) -> None:
+        """:meth:`add_together` on the weights, or their masters, of layers like this one, in their dtype."""
+        for target, indices, values in zip(targets, places, delta, strict=True):
+            target.view(-1).index_add_(0, indices, values)
 
     def _keep_master(self, original: Tensor | None) -> None:
         """Below float32 an update smaller than about 1e-3 of the weight would vanish: keep a float32 copy."""

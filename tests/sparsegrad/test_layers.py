@@ -22,9 +22,9 @@ from sparsegrad import (
     RotatedLinear,
     SparseGradAdamW,
     TruncatedLinear,
-    folded,
     hosvd,
     param_groups,
+    rotation,
     sparsify,
 )
 from sparsegrad.folded import rotated_product
@@ -477,32 +477,28 @@ def test_folded_rotates_each_side_where_it_is_cheaper(tokens, random_basis):
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "way"),
+    ("shape", "ranks", "way"),
     [
-        (range(60), range(3), "V dense"),
-        (range(3), range(40), "U dense"),
-        (range(0, 60, 4), None, "U sparse"),
-        (None, range(0, 40, 4), "V sparse"),
+        ((60, 40), (60, 40), "V dense"),
+        ((60, 40), (5, 40), "U dense"),
+        ((40, 60), (40, 60), "U sparse"),
+        ((60, 40), (60, 40), "V sparse"),
     ],
 )
-def test_every_way_to_rotate_an_update_back_is_the_dense_one(rows, columns, way, random_basis, monkeypatch):
-    """Entries in few rows or few columns; what a sparse operation costs is set so that each way is met."""
-    out_features, in_features = 60, 40
-    basis = random_basis(out_features, in_features)
-    taken = []
-    monkeypatch.setattr(folded, "SPARSE_COST", 0 if way.endswith("sparse") else 1e9)
-    monkeypatch.setattr(folded, "_csr", lambda *a, real=folded._csr: taken.append(a[-1]) or real(*a))
-    dW = torch.zeros(out_features, in_features, dtype=torch.float64)
+def test_every_way_to_rotate_an_update_back_is_the_dense_one(shape, ranks, way, random_basis, monkeypatch):
+    """What a sparse operation costs is set so that each way is met."""
+    basis, taken = random_basis(*shape).leading(*ranks), []
+    monkeypatch.setattr(rotation, "SPARSE_COST", 0 if way.endswith("sparse") else 1e9)
+    monkeypatch.setattr(rotation, "_sparse", lambda *a, real=rotation._sparse: taken.append(a[3]) or real(*a))
     generator = torch.Generator().manual_seed(1)
-    for row in rows or range(out_features):
-        for column in columns or range(in_features):
-            dW[row, column] = torch.randn((), generator=generator, dtype=torch.float64)
-    indices = dW.flatten().nonzero().flatten()
-    target = torch.ones(out_features, in_features, dtype=torch.float64)
-    folded.add_rotated_back_(target, basis, indices, dW.flatten()[indices])
-    torch.testing.assert_close(target, 1 + basis.V.T @ dW @ basis.U, rtol=1e-12, atol=1e-12)
-    sizes = {"V sparse": [(10, out_features)], "U sparse": [(15, in_features)]}
-    assert taken == sizes.get(way, [])
+    places = torch.stack([torch.randperm(ranks[0] * ranks[1], generator=generator)[:30].sort().values for _ in "abc"])
+    delta = torch.randn(3, 30, generator=generator, dtype=torch.float64)
+    targets = [torch.full(shape, float(n), dtype=torch.float64) for n in range(3)]
+    rotation.Rotation(basis, "auto", torch.float64).back(targets, places, delta)
+    for n, target in enumerate(targets):
+        D = torch.zeros(ranks[0] * ranks[1], dtype=torch.float64).scatter_(0, places[n], delta[n]).view(ranks)
+        torch.testing.assert_close(target, n + basis.V.T @ D @ basis.U, rtol=1e-12, atol=1e-12)
+    assert taken == {"V sparse": [(40, 60)], "U sparse": [(40, 60)]}.get(way, [])
 
 
 # ---- CUDA ----

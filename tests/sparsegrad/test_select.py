@@ -7,7 +7,6 @@ import torch
 from hypothesis import strategies as st
 
 from sparsegrad import (
-    NonFiniteGradient,
     SparseGradAdamW,
     entries_for_density,
     param_groups,
@@ -149,12 +148,11 @@ def test_a_sample_changes_nothing_of_the_selection(name, G, k):
 
 def test_the_sample_leaves_few_candidates_and_a_bad_guess_is_not_used():
     G = torch.randn(300, 200, generator=torch.Generator().manual_seed(3))
-    magnitude = G.abs().flatten()
-    candidates = select._candidates(magnitude, 600, 200)
-    assert 600 <= len(candidates) <= len(magnitude) // 10
+    magnitude = G.abs().view(1, -1)
+    assert 600 <= (magnitude >= select._bound(magnitude, 600, 200)).sum() <= magnitude.numel() // 10
     bad = torch.zeros(60_000)
     bad[::61] = 1.0  # what the sample sees is no sample of the rest
-    assert select._candidates(bad, 1200, 200) is None
+    assert (bad >= select._bound(bad.view(1, -1), 1200, 200)).sum() < 1200
     assert torch.equal(top_k(bad.view(300, 200), 1200), literal.top_k(bad.view(300, 200), 1200))
 
 
@@ -193,10 +191,11 @@ def test_the_entries_that_move_are_those_of_the_rule(options, k, blocks, block_b
     model(torch.randn(4, 8, dtype=torch.float64)).square().sum().backward()
     optimizer.step()
     assert len(rule.kept) == len(layers)
-    asked = reversed(rule.kept) if options.get("select_in") == "backward" else rule.kept  # the last layer is the first
-    for layer, start, kept in zip(layers, before, asked, strict=True):
+    asked = [tuple(kept.tolist()) for kept in rule.kept]
+    for layer, start in zip(layers, before, strict=True):
         moved = ((layer.rotated_weight() - start).abs() > 1e-6).flatten().nonzero().flatten()
-        assert len(kept) == k and torch.equal(moved, kept) and torch.equal(optimizer.touched(layer), kept)
+        asked.remove(tuple(moved.tolist()))
+        assert len(moved) == k and torch.equal(optimizer.touched(layer), moved)
 
 
 @pytest.mark.parametrize(
@@ -217,11 +216,11 @@ def test_a_rule_that_gives_something_else_is_refused(given, what):
         return None if given is None else torch.tensor(given)
 
     with pytest.raises(ValueError, match=rf"select=rule gave {what}.*a rule gives 3 flat indices, int64 .* 0 to 11\."):
-        select.selected(torch.randn(3, 4), 3, rule)
+        select.selected(torch.randn(1, 3, 4), 3, rule)
 
 
 def test_no_rule_is_asked_about_a_gradient_that_is_not_finite():
     rule = RandomEntries()
-    with pytest.raises(NonFiniteGradient, match="gradient holds non-finite values"):
-        select.selected(torch.full((3, 4), torch.inf), 3, rule)
-    assert not rule.kept
+    G = torch.stack((torch.full((3, 4), torch.inf), torch.ones(3, 4)))
+    assert select.selected(G, 3, rule)[2].tolist() == [False, True]
+    assert len(rule.kept) == 1

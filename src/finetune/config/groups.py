@@ -122,6 +122,8 @@ class SparseGradMethod(OtherMethod):
     basis_seed: Seed | None = None
     drop_after: Count | None = None
     select: Text = "-"
+    select_in: Literal["step", "backward"] = "step"
+    rotation: Literal["auto", "float32", "tf32", "bf16"] = "auto"
     refresh: Refresh | None = None
 
     @model_validator(mode="after")

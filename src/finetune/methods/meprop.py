@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -12,7 +13,9 @@ from torch.optim import Optimizer
 
 from finetune.methods.base import Configuration, Method, kept_entries
 from finetune.methods.costs import MatrixMemory, Shape
-from sparsegrad import SparseGradAdamW, merge, param_groups, sparsify, top_k
+from sparsegrad import NonFiniteGradient, SparseGradAdamW, merge, param_groups, sparsify
+from sparsegrad.grouped import TOGETHER
+from sparsegrad.select import top_k_of_each
 
 RULES = ("adamw", "lazy_adam")
 
@@ -71,10 +74,23 @@ class MeProp(Method):
 
     @torch.no_grad()
     def _mask(self, weights: Sequence[Tensor]) -> None:
+        """Zero all but the largest entries of each gradient, those of one shape together.
+
+        Raises:
+            NonFiniteGradient: if one is not finite; no weight has moved then.
+        """
+        finite: list[Tensor] = []
+        alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for weight in weights:
-            if weight.grad is None:
-                continue
-            rows, columns = weight.shape
-            kept = top_k(weight.grad, self.entries((rows, columns)))
-            values = weight.grad.flatten()[kept]
-            weight.grad.zero_().view(-1)[kept] = values
+            if weight.grad is not None:
+                alike[weight.shape].append(weight.grad)
+        for (rows, columns), gradients in alike.items():
+            size = max(1, TOGETHER // (rows * columns))
+            for start in range(0, len(gradients), size):
+                part = gradients[start : start + size]
+                places, values, fine = top_k_of_each(torch.stack(part), self.entries((rows, columns)))
+                finite.append(fine)
+                masked = values.new_zeros(len(part), rows * columns).scatter_(1, places, values)
+                torch._foreach_copy_(part, list(masked.view(-1, rows, columns).unbind()))
+        if finite and not torch.cat(finite).all():  # the one wait for the device
+            raise NonFiniteGradient

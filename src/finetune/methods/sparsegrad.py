@@ -50,6 +50,7 @@ class SparseGrad(Method):
         form, matmul, select_in: see :func:`sparsegrad.sparsify`. The truncated form selects nothing: its core of at
             most k entries trains whole.
         core: of the truncated form, ``square``, or ``input``: all outputs times the leading directions of the input.
+        rotation: precision of the folded form's products, see :mod:`sparsegrad.rotation`.
         drop_after: see :class:`sparsegrad.SparseGradAdamW`.
         select: which k entries are kept, see :func:`sparsegrad.sparsify`; a method's file names it by its dotted path.
     """
@@ -67,6 +68,7 @@ class SparseGrad(Method):
     select_in: str = "step"
     drop_after: int | None = None
     select: Rule = top_k
+    rotation: str = "auto"
 
     @classmethod
     def from_config(cls, config: Configuration) -> Self:
@@ -86,7 +88,8 @@ class SparseGrad(Method):
             form=method["form"],
             matmul=method["matmul"],
             core=method.get("core", "square"),
-            select_in="backward" if config.one_backward_a_step else "step",
+            select_in=_select_in(method.get("select_in", "step"), config.one_backward_a_step),
+            rotation=method.get("rotation", "auto"),
             select=_rule(method["select"]) if "select" in method else top_k,
         )
 
@@ -107,6 +110,7 @@ class SparseGrad(Method):
             matmul=self.matmul,
             select_in="backward" if self.selects_in_backward else "step",
             select=self.select,
+            rotation=self.rotation,
         )
 
     def _bases(self) -> dict[str, Basis]:
@@ -176,6 +180,13 @@ class SparseGrad(Method):
         """Rows and columns of the truncated form's core; ``input`` has no column where k is below the outputs."""
         k = kept_entries(self.k, self.density, shape)
         return (shape[0], min(k // shape[0], shape[1])) if self.core == "input" else core_shape(k, shape)
+
+
+def _select_in(asked: str, one_backward_a_step: bool) -> str:
+    """``step``, or ``backward`` if it is asked for; it needs steps of one backward pass."""
+    if asked == "backward" and not one_backward_a_step:
+        raise ValueError("method.select_in=backward needs steps of one backward pass on one process: use step.")
+    return asked
 
 
 def _rule(path: str) -> Rule:

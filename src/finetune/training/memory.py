@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsegrad import Basis, CompactGradient
+from sparsegrad import Basis, CompactGradient, SparseGradAdamW
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
@@ -24,6 +24,7 @@ def components(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
     """Bytes of parameters, optimizer state and HOSVD bases."""
     bases = [tensor for module in model.modules() if isinstance(module, Basis) for tensor in module.buffers()]
     state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor) and v.dim() > 0]
+    state += optimizer.moment_tensors() if isinstance(optimizer, SparseGradAdamW) else []
     return {
         "parameters": tensor_bytes(model.parameters()),
         "optimizer_state": tensor_bytes(state),

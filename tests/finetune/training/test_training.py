@@ -204,7 +204,7 @@ def test_clipping_limits_what_sparsegrad_steps_with(classifier, build, run_train
     optimizer, norms = method.optimizer(model, 1e-3, 0.0), []
 
     def note(*_):
-        kept = [layer.selected_gradient()[1] for layer in sparsegrad_layers(model).values()]
+        kept = [layer.weight.grad.entries for layer in sparsegrad_layers(model).values()]
         dense = [p.grad.flatten() for p in model.parameters() if not isinstance(p.grad, CompactGradient | None)]
         norms.append(float(torch.cat([*kept, *dense]).norm()))
 

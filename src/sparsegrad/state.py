@@ -1,0 +1,293 @@
+"""Lazy Adam's moments of all layers of one size, in one key space: key = layer x entries + place in the layer.
+
+``compact`` holds the entries touched so far, 16 bytes each and some room, sorted; ``dense`` holds two float32 moments
+for every entry, 8 bytes each, and searches nothing. The same steps come out of both.
+
+A step of the compact form waits for the device only where its room may be used up: how many keys there are is known on
+the device alone, and the host keeps an upper bound of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sparsegrad.linear import SparseGradLinear
+
+MOMENTS = ("compact", "dense")
+PAD = torch.iinfo(torch.int64).max  # a key that is none: of the room behind the last one
+
+
+Make = Callable[
+    [int, int, Tensor], "Moments"
+]  # from layers, entries of each, and a tensor of the moments' dtype and device
+
+
+class Places(Protocol):
+    """Entries that steps have touched."""
+
+    def of(self, layer: int) -> Tensor:
+        """Those of one layer: flat indices, int64, ascending."""
+        ...
+
+
+class SortedPlaces:
+    """As keys, int64, ascending, behind them room that holds :data:`PAD`."""
+
+    def __init__(self, keys: Tensor, entries: int) -> None:
+        self.keys, self.entries = keys, entries
+
+    def of(self, layer: int) -> Tensor:
+        start = layer * self.entries
+        ends = torch.tensor([start, start + self.entries], device=self.keys.device)
+        first, last = torch.searchsorted(self.keys, ends).tolist()
+        return self.keys[first:last] - start
+
+
+class MarkedPlaces:
+    """As marks, bool ``(layers, entries)``."""
+
+    def __init__(self, marks: Tensor) -> None:
+        self.marks = marks
+
+    def of(self, layer: int) -> Tensor:
+        return self.marks[layer].nonzero().flatten()
+
+
+class Moments:
+    """What both kinds answer.
+
+    Args:
+        layers, entries: layers, and entries of each.
+        like: a tensor of the moments' dtype and device.
+        drop_after: of the compact kind, steps after which an entry that was not selected is forgotten; None keeps all.
+
+    Attributes:
+        moved: the entries that steps have moved, also those forgotten since.
+        touched: those that have a state.
+    """
+
+    moved: Places
+    touched: Places
+
+    def __init__(self, layers: int, entries: int) -> None:
+        self.layers, self.entries = layers, entries
+
+    def take(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Make room for keys, ascending; returns where their moments lie, and the moments, copies."""
+        raise NotImplementedError
+
+    def put(self, at: Tensor, m: Tensor, v: Tensor) -> None:
+        """Store the moments that :meth:`take` gave, after their step."""
+        raise NotImplementedError
+
+    def tensors(self) -> list[Tensor]:
+        """All that is held, for counting bytes."""
+        raise NotImplementedError
+
+    def export(self, layer: int) -> dict[str, Tensor]:
+        """``indices``, ``exp_avg``, ``exp_avg_sq`` of one layer's touched entries, and ``age`` where they grow old."""
+        raise NotImplementedError
+
+    def load(self, saved: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Of layers, what :meth:`export` gave; the others start from nothing."""
+        raise NotImplementedError
+
+
+class DenseMoments(Moments):
+    """See the module."""
+
+    def __init__(self, layers: int, entries: int, like: Tensor) -> None:
+        super().__init__(layers, entries)
+        self.exp_avg, self.exp_avg_sq = like.new_zeros(layers, entries), like.new_zeros(layers, entries)
+        self.moved = self.touched = MarkedPlaces(torch.zeros_like(self.exp_avg, dtype=torch.bool))
+
+    def take(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.touched.marks.view(-1)[keys] = True
+        return keys, self.exp_avg.view(-1)[keys], self.exp_avg_sq.view(-1)[keys]
+
+    def put(self, at: Tensor, m: Tensor, v: Tensor) -> None:
+        self.exp_avg.view(-1)[at], self.exp_avg_sq.view(-1)[at] = m, v
+
+    def tensors(self) -> list[Tensor]:
+        return [self.exp_avg, self.exp_avg_sq, self.touched.marks]
+
+    def export(self, layer: int) -> dict[str, Tensor]:
+        at = self.touched.of(layer)
+        return {"indices": at, "exp_avg": self.exp_avg[layer][at], "exp_avg_sq": self.exp_avg_sq[layer][at]}
+
+    def load(self, saved: Mapping[int, Mapping[str, Tensor]]) -> None:
+        for tensor in self.tensors():
+            tensor.zero_()
+        for layer, own in saved.items():
+            at = own["indices"].to(self.exp_avg.device)
+            self.touched.marks[layer][at] = True
+            self.exp_avg[layer][at] = own["exp_avg"].to(self.exp_avg)
+            self.exp_avg_sq[layer][at] = own["exp_avg_sq"].to(self.exp_avg)
+
+
+class CompactMoments(Moments):
+    """See the module."""
+
+    def __init__(self, layers: int, entries: int, like: Tensor, drop_after: int | None = None) -> None:
+        super().__init__(layers, entries)
+        self.drop_after, self.clock = drop_after, 0
+        self.touched = self.moved = SortedPlaces(like.new_full((1,), PAD, dtype=torch.int64), entries)
+        self.moments = like.new_zeros(2, 1)
+        self.ages: Tensor | None = None  # the clock at an entry's latest step, int32
+        if drop_after is not None:
+            self.ages = torch.zeros(1, dtype=torch.int32, device=like.device)
+            self.moved = MarkedPlaces(torch.zeros(layers, entries, dtype=torch.bool, device=like.device))
+        self.count, self.bound = torch.zeros((), dtype=torch.int64, device=like.device), 0
+        self.most = 0  # keys of a step
+
+    def take(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.clock, self.most = self.clock + 1, max(self.most, len(keys))
+        if self.drop_after is not None:
+            self._drop(self.drop_after)
+        at = self._merge(keys)
+        if self.ages is not None:
+            self.ages[at] = self.clock
+        if isinstance(self.moved, MarkedPlaces):
+            self.moved.marks.view(-1)[keys] = True
+        m, v = self.moments[:, at]
+        return at, m, v
+
+    def put(self, at: Tensor, m: Tensor, v: Tensor) -> None:
+        self.moments[0, at], self.moments[1, at] = m, v
+
+    def tensors(self) -> list[Tensor]:
+        marks = [self.moved.marks] if isinstance(self.moved, MarkedPlaces) else []
+        return [self.touched.keys, self.moments, *marks, *(() if self.ages is None else (self.ages,))]
+
+    def export(self, layer: int) -> dict[str, Tensor]:
+        start = layer * self.entries
+        ends = torch.tensor([start, start + self.entries], device=self.count.device)
+        first, last = torch.searchsorted(self.touched.keys, ends).tolist()
+        m, v = self.moments[:, first:last]
+        found = {"indices": self.touched.keys[first:last] - start, "exp_avg": m, "exp_avg_sq": v}
+        return found if self.ages is None else found | {"age": self.clock - self.ages[first:last]}
+
+    def load(self, saved: Mapping[int, Mapping[str, Tensor]]) -> None:
+        layers = sorted(saved)
+        device, room = self.count.device, torch.tensor([PAD])
+        keys = [saved[layer]["indices"].cpu() + layer * self.entries for layer in layers]
+        self.touched.keys = torch.cat([*keys, room]).to(device)
+        self.bound = len(self.touched.keys) - 1
+        self.count.fill_(self.bound)
+        both = [torch.stack((saved[at]["exp_avg"], saved[at]["exp_avg_sq"])).cpu() for at in layers]
+        self.moments = torch.cat([*both, torch.zeros(2, 1)], dim=1).to(self.moments)
+        if self.ages is not None:  # a state that was kept without ages: all as if selected in the latest step
+            none = [torch.zeros(len(saved[at]["indices"]), dtype=torch.int32) for at in layers]
+            ages = [saved[at].get("age", zero).cpu() for at, zero in zip(layers, none, strict=True)]
+            self.ages = torch.cat([self.clock - age for age in ages] + [torch.zeros(1)]).to(self.ages)
+        if isinstance(self.moved, MarkedPlaces):
+            self.moved.marks.zero_()
+            self.moved.marks.view(-1)[self.touched.keys[:-1]] = True
+
+    def _merge(self, new: Tensor) -> Tensor:
+        """Put keys in their places among those held; returns the places."""
+        held, room = self.touched.keys, self._room(len(new))
+        below = torch.searchsorted(held, new)
+        known = held[below.clamp(max=len(held) - 1)] == new
+        added = torch.cat((self.count.new_zeros(1), (~known).cumsum(0)))  # before each of the new keys, and in all
+        at = below + added[:-1]
+        moved_to = torch.arange(len(held), device=held.device) + added[torch.searchsorted(new, held)]
+        moved_to.clamp_(max=room - 1)  # the last place is never a key's, so room may lie on room
+        keys, moments = held.new_full((room,), PAD), self.moments.new_zeros(2, room)
+        self.touched.keys = keys.index_copy_(0, moved_to, held).index_copy_(0, at, new)
+        self.moments = moments.index_copy_(1, moved_to, self.moments)
+        if self.ages is not None:
+            self.ages = self.ages.new_zeros(room).index_copy_(0, moved_to, self.ages)
+        self.count = self.count + added[-1]
+        self.bound += len(new)
+        return at
+
+    def _room(self, new: int) -> int:
+        """Places for all keys and one more; the only wait of a step, and not of each."""
+        room = len(self.touched.keys)
+        if self.bound + new < room:
+            return room
+        self.bound = int(self.count)
+        return room if self.bound + new < room else self.bound + new + max(new, self.bound // 8) + 1
+
+    def _drop(self, after: int) -> None:
+        """Forget entries whose latest step lies too far back; the step that begins counts already."""
+        assert self.ages is not None
+        held = self.touched.keys
+        fresh = (self.ages >= self.clock - after) & (held != PAD)
+        order = fresh.cumsum(0)
+        at = torch.where(fresh, order - 1, len(held) - 1)
+        self.touched.keys = held.new_full(held.shape, PAD).index_copy_(0, at, torch.where(fresh, held, PAD))
+        self.moments = torch.zeros_like(self.moments).index_copy_(1, at, torch.where(fresh, self.moments, 0))
+        self.ages = torch.zeros_like(self.ages).index_copy_(0, at, torch.where(fresh, self.ages, 0))
+        self.count = order[-1]
+        if self.clock > after:  # what was loaded is gone too
+            self.bound = min(self.bound, after * self.most)
+
+
+class Family:
+    """Layers whose gradients have one shape, their step counts, and the moments that they share.
+
+    Attributes:
+        numbers: of the layers' parameters in the key space.
+        steps: that each has taken.
+        entries: of a gradient.
+        moments: None before the first step.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: dict[Tensor, int] = {}
+        self.steps: list[int] = []
+        self.entries = 0
+        self.moments: Moments | None = None
+
+    def add(self, layer: SparseGradLinear) -> None:
+        """Add a layer: before the first step."""
+        self.numbers[layer.trained] = len(self.numbers)
+        self.steps.append(0)
+        self.entries = prod(layer.rotated_shape)
+
+    def count_step(self, layer: SparseGradLinear) -> int:
+        """Its steps, with the one that begins."""
+        number = self.numbers[layer.trained]
+        self.steps[number] += 1
+        return self.steps[number]
+
+    def made(self, make: Make, like: Tensor) -> Moments:
+        """The moments, made where there are none yet."""
+        self.moments = self.moments or make(len(self.numbers), self.entries, like)
+        return self.moments
+
+    def offsets(self, layers: Sequence[SparseGradLinear], device: torch.device) -> Tensor:
+        """What to add to places in layers to make keys of them, ``(layers, 1)``."""
+        starts = [self.numbers[layer.trained] * self.entries for layer in layers]
+        return torch.tensor(starts).to(device, non_blocking=True)[:, None]
+
+    def export(self) -> dict[Tensor, dict[str, Tensor]]:
+        """Of every parameter that was stepped: ``step``, ``indices``, ``exp_avg``, ``exp_avg_sq``; ``last``, a step."""
+        found: dict[Tensor, dict[str, Tensor]] = {}
+        for parameter, number in self.numbers.items():
+            if self.moments is not None and (step := self.steps[number]):
+                own = self.moments.export(number)
+                last = {"last": step - own.pop("age")} if "age" in own else {}
+                found[parameter] = {"step": torch.tensor(float(step)), **own, **last}
+        return found
+
+    def load(self, saved: Mapping[Tensor, Mapping[str, Tensor]], make: Make) -> None:
+        """Hold what :meth:`export` gave, and nothing of other parameters."""
+        self.steps = [0] * len(self.numbers)
+        own = {self.numbers[parameter]: dict(tensors) for parameter, tensors in saved.items()}
+        for number, tensors in own.items():
+            self.steps[number] = int(tensors.pop("step"))
+            if "last" in tensors:
+                tensors["age"] = self.steps[number] - tensors.pop("last")
+        if own:
+            self.made(make, next(iter(own.values()))["exp_avg"])
+        if self.moments is not None:
+            self.moments.load(own)
