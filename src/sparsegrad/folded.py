@@ -59,9 +59,10 @@ class FoldedLinear(SelectingLinear):
         return *super().likeness, self.rotation, self._computed
 
     @staticmethod
-    def rotated_gradients(layers: Sequence[FoldedLinear], gradients: Sequence[Tensor]) -> Tensor:
-        stacked = torch.stack(list(gradients))
-        return stacked if layers[0].basis is None else layers[0]._products().rotate(stacked)
+    def rotated_gradients(layers: Sequence[FoldedLinear], gradients: list[Tensor]) -> Tensor:
+        if layers[0].basis is None:
+            return SelectingLinear.rotated_gradients(layers, gradients)
+        return layers[0]._products().rotate(gradients)
 
     def _add(self, targets: Sequence[Tensor], places: Tensor, delta: Tensor) -> None:
         if self.basis is None:

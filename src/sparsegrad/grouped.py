@@ -66,7 +66,6 @@ def _select(group: Sequence[SparseGradLinear]) -> Tensor:
         layer.trained.grad = None
     first = group[0]
     G = first.rotated_gradients(group, dense)
-    del dense
     places, values, finite = selected(G, first.k, first.rule)
     for layer, own, entries in zip(group, places.unbind(), values.unbind(), strict=True):
         layer.trained.grad = CompactGradient(own, entries, layer.trained)

@@ -208,9 +208,11 @@ class SparseGradLinear(nn.Module, ABC):
         return type(self), id(self.basis), trained.shape, trained.dtype, trained.device, self.k, self.rule
 
     @staticmethod
-    def rotated_gradients(layers: Sequence[Any], gradients: Sequence[Tensor]) -> Tensor:
-        """Dense gradients of :attr:`trained` in rotated coordinates, ``(layers, rows, columns)``."""
-        return torch.stack(list(gradients))
+    def rotated_gradients(layers: Sequence[Any], gradients: list[Tensor]) -> Tensor:
+        """Dense gradients of :attr:`trained` in rotated coordinates, ``(layers, rows, columns)``; empties the list."""
+        stacked = torch.stack(gradients)
+        gradients.clear()
+        return stacked
 
     @staticmethod
     def add_together(layers: Sequence[Any], places: Tensor, delta: Tensor) -> None:

@@ -24,7 +24,7 @@ from sparsegrad.compact import CompactGradient
 from sparsegrad.grouped import alike, select_together
 from sparsegrad.linear import SparseGradLinear, SparseGradWeight, version
 from sparsegrad.select import NonFiniteGradient
-from sparsegrad.state import MOMENTS, CompactMoments, DenseMoments, Family
+from sparsegrad.state import MOMENTS, CompactMoments, DenseMoments, Family, family_key
 
 
 def lazy_adam_delta(
@@ -99,7 +99,7 @@ class SparseGradAdamW(Optimizer):
         self._fused = fused
         self._new_moments = partial(CompactMoments, drop_after=drop_after) if moments == "compact" else DenseMoments
         self._layers: dict[Tensor, SparseGradLinear] = {}
-        self._families: dict[tuple[int, ...], Family] = {}  # of lazy Adam
+        self._families: dict[tuple[object, ...], Family] = {}  # of lazy Adam
         self._versions: dict[Tensor, tuple[int, int]] = {}  # of parameters with a master, after their latest step
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -119,7 +119,7 @@ class SparseGradAdamW(Optimizer):
                 raise ValueError("lazy Adam has no weight decay: give weight_decay to the dense groups only.")
             self._layers.update(zip(parameters, layers, strict=True))
             for layer in filter(lambda layer: layer.selects, layers):
-                self._families.setdefault((len(self.param_groups), *layer.rotated_shape), Family()).add(layer)
+                self._families.setdefault(family_key(len(self.param_groups), layer), Family()).add(layer)
         elif any(isinstance(p, SparseGradWeight) for p in parameters):
             raise ValueError(
                 "a dense group holds the weight of a SparseGrad layer, which would be fine-tuned in full: "
@@ -156,7 +156,7 @@ class SparseGradAdamW(Optimizer):
                 self._layers[parameter].absorb()
             lazy = [self._layers[p] for p in group["params"] if p.grad is not None and self._is_lazy(p)]
             for layers in alike(lazy):
-                self._step_sparse(layers, group, self._families[number, *layers[0].rotated_shape])
+                self._step_sparse(layers, group, self._families[family_key(number, layers[0])])
         return loss
 
     def _is_lazy(self, parameter: Tensor) -> bool:

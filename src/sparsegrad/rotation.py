@@ -37,10 +37,16 @@ class Rotation:
         self._tf32 = {"float32": False, "tf32": True}.get(precision) if on_cuda else None
         self.U, self.V = (f if self._low is None else f.to(self._low) for f in (basis.U, basis.V))
 
-    def rotate(self, G: Tensor) -> Tensor:
-        """``V G U^T`` of gradients ``(layers, out_features, in_features)``, in the basis' precision."""
+    def rotate(self, gradients: list[Tensor]) -> Tensor:
+        """``V G U^T`` of gradients ``(out_features, in_features)``, stacked, in the basis' precision.
+
+        The list is emptied, so that no more than two of the three stacks are there at once.
+        """
+        G = torch.stack(gradients)
+        gradients.clear()
         with _tf32(self._tf32):
             half = G.to(self.U.dtype) @ self.U.T
+            del G
             return self._last(self.V, half)
 
     def back(self, targets: Sequence[Tensor], places: Tensor, delta: Tensor) -> None:

@@ -214,7 +214,10 @@ class CompactMoments(Moments):
         if self.bound + new < room:
             return room
         self.bound = int(self.count)
-        return room if self.bound + new < room else self.bound + new + max(new, self.bound // 8) + 1
+        if self.bound + new < room:
+            return room
+        more = max(new, self.bound // 8) if self.bound else 0  # a first step, or an only one, needs none
+        return self.bound + new + more + 1
 
     def _drop(self, after: int) -> None:
         """Forget entries whose latest step lies too far back; the step that begins counts already."""
@@ -229,6 +232,11 @@ class CompactMoments(Moments):
         self.count = order[-1]
         if self.clock > after:  # what was loaded is gone too
             self.bound = min(self.bound, after * self.most)
+
+
+def family_key(group: int, layer: SparseGradLinear) -> tuple[object, ...]:
+    """Layers of one parameter group, kind and shape are of one family."""
+    return group, layer.kind, layer.rotated_shape
 
 
 class Family:

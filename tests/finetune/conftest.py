@@ -129,8 +129,9 @@ def build(config, random_bases):
 
     def make(name, *overrides, one_backward=False, bases=None):
         found = config(f"method={name}", *overrides)
+        selecting = one_backward and found["method"].get("form") is not None
         return build_method(
-            found["method"],
+            found["method"] | ({"select_in": "backward"} if selecting else {}),
             found["model"],
             found["protocol"],
             bases=bases or random_bases(),

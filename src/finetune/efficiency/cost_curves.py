@@ -178,7 +178,7 @@ def _of_variant(
         "rounds": [1 / rate for rate in times["rounds"]],
         "over_full": ratio(seconds[name], seconds["full"]),
         "over_floor": ratio(seconds[name], seconds[FLOOR]),
-        "flop": step_flop(name, point, held),
+        "flop": step_flop(name, point),
         "touched": dict(held),
     }
 

@@ -1,16 +1,13 @@
 """One MLP, ``up``, GELU, ``down``, trained by every method and form, and the operations that a step needs by formula.
 
 Operations of one matrix ``(o, i)`` and N tokens: ``4 N o i`` for forward and the input's gradient, which the floor has
-too, and what the method says (:meth:`finetune.methods.base.Method.operations`), but for folding back. There a and b are
-the rows and columns that hold one of the k entries, at most ``min(k, o)`` and ``min(k, i)``, and ``V^T dW_rot U`` takes
-2 b o i + 2 o min(a b, k) or 2 a o i + 2 i min(a b, k): with V or with U first, that product sparse over the entries or
-dense, as :func:`sparsegrad.folded.add_rotated_back_` chooses. Element-wise work, Adam and the search for the top k are
-in none.
+too, and what the method says (:meth:`finetune.methods.base.Method.operations`). Element-wise work, Adam and the search
+for the top k are in none; a sparse first product of folding back (on a CPU) counts as the dense one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +16,6 @@ from torch import Tensor, nn
 from finetune.efficiency.variants import PRECISIONS, Trainee
 from finetune.methods import Method, build_method
 from sparsegrad import Basis, sparsegrad_layers
-from sparsegrad.folded import SPARSE_COST
 
 FLOOR = "floor"
 FORMS = {"rotated_regular": "rotated", "folded": "folded", "truncated": "truncated", "truncated_input": "truncated"}
@@ -142,28 +138,14 @@ def touched(trainee: Trainee) -> dict[str, list[int]]:
     return found
 
 
-def step_flop(name: str, point: Point, held: Mapping[str, Sequence[int]] | None = None) -> float:
-    """Floating-point operations of a step, both matrices, by the formulas above.
-
-    Args:
-        held: rows and columns that hold an entry, by layer kind (:func:`touched`); without them, as many as can be.
-    """
+def step_flop(name: str, point: Point) -> float:
+    """Floating-point operations of a step, both matrices, by the formulas above."""
     shapes, N = {"up": (point.inner, point.hidden), "down": (point.hidden, point.inner)}, point.tokens
     total = sum(4.0 * N * o * i for o, i in shapes.values())
     if name == FLOOR:
         return total
     method = _method(name, point, {})
-    for kind, (o, i) in shapes.items():
+    for o, i in shapes.values():
         own = method.operations((o, i))
-        total += N * own.token + sum(min(N * a, b) for a, b in own.choices)
-        rows, columns = (held or {}).get(kind, (min(point.k, o), min(point.k, i)))
-        total += _fold_back(rows, columns, point.k, o, i) if name == "folded" else own.step
+        total += N * own.token + own.step + sum(min(N * a, b) for a, b in own.choices)
     return total
-
-
-def _fold_back(a: int, b: int, k: int, o: int, i: int) -> int:
-    """Operations of the way that the layer takes; it weighs those of a sparse product by what they cost."""
-    dense = [(b * o * i, a * b * o, 1), (a * o * i, a * b * i, 1)]
-    sparse = [(b * o * i, k * o, SPARSE_COST), (a * o * i, k * i, SPARSE_COST)]
-    second, first, _ = min(dense + sparse, key=lambda way: way[0] + way[1] * way[2])
-    return 2 * (second + first)

@@ -51,14 +51,24 @@ class MatrixMemory:
     Attributes:
         gradient: from the backward pass to the step.
         state: of the optimizer.
-        selection: beside the gradient while its entries are selected, one matrix at a time.
-        folding: while a step is folded back, one matrix at a time, all gradients freed.
+        selection: beside the gradient while its entries are selected.
+        folding: while a step is folded back, all gradients freed.
+        together: matrices of one shape, at most, that are selected and folded back at once.
     """
 
     gradient: int
     state: int
     selection: int = 0
     folding: int = 0
+    together: int = 1
+
+
+def of_a_step(method: Method, shapes: Sequence[Shape]) -> tuple[int, int]:
+    """Bytes of selection and of folding back, of the matrices that need most at once."""
+    counts = {shape: shapes.count(shape) for shape in dict.fromkeys(shapes)}
+    memory = {shape: method.memory(shape) for shape in counts}
+    groups = [(min(counts[shape], one.together), one) for shape, one in memory.items()]
+    return max(n * one.selection for n, one in groups), max(n * one.folding for n, one in groups)
 
 
 def predicted_peaks(
@@ -78,8 +88,8 @@ def predicted_peaks(
         ``peak_training`` and ``peak_evaluation``.
     """
     shape = max(shapes, key=lambda shape: shape[0] * shape[1])
-    memory = method.memory(shape)
-    step = max(memory.folding, 0 if method.selects_in_backward else memory.selection)
+    selection, folding = of_a_step(method, shapes)
+    step = max(folding, 0 if method.selects_in_backward else selection)
     backward = method.backward_bytes(shape, positions, width)
     resident = sum(components.get(name, 0) for name in RESIDENT)
     moving = max(components["saved_activations"] + backward, components["gradients"] + step)

@@ -66,11 +66,14 @@ class MeProp(Method):
         return kept_entries(self.k, self.density, shape)
 
     def memory(self, shape: Shape, touched: float = 0.0) -> MatrixMemory:
-        """Dense gradients; selecting, absolute values and two masks. Lazy Adam: 16 bytes for each touched entry."""
+        """Dense gradients; selecting, a stack of them, absolute values and a mask. Lazy Adam: as SparseGrad's."""
         k, whole = self.entries(shape), shape[0] * shape[1]
+        held = max(k, round(touched * whole))
+        room = max(k, held // 8) if touched else 0
         lazy = self.optimizer_rule == "lazy_adam"
-        state = 16 * max(k, round(touched * whole)) if lazy else 8 * whole
-        return MatrixMemory(4 * whole, state, selection=6 * whole)
+        state = 16 * (held + room) if lazy else 8 * whole
+        selection = (5 if lazy else 9) * whole  # lazy Adam's gradients make room for their stack
+        return MatrixMemory(4 * whole, state, selection, together=max(1, TOGETHER // whole))
 
     @torch.no_grad()
     def _mask(self, weights: Sequence[Tensor]) -> None:

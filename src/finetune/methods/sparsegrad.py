@@ -2,18 +2,18 @@
 
 Costs of a matrix ``(o, i)`` with k kept entries or a core of r x c; operations beyond forward and input gradient:
 
-    folded      2 o i; for V G U^T each side where it is cheaper, 2 i^2 a token or 2 o i^2 a step, and 2 o^2 a token or
-                2 i o^2 a step; once a step at most 2 o i (o + i) to fold the update back
+    folded      2 o i; once a step 2 o i (o + i) to rotate the gradient and as many at most to fold the update back;
+                with selection in the backward pass each side is rotated where it is cheaper, 2 i^2 a token or 2 o i^2 a
+                step, and 2 o^2 a token or 2 i o^2 a step
     rotated     2 o i + 4 (o^2 + i^2): x U^T, V, and their backward products
     truncated   2 (c i + r o + r c), and once a step the product V_r^T S U_c; with all outputs in the core 2 c (i + o),
                 and once a step S U_c
 
-Bytes: a dense gradient 4 o i until the step, or with selection in the backward pass k indices (int64) and values,
-12 k (rotated: 20 k, indices of rows and of columns); lazy Adam 16 for each entry touched (int64 index, two float32
-moments), k of them after the first step; selection G_rot and V G, then absolute values and two masks beside G_rot,
-10 o i; folding back the rows of V and U that hold one of the k entries (a and b at most), the entries as a block, its
-product with one of the bases, 4 (a b + a o + b i + the smaller product). The truncated form has ordinary gradients and
-AdamW's moments of its core.
+Bytes: a dense gradient 4 o i until the step, or with selection in the backward pass k indices (int64) and values, 12 k;
+lazy Adam 16 for each entry touched (int64 index, two float32 moments), k of them after the first step, later room for k
+more or an eighth. Of matrices that are treated together: selection 5 o i beside their gradients, absolute values and a
+mask (rotating needs 4 o i); folding back 4 o i for the update in the original coordinates and as much for half of it.
+The truncated form has ordinary gradients and AdamW's moments of its core.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 from finetune.methods.base import Configuration, Method, kept_entries
 from finetune.methods.costs import MatrixMemory, Operations, Shape
 from sparsegrad import Basis, SparseGradAdamW, core_shape, merge, param_groups, sparsify, top_k
+from sparsegrad.grouped import TOGETHER
 from sparsegrad.select import Rule
 
 CORES = ("square", "input")
@@ -140,8 +141,10 @@ class SparseGrad(Method):
         (o, i), whole = shape, 2.0 * shape[0] * shape[1]
         if self.form == "rotated":
             return Operations(whole + 4.0 * (o * o + i * i))
-        if self.form == "folded":
+        if self.form == "folded" and self.selects_in_backward:
             return Operations(whole, whole * (o + i), ((2.0 * i * i, whole * i), (2.0 * o * o, whole * o)))
+        if self.form == "folded":
+            return Operations(whole, 2 * whole * (o + i))
         r, c = self._core(shape)
         if self.core == "input":
             return Operations(2.0 * c * (i + o), whole * c)
@@ -150,15 +153,15 @@ class SparseGrad(Method):
     def memory(self, shape: Shape, touched: float = 0.0) -> MatrixMemory:
         if self.form == "truncated":
             return super().memory(shape, touched)
-        (o, i), k, whole = shape, self.entries(shape), shape[0] * shape[1]
-        rows, columns = min(k, o), min(k, i)
-        kept = {"folded": 12, "rotated": 20}[self.form] * k  # a flat index, or one of the row and one of the column
-        folding = 4 * (rows * columns + rows * o + columns * i + min(rows * i, columns * o))
+        k, whole = self.entries(shape), shape[0] * shape[1]
+        held = max(k, round(touched * whole))
+        room = max(k, held // 8) if touched else 0
         return MatrixMemory(
-            gradient=kept if self.selects_in_backward else 4 * whole,
-            state=16 * max(k, round(touched * whole)),
-            selection=10 * whole,
-            folding=folding if self.form == "folded" else 0,
+            gradient=12 * k if self.selects_in_backward else 4 * whole,
+            state=16 * (held + room),
+            selection=5 * whole,
+            folding=8 * whole if self.form == "folded" else 0,
+            together=1 if self.selects_in_backward else max(1, TOGETHER // whole),
         )
 
     def backward_bytes(self, shape: Shape, positions: int, width: int) -> int:

@@ -38,7 +38,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from finetune.methods import build_method
 from finetune.methods.base import count_parameters
-from finetune.methods.costs import predicted_peaks
+from finetune.methods.costs import of_a_step, predicted_peaks
 from finetune.models import cast_frozen
 from finetune.plan import activations
 from sparsegrad import Basis, Target, sparsegrad_layers
@@ -150,13 +150,14 @@ def training_memory(
     components["saved_activations"] = found.saved
     width, positions = 2 if setup.precision == "bf16" else 4, setup.micro_batch * setup.tokens
     peaks = predicted_peaks(chosen, components, shapes, positions=positions, width=width)
+    selection, folding = of_a_step(chosen, shapes)
     return TrainingMemory(
         **components,
         trained=counted,
         optimizer_state_first=8 * around + sum(matrix.state for matrix in first),
         activations=found.peak(setup.checkpointing),
-        selection=max(matrix.selection for matrix in end),
-        folding=max(matrix.folding for matrix in end),
+        selection=selection,
+        folding=folding,
         snapshot=4 * (trained + moved) + components["bases"],
         step_peak=peaks["peak_training"],
         selects_in_backward=chosen.selects_in_backward,
