@@ -52,6 +52,12 @@ class Work(Group):
     seed: Seed
 
 
+class Passes(Group):
+    """How the passes of a training run."""
+
+    graphs: Literal["auto", "off"]
+
+
 class Base(Work):
     """``conf/base.yaml``."""
 
@@ -72,6 +78,7 @@ class Glue(Base):
     scale: Scale
     learning_rate: ForMethod[Positive]
     batch_size: ForMethod[Count]
+    training: Passes
 
     @model_validator(mode="after")
     def _points_lie_in_the_space(self) -> Self:
@@ -93,6 +100,7 @@ class Dialogues(Base):
     scale: ChatScale
     learning_rate: ForMethod[Positive]
     batch_size: ForMethod[Count]
+    training: Passes
 
     @model_validator(mode="after")
     def _stores_what_it_computes(self) -> Self:

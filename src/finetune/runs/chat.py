@@ -16,9 +16,11 @@ from finetune.data.chat import ChatTemplate, chat_template
 from finetune.data.oasst import PackedSplit, load_chat
 from finetune.methods import Method, build_targets
 from finetune.runs.problem import Problem, Run
+from finetune.training.capture import Graphs
 from finetune.training.evaluation import evaluate_causal
 from finetune.training.gradients import Collected
 from finetune.training.options import TrainingOptions, planned_steps
+from finetune.training.steps import graphs_mode
 
 TASK = "oasst1"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -70,10 +72,11 @@ class ChatProblem(Problem):
         self, task: str, options: TrainingOptions, accelerator: Accelerator
     ) -> Callable[[nn.Module], dict[str, float]]:
         split = self._packed["validation"]
+        graphs = Graphs(accelerator.device, graphs_mode(options, accelerator))
 
         def measure(model: nn.Module) -> dict[str, float]:
             with accelerator.autocast():
-                return evaluate_causal(model, split, options.evaluation_batch_size, accelerator.device)
+                return evaluate_causal(model, split, options.evaluation_batch_size, accelerator.device, graphs)
 
         return measure
 

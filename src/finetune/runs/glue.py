@@ -14,8 +14,10 @@ from finetune import models
 from finetune.data.glue import Split, Task, load_task
 from finetune.methods import Method
 from finetune.runs.problem import Problem, Run, for_task
+from finetune.training.capture import Graphs
 from finetune.training.evaluation import evaluate
 from finetune.training.options import TrainingOptions, planned_steps
+from finetune.training.steps import graphs_mode
 
 
 class GlueProblem(Problem):
@@ -63,7 +65,8 @@ class GlueProblem(Problem):
         self, task: str, options: TrainingOptions, accelerator: Accelerator
     ) -> Callable[[nn.Module], dict[str, float]]:
         split, facts = self.splits(task)["validation"], self.facts(task)
-        return lambda model: evaluate(model, split, facts, options.evaluation_batch_size, accelerator.device)
+        graphs = Graphs(accelerator.device, graphs_mode(options, accelerator))
+        return lambda model: evaluate(model, split, facts, options.evaluation_batch_size, accelerator.device, graphs)
 
     def load_model(self, task: str, seed: int) -> nn.Module:
         facts, splits = self._load(task)

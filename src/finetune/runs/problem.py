@@ -317,6 +317,7 @@ class Problem(ABC):
             evaluation_batch_size=scale["evaluation_batch_size"],
             precision=self.precision,
             checkpoint_seconds=scale["checkpoint_seconds"],
+            graphs=self.config["training"]["graphs"],
             **{name: protocol[name] for name in ("patience", "weight_decay", "schedule", "max_grad_norm")},
             **own,
         )

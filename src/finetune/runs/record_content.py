@@ -56,6 +56,8 @@ def outcome(progress: Progress, training: Training) -> dict[str, Any]:
             "planned_steps": planned_steps(examples, training.options),
             "epochs": progress.step * training.options.batch_size / examples,
             "step_seconds_median": median_step_seconds(progress),
+            "graphs": training.options.graphs,
+            "captured_steps": progress.captured,
             **{name: getattr(progress, name) for name in _OF_PROGRESS},
         },
         "memory": progress.memory,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from finetune.data.examples import Examples
 from finetune.training import metrics
+from finetune.training.capture import Batch, Graphs
+from finetune.training.padding import padded
 
 if TYPE_CHECKING:  # reading a task needs pyarrow; a loss does not
     from finetune.data.glue import Split, Task
@@ -34,8 +36,13 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="sum")
 
 
-def evaluate(model: nn.Module, split: Split, task: Task, batch_size: int, device: torch.device) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, split: Split, task: Task, batch_size: int, device: torch.device, graphs: Graphs | None = None
+) -> dict[str, float]:
     """Loss and the task's metric (and F1 beside accuracy for two classes) over a split.
+
+    Args:
+        graphs: of evaluations of this model before; None is eager.
 
     Returns:
         ``loss`` (mean over examples) and one entry a metric.
@@ -43,10 +50,13 @@ def evaluate(model: nn.Module, split: Split, task: Task, batch_size: int, device
     total, predictions = 0.0, torch.empty(len(split))
     # Rows of similar length together have the least padding; the result does not depend on their order.
     order = sorted(range(len(split)), key=lambda index: len(split.input_ids[index]))
-    for rows, logits, loss in _forward(model, split, order, batch_size, device):
+
+    def predict(logits: Tensor) -> Tensor:
+        return (logits.squeeze(-1) if task.num_labels == 1 else logits.argmax(dim=-1)).float()
+
+    for rows, predicted, loss in _forward(model, split, order, batch_size, graphs or Graphs(device, "off"), predict):
         total += loss
-        predicted = logits.squeeze(-1) if task.num_labels == 1 else logits.argmax(dim=-1)
-        predictions[torch.tensor(rows)] = predicted.float().cpu()
+        predictions[torch.tensor(rows)] = predicted.cpu()
     expected = split.labels.numpy()
     found = predictions.numpy() if task.num_labels == 1 else predictions.long().numpy()
     result = {"loss": total / len(split), task.metric: metrics.compute(task.metric, found, expected)}
@@ -55,27 +65,46 @@ def evaluate(model: nn.Module, split: Split, task: Task, batch_size: int, device
     return result
 
 
-def evaluate_causal(model: nn.Module, split: Examples, batch_size: int, device: torch.device) -> dict[str, float]:
+def evaluate_causal(
+    model: nn.Module, split: Examples, batch_size: int, device: torch.device, graphs: Graphs | None = None
+) -> dict[str, float]:
     """Mean cross entropy of a causal language model over the predicted tokens of a split, in nats.
+
+    Args:
+        graphs: of evaluations of this model before; None is eager.
 
     Returns:
         ``loss``.
     """
     rows = range(len(split))
-    return {"loss": sum(loss for *_, loss in _forward(model, split, rows, batch_size, device)) / split.targets(rows)}
+    losses = _forward(
+        model, split, rows, batch_size, graphs or Graphs(device, "off"), lambda logits: logits.new_empty(0)
+    )
+    return {"loss": sum(loss for *_, loss in losses) / split.targets(rows)}
 
 
 @torch.no_grad()
 def _forward(
-    model: nn.Module, split: Examples, order: Sequence[int], batch_size: int, device: torch.device
+    model: nn.Module,
+    split: Examples,
+    order: Sequence[int],
+    batch_size: int,
+    graphs: Graphs,
+    predict: Callable[[Tensor], Tensor],
 ) -> Iterator[tuple[list[int], Tensor, float]]:
-    """Rows, logits and summed loss of every batch, in evaluation mode."""
+    """Rows, what is predicted from the logits, and summed loss of every batch, in evaluation mode."""
+
+    def call(batch: Batch) -> tuple[Tensor, Tensor]:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        logits = model(**inputs).logits
+        return predict(logits), summed_loss(logits, batch["labels"])
+
     training = model.training
     model.eval()
+    graphs.follow(model)
     for start in range(0, len(order), batch_size):
         rows = list(order[start : start + batch_size])
-        batch = {name: tensor.to(device) for name, tensor in split.batch(rows).items()}
-        labels = batch.pop("labels")
-        logits = model(**batch).logits
-        yield rows, logits, float(summed_loss(logits, labels))
+        batch = padded(split.batch(rows), model) if graphs.active else split.batch(rows)
+        (predicted, loss), _ = graphs.run(("evaluation",), batch, call, warm_up=call)
+        yield rows, predicted, float(loss)
     model.train(training)

@@ -40,7 +40,10 @@ class Ended(Exception):
 
 @dataclass
 class Progress:
-    """Where a run stands; JSON values, saved in checkpoints and copied into the record."""
+    """Where a run stands; JSON values, saved in checkpoints and copied into the record.
+
+    ``captured`` counts the steps that were replayed from CUDA graphs.
+    """
 
     step: int = 0
     score: float | None = None
@@ -48,6 +51,7 @@ class Progress:
     stale: int = 0
     seconds: float = 0.0
     resumed: int = 0
+    captured: int = 0
     damaged_checkpoints: int = 0
     stopped: str = ""
     evaluations: list[dict[str, float]] = field(default_factory=list)
@@ -110,8 +114,10 @@ def train(training: Training) -> Progress:
     bar = tqdm(total=total, initial=progress.step, desc=training.label, disable=not training.progress_bar, leave=False)
     with bar:
         while progress.step < total and not progress.stopped:
+            replayed = loop.passes.captured
             loss, seconds = _step(loop, training.refresh, progress, total, options.learning_rate)
             progress.step += 1
+            progress.captured += loop.passes.captured > replayed
             progress.step_seconds = [*progress.step_seconds[-TIMED_STEPS + 1 :], seconds]
             bar.update()
             if progress.step % options.log_steps == 0 or progress.step == total:
@@ -169,7 +175,9 @@ def _evaluate(training: Training, progress: Progress, best: dict[str, Tensor] | 
     memory.reset_peak(device)
     result = training.evaluate(training.model)
     _finite(result["loss"], progress.step, training.options.learning_rate)
-    progress.memory["peak_evaluation"] = memory.peak(device)
+    peak = memory.peak(device)  # replayed passes allocate nothing: those that were captured tell
+    before = progress.memory.get("peak_evaluation") or 0
+    progress.memory["peak_evaluation"] = None if peak is None else max(before, peak)
     memory.reset_peak(device)
     best = _note_evaluation(progress, result, training, best)
     if training.tracker is not None:

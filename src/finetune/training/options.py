@@ -23,6 +23,7 @@ class TrainingOptions:
         precision: ``fp32``, or ``bf16`` autocast with float32 weights.
         seed: of data order and dropout.
         checkpoint_seconds: time between checkpoints.
+        graphs: ``auto`` replays passes from CUDA graphs where it can (:mod:`finetune.training.graphs`), ``off`` none.
     """
 
     learning_rate: float
@@ -41,6 +42,7 @@ class TrainingOptions:
     precision: str = "fp32"
     checkpoint_seconds: float = 120.0
     log_steps: int = 10
+    graphs: str = "off"
 
 
 def planned_steps(examples: int, options: TrainingOptions) -> int:

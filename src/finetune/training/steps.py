@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from finetune.data.examples import Examples
 from finetune.training import memory
 from finetune.training.evaluation import summed_loss
+from finetune.training.graphs import Passes
 from finetune.training.options import TrainingOptions, learning_rate_factor
 from finetune.training.refreshing import GradientCollector, RefreshOptions, renew
 from sparsegrad import clip_grad_norm_
@@ -32,7 +33,10 @@ class Steps:
     ) -> None:
         self.model, self.wrapped = model, accelerator.prepare_model(model)
         self.optimizer, self.split, self.options, self.accelerator = optimizer, split, options, accelerator
+        self.passes = Passes(model, self._loss, optimizer, graphs_mode(options, accelerator))
         self._epoch, self._order = -1, torch.empty(0)
+        self._notes: dict[str, int | None] = {}
+        self._first = False
 
     def step(self, step: int, total: int, notes: dict[str, int | None]) -> tuple[Tensor, float]:
         """Do step number ``step`` (from 0); returns the mean loss over its predictions and the seconds it took."""
@@ -42,22 +46,19 @@ class Steps:
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate * factor
         mine, scale, size = self._share(step)
-        first = "saved_activations" not in notes
-        if first:
+        self._notes, self._first = notes, "saved_activations" not in notes
+        if self._first:
             memory.reset_peak(device)
         loss = torch.zeros((), device=device)
         for start in range(0, len(mine), size):
             with self._synchronise(start + size >= len(mine)):
-                with memory.saved_activations(self.model, notes, first):
-                    share = scale * self._summed_loss(mine[start : start + size])
-                self.accelerator.backward(share)
-            loss += share.detach()
-        if first:
+                # Hooks count what the first step saves; a graph has none.
+                loss += self.passes.backward(self._batch(mine[start : start + size], scale), eager=self._first)
+        if self._first:
             notes["gradients"] = memory.gradient_bytes(self.model)
         if options.max_grad_norm is not None:
             clip_grad_norm_(self.model, options.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.passes.step()
         if memory.peak(device) is not None:
             notes["peak_training"] = max(notes.get("peak_training") or 0, memory.peak(device) or 0)
         return loss, self._clock(device) - started
@@ -74,20 +75,27 @@ class Steps:
     def refresh(self, step: int, options: RefreshOptions) -> None:
         """Renew the bases from the gradients of the batches of this step and the next ones."""
         one = self.options.accumulation_steps == 1 and self.accelerator.num_processes == 1
+        self.passes.forget()
         with GradientCollector(self.model, whole_batches=one) as collector:
             for later in range(step, step + options.batches):
                 mine, scale, size = self._share(later)
                 for start in range(0, len(mine), size):
                     with self._synchronise(False):
-                        self.accelerator.backward(scale * self._summed_loss(mine[start : start + size]))
+                        self._loss(self._batch(mine[start : start + size], scale)).backward()
                 collector.end_batch()
                 self.optimizer.zero_grad()
         renew(self.model, collector, self.optimizer, options.state)
 
-    def _summed_loss(self, rows: list[int]) -> Tensor:
-        batch = {n: tensor.to(self.accelerator.device) for n, tensor in self.split.batch(rows).items()}
-        labels = batch.pop("labels")
-        return summed_loss(self.wrapped(**batch).logits, labels)
+    def _batch(self, rows: list[int], scale: float) -> dict[str, Tensor]:
+        return self.split.batch(rows) | {"scale": torch.tensor(scale, dtype=torch.float64)}
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The summed loss times ``scale``, which is a tensor since a graph would keep a number."""
+        batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+        labels, scale = batch.pop("labels"), batch.pop("scale")
+        with memory.saved_activations(self.model, self._notes, self._first):
+            loss = summed_loss(self.wrapped(**batch).logits, labels)
+        return scale.to(loss.dtype) * loss
 
     def _rows(self, step: int) -> list[int]:
         """Rows of the batch of a step: every epoch is one permutation, drawn from the seed and the epoch."""
@@ -107,3 +115,8 @@ class Steps:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter()
+
+
+def graphs_mode(options: TrainingOptions, accelerator: Accelerator) -> str:
+    """``options.graphs``; several processes sum gradients in hooks, which a graph would not see."""
+    return options.graphs if accelerator.num_processes == 1 else "off"
