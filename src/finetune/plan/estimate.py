@@ -52,7 +52,7 @@ def _throughput(experiment: Experiment, cards: Sequence[Processor], utilisation:
     def cost(model: str, method: str, checkpointing: bool | None) -> Cost | None:
         try:
             return experiment.cost(model, method, checkpointing)
-        except FileNotFoundError:  # a record of a model or method that the configuration has no more
+        except (FileNotFoundError, ValueError):  # a record of a model or method that is not in the configuration
             return None
 
     return Throughput(facts, cost, experiment.tokens, utilisation)

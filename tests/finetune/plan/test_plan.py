@@ -242,15 +242,19 @@ def test_what_was_taken_is_read_from_records(results):
     assert taken(results, "none", [CARD]) == {}
 
 
+def efficiency_record(how, model="m", device="Big Card 1 (80 GB)", names=("folded",)):
+    return {
+        "run": {"model": model, "task": "cola"},
+        "treatment": {"batch_size": 32, "precision": "bf16", "padding": "longest"} | how,
+        "lengths": {"mean_slots": 512.0},
+        "device": {"type": "cuda", "name": device},
+        "variants": [{"name": name, "status": "finished", "steps_per_second": 4.0} for name in names],
+    }
+
+
 def test_a_cards_records_are_rates_of_their_mode(tmp_path):
     for folder, how in (("m-sound-graphs", {"graphs": "auto"}), ("m-checkpointing", {"checkpointing": True})):
-        record = {
-            "run": {"model": "m", "task": "cola"},
-            "treatment": {"batch_size": 32, "precision": "bf16"} | how,
-            "lengths": {"mean_slots": 512.0},
-            "device": {"type": "cuda", "name": "Big Card 1 (80 GB)"},
-            "variants": [{"name": "folded", "status": "finished", "steps_per_second": 4.0}],
-        }
+        record = efficiency_record(how)
         records.write_json(tmp_path / f"paper/efficiency/{folder}/cola.json", record)
         records.write_json(tmp_path / f"paper/before/efficiency/{folder}/cola.json", record)
     again, graphs = recorded_facts(tmp_path, [CARD], "paper")  # what was before is no rate of today's
@@ -474,6 +478,8 @@ def test_it_runs_without_a_gpu_and_a_network_and_names_its_sources(script, caplo
     shutil.copy(ROOT / "experiments/base.yaml", tmp_path)
     caplog.set_level("INFO")
     places = [f"results={tmp_path}", f"data_root={tmp_path}", f"json={tmp_path}/plan.json"]
+    of_none = efficiency_record({}, "bert_base", "H100", ["folded_backward", "full"])  # the first is no method
+    records.write_json(tmp_path / "paper/efficiency/bert_base/cola.json", of_none)
     script(f"experiment={tmp_path}/paper.yaml", *places)
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert {row["stage"] for row in plan["stages"]} >= {"search", "train", "efficiency", "answers"}

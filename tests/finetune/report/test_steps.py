@@ -108,7 +108,7 @@ def test_tables_are_mode_by_mode(results, tmp_path):
     )
     assert len(steps.cell(row, "eager / graphs").records) == 2
     notes = [note.text for note in steps.notes]
-    assert "Not measured, CoLA, bf16, now, in graphs: lora: no room." in notes and "others were there." in notes
+    assert "Not measured, lora: no room (CoLA, bf16, now, in graphs)." in notes and "others were there." in notes
     assert "Before: of an earlier commit" in notes
     assert decoders.rows == ("8 rows, bf16: Regular FT", "2 rows, bf16, checkpointing: LoRA")
     page = write_files(tmp_path / "tables", steps)[2].read_text()

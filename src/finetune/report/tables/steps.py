@@ -114,11 +114,12 @@ def _facts(settings: Sequence[Setting], labels: Labels) -> Iterator[Note]:
     for one in settings:
         size = f"{one.rows} rows of {one.tokens:.0f} tokens, the mean over batches, padding with them"
         yield Note("machine", f"{one.name(labels)}: {size}.")
-    for mode, word in MODES.items():
-        for one in settings:
-            for entry in (entry for record in one.facts.get(mode, ()) for entry in record["variants"]):
-                if entry["status"] != "finished":
-                    where = f"{one.name(labels)}, {word}"
-                    yield Note("loss", f"Not measured, {where}: {entry['name']}: {entry['reason']}.")
+    missing: dict[str, list[str]] = {}
+    for one, mode, record in ((o, m, r) for o in settings for m in o.modes() for r in o.facts[m]):
+        for entry in record["variants"]:
+            if entry["status"] != "finished":
+                place = f"{one.name(labels)}, {MODES[mode]}"
+                missing.setdefault(f"{entry['name']}: {entry['reason']}", []).append(place)
+    yield from (Note("loss", f"Not measured, {why} ({'; '.join(where)}).") for why, where in missing.items())
     texts = dict.fromkeys(text for record in records for text in record.get("warnings", ()))
     yield from (Note("warning", f"{text}.") for text in texts)
