@@ -84,10 +84,7 @@ def test_operations_are_those_that_torch_counts(name):
     method = {"name": name, "base": variant.method, "form": variant.form, "matmul": "regular", "core": variant.core}
     found = cost(method, protocol)
     ratio = counter.get_total_flops() / found.training(rows, tokens)
-    if name == "folded":  # folding back is counted at most, of which a batch this small makes a large part
-        assert 0.8 < ratio < 1.0
-    else:
-        assert ratio == pytest.approx(1.0, abs=0.005)
+    assert ratio == pytest.approx(1.0, abs=0.005)
 
 
 def test_operations_by_hand():
@@ -99,9 +96,8 @@ def test_operations_by_hand():
     assert full.attention == 4 * h * blocks and full.blocks == blocks
     matrix, matrices = 4 * h * h, 2 * blocks
     assert lora.train == full.train - 2 * matrices * matrix + matrices * 6 * 2 * (h + 4 * h)
-    assert folded.train == full.train and folded.step == matrices * 2 * matrix * (5 * h)
-    narrow, wide = min(30 * h * h, matrix * h), min(30 * 16 * h * h, matrix * 4 * h)
-    assert folded.training(3, 10) == full.training(3, 10) + folded.step + matrices * 2 * (narrow + wide)
+    assert folded.train == full.train and folded.step == 2 * matrices * 2 * matrix * (5 * h)  # there and back
+    assert folded.training(3, 10) == full.training(3, 10) + folded.step
     shapes = [(4 * h, h), (h, 4 * h)] * blocks
     cores = [(*core_shape(41, shape), *shape) for shape in shapes]
     expected = sum(2 * (c * i + r * o + r * c) for r, c, o, i in cores)
