@@ -145,10 +145,9 @@ def measure_point(point: Point, options: CurveOptions, device: torch.device) -> 
         [batch] * options.steps,
         rounds=options.rounds,
         warmup_steps=options.warmup_steps,
-        precision=options.precision,
         device=device,
         together=True,
-        step=layer_step,
+        step=partial(layer_step, precision=options.precision),
         clock=CLOCKS[options.clock],
     )
     found = {name: _of_variant(name, seconds, point, touched(kept[name])) for name in names}

@@ -2,7 +2,8 @@
 
 On CUDA the peak is the caching allocator's, over what was allocated before the variant was built; on a CPU it is the
 running sum of the profiler's memory record, from before the model is built to the end. Scratch memory that a library
-takes without torch's allocator is in neither.
+takes without torch's allocator is in neither. A graph's memory is allocated while it is captured and held from then on:
+with graphs, the peak includes the capture, and ``reserved`` says what is held.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.efficiency.timing import release
-from finetune.efficiency.variants import Trainee, mean_loss, train_step
+from finetune.efficiency.variants import Build, Trainee, mean_loss, train_step
 from finetune.training import memory
 from sparsegrad import Basis, RotatedLinear, SparseGradLinear
 
@@ -25,73 +27,81 @@ TRAINING, EVALUATION = "finetune.training.loop", "finetune.training.evaluation"
 
 
 def measure_memory(
-    make: Callable[[], Trainee], batch: Mapping[str, Tensor], *, precision: str, device: torch.device, warmup_steps: int
-) -> dict[str, Any]:
-    """Build a variant alone, train and evaluate one batch, and say what memory that took.
+    make: Callable[[], Trainee], batch: Mapping[str, Tensor], build: Build, *, warmup_steps: int
+) -> tuple[dict[str, Any], Trainee]:
+    """Build a variant, train and evaluate one batch, and say what memory that took, over what was there before.
 
     Args:
-        make: builds the variant; nothing else that it trains may be in memory.
+        make: builds the variant.
         batch: on the device.
+        build: how it is built.
         warmup_steps: optimizer steps before the one that is measured; at least one is made, so that there is a state.
 
     Returns:
         In bytes: ``components`` (``parameters``, ``gradients`` after the backward pass, ``optimizer_state``, ``bases``,
         ``buffers``, ``saved_activations``, and under autocast ``weight_copies``, its bfloat16 copies),
         ``peak_training`` of a whole step, and ``peak_evaluation`` of a forward pass without gradients with the
-        optimizer's state in memory, as the authors measured (D21).
+        optimizer's state in memory, as the authors measured (D21); on CUDA ``reserved`` too, what the caching allocator
+        holds for it. And the variant.
     """
-    run = _on_cuda if device.type == "cuda" else _on_cpu
-    release(device)
-    found = run(make, batch, precision, device, max(1, warmup_steps))
-    release(device)
+    run = _on_cuda if build.device.type == "cuda" else _on_cpu
+    release(build.device)
+    found = run(make, batch, build, max(1, warmup_steps))
+    release(build.device)
     return found
 
 
-def take_workspaces(
-    make: Callable[[], Trainee], batch: Mapping[str, Tensor], *, precision: str, device: torch.device
-) -> None:
+def take_workspaces(make: Callable[[], Trainee], batch: Mapping[str, Tensor], device: torch.device) -> None:
     """Train one step of a throw-away model on CUDA.
 
-    cuBLAS keeps its workspaces from the first product of a shape on, and they would count as the variant's memory.
+    cuBLAS keeps its workspaces from a thread's first product on, and they would count as a variant's memory.
     """
     if device.type == "cuda":
-        train_step(make(), batch, precision)
+        train_step(make(), batch)
         release(device)
 
 
 def _on_cuda(
-    make: Callable[[], Trainee], batch: Mapping[str, Tensor], precision: str, device: torch.device, warmup: int
-) -> dict[str, Any]:
-    before = torch.cuda.memory_allocated(device)
+    make: Callable[[], Trainee], batch: Mapping[str, Tensor], build: Build, warmup: int
+) -> tuple[dict[str, Any], Trainee]:
+    device, peaks = build.device, dict[str, int]()
+    before, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     trainee = make()
-    notes = _warm_up(trainee, batch, precision, warmup)
-    peaks = {}
-    for name, call in (("peak_training", train_step), ("peak_evaluation", _evaluate)):
+    notes = _first_step(trainee, batch, build.precision)
+    torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(warmup - 1):
+        train_step(trainee, batch)
+    evaluate = partial(_evaluate, precision=build.precision)
+    for name, call in (("peak_training", train_step), ("peak_evaluation", evaluate)):
         torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call(trainee, batch, precision)
+        if call is evaluate or not trainee.passes.captured:
+            torch.cuda.reset_peak_memory_stats(device)
+        call(trainee, batch)
         torch.cuda.synchronize(device)
         peaks[name] = torch.cuda.max_memory_allocated(device) - before
     return {
-        "components": _components(trainee, notes, precision),
+        "components": _components(trainee, notes, build.precision),
         **peaks,
+        "reserved": torch.cuda.memory_reserved(device) - reserved,
         "measured_by": "torch.cuda.max_memory_allocated",
-    }
+    }, trainee
 
 
 def _on_cpu(
-    make: Callable[[], Trainee], batch: Mapping[str, Tensor], precision: str, device: torch.device, warmup: int
-) -> dict[str, Any]:
+    make: Callable[[], Trainee], batch: Mapping[str, Tensor], build: Build, warmup: int
+) -> tuple[dict[str, Any], Trainee]:
     from torch.profiler import ProfilerActivity, profile, record_function
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainee = make()
-        notes = _warm_up(trainee, batch, precision, warmup)
+        notes = _first_step(trainee, batch, build.precision)
+        for _ in range(warmup - 1):
+            train_step(trainee, batch)
         with record_function(TRAINING):
-            train_step(trainee, batch, precision)
+            train_step(trainee, batch)
         with record_function(EVALUATION):
-            _evaluate(trainee, batch, precision)
-        components = _components(trainee, notes, precision)
+            _evaluate(trainee, batch, build.precision)
+        components = _components(trainee, notes, build.precision)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
@@ -101,7 +111,7 @@ def _on_cpu(
         "peak_training": peaks[TRAINING],
         "peak_evaluation": peaks[EVALUATION],
         "measured_by": "torch.profiler, running sum of allocations",
-    }
+    }, trainee
 
 
 def peaks_in_trace(events: list[dict[str, Any]], spans: tuple[str, ...]) -> dict[str, int]:
@@ -131,17 +141,15 @@ def peaks_in_trace(events: list[dict[str, Any]], spans: tuple[str, ...]) -> dict
     return found
 
 
-def _warm_up(trainee: Trainee, batch: Mapping[str, Tensor], precision: str, steps: int) -> dict[str, int | None]:
-    """Train until the optimizer has its state; count gradients and saved activations in the first step."""
+def _first_step(trainee: Trainee, batch: Mapping[str, Tensor], precision: str) -> dict[str, int | None]:
+    """Train one step, not from a graph, for the optimizer's state; count gradients and saved activations."""
     notes: dict[str, int | None] = {}
-    for number in range(steps):
-        with memory.saved_activations(trainee.model, notes, number == 0):
-            loss = mean_loss(trainee.model, batch, precision)
-        loss.backward()
-        if number == 0:
-            notes["gradients"] = memory.gradient_bytes(trainee.model)
-        trainee.optimizer.step()
-        trainee.optimizer.zero_grad()
+    with memory.saved_activations(trainee.model, notes, True):
+        loss = mean_loss(trainee.model, batch, precision)
+    loss.backward()
+    notes["gradients"] = memory.gradient_bytes(trainee.model)
+    trainee.optimizer.step()
+    trainee.optimizer.zero_grad()
     return notes
 
 

@@ -84,6 +84,11 @@ def read_lengths(path: str | Path) -> Lengths:
         raise ValueError(f"{path}: counts can't be read: {error}") from None
 
 
+def rows_of(rows: int, tokens: int) -> Lengths:
+    """Rows of equal length, as dialogues are packed."""
+    return Lengths(f"rows{rows}", f"rows of {tokens} tokens", (tokens,) * rows)
+
+
 def make_batches(
     lengths: Lengths,
     *,

@@ -28,6 +28,9 @@ class Stage:
         experiment, scale, version: for the record.
         progress: whether to show progress bars.
         named: what the record's ``run`` holds besides.
+        commit: of a copy of the project that is no repository; a record of another commit is then made anew.
+        alone: whether the caller has made sure that nothing else uses the device. What this process' own libraries and
+            graphs take of it counts as others' otherwise.
     """
 
     path: Path
@@ -38,6 +41,8 @@ class Stage:
     version: int = 1
     progress: bool = True
     named: Mapping[str, Any] = field(default_factory=dict)
+    commit: str | None = None
+    alone: bool = False
 
     @classmethod
     def from_config(cls, kind: str, config: Mapping[str, Any]) -> Self:
@@ -88,14 +93,15 @@ class Stage:
         identity = self.identity(content, facts)
         digest = records.config_hash(identity)
         folder = self.checkpoints / digest
-        if held := records.reusable(self.path, digest):
+        held = records.reusable(self.path, digest)
+        if held and self.commit in (None, held["provenance"]["commit"]):
             log.info("%s is finished, reused", self.path)
             shutil.rmtree(folder, ignore_errors=True)  # a kill after the record leaves them
             return held
         before = machine.others(found)
-        warnings = machine.check_alone(found, before)
+        warnings = [] if self.alone else machine.check_alone(found, before)
         measured, after = measure(found, folder), machine.others(found)
-        if after.get("other_bytes", 0) > machine.OTHERS:
+        if after.get("other_bytes", 0) > machine.OTHERS and not self.alone:
             warnings.append(f"other processes took {after['other_bytes'] / 1e6:.0f} MB of the device while measuring")
         named = {"experiment": self.experiment, "kind": self.kind, **self.named, "scale": self.scale}
         record = {
@@ -108,7 +114,7 @@ class Stage:
             "device": facts | {"others_before": before, "others_after": after},
             "warnings": warnings,
             **measured,
-            "provenance": records.provenance(),
+            "provenance": records.provenance(commit=self.commit),
         }
         records.write_record(self.path, record)
         shutil.rmtree(folder, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -11,29 +12,25 @@ from typing import Any
 import torch
 
 from finetune import models
-from finetune.efficiency import machine
-from finetune.efficiency.footprint import measure_memory, take_workspaces
 from finetune.efficiency.lengths import PADDINGS, Lengths, make_batches
 from finetune.efficiency.stage import Stage
-from finetune.efficiency.timing import Batch, ratio, release, summarise, time_variants
+from finetune.efficiency.timing import Batch, ratio, summarise, time_variants
+from finetune.efficiency.variant_memory import KEEPS, SEEN, Kept, MemoryOf
 from finetune.efficiency.variants import (
     PRECISIONS,
+    Build,
     Trainee,
-    Variant,
-    make_method,
+    is_decoder,
     make_model,
     make_trainee,
     random_bases,
     select_variants,
-    why_missing,
 )
-from finetune.methods.base import count_parameters, kept_entries
-from finetune.methods.costs import RESIDENT, predicted_peaks
+from finetune.training.graphs import MODES
 
 log = logging.getLogger(__name__)
 
-KEEPS = ("auto", "together", "each_round")
-SPARE = 0.8  # share of the free memory that variants kept together may take
+PAD_TO = 8  # token lengths, where graphs are captured
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,8 @@ class EfficiencyOptions:
         device: ``auto``, ``cpu`` or ``cuda``.
         threads: of torch on the CPU; None leaves torch's choice.
         seed: of weights, bases and batches.
+        graphs: ``auto`` runs passes from CUDA graphs, token lengths rounded up, where it can; ``off`` runs none.
+        checkpointing: gradient checkpointing of every block.
 
     Raises:
         ValueError: if a value is out of range.
@@ -72,6 +71,8 @@ class EfficiencyOptions:
     seed: int = 0
     learning_rate: float = 1e-5
     num_labels: int = 2
+    graphs: str = "off"
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         whole = dict.fromkeys(("batch_size", "batches", "rounds", "warmup_steps", "max_length", "num_labels"), 1)
@@ -80,10 +81,21 @@ class EfficiencyOptions:
             if (value is None and name == "threads") or (type(value) is int and value >= least):
                 continue
             raise ValueError(f"{name}={value!r}; it must be a whole number, at least {least}.")
-        for name, allowed in (("padding", PADDINGS), ("precision", tuple(PRECISIONS)), ("keep", KEEPS)):
+        choices = {"padding": PADDINGS, "precision": tuple(PRECISIONS), "keep": KEEPS, "graphs": MODES}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}; allowed: {', '.join(allowed)}.")
         select_variants(self.variants)
+
+    def content(self) -> dict[str, Any]:
+        """For the identity: what came later than committed records is in it where it is not the default."""
+        later = {"graphs": "off", "checkpointing": False}
+        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
+
+    def build(self, device: torch.device) -> Build:
+        """How the variants are built."""
+        own = ("num_labels", "learning_rate", "precision", "seed", "graphs", "checkpointing")
+        return Build(device, **{name: getattr(self, name) for name in own})
 
 
 def measure_task(
@@ -92,8 +104,10 @@ def measure_task(
     """Measure all variants on one task and write the record, or read it where it is finished.
 
     Args:
-        model: the configuration group: name, title, architecture, target_modules, layers_to_transform, lora_rank, k.
-        protocol: the group; density, orientation, train, frozen, lora_scale and meprop_optimizer are read.
+        model: the configuration group: name, title, architecture, target_modules, layers_to_transform, lora_rank, k; a
+            decoder's (it has a ``template``) is trained on all tokens but the first.
+        protocol: the group; density, orientation, train, frozen, lora_scale and meprop_optimizer are read, of a
+            decoder's gate, also_train, every_block and lora_dropout too.
         lengths: of the task.
         stage: the record's place and names.
 
@@ -113,13 +127,16 @@ def identity(
     model: Mapping[str, Any], protocol: Mapping[str, Any], lengths: Lengths, options: EfficiencyOptions
 ) -> dict[str, Any]:
     """What decides the numbers, beside the machine, so that a record is reused."""
+    of_model = ("architecture", "target_modules", "layers_to_transform", "lora_rank", "k")
     read = ("density", "orientation", "train", "frozen", "lora_scale", "meprop_optimizer")
+    if is_decoder(model):
+        of_model, read = (*of_model, "template"), (*read, "gate", "also_train", "every_block", "lora_dropout")
     return {
-        "model": {k: model[k] for k in ("architecture", "target_modules", "layers_to_transform", "lora_rank", "k")},
+        "model": {name: model[name] for name in of_model},
         "protocol": {name: protocol[name] for name in read},
         "lengths": lengths.facts()["sha256"],
-        "options": asdict(options),
-        "variants": [asdict(variant) for variant in select_variants(options.variants)],
+        "options": options.content(),
+        "variants": [variant.content() for variant in select_variants(options.variants)],
         "missing": [],  # in the hashes of committed records: forms that sparsegrad did not have
     }
 
@@ -131,18 +148,19 @@ def _measure(
     options: EfficiencyOptions,
     device: torch.device,
 ) -> dict[str, Any]:
+    started, build = time.monotonic(), options.build(device)
     batches, shapes = _batches(model, lengths, options, device)
     bases = random_bases(model, protocol, seed=options.seed, device=device)
-    entries, makers = [], {}
+    kept, entries, makers = Kept.on(device, options.keep), [], {}
+    memory_of = MemoryOf(model, protocol, bases, build, batches[0], options.warmup_steps, kept)
     for variant in select_variants(options.variants):
-        how = {"num_labels": options.num_labels, "learning_rate": options.learning_rate, "seed": options.seed}
-        make = partial(make_trainee, variant, model, protocol, bases, **how, device=device)
-        entries.append(asdict(variant) | _memory(variant, make, model, protocol, batches, options))
+        log.info("memory of %s", variant.name)
+        entries.append(variant.content() | memory_of(variant))
         if entries[-1]["status"] == "finished":
-            makers[variant.name] = make
-    together = _keep_together(entries, options.keep, device)
-    how = {"rounds": options.rounds, "warmup_steps": options.warmup_steps, "precision": options.precision}
-    _add_times(entries, time_variants(makers, batches, **how, device=device, together=together))
+            makers[variant.name] = partial(make_trainee, variant, model, protocol, bases, build)
+    timed, together = time.monotonic(), kept.together
+    log.info("times of %d variants", len(makers))
+    _add_times(entries, makers, batches, options, kept)
     treatment = {
         **asdict(options),
         "optimizer": "AdamW, fused; SparseGrad and lazy MeProp: lazy Adam for the target matrices",
@@ -153,11 +171,16 @@ def _measure(
         "order": "interleaved: every round runs all variants over all batches, every second round in reverse",
         "batches_at": "on the device before the clock starts",
     }
+    if options.graphs != "off":
+        treatment["captured"] = f"token lengths rounded up to a multiple of {PAD_TO}, for every variant"
+    if is_decoder(model):
+        treatment["stored"] = "float32 what is trained; under bf16 the rest in bfloat16"
     return {
         "model": {"title": model["title"], "architecture": dict(model["architecture"]), "random_weights": True},
         "treatment": treatment,
         "lengths": lengths.facts() | shapes,
         "variants": entries,
+        "took_seconds": {"memory": timed - started, "times": time.monotonic() - timed},
     }
 
 
@@ -165,7 +188,7 @@ def _batches(
     model: Mapping[str, Any], lengths: Lengths, options: EfficiencyOptions, device: torch.device
 ) -> tuple[list[Batch], dict[str, Any]]:
     """Batches on the device, the longest first, so that warm-up meets the largest shapes."""
-    plain = make_model(model["architecture"], options.num_labels, "meta")
+    plain = make_model(model, "meta", num_labels=options.num_labels)
     made, shapes = make_batches(
         lengths,
         batch_size=options.batch_size,
@@ -180,63 +203,32 @@ def _batches(
     limit, longest = models.positions(plain), max(batch["input_ids"].shape[1] for batch in made)
     if limit is not None and longest > limit:
         raise ValueError(f"inputs of {longest} tokens; this model has {limit} positions: set max_length={limit}.")
+    if is_decoder(model):  # every token is predicted from those before it
+        made = [batch | {"labels": batch["input_ids"].where(batch["attention_mask"] > 0, -100)} for batch in made]
     order = sorted(range(len(made)), key=lambda place: -made[place]["input_ids"].shape[1])
     shapes["batches"] = [shapes["batches"][place] for place in order]
     return [{name: tensor.to(device) for name, tensor in made[place].items()} for place in order], shapes
 
 
-def _memory(
-    variant: Variant,
-    make: Callable[[], Trainee],
-    model: Mapping[str, Any],
-    protocol: Mapping[str, Any],
+def _add_times(
+    entries: Sequence[dict[str, Any]],
+    makers: Mapping[str, Callable[[], Trainee]],
     batches: Sequence[Batch],
     options: EfficiencyOptions,
-) -> dict[str, Any]:
-    """Parameters and memory of a variant, measured on the longest batch and by formula, or why there is none."""
-    plain, method = make_model(model["architecture"], options.num_labels, "meta"), make_method(variant, model, protocol)
-    shapes = [target.shape for target in method.targets.find(plain)]
-    missing = why_missing(variant, shapes, kept_entries(model["k"], protocol["density"], shapes[0]))
-    if missing:
-        return _refused(variant.name, "skipped", missing)
-    log.info("memory of %s", variant.name)
-    ids = batches[0]["input_ids"]
-    how = {"precision": options.precision, "device": ids.device}
-    try:
-        take_workspaces(make, batches[0], **how)
-        found = measure_memory(make, batches[0], **how, warmup_steps=options.warmup_steps)
-    except torch.OutOfMemoryError as error:
-        release(ids.device)
-        return _refused(variant.name, "failed", f"out of memory: {str(error).splitlines()[0]}")
-    width = 2 if options.precision == "bf16" else 4
-    predicted = predicted_peaks(method, found["components"], shapes, positions=ids.numel(), width=width)
-    ratios = {peak: value / found[peak] for peak, value in predicted.items()}
-    memory = found | {"predicted": predicted, "predicted_over_measured": ratios, "batch": list(ids.shape)}
-    parameters = count_parameters(plain, method)
-    return {"status": "finished", "reason": None, "parameters": parameters, "memory": memory}
-
-
-def _refused(name: str, status: str, reason: str) -> dict[str, Any]:
-    log.warning("%s %s: %s", name, status, reason)
-    return {"status": status, "reason": reason}
-
-
-def _keep_together(entries: Sequence[Mapping[str, Any]], keep: str, device: torch.device) -> bool:
-    """Whether all variants stay in memory: as asked, or if their resident parts and one peak fit."""
-    if keep != "auto":
-        return keep == "together"
-    found = [entry["memory"] for entry in entries if entry["status"] == "finished"]
-    resident = [sum(memory["components"][name] for name in RESIDENT) for memory in found]
-    moving = [memory["peak_training"] - own for memory, own in zip(found, resident, strict=True)]
-    return sum(resident) + max(moving, default=0) <= SPARE * machine.free_memory(device)
-
-
-def _add_times(entries: Sequence[dict[str, Any]], seconds: Mapping[str, list[list[float]]]) -> None:
+    kept: Kept,
+) -> None:
+    """Time the variants; say of kept ones how many passes came from a graph, where graphs are asked for."""
+    device, graphs = batches[0]["input_ids"].device, options.graphs != "off"
+    steps = max(options.warmup_steps, (SEEN + 1) * len(batches)) if graphs else options.warmup_steps
+    how = {"rounds": options.rounds, "warmup_steps": steps, "device": device, "together": kept.together}
+    seconds = time_variants(makers, batches, **how, kept=kept.trainees)
     for entry in entries:
-        times = seconds.get(entry["name"])
-        if times is None:
+        name = entry["name"]
+        if name not in seconds:
             continue
-        entry.update(summarise(times))
-        entry["seconds"] = times
+        entry.update(summarise(seconds[name]))
+        entry["seconds"] = seconds[name]
         if "full" in seconds:
-            entry["ratio_to_full"] = ratio(seconds["full"], times)
+            entry["ratio_to_full"] = ratio(seconds["full"], seconds[name])
+        if graphs and name in kept.trainees:
+            entry["captured_passes"] = kept.trainees[name].passes.captured

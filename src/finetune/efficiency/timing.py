@@ -33,10 +33,10 @@ def time_variants(
     *,
     rounds: int,
     warmup_steps: int,
-    precision: str,
     device: torch.device,
     together: bool,
-    step: Callable[[Trainee, Batch, str], None] = train_step,
+    kept: dict[str, Trainee] | None = None,
+    step: Callable[[Trainee, Batch], None] = train_step,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[list[float]]]:
     """Seconds of every step: variant -> rounds -> batches.
@@ -44,21 +44,22 @@ def time_variants(
     Args:
         makers: variant -> what builds it.
         batches: on the device; every variant trains all of them in every round, in this order.
-        warmup_steps: steps before the first timed one of a freshly built variant, and one in every later round.
+        warmup_steps: steps before a variant's first timed one, and one in every later round.
         together: keep all variants in memory, or build each anew in every round.
+        kept: variants that are built already; with ``together``, all of them afterwards.
         step: trains one batch.
         clock: of a CPU, see :func:`finetune.efficiency.machine.seconds_of`.
     """
     found: dict[str, list[list[float]]] = {name: [] for name in makers}
-    kept: dict[str, Trainee] = {}
+    kept = {} if kept is None else kept
     for _, name in interleaved(list(makers), rounds):
-        fresh = name not in kept
-        trainee = makers[name]() if fresh else kept[name]
+        trainee = kept[name] if name in kept else makers[name]()
+        fresh = not together or not found[name]
         if together:
             kept[name] = trainee
         for number in range(warmup_steps if fresh else 1):
-            step(trainee, batches[number % len(batches)], precision)
-        calls = [lambda batch=batch, trainee=trainee: step(trainee, batch, precision) for batch in batches]
+            step(trainee, batches[number % len(batches)])
+        calls = [lambda batch=batch, trainee=trainee: step(trainee, batch) for batch in batches]
         found[name].append(seconds_of(calls, device, clock))
         del trainee, calls
         if not together:

@@ -11,6 +11,7 @@ from finetune.models.load import (
     no_file_bars,
     positions,
     resolve,
+    store_trained,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "no_file_bars",
     "positions",
     "resolve",
+    "store_trained",
 ]

@@ -211,6 +211,13 @@ def no_file_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def store_trained(model: nn.Module) -> None:
+    """Store the parameters that are trained in float32, before a method prepares them; see :func:`cast_frozen`."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Store the parameters that are not trained in another precision; the trained ones keep theirs, float32.
 

@@ -117,7 +117,7 @@ def listed_records(index: Path) -> list[str]:
     return listed
 
 
-def provenance(root: str | Path | None = None) -> dict[str, Any]:
+def provenance(root: str | Path | None = None, *, commit: str | None = None) -> dict[str, Any]:
     """Commit, packages, Python, machine and time of this process.
 
     The commit is that of the project's own repository: a copy of the project inside another repository has none, nor
@@ -126,6 +126,7 @@ def provenance(root: str | Path | None = None) -> dict[str, Any]:
 
     Args:
         root: the project's folder, with ``pyproject.toml``; None: the one that holds this code.
+        commit: what whoever made a copy without a repository says that it is of; a repository's own wins.
     """
     versions = {}
     for package in PACKAGES:
@@ -138,7 +139,7 @@ def provenance(root: str | Path | None = None) -> dict[str, Any]:
     own = top is not None and Path(top).resolve() == root
     status = _git(root, "status", "--porcelain", "--", "src", "experiments/*.py", "conf") if own else None
     return {
-        "commit": _git(root, "rev-parse", "HEAD") if own else None,
+        "commit": _git(root, "rev-parse", "HEAD") if own else commit,
         "dirty": None if status is None else bool(status),
         "packages": versions,
         "python": platform.python_version(),

@@ -12,13 +12,14 @@ import pytest
 import torch
 import yaml
 
-from finetune.efficiency import cell, footprint, machine, task, timing, variants
+from finetune.efficiency import cell, footprint, machine, task, timing, variant_memory, variants
 from finetune.efficiency.__main__ import main
 from finetune.efficiency.lengths import Lengths, make_batches, read_lengths
 from finetune.efficiency.stage import Stage
 from finetune.efficiency.task import EfficiencyOptions, measure_task
 from finetune.efficiency.variants import (
     VARIANTS,
+    Build,
     make_method,
     make_model,
     make_trainee,
@@ -68,7 +69,7 @@ def fast(monkeypatch):
     """Memory is not measured: what the profiler takes is most of a record's time."""
     parts = dict.fromkeys((*RESIDENT, "gradients", "saved_activations"), 8)
     found = {"components": parts, "peak_training": 100, "peak_evaluation": 90}
-    monkeypatch.setattr(task, "measure_memory", lambda *_, **__: found)
+    monkeypatch.setattr(variant_memory, "measure_memory", lambda make, *_, **__: (found, make()))
 
 
 @pytest.fixture
@@ -95,16 +96,19 @@ def batches():
 
 @pytest.fixture
 def maker(model, protocol):
-    """``maker("lora", **architecture)``: what builds a variant, and the model's group."""
+    """``maker("lora", **architecture)``: what builds a variant."""
 
-    def make(name, **changes):
+    def make(name, precision="fp32", **changes):
         group = model(**changes)
         (variant,) = select_variants([name])
-        bases = random_bases(group, protocol, seed=0, device=CPU)
-        how = {"num_labels": 2, "learning_rate": 1e-3, "seed": 0, "device": CPU}
-        return partial(make_trainee, variant, group, protocol | size_for(name), bases, **how)
+        bases, build = random_bases(group, protocol, seed=0, device=CPU), how(precision)
+        return partial(make_trainee, variant, group, protocol | size_for(name), bases, build)
 
     return make
+
+
+def how(precision="fp32"):
+    return Build(CPU, learning_rate=1e-3, precision=precision)
 
 
 def size_for(name):
@@ -211,8 +215,8 @@ def test_inputs_longer_than_the_model_takes_are_refused(measure):
 
 
 def test_components_of_full_and_lora_are_the_bytes_counted_by_hand(maker, batches):
-    how = {"precision": "fp32", "device": CPU, "warmup_steps": 1}
-    full, lora = (footprint.measure_memory(maker(n), batches()[0], **how)["components"] for n in ("full", "lora"))
+    made = [footprint.measure_memory(maker(n), batches()[0], how(), warmup_steps=1) for n in ("full", "lora")]
+    full, lora = (found["components"] for found, _ in made)
     h, inner, layers = 64, 256, 2
     embeddings = (300 + 64 + 2) * h + 2 * h
     block = 4 * (h * h + h) + 2 * h + (h * inner + inner) + (inner * h + h) + 2 * h
@@ -231,16 +235,16 @@ def test_components_of_full_and_lora_are_the_bytes_counted_by_hand(maker, batche
 )
 def test_measured_peak_holds_the_resident_parts_and_is_predicted(name, precision, maker, batches):
     architecture = {"vocab_size": 500, "hidden_size": 128, "num_hidden_layers": 1, "intermediate_size": 512}
-    make = maker(name, **architecture)
+    make = maker(name, precision, **architecture)
     (batch,) = batches(4, 1, vocabulary=500, lengths=Lengths("x", "s", tuple(range(20, 60))))
-    found = footprint.measure_memory(make, batch, precision=precision, device=CPU, warmup_steps=1)
+    found, _ = footprint.measure_memory(make, batch, how(precision), warmup_steps=1)
     components = found["components"]
     resident = sum(components[part] for part in RESIDENT)
     assert found["peak_training"] > found["peak_evaluation"] > resident
     assert found["peak_training"] >= resident + components["gradients"]
-    how = {"positions": batch["input_ids"].numel(), "width": 2 if precision == "bf16" else 4}
+    sizes = {"positions": batch["input_ids"].numel(), "width": 2 if precision == "bf16" else 4}
     method = make_method(select_variants([name])[0], *make.args[1:3])
-    for peak, value in predicted_peaks(method, components, [(512, 128)], **how).items():
+    for peak, value in predicted_peaks(method, components, [(512, 128)], **sizes).items():
         assert value == pytest.approx(found[peak], rel=0.1), peak
 
 
@@ -259,7 +263,7 @@ def test_predictions_are_those_of_the_committed_records():
         for entry in record["variants"]:
             group = {"name": entry["method"]} | {key: entry[key] for key in ("form", "matmul", "core")}
             method = build_method(group, model, protocol, bases={}, one_backward_a_step=True)
-            plain = make_model(record["model"]["architecture"], 2, "meta")
+            plain = make_model(record["model"], "meta")
             shapes = [tuple(target.module.weight.shape) for target in method.targets.find(plain)]
             memory = entry["memory"]
             how = {"positions": memory["batch"][0] * memory["batch"][1], "width": width}
@@ -284,14 +288,15 @@ def test_peaks_in_a_trace_written_by_hand():
 
 def test_on_cuda_the_peak_is_the_allocators_over_what_was_there_before(maker, batches, monkeypatch):
     """Without a card: the calls of torch.cuda are answered here."""
-    answers, asked = {"memory_allocated": 70, "max_memory_allocated": 170}, []
-    for name in ("memory_allocated", "max_memory_allocated", "synchronize", "reset_peak_memory_stats", "empty_cache"):
+    answers, asked = {"memory_allocated": 70, "max_memory_allocated": 170, "memory_reserved": 200}, []
+    for name in (*answers, "synchronize", "reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: asked.append(name) or answers.get(name))
-    cuda = torch.device("cuda")
-    found = footprint.measure_memory(maker("full"), batches()[0], precision="fp32", device=cuda, warmup_steps=1)
-    assert found["peak_training"] == found["peak_evaluation"] == 100
+    build = dataclasses.replace(how(), device=torch.device("cuda"))
+    found, _ = footprint.measure_memory(maker("full"), batches()[0], build, warmup_steps=1)
+    assert found["peak_training"] == found["peak_evaluation"] == 100 and found["reserved"] == 0
     measured = ["synchronize", "reset_peak_memory_stats", "synchronize", "max_memory_allocated"]
-    assert asked == ["empty_cache", "memory_allocated", *measured, *measured, "empty_cache"]
+    before = ["empty_cache", "memory_allocated", "memory_reserved", "reset_peak_memory_stats"]
+    assert asked == [*before, *measured, *measured, "memory_reserved", "empty_cache"]
     assert found["components"]["gradients"] == found["components"]["parameters"] > 0
 
 
@@ -337,10 +342,9 @@ def test_every_variant_trains_the_same_batches(together):
         batches,
         rounds=2,
         warmup_steps=2,
-        precision="fp32",
         device=CPU,
         together=together,
-        step=lambda name, batch, precision: trained.append((name, batch["number"])),
+        step=lambda name, batch: trained.append((name, batch["number"])),
     )
     assert built == (["a", "b"] if together else ["a", "b", "b", "a"])
     again = [0] if together else [0, 1]
@@ -369,7 +373,7 @@ def test_a_step_moves_the_weights_as_training_does(name, maker, batches):
         before = variants.mean_loss(trainee.model, batch, "fp32")
         torch.testing.assert_close(before, variants.mean_loss(reference.model, batch, "fp32"), rtol=1e-4, atol=1e-5)
     for _ in range(3):
-        train_step(trainee, batch, "fp32")
+        train_step(trainee, batch)
     with torch.no_grad():
         assert variants.mean_loss(trainee.model, batch, "fp32") < before
     assert all(parameter.grad is None for parameter in trainee.model.parameters())
@@ -416,14 +420,14 @@ def test_a_core_of_all_outputs_that_the_budget_cannot_pay_is_skipped_with_a_reas
 
 
 def test_a_variant_that_does_not_fit_is_said_and_the_others_go_on(monkeypatch, measure, fast):
-    real, calls = task.measure_memory, iter([torch.OutOfMemoryError("tried to allocate 1 TB\nmore")])
+    real, calls = variant_memory.measure_memory, iter([torch.OutOfMemoryError("tried to allocate 1 TB\nmore")])
 
     def first_does_not_fit(*arguments, **keywords):
         for error in calls:
             raise error
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(task, "measure_memory", first_does_not_fit)
+    monkeypatch.setattr(variant_memory, "measure_memory", first_does_not_fit)
     full, lora = measure(variants=["full", "lora"])["variants"]
     assert (full["status"], lora["status"]) == ("failed", "finished") and "ratio_to_full" not in lora
     assert full["reason"] == "out of memory: tried to allocate 1 TB"

@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetune.efficiency.variants import VARIANTS, make_trainee, random_bases, train_step
+from finetune.efficiency.variants import VARIANTS, Build, make_trainee, random_bases, train_step
 from finetune.methods import build_method, with_own_choices
 from finetune.plan.actual import taken
 from finetune.plan.estimate import plan_experiment
@@ -73,14 +73,13 @@ def test_operations_are_those_that_torch_counts(name):
     protocol = PROTOCOL | {"density": 0.1}  # 409 entries: a core of all 128 outputs needs as many at least
     variant = next(v for v in VARIANTS if v.name == name)
     bases = random_bases(MODEL, protocol, seed=0, device=CPU)
-    how = {"num_labels": 2, "learning_rate": 1e-3, "seed": 0, "device": CPU}
-    trainee = make_trainee(variant, MODEL, protocol, bases, **how)
+    trainee = make_trainee(variant, MODEL, protocol, bases, Build(CPU, learning_rate=1e-3))
     rows, tokens = 4, 32
     ids = torch.randint(1, 100, (rows, tokens))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros(rows, dtype=torch.long)}
     in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}  # the counter leaves it out
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        train_step(trainee, batch, "fp32")
+        train_step(trainee, batch)
     method = {"name": name, "base": variant.method, "form": variant.form, "matmul": "regular", "core": variant.core}
     found = cost(method, protocol)
     ratio = counter.get_total_flops() / found.training(rows, tokens)
