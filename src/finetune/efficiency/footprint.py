@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.efficiency.timing import release
-from finetune.efficiency.variants import Build, Trainee, mean_loss, train_step
+from finetune.efficiency.variants import Build, Trainee, mean_loss, settle, train_step
 from finetune.training import memory
 from sparsegrad import Basis, RotatedLinear, SparseGradLinear
 
@@ -71,6 +71,8 @@ def _on_cuda(
     torch.cuda.reset_peak_memory_stats(device)
     for _ in range(warmup - 1):
         train_step(trainee, batch)
+    if build.graphs != "off":
+        settle(trainee, [batch])
     evaluate = partial(_evaluate, precision=build.precision)
     for name, call in (("peak_training", train_step), ("peak_evaluation", evaluate)):
         torch.cuda.synchronize(device)

@@ -72,7 +72,7 @@ def make_bases(point: Point, seed: int, device: torch.device) -> dict[str, Basis
     generator = torch.Generator().manual_seed(seed)
     of = {}
     for size in dict.fromkeys((point.hidden, point.inner)):
-        of[size] = torch.linalg.qr(torch.randn(size, size, generator=generator)).Q.contiguous().to(device)
+        of[size] = torch.linalg.qr(torch.randn(size, size, generator=generator).to(device)).Q.contiguous()
     return {"up": Basis(of[point.hidden], of[point.inner]), "down": Basis(of[point.inner], of[point.hidden])}
 
 

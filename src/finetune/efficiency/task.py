@@ -15,7 +15,7 @@ from finetune import models
 from finetune.efficiency.lengths import PADDINGS, Lengths, make_batches
 from finetune.efficiency.stage import Stage
 from finetune.efficiency.timing import Batch, ratio, summarise, time_variants
-from finetune.efficiency.variant_memory import KEEPS, SEEN, Kept, MemoryOf
+from finetune.efficiency.variant_memory import KEEPS, Kept, MemoryOf
 from finetune.efficiency.variants import (
     PRECISIONS,
     Build,
@@ -25,12 +25,11 @@ from finetune.efficiency.variants import (
     make_trainee,
     random_bases,
     select_variants,
+    settle,
 )
 from finetune.training.graphs import MODES
 
 log = logging.getLogger(__name__)
-
-PAD_TO = 8  # token lengths, where graphs are captured
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ def _measure(
         "batches_at": "on the device before the clock starts",
     }
     if options.graphs != "off":
-        treatment["captured"] = f"token lengths rounded up to a multiple of {PAD_TO}, for every variant"
+        treatment["captured"] = "token lengths rounded up to multiples of 8; warm-up until all passes come from graphs"
     if is_decoder(model):
         treatment["stored"] = "float32 what is trained; under bf16 the rest in bfloat16"
     return {
@@ -219,9 +218,9 @@ def _add_times(
 ) -> None:
     """Time the variants; say of kept ones how many passes came from a graph, where graphs are asked for."""
     device, graphs = batches[0]["input_ids"].device, options.graphs != "off"
-    steps = max(options.warmup_steps, (SEEN + 1) * len(batches)) if graphs else options.warmup_steps
-    how = {"rounds": options.rounds, "warmup_steps": steps, "device": device, "together": kept.together}
-    seconds = time_variants(makers, batches, **how, kept=kept.trainees)
+    how = {"rounds": options.rounds, "warmup_steps": options.warmup_steps, "together": kept.together}
+    how |= {"device": device, "kept": kept.trainees, "settle": settle if graphs else None}
+    seconds = time_variants(makers, batches, **how)
     for entry in entries:
         name = entry["name"]
         if name not in seconds:

@@ -37,6 +37,7 @@ def time_variants(
     together: bool,
     kept: dict[str, Trainee] | None = None,
     step: Callable[[Trainee, Batch], None] = train_step,
+    settle: Callable[[Trainee, Sequence[Batch]], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[list[float]]]:
     """Seconds of every step: variant -> rounds -> batches.
@@ -48,6 +49,7 @@ def time_variants(
         together: keep all variants in memory, or build each anew in every round.
         kept: variants that are built already; with ``together``, all of them afterwards.
         step: trains one batch.
+        settle: trains further before a variant's first timed step.
         clock: of a CPU, see :func:`finetune.efficiency.machine.seconds_of`.
     """
     found: dict[str, list[list[float]]] = {name: [] for name in makers}
@@ -59,6 +61,8 @@ def time_variants(
             kept[name] = trainee
         for number in range(warmup_steps if fresh else 1):
             step(trainee, batches[number % len(batches)])
+        if fresh and settle is not None:
+            settle(trainee, batches)
         calls = [lambda batch=batch, trainee=trainee: step(trainee, batch) for batch in batches]
         found[name].append(seconds_of(calls, device, clock))
         del trainee, calls

@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 KEEPS = ("auto", "together", "each_round")
 SPARE = 0.8  # share of the free memory that variants kept together may take
-SEEN = 3  # passes of a token length after which its graph is there
 
 
 @dataclass
@@ -89,7 +88,7 @@ class MemoryOf:
     ) -> None:
         self.model, self.protocol, self.bases, self.build = model, protocol, bases, build
         self.batch, self.kept, self._fresh = batch, kept, True
-        self.warmup_steps = warmup_steps if build.graphs == "off" else max(warmup_steps, SEEN + 1)
+        self.warmup_steps = warmup_steps
         self.plain = make_model(model, "meta", num_labels=build.num_labels)
 
     def __call__(self, variant: Variant) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from finetune.training.graphs import Passes
 from sparsegrad import Basis
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+SWEEPS = 6  # over all batches at most, until they come from graphs
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,16 @@ def train_step(trainee: Trainee, batch: Mapping[str, Tensor]) -> None:
     """One optimizer step, as the training loop runs it: forward, backward, update, gradients forgotten."""
     trainee.passes.backward(batch)
     trainee.passes.step()
+
+
+def settle(trainee: Trainee, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    """Train on until the passes of all batches come from graphs, or none does."""
+    for _ in range(SWEEPS):
+        before = trainee.passes.captured
+        for batch in batches:
+            train_step(trainee, batch)
+        if trainee.passes.captured - before in (0, len(batches)):
+            break
 
 
 def mean_loss(model: nn.Module, batch: Mapping[str, Tensor], precision: str) -> Tensor:
