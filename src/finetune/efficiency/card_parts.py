@@ -115,9 +115,7 @@ class _Encoders:
         self.conf, self.device, self.sizes = conf, device, sizes
         self.model = _model(conf, sizes.encoder, sizes.vocabulary)
         self.scale = read_yaml(conf / "scale" / "efficiency" / f"{sizes.scale}.yaml")
-        self.labels = {
-            name: task["num_labels"] for name, task in read_yaml(conf / "data" / "glue.yaml")["tasks"].items()
-        }
+        self.tasks = read_yaml(conf / "data" / "glue.yaml")["tasks"]
 
     def part(self, protocol: str, task: str, graphs: str, variants: Sequence[str] | None = None) -> Part:
         """All variants of a protocol on a task's lengths, or the named ones."""

@@ -105,7 +105,8 @@ class MemoryOf:
             return _refused(variant.name, "failed", f"out of memory: {str(error).splitlines()[0]}")
         self.kept.add(variant.name, trainee, found)
         memory = found | {"batch": list(self.batch["input_ids"].shape)}
-        if not is_decoder(self.model):  # whose logits' gradients are in no formula
+        # In no formula are gradients of a decoder's logits, and those of weights that a graph holds all the time.
+        if not is_decoder(self.model) and self.build.graphs == "off":
             width, positions = 2 if self.build.precision == "bf16" else 4, self.batch["input_ids"].numel()
             predicted = predicted_peaks(method, found["components"], shapes, positions=positions, width=width)
             memory["predicted"] = predicted

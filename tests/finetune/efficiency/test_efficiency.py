@@ -14,7 +14,7 @@ import yaml
 
 from finetune.efficiency import cell, footprint, machine, task, timing, variant_memory, variants
 from finetune.efficiency.__main__ import main
-from finetune.efficiency.lengths import Lengths, make_batches, read_lengths
+from finetune.efficiency.lengths import Lengths, make_batches, read_lengths, rows_of
 from finetune.efficiency.stage import Stage
 from finetune.efficiency.task import EfficiencyOptions, measure_task
 from finetune.efficiency.variants import (
@@ -484,6 +484,82 @@ def test_committed_records_are_found_again(path, compose):
     assert config_hash(own | content) == run["config_hash"]
 
 
+# Graphs and decoders
+
+
+class Captures:
+    """Passes whose graphs are there from the second pass of a token length on."""
+
+    def __init__(self):
+        self.seen, self.captured = [], 0
+
+    def backward(self, batch):
+        self.captured += self.seen.count(batch) >= 1
+        self.seen.append(batch)
+
+    def step(self):
+        pass
+
+
+@pytest.mark.parametrize(("works", "steps"), [(True, 6), (False, 3)])
+def test_warm_up_goes_on_until_all_passes_come_from_graphs(works, steps):
+    passes = Captures()
+    trainee = variants.Trainee(None, None, passes)
+    passes.seen += ["a"]
+    if not works:
+        passes.seen = Never()
+    variants.settle(trainee, ["a", "b", "c"])
+    assert len(passes.seen) - works == steps
+
+
+class Never(list):
+    def count(self, batch):
+        return 0
+
+
+def test_what_came_later_than_committed_records_is_in_the_identity_where_it_is_asked_for(options):
+    assert "graphs" not in options().content() and options(graphs="auto").content()["graphs"] == "auto"
+    assert options(checkpointing=True).content()["checkpointing"] is True
+    backward, rotated = select_variants(["folded_tf32", "folded_backward"])
+    assert backward.content()["select_in"] == "backward" and "rotation" not in backward.content()
+    assert rotated.content()["rotation"] == "tf32" and "select_in" not in rotated.content()
+    assert [variant.name for variant in select_variants(None)] == NAMES
+
+
+@pytest.fixture
+def decoder(compose):
+    group = compose("model=tiny_llama", config_name="chat")["model"]
+    group["architecture"] |= {"vocab_size": 300}
+    return group | {"k": 400}, compose("protocol=llama/sound", config_name="chat")["protocol"]
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "folded", "truncated_input"])
+def test_a_decoder_stores_what_it_trains_in_float32_and_the_rest_in_bfloat16(name, decoder):
+    bases, (variant,) = random_bases(*decoder, seed=0, device=CPU), select_variants([name])
+    trainee = make_trainee(variant, *decoder, bases, dataclasses.replace(how("bf16"), checkpointing=True))
+    for parameter in trainee.model.parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+    ids = torch.randint(300, (2, 8), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    before = variants.mean_loss(trainee.model, batch, "bf16").detach()
+    for _ in range(3):
+        train_step(trainee, batch)
+    assert variants.mean_loss(trainee.model, batch, "bf16").detach() < before
+
+
+def test_a_decoder_is_drawn_in_its_own_precision(decoder):
+    plain = make_model(decoder[0], "meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in plain.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_a_decoders_record_has_no_predicted_peak(decoder, options, tmp_path, fast):
+    made = options(variants=["full"], batch_size=2, batches=1, precision="bf16", checkpointing=True, max_length=8)
+    record = measure_task(*decoder, rows_of(2, 8), made, Stage(tmp_path / "rows2.json"))
+    (full,) = record["variants"]
+    assert full["memory"]["batch"] == [2, 8] and "predicted" not in full["memory"] and full["steps_per_second"] > 0
+    assert record["run"]["task"] == "rows2" and record["treatment"]["checkpointing"]
+
+
 # The command line
 
 
@@ -501,6 +577,7 @@ def files(tmp_path, model, protocol):
 def test_the_command_line_needs_four_packages_alone(files, tmp_path):
     """In a fresh interpreter where every other package of the project can't be imported."""
     blocked = ("hydra", "omegaconf", "datasets", "optuna", "pyarrow", "sklearn", "scipy", "wandb", "dvc", "pandas")
+    blocked += ("pydantic", "tensorly", "fastchat", "hypothesis")
     code = (
         "import runpy, sys\n"
         "class Blocking:\n"
@@ -510,6 +587,7 @@ def test_the_command_line_needs_four_packages_alone(files, tmp_path):
         f"        blocked = name.partition('.')[0] in {blocked}\n"
         "        return None if blocked else self.finder.find_spec(name, path, target)\n"
         "sys.meta_path[:] = [Blocking(finder) for finder in sys.meta_path]\n"
+        "import finetune.efficiency.card\n"
         "sys.argv = ['efficiency', *sys.argv[1:]]\n"
         "runpy.run_module('finetune.efficiency', run_name='__main__')\n"
     )
