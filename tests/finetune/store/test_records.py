@@ -171,3 +171,8 @@ def test_the_project_is_the_folder_of_this_code(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     here = records.provenance()["commit"]
     assert here == records.provenance(root)["commit"]
+
+
+def test_a_copy_is_of_the_commit_that_is_told_and_a_repository_of_its_own(repository):
+    assert records.provenance(repository / "src", commit="abc")["commit"] == "abc"
+    assert records.provenance(repository, commit="abc")["commit"] == git(repository, "rev-parse", "HEAD")
