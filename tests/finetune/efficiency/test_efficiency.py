@@ -253,14 +253,15 @@ RECORDS = sorted((ROOT / "results/local/efficiency").glob("*/*.json"))
 
 @pytest.mark.skipif(not RECORDS, reason="results/local/efficiency is not there: make repro EXPERIMENT=local")
 def test_predictions_are_those_of_the_committed_records():
-    compared = 0
+    """Of the variants that select no entries: those that do have been rewritten since."""
+    same, compared = ("full", "lora", "truncated", "truncated_input"), 0
     for record in map(read_json, RECORDS):
         model, protocol = (
             yaml.safe_load((ROOT / f"conf/{path}.yaml").read_text())
             for path in (f"model/{record['run']['model']}", f"protocol/{record['run']['protocol']}")
         )
         width = 2 if record["treatment"]["precision"] == "bf16" else 4
-        for entry in record["variants"]:
+        for entry in (entry for entry in record["variants"] if entry["name"] in same):
             group = {"name": entry["method"]} | {key: entry[key] for key in ("form", "matmul", "core")}
             method = build_method(group, model, protocol, bases={}, one_backward_a_step=True)
             plain = make_model(record["model"], "meta")
