@@ -18,7 +18,7 @@ from finetune.efficiency.variants import PRECISIONS, VARIANTS
 from finetune.store.boundary import exit_with_message
 from finetune.store.files import read_yaml
 from finetune.store.places import only_writer
-from finetune.training.graphs import MODES
+from finetune.training.capture import MODES
 
 log = logging.getLogger("finetune.efficiency")
 

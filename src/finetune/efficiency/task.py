@@ -27,7 +27,7 @@ from finetune.efficiency.variants import (
     select_variants,
     settle,
 )
-from finetune.training.graphs import MODES
+from finetune.training.capture import MODES
 
 log = logging.getLogger(__name__)
 
