@@ -133,6 +133,23 @@ class SparseGradAdamW(Optimizer):
         for layer in self._layers.values():
             layer.zero_gradient()
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold a step: no layer selects, and the kernels are fused.
+
+        A graph can't wait, so :meth:`refuse_non_finite` is for the caller, before every replay.
+        """
+        return self._fused and not any(layer.selects for layer in self._layers.values())
+
+    @torch.no_grad()
+    def refuse_non_finite(self) -> None:
+        """What a step begins with: select every gradient that is to be selected, and see that all are finite.
+
+        Raises:
+            NonFiniteGradient: if one is not.
+        """
+        select_together([*self._layers.values()])
+
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride] - of its two overloads the wider one
         self, closure: Callable[[], Tensor] | None = None
@@ -146,7 +163,8 @@ class SparseGradAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        select_together([*self._layers.values()])  # before any update: one not finite leaves the model as it was
+        if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+            self.refuse_non_finite()  # before any update: one not finite leaves the model as it was
         for number, group in enumerate(self.param_groups):
             if group["sparsegrad"] and not all(p in self._layers for p in group["params"]):
                 raise ValueError(_REPLACED.format(f"group {number}"))

@@ -101,6 +101,8 @@ class Graphs:
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"graphs={mode!r}; allowed: {', '.join(MODES)}.")
+        if keep < 2:
+            raise ValueError(f"keep={keep}; allowed: 2 or more, one for passes and one for steps.")
         if mode == "auto" and recorder is None and device.type == "cuda":
             recorder = CUDARecorder(device)
         self.device, self._keep = device, keep

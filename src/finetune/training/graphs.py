@@ -23,8 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from finetune.training.capture import KEEP, Batch, Graphs, Recorder
+from finetune.training.capture import KEEP, MODES, Batch, Graphs, Recorder
 from finetune.training.padding import PAD_TO, padded
+from sparsegrad import SparseGradAdamW
+
+__all__ = ["MODES", "Passes", "is_static"]
 
 
 class Passes:
@@ -101,6 +104,8 @@ class Passes:
         if self._static and self._graphs.active:
             for rate, group in zip(self._rates, self._optimizer.param_groups, strict=True):
                 rate.fill_(group["lr"])
+            if isinstance(self._optimizer, SparseGradAdamW):
+                self._optimizer.refuse_non_finite()
             own = bool(self._buffers) and all(p.grad is buffer for p, buffer in self._buffers.items())
             self._graphs.run(("step",), {}, self._static_step, eager=not own)
         else:
@@ -195,5 +200,8 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 
 def is_static(optimizer: Optimizer) -> bool:
     """Whether a step does the same work on the same tensors every time, so that a graph can hold it."""
-    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    return type(optimizer) is AdamW and not hooks and all(group["fused"] for group in optimizer.param_groups)
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return False
+    if isinstance(optimizer, SparseGradAdamW):
+        return optimizer.capturable
+    return type(optimizer) is AdamW and all(group["fused"] for group in optimizer.param_groups)
