@@ -90,6 +90,7 @@ class Experiment:
             "protocol": self.read("protocol", within + self.lists["protocol"]),
             "scale": self.read("scale", within + self.lists["scale"]),
             data: self._data(data),
+            "training": self.read("", name)["training"],
             "learning_rate": None,
             "batch_size": None,
             "basis": "of the basis stage",
@@ -230,7 +231,7 @@ class Experiment:
             if problem.basis_scope == "run":
                 options = problem.config["protocol"]["preliminary"]
                 sizes = {"steps": options["steps"], "batch": options["batch_size"], "stopped": None, "interval": None}
-                yield replace(piece, **sizes, cost=self.cost(model, "full"), inside=True)
+                yield replace(piece, **sizes, cost=self.cost(model, "full"), inside=True, graphs=False)
                 each = hosvd_operations(self.shapes(model))
                 yield Decomposition(stage=piece.stage, **named, runs=piece.runs, each=each, inside=True)
 
@@ -264,6 +265,7 @@ class Experiment:
             evaluated=held,
             precision=options.precision,
             cost=self.cost(model, method),
+            graphs=options.graphs != "off",
         )
 
     def _efficiency(self, model: str, tasks: list[str]) -> Iterator[Work]:
