@@ -28,8 +28,11 @@ def padded(batch: Mapping[str, Tensor], model: nn.Module, multiple: int = PAD_TO
     limit = positions(model)
     wanted = -(-ids.shape[1] // multiple) * multiple
     more = (wanted if limit is None else max(ids.shape[1], min(wanted, limit))) - ids.shape[1]
+    found = dict(batch)
     fill = {"input_ids": getattr(model.config, "pad_token_id", None) or 0, "labels": -100}
-    found = {n: F.pad(t, (0, more), value=fill.get(n, 0)) if t.shape == ids.shape else t for n, t in batch.items()}
+    for name, tensor in batch.items():
+        if more and tensor.shape == ids.shape:
+            found[name] = F.pad(tensor, (0, more), value=fill.get(name, 0))
     mask = found.get("attention_mask")
     if mask is not None and mask.device.type == "cpu" and bool(mask.all()):
         del found["attention_mask"]
