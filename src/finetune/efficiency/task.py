@@ -14,7 +14,7 @@ import torch
 from finetune import models
 from finetune.efficiency.lengths import PADDINGS, Lengths, make_batches
 from finetune.efficiency.stage import Stage
-from finetune.efficiency.timing import Batch, ratio, summarise, time_variants
+from finetune.efficiency.timing import Batch, ratio, release, summarise, time_variants
 from finetune.efficiency.variant_memory import KEEPS, Kept, MemoryOf
 from finetune.efficiency.variants import (
     PRECISIONS,
@@ -220,6 +220,7 @@ def _add_times(
     device, graphs = batches[0]["input_ids"].device, options.graphs != "off"
     how = {"rounds": options.rounds, "warmup_steps": options.warmup_steps, "together": kept.together}
     how |= {"device": device, "kept": kept.trainees, "settle": settle if graphs else None}
+    release(device)  # what the last variant left, where none is kept
     seconds = time_variants(makers, batches, **how)
     for entry in entries:
         name = entry["name"]

@@ -212,7 +212,7 @@ def no_file_bars() -> Iterator[None]:
 
 
 def store_trained(model: nn.Module) -> None:
-    """Store the parameters that are trained in float32, before a method prepares them; see :func:`cast_frozen`."""
+    """Store the parameters that are to be trained in float32, before a method prepares them; see `cast_frozen`."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -14,7 +14,7 @@ from torch import nn
 from finetune import models
 from finetune.data.chat import ChatTemplate, chat_template
 from finetune.data.oasst import PackedSplit, load_chat
-from finetune.methods import Method, build_targets
+from finetune.methods import Method, base_method, build_targets
 from finetune.runs.problem import Problem, Run
 from finetune.training.capture import Graphs
 from finetune.training.evaluation import evaluate_causal
@@ -81,7 +81,22 @@ class ChatProblem(Problem):
         return measure
 
     def load_model(self, task: str, seed: int) -> nn.Module:
-        return self.checked(models.load_causal(self.config["model"], self.root, seed), task)
+        """The starting model; what this method does not train is in its storage precision."""
+        return self._loaded(base_method(self.config["method"]), task, seed)
+
+    def _loaded(self, method: str, task: str, seed: int) -> nn.Module:
+        """The starting model, of which no float32 copy is made but of what a method trains.
+
+        Where frozen weights are stored in bfloat16 they come in the checkpoint's own precision: 7 billion parameters
+        are 27 GB in float32.
+        """
+        lowered = self.stored_dtype != torch.float32 and not self.config["protocol"]["preliminary"]["update"]
+        model = models.load_causal(self.config["model"], self.root, seed, "auto" if lowered else torch.float32)
+        if lowered:
+            build_targets(method, self.config["model"], self.config["protocol"]).set_trainable(model)
+            models.store_trained(model)
+            models.cast_frozen(model, self.stored_dtype)
+        return self.checked(model, task)
 
     def prepare(self, method: Method, model: nn.Module, device: torch.device, seed: int) -> nn.Module:
         model = model.to("cpu")  # gradients may have been collected on the device
@@ -95,12 +110,11 @@ class ChatProblem(Problem):
 
     def gradient_model(self, task: str, seed: int) -> nn.Module:
         """The starting model; what is not differentiated is in its storage precision."""
-        config, model = self.config, self.load_model(task, seed)
+        config, model = self.config, self._loaded("sparsegrad", task, seed)
         if config["scale"]["gradient_checkpointing"]:
             models.checkpoint_activations(model)
         if not config["protocol"]["preliminary"]["update"]:
             build_targets("sparsegrad", config["model"], config["protocol"]).set_trainable(model)
-            models.cast_frozen(model, self.stored_dtype)
         return model
 
     def collect(self, model: nn.Module, task: str, seed: int, device: torch.device) -> Collected:

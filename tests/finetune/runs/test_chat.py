@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.methods import build_method, build_targets
 from finetune.methods.base import count_parameters
@@ -54,6 +55,51 @@ def test_a_run_learns_and_its_merged_model_has_the_loss_of_the_record(method, ru
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {f"model.layers.{i}.mlp.{m}_proj.weight" for i in (0, 3) for m in ("up", "down")}
+
+
+@pytest.fixture
+def half(chat_root, tmp_path):
+    """The tiny LLaMA in float16 and several files, as LLaMa-2-7B's checkpoint lies."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = chat_root / "models" / "tiny"
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16)
+    model.save_pretrained(tmp_path / "half", max_shard_size="40KB")
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "half")
+    assert len(list((tmp_path / "half").glob("*.safetensors"))) > 1
+    return tmp_path / "half"
+
+
+class MadeInFloat32(TorchDispatchMode):
+    """Counts the numbers of all new float32 tensors off the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.seen = 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float32 and not out.is_meta:
+            if out.untyped_storage().data_ptr() not in self.seen:
+                self.count += out.numel()
+            self.seen.add(out.untyped_storage().data_ptr())
+        return out
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_of_a_checkpoint_in_half_precision_only_what_trains_is_made_float32(method, chat_config, half, monkeypatch):
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a mode sees its own thread
+    sizes = ("scale.precision=bf16", "scale.frozen_dtype=bf16")
+    problem = ChatProblem(chat_config(f"method={method}", f"model.checkpoint={half}", *sizes))
+    stored = {name: tensor for file in half.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    with MadeInFloat32() as made:
+        model = problem.load_model("oasst1", 1)
+    trained = {n: p for n, p in model.named_parameters() if p.dtype == torch.float32}
+    assert set(trained) == {f"model.layers.{i}.mlp.{m}_proj.weight" for i in (0, 3) for m in ("up", "down")}
+    whole = sum(tensor.numel() for tensor in stored.values())
+    assert sum(p.numel() for p in trained.values()) <= made.count < 0.5 * whole
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, stored[name].to(torch.float32 if name in trained else torch.bfloat16))
 
 
 def test_a_merged_model_is_there_whole_or_not_at_all(run, monkeypatch, tmp_path):
