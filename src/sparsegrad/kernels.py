@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
-def available(G: Tensor) -> bool:
+def available(device: torch.device) -> bool:
     return False
 
 

@@ -122,7 +122,7 @@ class SparseGradMethod(OtherMethod):
     basis_seed: Seed | None = None
     drop_after: Count | None = None
     select: Text = "-"
-    select_in: Literal["step", "backward"] = "step"
+    select_in: Literal["auto", "step", "backward"] = "auto"
     rotation: Literal["auto", "float32", "tf32", "bf16"] = "auto"
     refresh: Refresh | None = None
 

@@ -96,7 +96,8 @@ def _method(name: str, point: Point, bases: Mapping[str, Basis]) -> Method:
     modules = {"name": "mlp", "target_modules": {"up": "up", "down": "down"}, "layers_to_transform": None}
     modules |= {"lora_rank": point.lora_rank, "k": point.k}
     choices = {"density": None, "orientation": "hosvd", "train": "targets", "frozen": {}, "lora_scale": 2}
-    return build_method(settings, modules, choices, bases=bases, one_backward_a_step=True)
+    device = bases["up"].U.device.type if bases else "cuda"
+    return build_method(settings, modules, choices, bases=bases, one_backward_a_step=True, device=device)
 
 
 def make_batch(point: Point, bases: Mapping[str, Basis], seed: int) -> dict[str, Tensor]:

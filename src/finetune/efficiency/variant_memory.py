@@ -93,7 +93,7 @@ class MemoryOf:
 
     def __call__(self, variant: Variant) -> dict[str, Any]:
         """What the record holds of a variant, or why there is none; the variant itself stays in ``kept``."""
-        method = make_method(variant, self.model, self.protocol)
+        method = make_method(variant, self.model, self.protocol, self.bases)
         shapes = [target.shape for target in method.targets.find(self.plain)]
         missing = why_missing(variant, shapes, kept_entries(self.model["k"], self.protocol["density"], shapes[0]))
         if missing:

@@ -135,12 +135,13 @@ def is_decoder(model: Mapping[str, Any]) -> bool:
 
 
 def make_method(
-    variant: Variant, model: Mapping[str, Any], protocol: Mapping[str, Any], bases: Mapping[str, Basis] | None = None
+    variant: Variant, model: Mapping[str, Any], protocol: Mapping[str, Any], bases: Mapping[str, Basis]
 ) -> Method:
-    """The variant's method; without bases it says what it costs and prepares nothing."""
+    """The variant's method, for the device that the bases lie on."""
     settings = variant.content() | {"name": variant.method}
     del settings["method"]
-    return build_method(settings, model, protocol, bases=bases or {}, one_backward_a_step=True)
+    device = next(iter(bases.values())).U.device.type
+    return build_method(settings, model, protocol, bases=bases, one_backward_a_step=True, device=device)
 
 
 def make_trainee(

@@ -111,6 +111,7 @@ def _follow(inputs: GlueProblem, task: str, name: str) -> tuple[Looks, dict[str,
         protocol,
         bases=inputs.bases(task)[0],
         one_backward_a_step=scale["accumulation_steps"] == 1,
+        device=device.type,
     )
     judged, refreshing = _rows(config, len(splits["train"]))
     probe = Probe(

@@ -95,20 +95,22 @@ def build_method(
     *,
     bases: Mapping[str, Basis] | None = None,
     one_backward_a_step: bool = False,
+    device: str = "cuda",
 ) -> Method:
     """The method that a configuration names.
 
     Args:
         method, model, protocol: the configuration groups.
         bases: by layer kind; a method that rotates gradients needs them.
-        one_backward_a_step: see :class:`finetune.methods.base.Configuration`.
+        one_backward_a_step, device: see :class:`finetune.methods.base.Configuration`.
 
     Raises:
         ValueError: on an unknown method, or one that refuses the configuration.
     """
     base = base_method(method)
     targets = build_targets(base, model, protocol)
-    return _method_class(base).from_config(Configuration(method, model, protocol, targets, bases, one_backward_a_step))
+    given = Configuration(method, model, protocol, targets, bases, one_backward_a_step, device)
+    return _method_class(base).from_config(given)
 
 
 def build_targets(method: str, model: Mapping[str, Any], protocol: Mapping[str, Any]) -> Targets:

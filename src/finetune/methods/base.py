@@ -80,6 +80,7 @@ class Configuration:
         targets: of :func:`finetune.methods.build_targets`.
         bases: by layer kind, for methods that need them.
         one_backward_a_step: no accumulation and one process, so that a gradient may be selected in the backward pass.
+        device: type of the one that trains.
     """
 
     method: Mapping[str, Any]
@@ -88,6 +89,7 @@ class Configuration:
     targets: Targets
     bases: Mapping[str, Basis] | None = None
     one_backward_a_step: bool = False
+    device: str = "cuda"
 
 
 @dataclass(frozen=True)

@@ -169,9 +169,8 @@ def _method(
         collected = problem.collect(model, run.task, run.seed, device)
         bases, facts = collected.bases(), collected.facts
     config = problem.config
-    method = build_method(
-        config["method"], config["model"], config["protocol"], bases=bases, one_backward_a_step=one_backward
-    )
+    how = {"one_backward_a_step": one_backward, "device": device.type}
+    method = build_method(config["method"], config["model"], config["protocol"], bases=bases, **how)
     return method, {name: value for name, value in facts.items() if name != "content"}
 
 

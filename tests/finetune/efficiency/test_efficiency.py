@@ -243,7 +243,7 @@ def test_measured_peak_holds_the_resident_parts_and_is_predicted(name, precision
     assert found["peak_training"] > found["peak_evaluation"] > resident
     assert found["peak_training"] >= resident + components["gradients"]
     sizes = {"positions": batch["input_ids"].numel(), "width": 2 if precision == "bf16" else 4}
-    method = make_method(select_variants([name])[0], *make.args[1:3])
+    method = make_method(select_variants([name])[0], *make.args[1:4])
     for peak, value in predicted_peaks(method, components, [(512, 128)], **sizes).items():
         assert value == pytest.approx(found[peak], rel=0.1), peak
 
