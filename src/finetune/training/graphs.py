@@ -8,7 +8,8 @@ one warning says.
 When something was captured decides nothing: all passes are replayed but those that are asked to be eager, dropout draws
 from torch's generator as in an eager pass, and a learning rate is a tensor in all steps. So a run that was killed, and
 captures again when it goes on, ends as one that was not, to the bit where torch's kernels are deterministic. A run
-without graphs, whose batches have other padding, is equal to rounding.
+without graphs is equal to rounding: it has other padding, and where nothing is masked models skip the mask, which they
+can't look at while they are captured.
 
 All graphs add to one set of gradient tensors, which stays allocated for the whole run, during the optimizer's step too.
 The memory of replayed passes is reserved once, and counts in the allocator's peak when it is captured, not later.

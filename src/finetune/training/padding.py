@@ -15,9 +15,6 @@ PAD_TO = 8  # tokens: what tensor cores want, and few lengths
 def padded(batch: Mapping[str, Tensor], model: nn.Module, multiple: int = PAD_TO) -> dict[str, Tensor]:
     """A batch with its token length rounded up to a multiple, or to all that the model takes.
 
-    An attention mask that masks nothing is left out where it lies in main memory: models look at it in eager passes,
-    skip it, and compute otherwise; in a captured one they can't look.
-
     Args:
         batch: ``input_ids`` ``(rows, tokens)`` get the model's padding id, labels of that shape -100, all else of that
             shape zeros.
@@ -33,7 +30,4 @@ def padded(batch: Mapping[str, Tensor], model: nn.Module, multiple: int = PAD_TO
     for name, tensor in batch.items():
         if more and tensor.shape == ids.shape:
             found[name] = F.pad(tensor, (0, more), value=fill.get(name, 0))
-    mask = found.get("attention_mask")
-    if mask is not None and mask.device.type == "cpu" and bool(mask.all()):
-        del found["attention_mask"]
     return found

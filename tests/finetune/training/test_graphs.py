@@ -115,9 +115,7 @@ class Split:
         longest = max(row["input_ids"].shape[1] for row in rows)
         model = SimpleNamespace(config=SimpleNamespace(pad_token_id=1, max_position_embeddings=longest, model_type=""))
         filled = [padded(row, model, longest) for row in rows]
-        masks = [row.get("attention_mask", torch.ones_like(row["input_ids"])) for row in filled]
-        found = {name: torch.cat([row[name] for row in filled]) for name in ("input_ids", "labels")}
-        return found | {"attention_mask": torch.cat(masks)}
+        return {name: torch.cat([row[name] for row in filled]) for name in filled[0]}
 
 
 def loss_of(model, precision=None):
@@ -177,15 +175,6 @@ def test_a_batch_is_filled_up_to_a_multiple_or_to_all_that_the_model_takes():
     assert (causal["labels"][:, 11:] == -100).all()
     values = {"x": torch.ones(2, 3)}
     assert padded(values, nn.Identity(), 8)["x"] is values["x"]
-
-
-def test_a_mask_of_ones_alone_is_left_out_and_changes_nothing():
-    model = encoder("full", dropout=0.0)[0]
-    (batch,) = batches([8])
-    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    found = padded(batch, model, 8)
-    assert "attention_mask" not in found
-    torch.testing.assert_close(loss_of(model)(found), loss_of(model)(batch))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -417,7 +406,7 @@ def test_on_cuda_the_loop_trains_as_without_graphs(device, precision):
 def test_on_cuda_an_evaluation_is_that_of_eager_passes(device):
     from finetune.training.evaluation import evaluate_causal
 
-    split = Split([5, 7, 16, 5, 16, 16], rows=1)  # 8 tokens, 16, and 16 without a mask
+    split = Split([5, 7, 16, 5, 16, 16], rows=1)
     model = encoder("full", device)[0]
     graphs = Graphs(device)
     for change in (0.0, 0.1):  # replays see the weights as they are
@@ -425,4 +414,4 @@ def test_on_cuda_an_evaluation_is_that_of_eager_passes(device):
             model.classifier.dense.weight.add_(change)
         eager = evaluate_causal(model, split, 2, device)["loss"]
         assert evaluate_causal(model, split, 2, device, graphs)["loss"] == pytest.approx(eager, rel=1e-4)
-    assert model.training and isinstance(graphs._recorder, CUDARecorder) and graphs.active and len(graphs._held) == 3
+    assert model.training and isinstance(graphs._recorder, CUDARecorder) and graphs.active and len(graphs._held) == 2
