@@ -86,8 +86,9 @@ def test_a_part_that_fails_is_said_and_comes_last_the_next_time(card, part, tmp_
     assert read_json(tmp_path / "card.json")["parts"]["a"]["failed"] == "ValueError: no"
 
 
-def test_the_plan_lies_as_the_tables_read_it():
-    parts = plan(PROJECT, "cuda", Sizes(), None)
+def test_the_plan_lies_as_the_tables_read_it(tmp_path):
+    (tmp_path / "stsb.safetensors").touch()
+    parts = plan(PROJECT, "cuda", Sizes(), tmp_path)
     paths = [part.path for part in parts]
     assert len(set(paths)) == len(parts) == len({part.name for part in parts})
     folders = {"", "-printed-graphs", "-sound", "-sound-graphs", "-sound-folded", "-printed-folded"}
@@ -97,6 +98,7 @@ def test_the_plan_lies_as_the_tables_read_it():
         "cuda_tests.json",
         "hosvd_cost.json",
         "cost_curves.json",
+        "rotation.json",
     }
     assert paths[0] == "cuda_tests.json" and paths[1:3] == [f"efficiency/roberta_base-{n}/cola.json" for n in _FIRST]
 
@@ -127,6 +129,7 @@ def test_a_try_on_a_cpu_writes_a_record_and_finds_it_again(tmp_path, monkeypatch
     [
         ([], "torch sees no CUDA device"),
         (["--smoke", "--only", "decoders"], "--only decoders; allowed are beginnings of: cuda_tests, sound/cola"),
+        (["--smoke", "--rotation", "/nowhere"], "--rotation /nowhere holds no examples"),
         (["--smoke", "--commit", "abc"], "--commit abc, but the code lies in a repository at"),
     ],
 )
