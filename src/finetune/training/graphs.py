@@ -131,7 +131,7 @@ class Passes:
         for parameter in self._parameters if self._buffers else ():  # an attempt before may have left others
             parameter.grad = self._buffers.get(parameter)
         if first and self._buffers:
-            torch._foreach_zero_(list(self._buffers.values()))
+            torch._foreach_zero_(list(self._buffers.values()))  # pyright: ignore[reportPrivateImportUsage]
         loss = self._loss(batch)
         loss.backward()
         return loss.detach()
