@@ -13,17 +13,17 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 
 from finetune import models
 from finetune.efficiency.rotation_inputs import read_examples, read_model
-from finetune.efficiency.rotation_trial import GRADIENT, LAST, ROTATIONS, TURN, repetition
+from finetune.efficiency.rotation_table import GRADIENT, HEAD, REFERENCE, table_rows
+from finetune.efficiency.rotation_trial import LAST, ROTATIONS, TURN, repetition
 from finetune.efficiency.stage import Stage
 from finetune.efficiency.variants import PRECISIONS
 from finetune.store import records
@@ -32,9 +32,7 @@ from finetune.store.places import only_writer
 
 log = logging.getLogger("finetune.efficiency")
 
-REFERENCE = ROTATIONS[0]
 ONLY_CUDA = {"tf32": "TF32 exists on CUDA alone: a CPU multiplies in float32"}
-Entry = Mapping[str, Any]  # one repetition
 
 
 @dataclass(frozen=True)
@@ -158,45 +156,6 @@ def _each(tasks: Sequence[tuple[Any, Any]], options: RotationOptions) -> Iterato
                 yield task, splits, precision, seed
 
 
-def table(record: Mapping[str, Any]) -> str:
-    """The record as a Markdown table: means over seeds; of what is selected, over looks and layer kinds too.
-
-    Losses of other rotations are differences from float32's, with the least and the greatest over seeds.
-    """
-    lines = [
-        ["task, training", "rotation", "same entries", "energy", "loss", "validation", "step, ms", "whole step, ms"]
-    ]
-    lines.append(["---"] * len(lines[0]))
-    groups: dict[tuple[str, str], list[Entry]] = {}
-    for entry in record["entries"]:
-        groups.setdefault((entry["task"], entry["precision"]), []).append(entry)
-    for (task, precision), entries in groups.items():
-        for rotation in entries[0]["rotations"]:
-            lines.append([f"{task}, {precision}", rotation, *_cells(entries, rotation)])
-        if any(GRADIENT in kind for look in entries[0]["looks"] for kind in look["kinds"].values()):
-            lines.append([f"{task}, {precision}", "(the gradient itself)", *_selected(entries, GRADIENT), *["-"] * 4])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _cells(entries: Sequence[Entry], rotation: str) -> list[str]:
-    found = [entry["rotations"][rotation] for entry in entries]
-    losses = [one["loss"] for one in found]
-    loss = f"{fmean(losses):.4f}"
-    if rotation != REFERENCE:
-        pairs = zip(losses, entries, strict=True)
-        apart = [own - entry["rotations"][REFERENCE]["loss"] for own, entry in pairs]
-        loss = f"{fmean(apart):+.4f} ({min(apart):+.4f} to {max(apart):+.4f})"
-    scores = f"{fmean(one['validation'][entries[0]['metric']] for one in found):.4f}"
-    times = [f"{fmean(one[name] for one in found):.2f}" for name in ("optimizer_ms", "step_ms")]
-    return [*_selected(entries, rotation), loss, scores, *times]
-
-
-def _selected(entries: Sequence[Entry], rotation: str) -> list[str]:
-    shares = [kind[rotation] for entry in entries for look in entry["looks"] for kind in look["kinds"].values()]
-    agree, energy = (100 * fmean(one[name] for one in shares) for name in ("agree", "energy"))
-    return [f"{agree:.2f} %", f"{energy:.4f} %"]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and write the record.
 
@@ -210,7 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stage = Stage(path)
         with only_writer(path.parent, stage.checkpoints, name=path.name):
             record = measure_rotation(model, examples, RotationOptions(**given), stage)
-        log.info("%s\n%s", path, table(record))
+        for row in (HEAD, *table_rows(record)):
+            log.info("%s", " | ".join(row))
+        log.info("%s", path)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.efficiency.machine import seconds_of
+from finetune.efficiency.rotation_table import GRADIENT, REFERENCE
 from finetune.efficiency.timing import Batch
 from finetune.efficiency.variants import mean_loss
 from finetune.training.evaluation import evaluate
@@ -35,10 +36,7 @@ from sparsegrad import (
 if TYPE_CHECKING:  # reading a task needs pyarrow
     from finetune.data.glue import Split, Task
 
-ROTATIONS = ("float32", "tf32", "bf16")
-GRADIENT = "gradient"
-"""Beside the rotations: float64's selection from the gradient under autocast, against that from float32's gradient."""
-
+ROTATIONS = (REFERENCE, "tf32", "bf16")
 TURN = 10  # steps of one precision before the next one's turn
 LAST = 20  # steps whose mean is the training loss at the end
 
@@ -114,7 +112,7 @@ def repetition(
     compared = []
     for number, (start, end) in enumerate(pairwise(sorted({*range(0, steps, TURN), *looks, steps, steps + 1}))):
         if start in looks:
-            model, batch = trainees["float32"].model, batches[start % steps]
+            model, batch = trainees[REFERENCE].model, batches[start % steps]
             compared.append({"step": start, "kinds": selections(model, layers, batch, precision, rotations, seed)})
         if start == steps:
             break

@@ -8,10 +8,12 @@ import torch
 
 from finetune import models
 from finetune.data.glue import load_task
-from finetune.efficiency.rotation import RotationOptions, main, measure_rotation, table
+from finetune.efficiency.rotation import RotationOptions, main, measure_rotation
 from finetune.efficiency.rotation_inputs import prepare, read_examples, read_model
-from finetune.efficiency.rotation_trial import GRADIENT, agreement, draw
+from finetune.efficiency.rotation_table import GRADIENT, HEAD, table_rows
+from finetune.efficiency.rotation_trial import agreement, draw
 from finetune.efficiency.stage import Stage
+from finetune.report.tables.targets import fill
 
 STEPS = 4
 
@@ -106,10 +108,14 @@ def test_a_finished_record_is_reused_and_a_killed_one_taken_up(measured, monkeyp
     assert again()["entries"] == record["entries"] and not kept.exists()
 
 
-def test_the_table_has_a_line_for_each_rotation_and_the_gradient(measured):
-    lines = table(measured[0]).splitlines()
-    assert len(lines) == 2 + 2 * 3 and len({line.count("|") for line in lines}) == 1
-    assert lines[2].startswith("| cola, bf16 | float32 | 100.00 % | 100.0000 % | ")
+def test_the_table_has_a_row_for_each_rotation_and_the_gradient(measured):
+    rows = table_rows(measured[0])
+    assert len(rows) == 2 * 3 and {len(row) for row in rows} == {len(HEAD)}
+    assert rows[0][:4] == ["cola, bf16", "float32", "100.00 %", "100.0000 %"]
+    losses = [measured[0]["entries"][0]["rotations"][name]["loss"] for name in ("float32", "bf16")]
+    assert rows[0][4] == f"{losses[0]:.4f}" and rows[1][4].startswith(f"{losses[1] - losses[0]:+.4f} (")
+    page = fill("<!-- targets -->\n<!-- rotation -->\n| stale |\n", measured[1].path.parent)
+    assert page.endswith(f"| {' | '.join(rows[-1])} |\n") and "stale" not in page
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from finetune.efficiency.rotation_table import HEAD, table_rows
 from finetune.report.evidence.step_evidence import BEFORE, EAGER, GRAPHS, Setting, read_steps
 from finetune.report.markdown import head, row
 from finetune.store import records
@@ -173,7 +174,7 @@ def profile_rows(profile: Mapping[str, Any]) -> list[list[str]]:
 
 
 def fill(text: str, results: Path) -> str:
-    """A page with its tables below `<!-- targets -->` and, where there is a profile, `<!-- profile -->` anew.
+    """A page with its tables anew: below `<!-- targets -->`, and `<!-- profile -->`, `<!-- rotation -->` by record.
 
     Raises:
         ValueError: If a file is damaged, or the page has no such line.
@@ -181,12 +182,13 @@ def fill(text: str, results: Path) -> str:
     text = _replace(
         text, "targets", ["quantity", "before", "asked", "reached", "met"], target_rows(read_found(results))
     )
-    path = results / "profile.json"
-    if not path.is_file():
-        return text
-    profile = records.read_json(path)
-    title = f"folded, {profile['mode']}, {profile['tokens']:,} tokens: part"
-    return _replace(text, "profile", [title, "ms", "share"], profile_rows(profile))
+    if (path := results / "profile.json").is_file():
+        profile = records.read_json(path)
+        title = f"folded, {profile['mode']}, {profile['tokens']:,} tokens: part"
+        text = _replace(text, "profile", [title, "ms", "share"], profile_rows(profile))
+    if (path := results / "rotation.json").is_file():
+        text = _replace(text, "rotation", HEAD, table_rows(records.read_record(path)))
+    return text
 
 
 def write_page(page: Path, results: Path) -> None:
