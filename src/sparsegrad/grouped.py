@@ -1,8 +1,9 @@
-"""Selection of several layers at once: few operations a step, whatever the number of layers."""
+"""Several layers at once: few operations a step, whatever the number of layers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +13,23 @@ from sparsegrad.linear import SparseGradLinear
 from sparsegrad.select import NonFiniteGradient, selected
 
 TOGETHER = 2**25  # entries that are treated at once: twelve matrices of 3072 x 768 are, and 128 MB in float32
+
+
+@dataclass
+class Selected:
+    """The kept entries of layers that are alike.
+
+    Attributes:
+        layers: in the order of the rows.
+        places: flat indices in rotated coordinates, int64 ``(layers, k)``, ascending in each row.
+        values: ``(layers, k)``.
+        finite: whether a layer's gradient is, bool ``(layers,)``.
+    """
+
+    layers: list[SparseGradLinear]
+    places: Tensor
+    values: Tensor
+    finite: Tensor
 
 
 def alike(layers: Iterable[SparseGradLinear]) -> Iterator[list[SparseGradLinear]]:
@@ -24,49 +42,51 @@ def alike(layers: Iterable[SparseGradLinear]) -> Iterator[list[SparseGradLinear]
         yield from (group[start : start + size] for start in range(0, len(group), size))
 
 
+def take_selected(layers: Sequence[SparseGradLinear]) -> list[Selected]:
+    """Take the gradients of selecting layers, select those that are not yet selected, and leave none behind."""
+    gradients = {layer: layer.trained.grad for layer in layers if layer.trained.grad is not None}
+    for layer in gradients:
+        layer.zero_gradient()
+    found = []
+    for group in alike(layer for layer, g in gradients.items() if not isinstance(g, CompactGradient)):
+        first = group[0]
+        G = first.rotated_gradients(group, [gradients.pop(layer) for layer in group])
+        found.append(Selected(group, *selected(G, first.k, first.rule)))
+        del G
+    for group in alike(layer for layer, g in gradients.items() if isinstance(g, CompactGradient) and len(g.places)):
+        own = [gradients[layer] for layer in group]
+        values = torch.stack([g.entries for g in own])
+        sure = all(g.finite for g in own)  # since they were selected, nothing may have changed them
+        finite = values.new_ones(len(own), dtype=torch.bool) if sure else torch.isfinite(values).all(1)
+        found.append(Selected(group, torch.stack([g.places for g in own]), values, finite))
+    return found
+
+
 @torch.no_grad()
 def select_together(layers: Sequence[SparseGradLinear]) -> None:
-    """Select every gradient that is to be selected; see that those, and all others of these layers, are finite.
+    """Leave selected gradients in place of dense ones.
 
     Raises:
-        NonFiniteGradient: if one is not.
+        NonFiniteGradient: if one is not finite.
     """
-    groups = list(alike(layer for layer in layers if layer.selects and _is_dense(layer)))
-    fine = [_select(group) for group in groups]
-    done = {layer for group in groups for layer in group}
-    unsure = {layer: g for layer in layers if layer not in done and (g := _changeable(layer)) is not None}
-    if unsure:
-        norm = torch.nn.utils.get_total_norm(unsure.values(), norm_type=float("inf"))
-        fine.append(torch.isfinite(norm)[None])
-    if not fine or torch.cat(fine).all():  # the one wait for the device
-        return
-    good = dict(zip((layer for group in groups for layer in group), torch.cat(fine).tolist(), strict=False))
-    good |= {layer: bool(torch.isfinite(g).all()) for layer, g in unsure.items()}
-    names = {layer: layer.name or f"SparseGrad layer {number}" for number, layer in enumerate(layers)}
-    raise NonFiniteGradient(*(name for layer, name in names.items() if not good.get(layer, True)))
+    dense = [layer for layer in layers if layer.selects and type(layer.trained.grad) is Tensor]
+    found = take_selected(dense)
+    refuse_non_finite([(one.layers, one.finite) for one in found])
+    for one in found:
+        for layer, places, values in zip(one.layers, one.places.unbind(), one.values.unbind(), strict=True):
+            layer.trained.grad = CompactGradient(places, values, layer.trained)
 
 
-def _changeable(layer: SparseGradLinear) -> Tensor | None:
-    """What of a layer's gradient nothing has looked at since it came, or since others may have changed it."""
-    gradient = layer.trained.grad
-    if isinstance(gradient, CompactGradient):
-        return None if gradient.finite else gradient.entries
-    return gradient
+def refuse_non_finite(flags: Sequence[tuple[Sequence[SparseGradLinear], Tensor]]) -> None:
+    """Wait for the device once, and see that all is finite.
 
+    Args:
+        flags: layers, and of each, or of all of them together, whether it is, bool ``(layers,)`` or ``(1,)``.
 
-def _is_dense(layer: SparseGradLinear) -> bool:
-    return layer.trained.grad is not None and not isinstance(layer.trained.grad, CompactGradient)
-
-
-def _select(group: Sequence[SparseGradLinear]) -> Tensor:
-    """Give layers that are alike their selected gradients; whether each is finite, bool ``(layers,)``."""
-    dense = []
-    for layer in group:
-        dense.append(layer.trained.grad)
-        layer.trained.grad = None
-    first = group[0]
-    G = first.rotated_gradients(group, dense)
-    places, values, finite = selected(G, first.k, first.rule)
-    for layer, own, entries in zip(group, places.unbind(), values.unbind(), strict=True):
-        layer.trained.grad = CompactGradient(own, entries, layer.trained)
-    return finite
+    Raises:
+        NonFiniteGradient: if one is not; it names the layers that may be meant.
+    """
+    if flags and not torch.cat([finite for _, finite in flags]).all():
+        one_each = [(layers, finite.expand(len(layers)).tolist()) for layers, finite in flags]
+        bad = [layer for layers, fine in one_each for layer, good in zip(layers, fine, strict=True) if not good]
+        raise NonFiniteGradient(*(layer.name or "a SparseGrad layer" for layer in bad))

@@ -10,31 +10,26 @@ selects: then lazy Adam, as everything that selects.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from math import inf
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from sparsegrad import kernels
 from sparsegrad.compact import CompactGradient
-from sparsegrad.grouped import alike, select_together
+from sparsegrad.grouped import Selected, refuse_non_finite, select_together, take_selected
 from sparsegrad.linear import SparseGradLinear, SparseGradWeight, version
-from sparsegrad.select import NonFiniteGradient
+from sparsegrad.select import NonFiniteGradient, top_k
 from sparsegrad.state import MOMENTS, CompactMoments, DenseMoments, Family, family_key
 
 
 def lazy_adam_delta(
-    m: Tensor,
-    v: Tensor,
-    g: Tensor,
-    step: int | Sequence[int],
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
+    m: Tensor, v: Tensor, g: Tensor, step: int | Tensor, lr: float | Tensor, betas: tuple[float, float], eps: float
 ) -> Tensor:
     """Update moments in place and return what to add to the weights, for the entries given.
 
@@ -42,15 +37,13 @@ def lazy_adam_delta(
 
     Args:
         m, v, g: ``(n,)`` or ``(layers, n)``, first and second moments and gradient of n entries.
-        step: optimizer steps of this parameter, this one included; from 1; one for all layers or one each.
+        step: optimizer steps of this parameter, this one included; from 1; or of each layer, float64 ``(layers, 1)``.
     """
     beta1, beta2 = betas
     m.lerp_(g, 1 - beta1)
     v.lerp_(g * g, 1 - beta2)
-    steps = [step] if isinstance(step, int) else step
-    sizes = [lr * (1 - beta2**count) ** 0.5 / (1 - beta1**count) for count in steps]
-    size = sizes[0] if len(set(steps)) == 1 else torch.tensor(sizes, dtype=g.dtype).to(g.device)[:, None]
-    return -size * m / (v.sqrt() + eps)
+    size = -lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+    return (size.to(g.dtype) if isinstance(size, Tensor) else size) * m / (v.sqrt() + eps)
 
 
 _REPLACED = (
@@ -100,6 +93,9 @@ class SparseGradAdamW(Optimizer):
         self._new_moments = partial(CompactMoments, drop_after=drop_after) if moments == "compact" else DenseMoments
         self._layers: dict[Tensor, SparseGradLinear] = {}
         self._families: dict[tuple[object, ...], Family] = {}  # of lazy Adam
+        self._flags: list[
+            tuple[list[SparseGradLinear], Tensor]
+        ] = []  # whether gradients of the latest step were finite
         self._versions: dict[Tensor, tuple[int, int]] = {}  # of parameters with a master, after their latest step
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -135,20 +131,27 @@ class SparseGradAdamW(Optimizer):
 
     @property
     def capturable(self) -> bool:
-        """Whether a CUDA graph can hold a step: no layer selects, and the kernels are fused.
+        """Whether a CUDA graph can hold a step: the kernels are fused, and selection waits for nothing.
 
-        A graph can't wait, so :meth:`refuse_non_finite` is for the caller, before every replay.
+        Before a replay :meth:`reserve` is for the caller, and after it :meth:`refuse_non_finite`.
         """
-        return self._fused and not any(layer.selects for layer in self._layers.values())
+        selecting = [layer for layer in self._layers.values() if layer.selects]
+        return self._fused and all(layer.rule is top_k and kernels.selects(layer.trained) for layer in selecting)
 
-    @torch.no_grad()
+    def reserve(self) -> tuple[int, ...]:
+        """Make room for the state of the next step; another result than before it if tensors were replaced for it."""
+        held = [family.moments for family in self._families.values() if family.moments is not None]
+        for moments in held:
+            moments.reserve()
+        return tuple(moments.replaced for moments in held)
+
     def refuse_non_finite(self) -> None:
-        """What a step begins with: select every gradient that is to be selected, and see that all are finite.
+        """See that the gradients of the latest step were finite: of one that is not, a fused step changes nothing.
 
         Raises:
-            NonFiniteGradient: if one is not.
+            NonFiniteGradient: if one was not.
         """
-        select_together([*self._layers.values()])
+        refuse_non_finite(self._flags)
 
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride] - of its two overloads the wider one
@@ -157,49 +160,73 @@ class SparseGradAdamW(Optimizer):
         """One step; the SparseGrad gradients are taken from their layers.
 
         Raises:
-            ValueError: if a SparseGrad gradient is not finite, or weights were put in the place of the layers'.
+            ValueError: if a SparseGrad gradient is not finite (the model is as it was), or weights were put in the
+                place of the layers'.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
-            self.refuse_non_finite()  # before any update: one not finite leaves the model as it was
         for number, group in enumerate(self.param_groups):
             if group["sparsegrad"] and not all(p in self._layers for p in group["params"]):
                 raise ValueError(_REPLACED.format(f"group {number}"))
-            dense = [p for p in group["params"] if p.grad is not None and not self._is_lazy(p)]
-            self._step_dense(group, dense)
+        found = self._select()
+        skip = None
+        if self._fused and self._flags and self._flags[0][1].is_cuda:  # decided on the device: no wait before the end
+            skip = 1 - torch.cat([finite for _, finite in self._flags]).all().float()
+        else:
+            self.refuse_non_finite()
+        for number, group in enumerate(self.param_groups):
+            dense = [p for p in group["params"] if p.grad is not None]
+            self._step_dense(group, dense, skip)
             for parameter in dense if group["sparsegrad"] else ():
                 self._layers[parameter].absorb()
-            lazy = [self._layers[p] for p in group["params"] if p.grad is not None and self._is_lazy(p)]
-            for layers in alike(lazy):
-                self._step_sparse(layers, group, self._families[family_key(number, layers[0])])
+            for one in found[number]:
+                self._step_sparse(one, group, self._families[family_key(number, one.layers[0])], skip)
+        if skip is not None and not torch.cuda.is_current_stream_capturing():
+            self.refuse_non_finite()
         return loss
+
+    def _select(self) -> list[list[Selected]]:
+        """Take what is kept of the gradients of each group, and note what tells whether all are finite."""
+        layers = [[self._layers[p] for p in group["params"] if p in self._layers] for group in self.param_groups]
+        found = [take_selected([layer for layer in own if layer.selects]) for own in layers]
+        self._flags = [(one.layers, one.finite) for group in found for one in group]
+        cores = [layer for own in layers for layer in own if layer.trained.grad is not None]
+        if cores:
+            norms = torch._foreach_norm([layer.trained.grad for layer in cores], inf)
+            self._flags.append((cores, torch.isfinite(torch.stack(norms))))
+        return found
 
     def _is_lazy(self, parameter: Tensor) -> bool:
         return parameter in self._layers and self._layers[parameter].selects
 
-    def _step_sparse(self, layers: Sequence[SparseGradLinear], group: dict[str, Any], family: Family) -> None:
-        """Lazy Adam's step of layers that are alike, all of which have a selected gradient."""
-        steps = [family.count_step(layer) for layer in layers]
-        gradients = [cast(CompactGradient, layer.trained.grad) for layer in layers]
-        for layer in layers:
-            layer.zero_gradient()
-        places = torch.stack([gradient.places for gradient in gradients])
-        g = torch.stack([gradient.entries for gradient in gradients])
-        g = g.to(torch.promote_types(layers[0].trained.dtype, torch.float32))
+    def _step_sparse(self, one: Selected, group: dict[str, Any], family: Family, skip: Tensor | None) -> None:
+        """Lazy Adam's step of layers that are alike; nothing changes where ``skip`` is 1."""
+        layers, places = one.layers, one.places
+        g = one.values.to(torch.promote_types(layers[0].trained.dtype, torch.float32))
         moments = family.made(self._new_moments, g)
-        at, m, v = moments.take((places + family.offsets(layers, g.device)).flatten())
+        if not (g.is_cuda and torch.cuda.is_current_stream_capturing()):
+            moments.reserve(g.numel())
+        if skip is not None:  # where selection was undone by NaN, keys that are keys
+            places = torch.where(skip > 0, torch.arange(places.shape[1], device=g.device), places)
+        rows = family.rows(layers)
+        at, m, v = moments.take((places + rows[:, None] * family.entries).flatten())
+        family.steps[rows] += 1 if skip is None else 1 - skip
+        before = None if skip is None else (m.clone(), v.clone())
         m, v = m.view_as(g), v.view_as(g)
-        delta = lazy_adam_delta(m, v, g, steps, group["lr"], group["betas"], group["eps"])
-        moments.put(at, m.flatten(), v.flatten())
+        delta = lazy_adam_delta(m, v, g, family.steps[rows], group["lr"], group["betas"], group["eps"])
+        m, v = m.flatten(), v.flatten()
+        if before is not None:
+            m, v = (torch.where(skip > 0, old, new) for old, new in zip(before, (m, v), strict=True))
+            delta = torch.where(skip > 0, 0, delta)
+        moments.put(at, m, v)
         for layer in layers:
             layer.watch(moments.moved, family.numbers[layer.trained])
         layers[0].add_together(layers, places, delta)
 
-    def _step_dense(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-        """AdamW's step of parameters that have a gradient."""
+    def _step_dense(self, group: dict[str, Any], parameters: list[nn.Parameter], skip: Tensor | None) -> None:
+        """AdamW's step of parameters that have a gradient; nothing changes where ``skip`` is 1."""
         weights: list[Tensor] = []
         for parameter in parameters:
             state = self.state[parameter]
@@ -231,6 +258,7 @@ class SparseGradAdamW(Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
+            found_inf=skip,
         )
         for parameter, weight in zip(parameters, weights, strict=True):
             if weight is not parameter:
@@ -341,7 +369,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     kept = [gradient.entries for gradient in compact]
     total = torch.nn.utils.get_total_norm(kept + dense)
     if not torch.isfinite(total):  # scaled by it, one NaN would be in every gradient
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        own = {layer.trained: layer.name for layer in layers}
+        gradients = {own.get(p) or name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         raise NonFiniteGradient(*(n for n, g in gradients.items() if not torch.isfinite(torch.linalg.vector_norm(g))))
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for gradient in dense:

@@ -82,8 +82,8 @@ def top_k_of_each(G: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         Flat indices in each matrix, int64 ``(matrices, k)``, ascending; their values ``(matrices, k)``; and whether a
         matrix is finite, bool ``(matrices,)``. Of one that is not, indices and values mean nothing.
     """
-    if G.dtype == torch.float32 and kernels.available(G.device):
-        places, values, all_finite = kernels.radix_top_k(G.flatten(1), k)
+    if kernels.selects(G):
+        places, values, all_finite = kernels.radix_top_k(G.flatten(1).float(), k)
         return places, values, all_finite.expand(len(G))
     matrices, width, entries = len(G), G.shape[2], G[0].numel()
     flat = G.flatten(1)

@@ -3,8 +3,9 @@
 ``compact`` holds the entries touched so far, 16 bytes each and some room, sorted; ``dense`` holds two float32 moments
 for every entry, 8 bytes each, and searches nothing. The same steps come out of both.
 
-A step of the compact form waits for the device only where its room may be used up: how many keys there are is known on
-the device alone, and the host keeps an upper bound of it.
+A step of either kind has fixed shapes and waits for nothing, so that a CUDA graph can hold it. How many keys the
+compact kind holds is known on the device alone; the host keeps an upper bound of it, and before a step that might not
+find room it asks, and makes more.
 """
 
 from __future__ import annotations
@@ -70,16 +71,20 @@ class Moments:
     Attributes:
         moved: the entries that steps have moved, also those forgotten since.
         touched: those that have a state.
+        replaced: how often the tensors have been replaced, so that a CUDA graph no longer steps what is held.
     """
 
     moved: Places
     touched: Places
 
     def __init__(self, layers: int, entries: int) -> None:
-        self.layers, self.entries = layers, entries
+        self.layers, self.entries, self.replaced = layers, entries, 0
+
+    def reserve(self, new: int = 0) -> None:
+        """Make room for a step of so many keys, or of as many as the largest so far."""
 
     def take(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Make room for keys, ascending; returns where their moments lie, and the moments, copies."""
+        """Put keys, ascending, in their places; returns where their moments lie, and the moments, copies."""
         raise NotImplementedError
 
     def put(self, at: Tensor, m: Tensor, v: Tensor) -> None:
@@ -136,7 +141,7 @@ class CompactMoments(Moments):
 
     def __init__(self, layers: int, entries: int, like: Tensor, drop_after: int | None = None) -> None:
         super().__init__(layers, entries)
-        self.drop_after, self.clock = drop_after, 0
+        self.drop_after, self.steps = drop_after, 0
         self.touched = self.moved = SortedPlaces(like.new_full((1,), PAD, dtype=torch.int64), entries)
         self.moments = like.new_zeros(2, 1)
         self.ages: Tensor | None = None  # the clock at an entry's latest step, int32
@@ -145,14 +150,27 @@ class CompactMoments(Moments):
             self.moved = MarkedPlaces(torch.zeros(layers, entries, dtype=torch.bool, device=like.device))
         self.count, self.bound = torch.zeros((), dtype=torch.int64, device=like.device), 0
         self.most = 0  # keys of a step
+        self.clock = torch.zeros((), dtype=torch.int32, device=like.device)
+
+    def reserve(self, new: int = 0) -> None:
+        self.most, self.steps = max(self.most, new), self.steps + 1
+        if self.drop_after is not None and self.steps > self.drop_after:  # what was loaded is gone too
+            self.bound = min(self.bound, self.drop_after * self.most)
+        room = len(self.touched.keys)
+        if self.bound + self.most >= room:  # one place stays free
+            self.bound = int(self.count)  # the one wait, and not of every step
+            if self.bound + self.most >= room:
+                more = max(2 * self.most, self.bound // 4) if self.bound else 0  # an only step needs none
+                self._widen(self.bound + self.most + more + 1 - room)
+        self.bound += self.most
 
     def take(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        self.clock, self.most = self.clock + 1, max(self.most, len(keys))
+        self.clock += 1
         if self.drop_after is not None:
             self._drop(self.drop_after)
         at = self._merge(keys)
         if self.ages is not None:
-            self.ages[at] = self.clock
+            self.ages.index_put_((at,), self.clock)
         if isinstance(self.moved, MarkedPlaces):
             self.moved.marks.view(-1)[keys] = True
         m, v = self.moments[:, at]
@@ -175,6 +193,7 @@ class CompactMoments(Moments):
 
     def load(self, saved: Mapping[int, Mapping[str, Tensor]]) -> None:
         layers = sorted(saved)
+        self.replaced += 1
         device, room = self.count.device, torch.tensor([PAD])
         keys = [saved[layer]["indices"].cpu() + layer * self.entries for layer in layers]
         self.touched.keys = torch.cat([*keys, room]).to(device)
@@ -185,39 +204,25 @@ class CompactMoments(Moments):
         if self.ages is not None:  # a state that was kept without ages: all as if selected in the latest step
             none = [torch.zeros(len(saved[at]["indices"]), dtype=torch.int32) for at in layers]
             ages = [saved[at].get("age", zero).cpu() for at, zero in zip(layers, none, strict=True)]
-            self.ages = torch.cat([self.clock - age for age in ages] + [torch.zeros(1)]).to(self.ages)
+            self.ages = torch.cat([int(self.clock) - age for age in ages] + [torch.zeros(1)]).to(self.ages)
+            self.steps = 0
         if isinstance(self.moved, MarkedPlaces):
             self.moved.marks.zero_()
             self.moved.marks.view(-1)[self.touched.keys[:-1]] = True
 
     def _merge(self, new: Tensor) -> Tensor:
         """Put keys in their places among those held; returns the places."""
-        held, room = self.touched.keys, self._room(len(new))
+        held = self.touched.keys
         below = torch.searchsorted(held, new)
-        known = held[below.clamp(max=len(held) - 1)] == new
+        known = held[below] == new  # the last place is free, so none lies beyond
         added = torch.cat((self.count.new_zeros(1), (~known).cumsum(0)))  # before each of the new keys, and in all
         at = below + added[:-1]
         moved_to = torch.arange(len(held), device=held.device) + added[torch.searchsorted(new, held)]
-        moved_to.clamp_(max=room - 1)  # the last place is never a key's, so room may lie on room
-        keys, moments = held.new_full((room,), PAD), self.moments.new_zeros(2, room)
-        self.touched.keys = keys.index_copy_(0, moved_to, held).index_copy_(0, at, new)
-        self.moments = moments.index_copy_(1, moved_to, self.moments)
-        if self.ages is not None:
-            self.ages = self.ages.new_zeros(room).index_copy_(0, moved_to, self.ages)
-        self.count = self.count + added[-1]
-        self.bound += len(new)
+        moved_to.clamp_(max=len(held) - 1)  # free places may lie on one another
+        self._move(moved_to, held, self.moments, self.ages)
+        held.index_copy_(0, at, new)
+        self.count += added[-1]
         return at
-
-    def _room(self, new: int) -> int:
-        """Places for all keys and one more; the only wait of a step, and not of each."""
-        room = len(self.touched.keys)
-        if self.bound + new < room:
-            return room
-        self.bound = int(self.count)
-        if self.bound + new < room:
-            return room
-        more = max(new, self.bound // 8) if self.bound else 0  # a first step, or an only one, needs none
-        return self.bound + new + more + 1
 
     def _drop(self, after: int) -> None:
         """Forget entries whose latest step lies too far back; the step that begins counts already."""
@@ -226,12 +231,23 @@ class CompactMoments(Moments):
         fresh = (self.ages >= self.clock - after) & (held != PAD)
         order = fresh.cumsum(0)
         at = torch.where(fresh, order - 1, len(held) - 1)
-        self.touched.keys = held.new_full(held.shape, PAD).index_copy_(0, at, torch.where(fresh, held, PAD))
-        self.moments = torch.zeros_like(self.moments).index_copy_(1, at, torch.where(fresh, self.moments, 0))
-        self.ages = torch.zeros_like(self.ages).index_copy_(0, at, torch.where(fresh, self.ages, 0))
-        self.count = order[-1]
-        if self.clock > after:  # what was loaded is gone too
-            self.bound = min(self.bound, after * self.most)
+        kept = torch.where(fresh, held, PAD), torch.where(fresh, self.moments, 0), torch.where(fresh, self.ages, 0)
+        self._move(at, *kept)
+        self.count.copy_(order[-1])
+
+    def _move(self, at: Tensor, keys: Tensor, moments: Tensor, ages: Tensor | None) -> None:
+        """Hold these in other places, in the tensors that there are: a graph may hold them too."""
+        self.touched.keys.copy_(torch.full_like(keys, PAD).index_copy_(0, at, keys))
+        self.moments.copy_(torch.zeros_like(moments).index_copy_(1, at, moments))
+        if self.ages is not None and ages is not None:
+            self.ages.copy_(torch.zeros_like(ages).index_copy_(0, at, ages))
+
+    def _widen(self, more: int) -> None:
+        self.replaced += 1
+        self.touched.keys = torch.cat((self.touched.keys, self.touched.keys.new_full((more,), PAD)))
+        self.moments = torch.nn.functional.pad(self.moments, (0, more))
+        if self.ages is not None:
+            self.ages = torch.nn.functional.pad(self.ages, (0, more))
 
 
 def family_key(group: int, layer: SparseGradLinear) -> tuple[object, ...]:
@@ -244,58 +260,56 @@ class Family:
 
     Attributes:
         numbers: of the layers' parameters in the key space.
-        steps: that each has taken.
         entries: of a gradient.
         moments: None before the first step.
+        steps: that each layer has taken, float64 ``(layers, 1)``, where the moments are.
     """
 
     def __init__(self) -> None:
         self.numbers: dict[Tensor, int] = {}
-        self.steps: list[int] = []
         self.entries = 0
         self.moments: Moments | None = None
+        self.steps = torch.empty(0)
+        self._rows: dict[tuple[int, ...], Tensor] = {}
 
     def add(self, layer: SparseGradLinear) -> None:
         """Add a layer: before the first step."""
         self.numbers[layer.trained] = len(self.numbers)
-        self.steps.append(0)
         self.entries = prod(layer.rotated_shape)
-
-    def count_step(self, layer: SparseGradLinear) -> int:
-        """Its steps, with the one that begins."""
-        number = self.numbers[layer.trained]
-        self.steps[number] += 1
-        return self.steps[number]
 
     def made(self, make: Make, like: Tensor) -> Moments:
         """The moments, made where there are none yet."""
-        self.moments = self.moments or make(len(self.numbers), self.entries, like)
+        if self.moments is None:
+            self.moments = make(len(self.numbers), self.entries, like)
+            self.steps = torch.zeros(len(self.numbers), 1, dtype=torch.float64, device=like.device)
         return self.moments
 
-    def offsets(self, layers: Sequence[SparseGradLinear], device: torch.device) -> Tensor:
-        """What to add to places in layers to make keys of them, ``(layers, 1)``."""
-        starts = [self.numbers[layer.trained] * self.entries for layer in layers]
-        return torch.tensor(starts).to(device, non_blocking=True)[:, None]
+    def rows(self, layers: Sequence[SparseGradLinear]) -> Tensor:
+        """The layers' numbers, int64 ``(layers,)``, where the moments are."""
+        numbers = tuple(self.numbers[layer.trained] for layer in layers)
+        if numbers not in self._rows:  # once, since a graph can't wait for a copy from the host
+            self._rows[numbers] = torch.tensor(numbers, device=self.steps.device)
+        return self._rows[numbers]
 
     def export(self) -> dict[Tensor, dict[str, Tensor]]:
         """Of every parameter that was stepped: ``step``, ``indices``, ``exp_avg``, ``exp_avg_sq``; ``last``, a step."""
         found: dict[Tensor, dict[str, Tensor]] = {}
-        for parameter, number in self.numbers.items():
-            if self.moments is not None and (step := self.steps[number]):
+        for (parameter, number), step in zip(self.numbers.items(), self.steps.flatten().tolist(), strict=False):
+            if self.moments is not None and step:
                 own = self.moments.export(number)
-                last = {"last": step - own.pop("age")} if "age" in own else {}
-                found[parameter] = {"step": torch.tensor(float(step)), **own, **last}
+                last = {"last": int(step) - own.pop("age")} if "age" in own else {}
+                found[parameter] = {"step": torch.tensor(step, dtype=torch.float32), **own, **last}
         return found
 
     def load(self, saved: Mapping[Tensor, Mapping[str, Tensor]], make: Make) -> None:
         """Hold what :meth:`export` gave, and nothing of other parameters."""
-        self.steps = [0] * len(self.numbers)
         own = {self.numbers[parameter]: dict(tensors) for parameter, tensors in saved.items()}
-        for number, tensors in own.items():
-            self.steps[number] = int(tensors.pop("step"))
-            if "last" in tensors:
-                tensors["age"] = self.steps[number] - tensors.pop("last")
         if own:
             self.made(make, next(iter(own.values()))["exp_avg"])
+        self.steps.zero_()
+        for number, tensors in own.items():
+            self.steps[number] = step = int(tensors.pop("step"))
+            if "last" in tensors:
+                tensors["age"] = step - tensors.pop("last")
         if self.moments is not None:
             self.moments.load(own)

@@ -69,7 +69,7 @@ class MeProp(Method):
         """Dense gradients; selecting, a stack of them, absolute values and a mask. Lazy Adam: as SparseGrad's."""
         k, whole = self.entries(shape), shape[0] * shape[1]
         held = max(k, round(touched * whole))
-        room = max(k, held // 8) if touched else 0
+        room = k + max(2 * k, held // 4) if touched else 0
         lazy = self.optimizer_rule == "lazy_adam"
         state = 16 * (held + room) if lazy else 8 * whole
         selection = (5 if lazy else 9) * whole  # lazy Adam's gradients make room for their stack

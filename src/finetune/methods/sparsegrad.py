@@ -10,10 +10,10 @@ Costs of a matrix ``(o, i)`` with k kept entries or a core of r x c; operations 
                 and once a step S U_c
 
 Bytes: a dense gradient 4 o i until the step, or with selection in the backward pass k indices (int64) and values, 12 k;
-lazy Adam 16 for each entry touched (int64 index, two float32 moments), k of them after the first step, later room for k
-more or an eighth. Of matrices that are treated together: selection 5 o i beside their gradients, absolute values and a
-mask (rotating needs 4 o i); folding back 4 o i for the update in the original coordinates and as much for half of it.
-The truncated form has ordinary gradients and AdamW's moments of its core.
+lazy Adam 16 for each entry touched (int64 index, two float32 moments), k of them after the first step, later room for
+three times k more, or k and a quarter. Of matrices that are treated together: selection 5 o i beside their gradients,
+absolute values and a mask (rotating needs 4 o i); folding back 4 o i for the update in the original coordinates and as
+much for half of it. The truncated form has ordinary gradients and AdamW's moments of its core.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class SparseGrad(Method):
             return super().memory(shape, touched)
         k, whole = self.entries(shape), shape[0] * shape[1]
         held = max(k, round(touched * whole))
-        room = max(k, held // 8) if touched else 0
+        room = k + max(2 * k, held // 4) if touched else 0
         return MatrixMemory(
             gradient=12 * k if self.selects_in_backward else 4 * whole,
             state=16 * (held + room),

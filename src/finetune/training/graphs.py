@@ -105,10 +105,12 @@ class Passes:
         if self._static and self._graphs.active:
             for rate, group in zip(self._rates, self._optimizer.param_groups, strict=True):
                 rate.fill_(group["lr"])
-            if isinstance(self._optimizer, SparseGradAdamW):
-                self._optimizer.refuse_non_finite()
             own = bool(self._buffers) and all(p.grad is buffer for p, buffer in self._buffers.items())
-            self._graphs.run(("step",), {}, self._static_step, eager=not own)
+            lazy = self._optimizer if isinstance(self._optimizer, SparseGradAdamW) else None
+            state = lazy.reserve() if lazy else ()
+            _, replayed = self._graphs.run(("step", state), {}, self._static_step, eager=not own)
+            if lazy and replayed:
+                lazy.refuse_non_finite()
         else:
             self._optimizer.step()
         self._optimizer.zero_grad()
