@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from math import inf
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -241,10 +241,10 @@ class SparseGradAdamW(Optimizer):
                 same = state["master"].to(parameter.dtype) == parameter  # else others have written to it: follow
                 state["master"] = torch.where(same, state["master"], parameter.to(state["master"].dtype))
             weights.append(state.get("master", parameter))
-        states = [self.state[p] for p in parameters]
+        states, gradients = [self.state[p] for p in parameters], [cast(Tensor, p.grad) for p in parameters]
         adamw(
             weights,
-            [p.grad.to(w.dtype) for p, w in zip(parameters, weights, strict=True) if p.grad is not None],
+            [g if g.dtype == w.dtype else g.to(w.dtype) for g, w in zip(gradients, weights, strict=True)],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],

@@ -42,10 +42,11 @@ class Rotation:
 
         The list is emptied, so that no more than two of the three stacks are there at once.
         """
-        G = torch.stack(gradients)
+        G = self.U.new_empty(len(gradients), *gradients[0].shape)
+        torch._foreach_copy_(list(G.unbind()), gradients)  # stacked and cast in one pass
         gradients.clear()
         with _tf32(self._tf32):
-            half = G.to(self.U.dtype) @ self.U.T
+            half = G @ self.U.T
             del G
             return self._last(self.V, half)
 
