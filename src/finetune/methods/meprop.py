@@ -93,7 +93,8 @@ class MeProp(Method):
                 part = gradients[start : start + size]
                 places, values, fine = top_k_of_each(torch.stack(part), self.entries((rows, columns)))
                 finite.append(fine)
-                masked = values.new_zeros(len(part), rows * columns).scatter_(1, places, values)
-                torch._foreach_copy_(part, list(masked.view(-1, rows, columns).unbind()))
+                torch._foreach_zero_(part)
+                for gradient, kept, entries in zip(part, places, values, strict=True):
+                    gradient.view(-1).scatter_(0, kept, entries.to(gradient.dtype))
         if finite and not torch.cat(finite).all():  # the one wait for the device
             raise NonFiniteGradient
