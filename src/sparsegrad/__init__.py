@@ -17,7 +17,8 @@ from sparsegrad.core import core_shape
 from sparsegrad.folded import FoldedLinear
 from sparsegrad.io import load_bases, load_tensors, save_bases, save_tensors
 from sparsegrad.linear import SparseGradLinear
-from sparsegrad.optim import SparseGradAdamW, clip_grad_norm_, lazy_adam_delta, param_groups
+from sparsegrad.optim import SparseGradAdamW, lazy_adam_delta
+from sparsegrad.parameters import clip_grad_norm_, param_groups
 from sparsegrad.quantized import QuantizedTruncatedLinear
 from sparsegrad.refresh import refresh
 from sparsegrad.rotated import RotatedLinear

@@ -24,6 +24,11 @@ from sparsegrad.fingerprint import fingerprint
 from sparsegrad.select import NonFiniteGradient, Rule, insert_sorted, selected
 from sparsegrad.state import Places
 
+REPLACED = (
+    "the weights of {} are no longer those of their SparseGrad layers: FSDP and DeepSpeed, which cut weights in parts, "
+    "are not supported, nor is load_state_dict(assign=True)."
+)
+
 
 class SparseGradWeight(nn.Parameter):
     """Marks the weight of a SparseGrad layer, so that an optimizer can refuse it without its layer."""

@@ -21,10 +21,9 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from sparsegrad import kernels
-from sparsegrad.compact import CompactGradient
-from sparsegrad.grouped import Selected, refuse_non_finite, select_together, take_selected
-from sparsegrad.linear import SparseGradLinear, SparseGradWeight, version
-from sparsegrad.select import NonFiniteGradient, top_k
+from sparsegrad.grouped import Selected, refuse_non_finite, take_selected
+from sparsegrad.linear import REPLACED, SparseGradLinear, SparseGradWeight, version
+from sparsegrad.select import top_k
 from sparsegrad.state import MOMENTS, CompactMoments, DenseMoments, Family, family_key
 
 
@@ -44,12 +43,6 @@ def lazy_adam_delta(
     v.lerp_(g * g, 1 - beta2)
     size = -lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
     return (size.to(g.dtype) if isinstance(size, Tensor) else size) * m / (v.sqrt() + eps)
-
-
-_REPLACED = (
-    "the weights of {} are no longer those of their SparseGrad layers: FSDP and DeepSpeed, which cut weights in parts, "
-    "are not supported, nor is load_state_dict(assign=True)."
-)
 
 
 class SparseGradAdamW(Optimizer):
@@ -169,7 +162,7 @@ class SparseGradAdamW(Optimizer):
                 loss = closure()
         for number, group in enumerate(self.param_groups):
             if group["sparsegrad"] and not all(p in self._layers for p in group["params"]):
-                raise ValueError(_REPLACED.format(f"group {number}"))
+                raise ValueError(REPLACED.format(f"group {number}"))
         found = self._select()
         skip = None
         if self._fused and self._flags and self._flags[0][1].is_cuda:  # decided on the device: no wait before the end
@@ -317,64 +310,3 @@ class SparseGradAdamW(Optimizer):
         if not found:
             return torch.empty(0, dtype=torch.int64, device=layer.trained.device)
         return found[0].moments.touched.of(found[0].numbers[layer.trained])
-
-
-def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Every trainable parameter in exactly one group: SparseGrad weights, and all others.
-
-    Biases, LayerNorm and everything else outside the SparseGrad weights are dense (D8: the released code forgot some).
-
-    Args:
-        model: after :func:`sparsegrad.sparsify`.
-        weight_decay: for the dense group.
-
-    Raises:
-        ValueError: if the weight of a SparseGrad layer is frozen, or no longer the layer's own.
-    """
-    named = {name: m for name, m in model.named_modules() if isinstance(m, SparseGradLinear)}
-    layers = list(named.values())
-    if frozen := [name for name, layer in named.items() if not layer.trained.requires_grad]:
-        raise ValueError(
-            f"{len(frozen)} of {len(layers)} SparseGrad layers are frozen ({', '.join(frozen[:4])}) and would not be "
-            "trained: set requires_grad of their weights, or leave them out of target_modules or layers_to_transform."
-        )
-    own = {n: isinstance(m.trained, SparseGradWeight) and m.trained.dim() == 2 for n, m in named.items()}
-    if replaced := [name for name, is_own in own.items() if not is_own]:
-        raise ValueError(_REPLACED.format(", ".join(replaced[:4])))
-    sparse = {id(layer.trained) for layer in layers}
-    dense = [p for p in model.parameters() if p.requires_grad and id(p) not in sparse]
-    groups: list[dict[str, Any]] = [
-        {"params": dense, "weight_decay": weight_decay},
-        {"params": [layer.trained for layer in layers], "layers": layers},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-@torch.no_grad()
-def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
-    """``torch.nn.utils.clip_grad_norm_`` for any model: SparseGrad weights count with the entries that are kept.
-
-    Returns:
-        The norm before clipping.
-
-    Raises:
-        ValueError: if max_norm is not above 0, or a gradient is not finite; the message names it, and none is changed.
-    """
-    if not max_norm > 0:
-        raise ValueError(f"max_norm={max_norm}; it must be above 0.")
-    layers = [m for m in model.modules() if isinstance(m, SparseGradLinear)]
-    select_together(layers)
-    compact = [p.grad for p in model.parameters() if isinstance(p.grad, CompactGradient)]
-    dense = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p.grad, CompactGradient)]
-    kept = [gradient.entries for gradient in compact]
-    total = torch.nn.utils.get_total_norm(kept + dense)
-    if not torch.isfinite(total):  # scaled by it, one NaN would be in every gradient
-        own = {layer.trained: layer.name for layer in layers}
-        gradients = {own.get(p) or name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        raise NonFiniteGradient(*(n for n, g in gradients.items() if not torch.isfinite(torch.linalg.vector_norm(g))))
-    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for gradient in dense:
-        gradient.mul_(scale)
-    for gradient in compact:
-        gradient.entries = gradient.entries * scale
-    return total
