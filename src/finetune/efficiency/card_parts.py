@@ -16,10 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune.efficiency import cost_curves, hosvd_cost
+from finetune.efficiency import cost_curves, hosvd_cost, machine
 from finetune.efficiency.lengths import Lengths, read_lengths, rows_of
 from finetune.efficiency.rotation import RotationOptions, measure_rotation
 from finetune.efficiency.stage import Stage
+from finetune.efficiency.step_parts import step_parts
 from finetune.efficiency.task import EfficiencyOptions, measure_task
 from finetune.store import records
 from finetune.store.files import read_yaml
@@ -95,6 +96,7 @@ def plan(root: Path, device: str, sizes: Sizes, rotation: Path | None) -> list[P
     return [
         tests,
         *both,
+        _parts_of_a_step(encoders, device),
         *_decoders(conf, device, sizes),
         *(encoders.part(protocol, task, "off", CHOICES) for protocol, task in (("sound", "mrpc"), ("printed", "cola"))),
         _hosvd(conf, device, sizes),
@@ -181,6 +183,18 @@ def _model(conf: Path, name: str, vocabulary: int | None) -> dict[str, Any]:
     if vocabulary is not None:
         found["architecture"] = {"vocab_size": vocabulary} | found["architecture"]
     return found
+
+
+def _parts_of_a_step(encoders: _Encoders, device: str) -> Part:
+    protocol = read_yaml(encoders.conf / "protocol" / "sound.yaml")
+    sizes = {"rows": encoders.scale["batch_size"], "tokens": 16}
+
+    def run(stage: Stage) -> None:
+        found = step_parts(encoders.model, protocol, **sizes, device=machine.find_device(device))
+        records.write_json(stage.path, found | {"provenance": records.provenance(commit=stage.commit)})
+
+    asked = {"model": encoders.model, "protocol": protocol, **sizes}
+    return Part("profile", "profile.json", 20, "profile", asked, run)
 
 
 def _hosvd(conf: Path, device: str, sizes: Sizes) -> Part:
