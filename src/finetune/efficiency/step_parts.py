@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -94,7 +95,7 @@ def step_parts(
         ``parts``: ``name`` and ``ms`` of each; ``mode``, ``tokens``, and ``step_ms``, a whole step in graphs.
     """
     bases = random_bases(model, protocol, seed=0, device=device)
-    (variant,) = select_variants(["folded"])
+    variant = replace(select_variants(["folded"])[0], select_in="step")
     trainee = make_trainee(variant, model, protocol, bases, Build(device, precision="bf16", graphs="auto"))
     passes, optimizer = trainee.passes, cast(SparseGradAdamW, trainee.optimizer)
     assert passes is not None

@@ -96,6 +96,7 @@ def test_the_plan_lies_as_the_tables_read_it(tmp_path):
     assert {Path(path).parent.name for path in paths if path.startswith("efficiency/")} == wanted
     assert {path for path in paths if "/" not in path} == {
         "cuda_tests.json",
+        "profile.json",
         "hosvd_cost.json",
         "cost_curves.json",
         "rotation.json",
