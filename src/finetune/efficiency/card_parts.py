@@ -91,16 +91,18 @@ def plan(root: Path, device: str, sizes: Sizes, rotation: Path | None) -> list[P
         ValueError: if a file is missing or damaged.
     """
     encoders, conf = _Encoders(root / "conf", device, sizes), root / "conf"
+    decoders = list(_decoders(conf, device, sizes))
     both = [encoders.part(protocol, task, graphs) for protocol, task in _FIRST for graphs in ("off", "auto")]
     tests = Part("cuda_tests", "cuda_tests.json", 45, "tests", {"of": "tests"}, partial(_cuda_tests, root))
     return [
         tests,
         *both,
         _parts_of_a_step(encoders, device),
-        *_decoders(conf, device, sizes),
+        *decoders[:-1],
         *(encoders.part(protocol, task, "off", CHOICES) for protocol, task in (("sound", "mrpc"), ("printed", "cola"))),
-        _hosvd(conf, device, sizes),
         *([_rotation(rotation, device)] if rotation else []),
+        _hosvd(conf, device, sizes),
+        decoders[-1],
         _curves(conf, device, sizes),
         encoders.part("printed", "mrpc", "off"),
         *(encoders.part(p, task, graphs) for task in OTHER_TASKS for p, graphs in _OTHER),
@@ -226,7 +228,7 @@ def _rotation(folder: Path, device: str) -> Part:
     options = RotationOptions(device=device)
     run = partial(measure_rotation, folder, examples, options)
     asked = {"folder": str(folder), "examples": examples, "options": asdict(options)}
-    return Part("rotation", "rotation.json", 120, "rotation", asked, run)
+    return Part("rotation", "rotation.json", 60 * len(examples), "rotation", asked, run)
 
 
 def _cuda_tests(root: Path, stage: Stage) -> None:
