@@ -132,10 +132,10 @@ class SparseGradAdamW(Optimizer):
         return self._fused and all(layer.rule is top_k and kernels.selects(layer.trained) for layer in selecting)
 
     def reserve(self) -> tuple[int, ...]:
-        """Make room for the state of the next step; another result than before it if tensors were replaced for it."""
+        """Make room for the state of the next steps; another result than before if tensors were replaced for it."""
         held = [family.moments for family in self._families.values() if family.moments is not None]
         for moments in held:
-            moments.reserve()
+            moments.reserve(ahead=True)
         return tuple(moments.replaced for moments in held)
 
     def refuse_non_finite(self) -> None:

@@ -80,8 +80,8 @@ class Moments:
     def __init__(self, layers: int, entries: int) -> None:
         self.layers, self.entries, self.replaced = layers, entries, 0
 
-    def reserve(self, new: int = 0) -> None:
-        """Make room for a step of so many keys, or of as many as the largest so far."""
+    def reserve(self, new: int = 0, *, ahead: bool = False) -> None:
+        """Make room for a step of so many keys, or of as many as the largest so far; where ahead, for several more."""
 
     def take(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Put keys, ascending, in their places; returns where their moments lie, and the moments, copies."""
@@ -152,17 +152,18 @@ class CompactMoments(Moments):
         self.most = 0  # keys of a step
         self.clock = torch.zeros((), dtype=torch.int32, device=like.device)
 
-    def reserve(self, new: int = 0) -> None:
+    def reserve(self, new: int = 0, *, ahead: bool = False) -> None:
         self.most, self.steps = max(self.most, new), self.steps + 1
         if self.drop_after is not None and self.steps > self.drop_after:  # what was loaded is gone too
             self.bound = min(self.bound, self.drop_after * self.most)
         room = len(self.touched.keys)
-        if self.bound + self.most >= room:  # one place stays free
+        if min(self.bound + self.most, self.layers * self.entries) >= room:  # one place stays free
             self.bound = int(self.count)  # the one wait, and not of every step
             if self.bound + self.most >= room:
                 more = max(2 * self.most, self.bound // 4) if self.bound else 0  # an only step needs none
-                self._widen(self.bound + self.most + more + 1 - room)
-        self.bound += self.most
+                more = max(8 * self.most, self.bound) if ahead else more
+                self._widen(min(self.bound + self.most + more, self.layers * self.entries) + 1 - room)
+        self.bound = min(self.bound + self.most, self.layers * self.entries)
 
     def take(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self.clock += 1
