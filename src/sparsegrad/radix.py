@@ -55,7 +55,7 @@ def read_maxima(G, counts, near, bad, n, BLOCK: tl.constexpr, GROUP: tl.constexp
     tl.store(bad, 1, mask=tl.max(counted) >= INFINITY)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "k"])
 def narrow(counts, state, rows, k, LEVEL: tl.constexpr):
     """Find the bin that the k-th largest entry lies in, and write the next state."""
     row = tl.program_id(0).to(tl.int64)
@@ -117,7 +117,7 @@ def read_listed(G, near, size, first, n, BLOCK: tl.constexpr, CHUNK: tl.constexp
     return tl.load(G + row * n + start + places, mask=exists, other=0.0), places, exists
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def count_listed(G, near, sizes, counts, state, n, LEVEL: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     row = tl.program_id(1).to(tl.int64)
     size = tl.load(sizes + row * tl.num_programs(0) + tl.program_id(0))
@@ -133,7 +133,7 @@ def count_listed(G, near, sizes, counts, state, n, LEVEL: tl.constexpr, BLOCK: t
         first += CHUNK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def count_kept(G, near, sizes, state, kept, n, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """Of each block: entries above the threshold, and entries that equal it."""
     row = tl.program_id(1).to(tl.int64)
@@ -151,7 +151,7 @@ def count_kept(G, near, sizes, state, kept, n, BLOCK: tl.constexpr, CHUNK: tl.co
     tl.store(kept + own * 2 + 1, tl.sum(equal))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def sum_blocks(kept, blocks, CHUNK: tl.constexpr):
     """Both counts to their sums over the blocks before, in place."""
     row = tl.program_id(0).to(tl.int64)
@@ -169,7 +169,7 @@ def sum_blocks(kept, blocks, CHUNK: tl.constexpr):
         first += CHUNK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "k"])
 def write_kept(G, near, sizes, state, kept, indices, kept_values, n, k, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     block, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     own = row * tl.num_programs(0) + block

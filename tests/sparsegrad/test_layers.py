@@ -509,7 +509,7 @@ def test_every_way_to_rotate_an_update_back_is_the_dense_one(shape, ranks, way, 
 @selecting
 def test_forms_on_cuda_follow_the_literal_algorithm_of_the_cpu(form, options, update, random_basis):
     linear, basis, data = plain(), random_basis(OUT, IN), list(batches(20, 3))
-    layer = build(form, linear, basis, **options).to("cuda")
+    layer = build(form, linear, random_basis(OUT, IN), **options).to("cuda")  # which moves its basis with it
     on_cuda = [tuple(t.to("cuda") for t in batch) for batch in data]
     steps = zip(
         trajectory(layer, update, 0.02, on_cuda), literal_trajectory(linear, basis, update, 0.02, data), strict=True
