@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from finetune.efficiency.task import EfficiencyOptions, measure_task
 from finetune.store import records
 from finetune.store.files import read_yaml
 
-TEST_SECONDS = 60  # after which the CUDA tests are ended
-OUTCOME = re.compile(r"^(\S+::\S.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
+TEST_SECONDS = 90  # after which the CUDA tests are ended
+_WORDS = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
+OUTCOME = re.compile(rf"^(?:\[gw\d+\].*?({_WORDS}) )?(\S+::.*?)(?: ({_WORDS})\b.*| *)$", re.MULTILINE)
+"""A line of a test's end; of several workers the outcome comes first."""
 CHOICES = ("full", "folded", "folded_backward", "folded_float32", "folded_tf32", "folded_bf16")
 DECODER_VARIANTS = ("full", "lora", "folded", "truncated_input")
 FIRST_TASKS, OTHER_TASKS = ("cola", "mrpc"), ("stsb", "rte", "qnli")
@@ -234,12 +237,12 @@ def _rotation(folder: Path, device: str) -> Part:
 def _cuda_tests(root: Path, stage: Stage) -> None:
     """Run the tests that need a CUDA device, in a process of their own, and write what came out.
 
-    The record has ``counts`` by outcome, ``tests`` (name -> outcome), ``exit_code`` (None: ended after 60 s),
+    The record has ``counts`` by outcome, ``tests`` (name -> outcome), ``exit_code`` (None: ended after 90 s),
     ``seconds``, and the ``end`` of what pytest said.
     """
     files = sorted(str(p.relative_to(root)) for p in (root / "tests").rglob("test_*.py") if _has_cuda(p))
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-v", "--tb=short", "-p", "no:cacheprovider", *files]
-    command += ["--continue-on-collection-errors"]
+    command += ["--continue-on-collection-errors", *(["-n", "4"] if find_spec("xdist") else [])]
     command += ["-W", "ignore::pytest.PytestConfigWarning"]  # an option of a plugin that is not there
     started = time.monotonic()
     try:
@@ -247,7 +250,7 @@ def _cuda_tests(root: Path, stage: Stage) -> None:
         said, code = done.stdout + done.stderr, done.returncode
     except subprocess.TimeoutExpired as error:
         said, code = bytes(error.stdout or b"").decode(errors="replace"), None
-    outcomes = dict(OUTCOME.findall(said))
+    outcomes = {name: first or last for first, name, last in OUTCOME.findall(said) if first or last}
     found = sorted(outcomes.values())
     record = {
         "counts": {outcome.lower(): found.count(outcome) for outcome in dict.fromkeys(found)},
