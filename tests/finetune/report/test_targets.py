@@ -86,9 +86,12 @@ def test_tables_of_a_page_are_replaced_whole(tmp_path):
     assert once.startswith("a\n<!-- targets -->\n| quantity |") and once.endswith("\nb\n<!-- profile -->\nc\n")
     assert "stale" not in once
     parts = [{"name": "rotate", "ms": 1.0}, {"name": "select", "ms": 3.0}]
-    records.write_json(tmp_path / "profile.json", {"parts": parts, "mode": "eager", "tokens": 4096})
+    records.write_json(tmp_path / "profile.json", {"parts": parts, "step_ms": 5.0, "mode": "eager", "tokens": 4096})
     twice = fill(once, tmp_path)
-    assert "| select | 3.00 | 75% |\n| rotate | 1.00 | 25% |\nc\n" in twice and fill(twice, tmp_path) == twice
-    assert profile_rows({"parts": parts})[0][0] == "select"
+    assert (
+        "| select | 3.00 | 60% |\n| rotate | 1.00 | 20% |\n| the whole step, timed in one | 5.00 | 100% |\nc\n" in twice
+        and fill(twice, tmp_path) == twice
+    )
+    assert profile_rows({"parts": parts, "step_ms": 5.0})[0][0] == "select"
     with pytest.raises(ValueError, match="no line <!-- targets -->"):
         fill("nothing", tmp_path)

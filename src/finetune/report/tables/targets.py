@@ -167,10 +167,10 @@ def target_rows(found: Found) -> list[list[str]]:
 
 
 def profile_rows(profile: Mapping[str, Any]) -> list[list[str]]:
-    """The rows of a profile of the folded step: its parts, the longest first."""
-    parts = sorted(profile["parts"], key=lambda part: -part["ms"])
-    whole = sum(part["ms"] for part in parts)
-    return [[part["name"], f"{part['ms']:.2f}", f"{part['ms'] / whole:.0%}"] for part in parts]
+    """The rows of a profile of the folded step: its parts, the longest first, each timed alone; then all in one."""
+    whole = {"name": "the whole step, timed in one", "ms": profile["step_ms"]}
+    parts = [*sorted(profile["parts"], key=lambda part: -part["ms"]), whole]
+    return [[part["name"], f"{part['ms']:.2f}", f"{part['ms'] / whole['ms']:.0%}"] for part in parts]
 
 
 def fill(text: str, results: Path) -> str:
