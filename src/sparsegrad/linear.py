@@ -112,6 +112,11 @@ class SparseGradLinear(nn.Module, ABC):
         return True
 
     @property
+    def pass_waits_for(self) -> str:
+        """What a forward or backward pass waits for the device for, which no CUDA graph can hold; mostly nothing."""
+        return ""
+
+    @property
     @abstractmethod
     def moves_weight(self) -> bool:
         """Whether ``weight`` is no longer, or will not stay, what it was: a checkpoint must hold it."""

@@ -70,6 +70,10 @@ class SelectingLinear(SparseGradLinear):
         return self.weight
 
     @property
+    def pass_waits_for(self) -> str:
+        return "gradients are selected in the backward pass" if self.select_in == "backward" else ""
+
+    @property
     def moves_weight(self) -> bool:
         return self.weight.requires_grad
 

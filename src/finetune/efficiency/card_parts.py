@@ -242,6 +242,7 @@ def _cuda_tests(root: Path, stage: Stage) -> None:
     """
     files = sorted(str(p.relative_to(root)) for p in (root / "tests").rglob("test_*.py") if _has_cuda(p))
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-v", "--tb=short", "-p", "no:cacheprovider", *files]
+    command += ["-p", "no:benchmark"]  # it warns of several workers, and warnings are errors
     command += ["--continue-on-collection-errors", *(["-n", "4"] if find_spec("xdist") else [])]
     command += ["-W", "ignore::pytest.PytestConfigWarning"]  # an option of a plugin that is not there
     started = time.monotonic()

@@ -26,7 +26,7 @@ from torch.optim import AdamW, Optimizer
 
 from finetune.training.capture import KEEP, MODES, Batch, Graphs, Recorder
 from finetune.training.padding import PAD_TO, padded
-from sparsegrad import SparseGradAdamW
+from sparsegrad import SparseGradAdamW, sparsegrad_layers
 
 __all__ = ["MODES", "Passes", "is_static"]
 
@@ -63,6 +63,9 @@ class Passes:
     ) -> None:
         device = next(model.parameters()).device
         self._graphs = Graphs(device, mode, keep=keep, recorder=recorder)
+        # Not tried: after a capture that fails torch lets no other graph draw random numbers.
+        if waits := [why for layer in sparsegrad_layers(model).values() if (why := layer.pass_waits_for)]:
+            self._graphs.give_up(waits[0])
         self._model, self._loss, self._optimizer, self._pad_to = model, loss, optimizer, pad_to
         self._pads, self._static = self._graphs.active, self._graphs.active and is_static(optimizer)
         self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups] if self._static else []
