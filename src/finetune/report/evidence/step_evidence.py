@@ -31,7 +31,8 @@ class Step:
     Attributes:
         seconds: Median over all timed steps.
         peak: Of memory, in bytes.
-        over_full: Time over full fine-tuning's, in the same record; `None` where that was not measured.
+        over_full: Time over full fine-tuning's, in the same record; `None` where that was not measured. Of medians: a
+            host that stalls in one round is in the mean of the rounds' ratios.
         peak_over_full: Likewise of memory.
         path: Of the record.
     """
@@ -125,12 +126,14 @@ def _put(found: dict[str, Setting], path: Path, record: Mapping[str, Any], *, be
 def _steps(path: str, record: Mapping[str, Any]) -> Iterator[tuple[str, Step]]:
     entries = {entry["name"]: entry for entry in read_key(path, record, "variants") if entry["status"] == "finished"}
     peaks = {name: read_key(path, entry, "memory", "peak_training") for name, entry in entries.items()}
-    for name, entry in entries.items():
-        seconds, ratio = read_key(path, entry, "step_seconds", "median"), entry.get("ratio_to_full", {}).get("mean")
-        if not all(is_number(value) and value > 0 for value in (seconds, peaks[name], 1 if ratio is None else ratio)):
-            raise ValueError(f"{path}: {name} takes {seconds} s and {peaks[name]} bytes; needed are numbers above 0")
-        share = peaks[name] / peaks["full"] if "full" in peaks else None
-        yield name, Step(seconds, peaks[name], None if ratio is None else 1 / ratio, share, path)
+    times = {name: read_key(path, entry, "step_seconds", "median") for name, entry in entries.items()}
+    for name, (seconds, peak) in {name: (times[name], peaks[name]) for name in entries}.items():
+        if not all(is_number(value) and value > 0 for value in (seconds, peak)):
+            raise ValueError(f"{path}: {name} takes {seconds} s and {peak} bytes; needed are numbers above 0")
+    for name in entries:
+        full = "full" in entries
+        ratio, share = (own[name] / own["full"] if full else None for own in (times, peaks))
+        yield name, Step(times[name], peaks[name], ratio, share, path)
 
 
 def _order(setting: Setting) -> tuple[Any, ...]:

@@ -107,6 +107,7 @@ TARGETS = (
         partial(_of, (_SHORT, _LONG, *_BOTH), "folded"),
     ),
     Target("folded / full, fp32, padded to 128", EAGER, (1.25,), partial(_of, _PADDED, "folded")),
+    Target("the same, rotation in TF32", EAGER, (1.25,), partial(_of, _PADDED, "folded_tf32")),
     Target("MeProp / full, bf16, CoLA and MRPC", EAGER, (1.1,), partial(_of, _BOTH, "meprop")),
     Target(
         "eager / graphs, CoLA: full, LoRA, truncated",
