@@ -200,7 +200,7 @@ class SparseGradAdamW(Optimizer):
         g = one.values.to(torch.promote_types(layers[0].trained.dtype, torch.float32))
         moments = family.made(self._new_moments, g)
         if not (g.is_cuda and torch.cuda.is_current_stream_capturing()):
-            moments.reserve(g.numel())
+            moments.reserve()
         if skip is not None:  # where selection was undone by NaN, keys that are keys
             places = torch.where(skip > 0, torch.arange(places.shape[1], device=g.device), places)
         rows = family.rows(layers)

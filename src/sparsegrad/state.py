@@ -24,9 +24,7 @@ MOMENTS = ("compact", "dense")
 PAD = torch.iinfo(torch.int64).max  # a key that is none: of the room behind the last one
 
 
-Make = Callable[
-    [int, int, Tensor], "Moments"
-]  # from layers, entries of each, and a tensor of the moments' dtype and device
+Make = Callable[[int, int, int, Tensor], "Moments"]  # layers, entries of each, keys of a step; like a tensor
 
 
 class Places(Protocol):
@@ -65,6 +63,7 @@ class Moments:
 
     Args:
         layers, entries: layers, and entries of each.
+        most: keys of a step.
         like: a tensor of the moments' dtype and device.
         drop_after: of the compact kind, steps after which an entry that was not selected is forgotten; None keeps all.
 
@@ -77,11 +76,11 @@ class Moments:
     moved: Places
     touched: Places
 
-    def __init__(self, layers: int, entries: int) -> None:
-        self.layers, self.entries, self.replaced = layers, entries, 0
+    def __init__(self, layers: int, entries: int, most: int) -> None:
+        self.layers, self.entries, self.most, self.replaced = layers, entries, most, 0
 
-    def reserve(self, new: int = 0, *, ahead: bool = False) -> None:
-        """Make room for a step of so many keys, or of as many as the largest so far; where ahead, for several more."""
+    def reserve(self, *, ahead: bool = False) -> None:
+        """Make room for a step; where ahead, for several more."""
 
     def take(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Put keys, ascending, in their places; returns where their moments lie, and the moments, copies."""
@@ -107,8 +106,8 @@ class Moments:
 class DenseMoments(Moments):
     """See the module."""
 
-    def __init__(self, layers: int, entries: int, like: Tensor) -> None:
-        super().__init__(layers, entries)
+    def __init__(self, layers: int, entries: int, most: int, like: Tensor) -> None:
+        super().__init__(layers, entries, most)
         self.exp_avg, self.exp_avg_sq = like.new_zeros(layers, entries), like.new_zeros(layers, entries)
         self.moved = self.touched = MarkedPlaces(torch.zeros_like(self.exp_avg, dtype=torch.bool))
 
@@ -139,8 +138,8 @@ class DenseMoments(Moments):
 class CompactMoments(Moments):
     """See the module."""
 
-    def __init__(self, layers: int, entries: int, like: Tensor, drop_after: int | None = None) -> None:
-        super().__init__(layers, entries)
+    def __init__(self, layers: int, entries: int, most: int, like: Tensor, drop_after: int | None = None) -> None:
+        super().__init__(layers, entries, most)
         self.drop_after, self.steps = drop_after, 0
         self.touched = self.moved = SortedPlaces(like.new_full((1,), PAD, dtype=torch.int64), entries)
         self.moments = like.new_zeros(2, 1)
@@ -149,21 +148,34 @@ class CompactMoments(Moments):
             self.ages = torch.zeros(1, dtype=torch.int32, device=like.device)
             self.moved = MarkedPlaces(torch.zeros(layers, entries, dtype=torch.bool, device=like.device))
         self.count, self.bound = torch.zeros((), dtype=torch.int64, device=like.device), 0
-        self.most = 0  # keys of a step
         self.clock = torch.zeros((), dtype=torch.int32, device=like.device)
 
-    def reserve(self, new: int = 0, *, ahead: bool = False) -> None:
-        self.most, self.steps = max(self.most, new), self.steps + 1
+    def reserve(self, *, ahead: bool = False) -> None:
+        self.steps += 1
         if self.drop_after is not None and self.steps > self.drop_after:  # what was loaded is gone too
             self.bound = min(self.bound, self.drop_after * self.most)
-        room = len(self.touched.keys)
-        if min(self.bound + self.most, self.layers * self.entries) >= room:  # one place stays free
+        if self._needed() >= len(self.touched.keys):  # one place stays free
             self.bound = int(self.count)  # the one wait, and not of every step
-            if self.bound + self.most >= room:
-                more = max(2 * self.most, self.bound // 4) if self.bound else 0  # an only step needs none
-                more = max(8 * self.most, self.bound) if ahead else more
-                self._widen(min(self.bound + self.most + more, self.layers * self.entries) + 1 - room)
-        self.bound = min(self.bound + self.most, self.layers * self.entries)
+            self._widen(ahead)
+        self.bound = self._needed()
+
+    def _needed(self) -> int:
+        """Keys after the next step, at most."""
+        return min(self.bound + self.most, self.layers * self.entries)
+
+    def _widen(self, ahead: bool) -> None:
+        """Make more room, of one of a few sizes: it depends on how many keys there are, not on how they came."""
+        room = self.most + 1  # an only step needs no more
+        while room <= self._needed():
+            room += max(8 * self.most, room) if ahead else max(2 * self.most, room // 4)
+        more = min(room, self.layers * self.entries + 1) - len(self.touched.keys)
+        if more <= 0:
+            return
+        self.replaced += 1
+        self.touched.keys = torch.cat((self.touched.keys, self.touched.keys.new_full((more,), PAD)))
+        self.moments = torch.nn.functional.pad(self.moments, (0, more))
+        if self.ages is not None:
+            self.ages = torch.nn.functional.pad(self.ages, (0, more))
 
     def take(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self.clock += 1
@@ -243,13 +255,6 @@ class CompactMoments(Moments):
         if self.ages is not None and ages is not None:
             self.ages.copy_(torch.zeros_like(ages).index_copy_(0, at, ages))
 
-    def _widen(self, more: int) -> None:
-        self.replaced += 1
-        self.touched.keys = torch.cat((self.touched.keys, self.touched.keys.new_full((more,), PAD)))
-        self.moments = torch.nn.functional.pad(self.moments, (0, more))
-        if self.ages is not None:
-            self.ages = torch.nn.functional.pad(self.ages, (0, more))
-
 
 def family_key(group: int, layer: SparseGradLinear) -> tuple[object, ...]:
     """Layers of one parameter group, kind and shape are of one family."""
@@ -261,14 +266,14 @@ class Family:
 
     Attributes:
         numbers: of the layers' parameters in the key space.
-        entries: of a gradient.
+        entries, kept: of a gradient; of all gradients of a step.
         moments: None before the first step.
         steps: that each layer has taken, float64 ``(layers, 1)``, where the moments are.
     """
 
     def __init__(self) -> None:
         self.numbers: dict[Tensor, int] = {}
-        self.entries = 0
+        self.entries = self.kept = 0
         self.moments: Moments | None = None
         self.steps = torch.empty(0)
         self._rows: dict[tuple[int, ...], Tensor] = {}
@@ -277,11 +282,12 @@ class Family:
         """Add a layer: before the first step."""
         self.numbers[layer.trained] = len(self.numbers)
         self.entries = prod(layer.rotated_shape)
+        self.kept += layer.k
 
     def made(self, make: Make, like: Tensor) -> Moments:
         """The moments, made where there are none yet."""
         if self.moments is None:
-            self.moments = make(len(self.numbers), self.entries, like)
+            self.moments = make(len(self.numbers), self.entries, self.kept, like)
             self.steps = torch.zeros(len(self.numbers), 1, dtype=torch.float64, device=like.device)
         return self.moments
 

@@ -143,7 +143,7 @@ def _of_a_kind(
         at, m, v = moments.take(keys)
         moments.put(at, m.lerp(values.flatten(), 0.1), v.lerp(values.flatten() ** 2, 0.001))
 
-    moments.reserve(keys.numel())
+    moments.reserve()
     return {
         "rotating the gradients": _replayed(lambda: layers[0]._products().rotate(list(gradients)), device),
         "selecting k entries of each": _replayed(lambda: top_k_of_each(G, k), device),

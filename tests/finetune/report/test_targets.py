@@ -46,7 +46,7 @@ FOUND = Found(
 
 def test_each_quantity_is_looked_up_in_its_mode():
     rows = {what: rest for what, *rest in target_rows(FOUND)}
-    assert len(rows) == len(TARGETS) == 14
+    assert len(rows) == len(TARGETS) == 15
     assert rows["waits a step, 24 layers"] == ["288", "at most 8", "7", "yes"]
     assert rows["operations of the optimizer's step"] == ["2,522", "at most 400", "390", "yes"]
     assert rows["folded / full, bf16, CoLA and MRPC"] == ["3.000, -", "at most 1.15", "1.100, 1.250", "no"]
