@@ -215,7 +215,7 @@ class SparseGradLinear(nn.Module, ABC):
     def likeness(self) -> tuple[object, ...]:
         """What layers that are stepped together have in common."""
         trained = self.trained
-        return type(self), id(self.basis), trained.shape, trained.dtype, trained.device, self.k, self.rule
+        return type(self), self.kind, id(self.basis), trained.shape, trained.dtype, trained.device, self.k, self.rule
 
     @staticmethod
     def rotated_gradients(layers: Sequence[Any], gradients: list[Tensor]) -> Tensor:

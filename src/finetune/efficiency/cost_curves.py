@@ -150,7 +150,7 @@ def measure_point(point: Point, options: CurveOptions, device: torch.device) -> 
         step=partial(layer_step, precision=options.precision),
         clock=CLOCKS[options.clock],
     )
-    found = {name: _of_variant(name, seconds, point, touched(kept[name])) for name in names}
+    found = {name: _of_variant(name, seconds, step_flop(name, point, device), touched(kept[name])) for name in names}
     pairs = {
         f"{a}_over_{b}": ratio(seconds[a], seconds[b]) | {"flop": found[a]["flop"] / found[b]["flop"]}
         for a, b in PAIRS
@@ -169,7 +169,7 @@ def measure_point(point: Point, options: CurveOptions, device: torch.device) -> 
 
 
 def _of_variant(
-    name: str, seconds: Mapping[str, list[list[float]]], point: Point, held: Mapping[str, list[int]]
+    name: str, seconds: Mapping[str, list[list[float]]], flop: float, held: Mapping[str, list[int]]
 ) -> dict[str, Any]:
     times = summarise(seconds[name])
     return {
@@ -177,7 +177,7 @@ def _of_variant(
         "rounds": [1 / rate for rate in times["rounds"]],
         "over_full": ratio(seconds[name], seconds["full"]),
         "over_floor": ratio(seconds[name], seconds[FLOOR]),
-        "flop": step_flop(name, point),
+        "flop": flop,
         "touched": dict(held),
     }
 

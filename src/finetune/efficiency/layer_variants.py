@@ -84,20 +84,19 @@ def make_layer(
     plain = MLP(point.hidden, point.inner, bases["up"].U.device)
     if name == FLOOR:
         return Trainee(plain.requires_grad_(False), None)
-    method = _method(name, point, bases)
+    method = _method(name, point, bases, bases["up"].U.device)
     model = method.prepare(plain).train()
     return Trainee(model, method.optimizer(model, learning_rate, 0.0))
 
 
-def _method(name: str, point: Point, bases: Mapping[str, Basis]) -> Method:
+def _method(name: str, point: Point, bases: Mapping[str, Basis], device: torch.device) -> Method:
     base = "sparsegrad" if name in FORMS else name
     settings = {"name": base, "form": FORMS.get(name, ""), "matmul": "regular"}
     settings["core"] = "input" if name == "truncated_input" else "square"
     modules = {"name": "mlp", "target_modules": {"up": "up", "down": "down"}, "layers_to_transform": None}
     modules |= {"lora_rank": point.lora_rank, "k": point.k}
     choices = {"density": None, "orientation": "hosvd", "train": "targets", "frozen": {}, "lora_scale": 2}
-    device = bases["up"].U.device.type if bases else "cuda"
-    return build_method(settings, modules, choices, bases=bases, one_backward_a_step=True, device=device)
+    return build_method(settings, modules, choices, bases=bases, one_backward_a_step=True, device=device.type)
 
 
 def make_batch(point: Point, bases: Mapping[str, Basis], seed: int) -> dict[str, Tensor]:
@@ -139,13 +138,13 @@ def touched(trainee: Trainee) -> dict[str, list[int]]:
     return found
 
 
-def step_flop(name: str, point: Point) -> float:
-    """Floating-point operations of a step, both matrices, by the formulas above."""
+def step_flop(name: str, point: Point, device: torch.device) -> float:
+    """Floating-point operations of a step on a device, both matrices, by the formulas above."""
     shapes, N = {"up": (point.inner, point.hidden), "down": (point.hidden, point.inner)}, point.tokens
     total = sum(4.0 * N * o * i for o, i in shapes.values())
     if name == FLOOR:
         return total
-    method = _method(name, point, {})
+    method = _method(name, point, {}, device)
     for o, i in shapes.values():
         own = method.operations((o, i))
         total += N * own.token + own.step + sum(min(N * a, b) for a, b in own.choices)

@@ -123,7 +123,7 @@ def training_memory(
         ValueError: on a configuration that the method refuses.
     """
     plain, once = meta_model(model["architecture"], causal=causal), setup.accumulation_steps == 1
-    targets = build_method(method, model, protocol, bases={}).targets.find(plain)
+    targets = build_method(method, model, protocol, bases={}, one_backward_a_step=once).targets.find(plain)
     chosen = build_method(method, model, protocol, bases=_meta_bases(targets), one_backward_a_step=once)
     shapes = [target.shape for target in targets]
     first, end = ([chosen.memory(shape, touched) for shape in shapes] for touched in (0.0, setup.touched))
