@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def take_selected(layers: Sequence[SparseGradLinear]) -> list[Selected]:
         found.append(Selected(group, *selected(G, first.k, first.rule)))
         del G
     for group in alike(layer for layer, g in gradients.items() if isinstance(g, CompactGradient) and len(g.places)):
-        own = [gradients[layer] for layer in group]
+        own = [cast(CompactGradient, gradients[layer]) for layer in group]
         values = torch.stack([g.entries for g in own])
         sure = all(g.finite for g in own)  # since they were selected, nothing may have changed them
         finite = values.new_ones(len(own), dtype=torch.bool) if sure else torch.isfinite(values).all(1)

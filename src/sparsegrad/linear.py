@@ -278,7 +278,8 @@ class SparseGradLinear(nn.Module, ABC):
         self._seen = version(self.stored)
         if self.basis is not None and self.basis.U.device != self.trained.device:
             self.basis.to(self.trained.device)  # a borrowed one whose owner does not come along
-        self.moved = None if self._moved is None else self.moved.to(self.trained.device)
+        moved = self.moved
+        self.moved = None if moved is None else moved.to(self.trained.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

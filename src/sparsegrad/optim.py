@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from sparsegrad import kernels
+from sparsegrad import foreach, kernels
 from sparsegrad.grouped import Selected, refuse_non_finite, take_selected
 from sparsegrad.linear import REPLACED, SparseGradLinear, SparseGradWeight, version
 from sparsegrad.select import top_k
@@ -187,7 +187,7 @@ class SparseGradAdamW(Optimizer):
         self._flags = [(one.layers, one.finite) for group in found for one in group]
         cores = [layer for own in layers for layer in own if layer.trained.grad is not None]
         if cores:
-            norms = torch._foreach_norm([layer.trained.grad for layer in cores], inf)
+            norms = foreach.norms([cast(Tensor, layer.trained.grad) for layer in cores])
             self._flags.append((cores, torch.isfinite(torch.stack(norms))))
         return found
 
@@ -206,11 +206,11 @@ class SparseGradAdamW(Optimizer):
         rows = family.rows(layers)
         at, m, v = moments.take((places + rows[:, None] * family.entries).flatten())
         family.steps[rows] += 1 if skip is None else 1 - skip
-        before = None if skip is None else (m.clone(), v.clone())
+        before = (m.clone(), v.clone())
         m, v = m.view_as(g), v.view_as(g)
         delta = lazy_adam_delta(m, v, g, family.steps[rows], group["lr"], group["betas"], group["eps"])
         m, v = m.flatten(), v.flatten()
-        if before is not None:
+        if skip is not None:
             m, v = (torch.where(skip > 0, old, new) for old, new in zip(before, (m, v), strict=True))
             delta = torch.where(skip > 0, 0, delta)
         moments.put(at, m, v)
@@ -306,7 +306,7 @@ class SparseGradAdamW(Optimizer):
         """Flat indices, int64 and ascending, of the entries that steps have moved and that still have a state."""
         if self.state.get(layer.trained) and not layer.selects:
             return torch.arange(layer.trained.numel(), device=layer.trained.device)
-        found = [f for f in self._families.values() if layer.trained in f.numbers and f.moments is not None]
-        if not found:
-            return torch.empty(0, dtype=torch.int64, device=layer.trained.device)
-        return found[0].moments.touched.of(found[0].numbers[layer.trained])
+        for family in self._families.values():
+            if layer.trained in family.numbers and family.moments is not None:
+                return family.moments.touched.of(family.numbers[layer.trained])
+        return torch.empty(0, dtype=torch.int64, device=layer.trained.device)

@@ -9,12 +9,13 @@ gradients). On a CPU it is float32, or the basis' float64.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from sparsegrad import foreach
 from sparsegrad.basis import Basis
 
 PRECISIONS = ("auto", "float32", "tf32", "bf16")
@@ -43,7 +44,7 @@ class Rotation:
         The list is emptied, so that no more than two of the three stacks are there at once.
         """
         G = self.U.new_empty(len(gradients), *gradients[0].shape)
-        torch._foreach_copy_(list(G.unbind()), gradients)  # stacked and cast in one pass
+        foreach.copy_(G.unbind(), gradients)  # stacked and cast in one pass
         gradients.clear()
         with _tf32(self._tf32):
             half = G @ self.U.T
@@ -61,7 +62,7 @@ class Rotation:
         with _tf32(self._tf32):
             if targets[0].is_cuda:
                 updates = self._last(self.V.T, self._dense(places, delta) @ self.U)
-                torch._foreach_add_(list(targets), list(updates.to(targets[0].dtype).unbind()))
+                foreach.add_(targets, updates.to(targets[0].dtype).unbind())
             else:
                 self._back_on_cpu(targets, places, delta)
 
@@ -118,7 +119,7 @@ def _sparse(row: Tensor, column: Tensor, values: Tensor, shape: tuple[int, int],
 
 
 @contextmanager
-def _tf32(allowed: bool | None) -> Iterator[None]:
+def _tf32(allowed: bool | None) -> Generator[None]:
     """torch's setting for products of float32 on CUDA, for a while; None leaves it."""
     before = torch.backends.cuda.matmul.allow_tf32
     if allowed is not None:

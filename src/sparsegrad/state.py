@@ -109,17 +109,18 @@ class DenseMoments(Moments):
     def __init__(self, layers: int, entries: int, most: int, like: Tensor) -> None:
         super().__init__(layers, entries, most)
         self.exp_avg, self.exp_avg_sq = like.new_zeros(layers, entries), like.new_zeros(layers, entries)
-        self.moved = self.touched = MarkedPlaces(torch.zeros_like(self.exp_avg, dtype=torch.bool))
+        self.marked = MarkedPlaces(torch.zeros_like(self.exp_avg, dtype=torch.bool))
+        self.moved = self.touched = self.marked
 
     def take(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        self.touched.marks.view(-1)[keys] = True
+        self.marked.marks.view(-1)[keys] = True
         return keys, self.exp_avg.view(-1)[keys], self.exp_avg_sq.view(-1)[keys]
 
     def put(self, at: Tensor, m: Tensor, v: Tensor) -> None:
         self.exp_avg.view(-1)[at], self.exp_avg_sq.view(-1)[at] = m, v
 
     def tensors(self) -> list[Tensor]:
-        return [self.exp_avg, self.exp_avg_sq, self.touched.marks]
+        return [self.exp_avg, self.exp_avg_sq, self.marked.marks]
 
     def export(self, layer: int) -> dict[str, Tensor]:
         at = self.touched.of(layer)
@@ -130,7 +131,7 @@ class DenseMoments(Moments):
             tensor.zero_()
         for layer, own in saved.items():
             at = own["indices"].to(self.exp_avg.device)
-            self.touched.marks[layer][at] = True
+            self.marked.marks[layer][at] = True
             self.exp_avg[layer][at] = own["exp_avg"].to(self.exp_avg)
             self.exp_avg_sq[layer][at] = own["exp_avg_sq"].to(self.exp_avg)
 
@@ -141,7 +142,8 @@ class CompactMoments(Moments):
     def __init__(self, layers: int, entries: int, most: int, like: Tensor, drop_after: int | None = None) -> None:
         super().__init__(layers, entries, most)
         self.drop_after, self.steps = drop_after, 0
-        self.touched = self.moved = SortedPlaces(like.new_full((1,), PAD, dtype=torch.int64), entries)
+        self.sorted = SortedPlaces(like.new_full((1,), PAD, dtype=torch.int64), entries)
+        self.touched = self.moved = self.sorted
         self.moments = like.new_zeros(2, 1)
         self.ages: Tensor | None = None  # the clock at an entry's latest step, int32
         if drop_after is not None:
@@ -154,7 +156,7 @@ class CompactMoments(Moments):
         self.steps += 1
         if self.drop_after is not None and self.steps > self.drop_after:  # what was loaded is gone too
             self.bound = min(self.bound, self.drop_after * self.most)
-        if self._needed() >= len(self.touched.keys):  # one place stays free
+        if self._needed() >= len(self.sorted.keys):  # one place stays free
             self.bound = int(self.count)  # the one wait, and not of every step
             self._widen(ahead)
         self.bound = self._needed()
@@ -168,11 +170,11 @@ class CompactMoments(Moments):
         room = self.most + 1  # an only step needs no more
         while room <= self._needed():
             room += max(8 * self.most, room) if ahead else max(2 * self.most, room // 4)
-        more = min(room, self.layers * self.entries + 1) - len(self.touched.keys)
+        more = min(room, self.layers * self.entries + 1) - len(self.sorted.keys)
         if more <= 0:
             return
         self.replaced += 1
-        self.touched.keys = torch.cat((self.touched.keys, self.touched.keys.new_full((more,), PAD)))
+        self.sorted.keys = torch.cat((self.sorted.keys, self.sorted.keys.new_full((more,), PAD)))
         self.moments = torch.nn.functional.pad(self.moments, (0, more))
         if self.ages is not None:
             self.ages = torch.nn.functional.pad(self.ages, (0, more))
@@ -194,14 +196,14 @@ class CompactMoments(Moments):
 
     def tensors(self) -> list[Tensor]:
         marks = [self.moved.marks] if isinstance(self.moved, MarkedPlaces) else []
-        return [self.touched.keys, self.moments, *marks, *(() if self.ages is None else (self.ages,))]
+        return [self.sorted.keys, self.moments, *marks, *(() if self.ages is None else (self.ages,))]
 
     def export(self, layer: int) -> dict[str, Tensor]:
         start = layer * self.entries
         ends = torch.tensor([start, start + self.entries], device=self.count.device)
-        first, last = torch.searchsorted(self.touched.keys, ends).tolist()
+        first, last = torch.searchsorted(self.sorted.keys, ends).tolist()
         m, v = self.moments[:, first:last]
-        found = {"indices": self.touched.keys[first:last] - start, "exp_avg": m, "exp_avg_sq": v}
+        found = {"indices": self.sorted.keys[first:last] - start, "exp_avg": m, "exp_avg_sq": v}
         return found if self.ages is None else found | {"age": self.clock - self.ages[first:last]}
 
     def load(self, saved: Mapping[int, Mapping[str, Tensor]]) -> None:
@@ -209,8 +211,8 @@ class CompactMoments(Moments):
         self.replaced += 1
         device, room = self.count.device, torch.tensor([PAD])
         keys = [saved[layer]["indices"].cpu() + layer * self.entries for layer in layers]
-        self.touched.keys = torch.cat([*keys, room]).to(device)
-        self.bound = len(self.touched.keys) - 1
+        self.sorted.keys = torch.cat([*keys, room]).to(device)
+        self.bound = len(self.sorted.keys) - 1
         self.count.fill_(self.bound)
         both = [torch.stack((saved[at]["exp_avg"], saved[at]["exp_avg_sq"])).cpu() for at in layers]
         self.moments = torch.cat([*both, torch.zeros(2, 1)], dim=1).to(self.moments)
@@ -221,11 +223,11 @@ class CompactMoments(Moments):
             self.steps = 0
         if isinstance(self.moved, MarkedPlaces):
             self.moved.marks.zero_()
-            self.moved.marks.view(-1)[self.touched.keys[:-1]] = True
+            self.moved.marks.view(-1)[self.sorted.keys[:-1]] = True
 
     def _merge(self, new: Tensor) -> Tensor:
         """Put keys in their places among those held; returns the places."""
-        held = self.touched.keys
+        held = self.sorted.keys
         below = torch.searchsorted(held, new)
         known = held[below] == new  # the last place is free, so none lies beyond
         added = torch.cat((self.count.new_zeros(1), (~known).cumsum(0)))  # before each of the new keys, and in all
@@ -240,7 +242,7 @@ class CompactMoments(Moments):
     def _drop(self, after: int) -> None:
         """Forget entries whose latest step lies too far back; the step that begins counts already."""
         assert self.ages is not None
-        held = self.touched.keys
+        held = self.sorted.keys
         fresh = (self.ages >= self.clock - after) & (held != PAD)
         order = fresh.cumsum(0)
         at = torch.where(fresh, order - 1, len(held) - 1)
@@ -250,7 +252,7 @@ class CompactMoments(Moments):
 
     def _move(self, at: Tensor, keys: Tensor, moments: Tensor, ages: Tensor | None) -> None:
         """Hold these in other places, in the tensors that there are: a graph may hold them too."""
-        self.touched.keys.copy_(torch.full_like(keys, PAD).index_copy_(0, at, keys))
+        self.sorted.keys.copy_(torch.full_like(keys, PAD).index_copy_(0, at, keys))
         self.moments.copy_(torch.zeros_like(moments).index_copy_(1, at, moments))
         if self.ages is not None and ages is not None:
             self.ages.copy_(torch.zeros_like(ages).index_copy_(0, at, ages))

@@ -43,10 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         own = ("batch_size", "batches", "rounds", "warmup_steps", "variants", "keep", "device", "threads", "seed")
         own = (*own, "graphs", "checkpointing")
         protocol = {"padding": "longest"} | protocol  # a decoder's rows are full
-        options = EfficiencyOptions(
-            **{name: getattr(given, name) for name in own},
-            **{name: getattr(given, name) or protocol[name] for name in ("padding", "max_length", "precision")},
-        )
+        asked: dict[str, Any] = {name: getattr(given, name) for name in own}
+        for name in ("padding", "max_length", "precision"):
+            asked[name] = getattr(given, name) or protocol[name]
+        options = EfficiencyOptions(**asked)
         for lengths in tasks:
             path = Path(given.output) / f"{lengths.task}.json"
             stage = Stage(path, experiment=given.experiment, scale=given.scale)

@@ -187,7 +187,9 @@ def _started() -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m finetune.efficiency.card", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune.efficiency.card", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--minutes", required=True, type=float, help="no part is begun that would take longer")
     parser.add_argument("--output", required=True, help="folder of the records")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="beginnings of the names of parts")

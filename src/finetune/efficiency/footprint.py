@@ -76,7 +76,7 @@ def _on_cuda(
     evaluate = partial(_evaluate, precision=build.precision)
     for name, call in (("peak_training", train_step), ("peak_evaluation", evaluate)):
         torch.cuda.synchronize(device)
-        if call is evaluate or not trainee.passes.captured:
+        if call is evaluate or not trainee.steps.captured:
             torch.cuda.reset_peak_memory_stats(device)
         call(trainee, batch)
         torch.cuda.synchronize(device)
@@ -150,6 +150,7 @@ def _first_step(trainee: Trainee, batch: Mapping[str, Tensor], precision: str) -
         loss = mean_loss(trainee.model, batch, precision)
     loss.backward()
     notes["gradients"] = memory.gradient_bytes(trainee.model)
+    assert trainee.optimizer is not None  # every variant has one
     trainee.optimizer.step()
     trainee.optimizer.zero_grad()
     return notes

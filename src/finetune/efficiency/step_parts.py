@@ -53,11 +53,11 @@ class Counted(TorchDispatchMode):
             self.found["_local_scalar_dense"] += 1
             return self._tolist(tensor)
 
-        Tensor.tolist = tolist  # it passes the dispatcher by
+        cast(Any, Tensor).tolist = tolist  # it passes the dispatcher by
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        Tensor.tolist = self._tolist
+        cast(Any, Tensor).tolist = self._tolist
         super().__exit__(*error)
 
 
@@ -97,9 +97,9 @@ def step_parts(
     bases = random_bases(model, protocol, seed=0, device=device)
     variant = replace(select_variants(["folded"])[0], select_in="step")
     trainee = make_trainee(variant, model, protocol, bases, Build(device, precision="bf16", graphs="auto"))
-    passes, optimizer = trainee.passes, cast(SparseGradAdamW, trainee.optimizer)
-    assert passes is not None
-    ids = torch.randint(5, trainee.model.config.vocab_size, (rows, tokens), device=device)
+    passes, optimizer = trainee.steps, cast(SparseGradAdamW, trainee.optimizer)
+    vocabulary = int(cast(Any, trainee.model).config.vocab_size)
+    ids = torch.randint(5, vocabulary, (rows, tokens), device=device)
     labels = torch.zeros(rows, dtype=torch.long, device=device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
@@ -115,16 +115,17 @@ def step_parts(
     gradients = {layer: cast(Tensor, layer.weight.grad).clone() for layer in layers}
     found["forward and backward, in a graph"] = _median(lambda: passes.backward(batch), device)
     optimizer.zero_grad()
-    parts: Counter[str] = Counter()
+    parts: dict[str, float] = {}
     for kind in bases:
         alike = [layer for layer in layers if layer.kind == kind]
-        parts.update(_of_a_kind(alike, [gradients[layer] for layer in alike], optimizer, device))
+        own = _of_a_kind(alike, [gradients[layer] for layer in alike], optimizer, device)
+        parts = {name: parts.get(name, 0.0) + ms for name, ms in own.items()}
     dense = [p for group in optimizer.param_groups if not group["sparsegrad"] for p in group["params"]]
     for parameter in dense:
         parameter.grad = torch.zeros_like(parameter)
     parts["AdamW of all else"] = _replayed(optimizer.step, device)
     whole = found.pop("a whole step, in graphs")
-    named = [{"name": name, "ms": ms} for name, ms in (found | dict(parts)).items()]
+    named = [{"name": name, "ms": ms} for name, ms in (found | parts).items()]
     return {"parts": named, "step_ms": whole, "mode": "bf16, in graphs", "tokens": rows * tokens}
 
 

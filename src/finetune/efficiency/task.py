@@ -231,4 +231,4 @@ def _add_times(
         if "full" in seconds:
             entry["ratio_to_full"] = ratio(seconds["full"], seconds[name])
         if graphs and name in kept.trainees:
-            entry["captured_passes"] = kept.trainees[name].passes.captured
+            entry["captured_passes"] = kept.trainees[name].steps.captured

@@ -61,7 +61,7 @@ class Kept:
     def add(self, name: str, trainee: Trainee, memory: Mapping[str, Any]) -> None:
         """Keep a variant, or forget all where there is no room."""
         resident = sum(memory["components"][part] for part in RESIDENT)
-        self.held += memory["reserved"] if trainee.passes.captured else resident
+        self.held += memory["reserved"] if trainee.steps.captured else resident
         self.highest = max(self.highest, memory["peak_training"])
         self.trainees[name] = trainee
         if not self.together:

@@ -106,6 +106,12 @@ class Trainee:
     optimizer: Optimizer | None
     passes: Passes | None = None
 
+    @property
+    def steps(self) -> Passes:
+        """What runs its steps, of one that has it."""
+        assert self.passes is not None
+        return self.passes
+
 
 @dataclass(frozen=True)
 class Build:
@@ -219,17 +225,17 @@ def random_bases(
 
 def train_step(trainee: Trainee, batch: Mapping[str, Tensor]) -> None:
     """One optimizer step, as the training loop runs it: forward, backward, update, gradients forgotten."""
-    trainee.passes.backward(batch)
-    trainee.passes.step()
+    trainee.steps.backward(batch)
+    trainee.steps.step()
 
 
 def settle(trainee: Trainee, batches: Sequence[Mapping[str, Tensor]]) -> None:
     """Train on until the passes of all batches come from graphs, or none does."""
     for _ in range(SWEEPS):
-        before = trainee.passes.captured
+        before = trainee.steps.captured
         for batch in batches:
             train_step(trainee, batch)
-        if trainee.passes.captured - before in (0, len(batches)):
+        if trainee.steps.captured - before in (0, len(batches)):
             break
 
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from finetune.methods.base import Configuration, Method, kept_entries
 from finetune.methods.costs import MatrixMemory, Shape
-from sparsegrad import NonFiniteGradient, SparseGradAdamW, merge, param_groups, sparsify
+from sparsegrad import NonFiniteGradient, SparseGradAdamW, foreach, merge, param_groups, sparsify
 from sparsegrad.grouped import TOGETHER
 from sparsegrad.select import top_k_of_each
 
@@ -93,7 +93,7 @@ class MeProp(Method):
                 part = gradients[start : start + size]
                 places, values, fine = top_k_of_each(torch.stack(part), self.entries((rows, columns)))
                 finite.append(fine)
-                torch._foreach_zero_(part)
+                foreach.zero_(part)
                 for gradient, kept, entries in zip(part, places, values, strict=True):
                     gradient.view(-1).scatter_(0, kept, entries.to(gradient.dtype))
         if finite and not torch.cat(finite).all():  # the one wait for the device
