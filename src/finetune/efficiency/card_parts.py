@@ -100,6 +100,7 @@ def plan(root: Path, device: str, sizes: Sizes, rotation: Path | None) -> list[P
     return [
         tests,
         *both,
+        *(encoders.part("sound", f"tokens{tokens}", graphs) for tokens in (16, 128) for graphs in ("auto", "off")),
         _parts_of_a_step(encoders, device),
         *decoders[:-1],
         *(encoders.part(protocol, task, "off", CHOICES) for protocol, task in (("sound", "mrpc"), ("printed", "cola"))),
@@ -135,16 +136,22 @@ class _Encoders:
             precision=self.sizes.precision if protocol == "sound" else group["precision"],
             variants=variants,
             device=self.device,
-            num_labels=self.tasks[task]["num_labels"],
+            num_labels=self.tasks[task]["num_labels"] if task in self.tasks else 2,
             graphs=graphs,
         )
         suffix = ("-graphs" if graphs != "off" else "") + ("-folded" if variants else "")
         name = f"{protocol}{suffix}/{task}"
         own = "" if protocol == "printed" and not suffix else f"-{protocol}{suffix}"
-        lengths = read_lengths(self.conf / "lengths" / "roberta_base" / f"{task}.json")
+        lengths = self._fixed(task) or read_lengths(self.conf / "lengths" / "roberta_base" / f"{task}.json")
         path = f"efficiency/{self.sizes.encoder}{own}/{task}.json"
         kind, seconds = ("eager", 20) if graphs == "off" else ("graphs", 25)
         return _measured(name, path, seconds, self.model, group, lengths, options, f"{kind}, {len(variants or ())}")
+
+    def _fixed(self, task: str) -> Lengths | None:
+        """Rows of one length, of a name such as tokens16."""
+        tokens = task.removeprefix("tokens")
+        rows = (int(tokens),) * self.scale["batch_size"] if tokens.isdecimal() else ()
+        return Lengths(task, f"rows of {tokens} tokens", rows) if rows else None
 
 
 def _decoders(conf: Path, device: str, sizes: Sizes) -> Iterator[Part]:
