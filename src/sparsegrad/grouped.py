@@ -78,6 +78,12 @@ def select_together(layers: Sequence[SparseGradLinear]) -> None:
             layer.trained.grad = CompactGradient(places, values, layer.trained)
 
 
+def all_finite(flags: Sequence[tuple[Sequence[SparseGradLinear], Tensor]]) -> Tensor:
+    """Whether all of them are, bool scalar, where the first one is."""
+    device = flags[0][1].device
+    return torch.cat([finite.to(device) for _, finite in flags]).all()
+
+
 def refuse_non_finite(flags: Sequence[tuple[Sequence[SparseGradLinear], Tensor]]) -> None:
     """Wait for the device once, and see that all is finite.
 
@@ -87,7 +93,7 @@ def refuse_non_finite(flags: Sequence[tuple[Sequence[SparseGradLinear], Tensor]]
     Raises:
         NonFiniteGradient: if one is not; it names the layers that may be meant.
     """
-    if flags and not torch.cat([finite for _, finite in flags]).all():
+    if flags and not all_finite(flags):
         one_each = [(layers, finite.expand(len(layers)).tolist()) for layers, finite in flags]
         bad = [layer for layers, fine in one_each for layer, good in zip(layers, fine, strict=True) if not good]
         raise NonFiniteGradient(*(layer.name or "a SparseGrad layer" for layer in bad))

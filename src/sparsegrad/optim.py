@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from sparsegrad import foreach, kernels
-from sparsegrad.grouped import Selected, refuse_non_finite, take_selected
+from sparsegrad.grouped import Selected, all_finite, refuse_non_finite, take_selected
 from sparsegrad.linear import REPLACED, SparseGradLinear, SparseGradWeight, version
 from sparsegrad.select import top_k
 from sparsegrad.state import MOMENTS, CompactMoments, DenseMoments, Family, family_key
@@ -166,7 +166,7 @@ class SparseGradAdamW(Optimizer):
         found = self._select()
         skip = None
         if self._fused and self._flags and self._flags[0][1].is_cuda:  # decided on the device: no wait before the end
-            skip = 1 - torch.cat([finite for _, finite in self._flags]).all().float()
+            skip = 1 - all_finite(self._flags).float()
         else:
             self.refuse_non_finite()
         for number, group in enumerate(self.param_groups):
@@ -197,6 +197,7 @@ class SparseGradAdamW(Optimizer):
     def _step_sparse(self, one: Selected, group: dict[str, Any], family: Family, skip: Tensor | None) -> None:
         """Lazy Adam's step of layers that are alike; nothing changes where ``skip`` is 1."""
         layers, places = one.layers, one.places
+        skip = None if skip is None else skip.to(places.device)
         g = one.values.to(torch.promote_types(layers[0].trained.dtype, torch.float32))
         moments = family.made(self._new_moments, g)
         if not (g.is_cuda and torch.cuda.is_current_stream_capturing()):
