@@ -21,10 +21,11 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from sparsegrad import foreach, kernels
+from sparsegrad.family import Family, family_key
 from sparsegrad.grouped import Selected, all_finite, refuse_non_finite, take_selected
 from sparsegrad.linear import REPLACED, SparseGradLinear, SparseGradWeight, version
 from sparsegrad.select import top_k
-from sparsegrad.state import MOMENTS, CompactMoments, DenseMoments, Family, family_key
+from sparsegrad.state import MOMENTS, CompactMoments, DenseMoments
 
 
 def lazy_adam_delta(
