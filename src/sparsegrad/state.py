@@ -1,7 +1,7 @@
 """Lazy Adam's moments of all layers of one size, in one key space: key = layer x entries + place in the layer.
 
-``compact`` holds the entries touched so far, 16 bytes each and some room, sorted; ``dense`` holds two float32 moments and
-a mark for every entry, 9 bytes each, and searches nothing. The same steps come out of both.
+``compact`` holds the entries touched so far, 16 bytes each and some room, sorted; ``dense`` holds two float32 moments
+and a mark for every entry, 9 bytes each, and searches nothing. The same steps come out of both.
 
 A step of either kind has fixed shapes and waits for nothing, so that a CUDA graph can hold it. How many keys the
 compact kind holds is known on the device alone; the host keeps an upper bound of it, and before a step that might not
