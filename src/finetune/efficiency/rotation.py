@@ -136,7 +136,7 @@ def measure_rotation(
         "order": f"{TURN} steps of each rotation in turn, every second time in reverse; the same batches and dropout",
         "agree": "share of a matrix' selected entries that V G U^T in float64 selects too; mean and least over layers",
         "energy": "sum of squares of the selected entries of V G U^T in float64, over that of its own selection",
-        GRADIENT: "V G U^T in float64 of the gradient under autocast, against that of the gradient without",
+        GRADIENT: "V G U^T in float64 of the gradient under autocast, against that without; no dropout in either",
         "loss": f"mean over the last {LAST} steps",
     }
     content = {

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 REFERENCE = "float32"
-GRADIENT = "gradient"
+GRADIENT = "gradient_without_dropout"
 """Beside the rotations: float64's selection from the gradient under autocast, against that from float32's gradient."""
 
 HEAD = ("task, training", "rotation", "same entries", "energy", "training loss", "validation", "step, ms", "whole, ms")

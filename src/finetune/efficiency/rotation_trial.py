@@ -150,7 +150,7 @@ def selections(
         the exact values; mean over layers). Under autocast there is :data:`GRADIENT` too.
     """
     plain = merge(copy.deepcopy(model))
-    exact = dict(_rotated(plain, layers, batch, precision, seed))
+    exact = dict(_rotated(plain.train(), layers, batch, precision, seed))
     kept: dict[str, dict[str, Tensor]] = {}
     for rotation in rotations:
         trial = layers.trainee(plain, rotation, 0.0)
@@ -162,9 +162,10 @@ def selections(
     for rotation, found in kept.items():
         for name, indices in found.items():
             shares[kinds[name]][rotation].append(agreement(exact[name], indices))
-    if precision != "fp32":
+    if precision != "fp32":  # no dropout: CUDA draws other masks for another dtype
+        cast = dict(_rotated(plain.eval(), layers, batch, precision, seed))
         for name, rotated in _rotated(plain, layers, batch, "fp32", seed):
-            shares[kinds[name]][GRADIENT].append(agreement(rotated, top_k(exact[name], layers.k[kinds[name]])))
+            shares[kinds[name]][GRADIENT].append(agreement(rotated, top_k(cast[name], layers.k[kinds[name]])))
     return {kind: {name: _over_layers(pairs) for name, pairs in found.items()} for kind, found in shares.items()}
 
 
@@ -182,7 +183,7 @@ def agreement(exact: Tensor, kept: Tensor) -> tuple[float, float]:
 
 def _rotated(plain: nn.Module, layers: Layers, batch: Batch, precision: str, seed: int) -> Iterator[tuple[str, Tensor]]:
     """V G U^T in float64 by layer name; the gradients are forgotten."""
-    _backward(plain.train(), batch, precision, seed)
+    _backward(plain, batch, precision, seed)
     for target in find_targets(plain, layers.targets, layers.blocks):
         gradient = target.module.weight.grad
         assert gradient is not None  # the weight is trained

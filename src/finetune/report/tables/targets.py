@@ -175,7 +175,7 @@ def profile_rows(profile: Mapping[str, Any]) -> list[list[str]]:
 
 
 def fill(text: str, results: Path) -> str:
-    """A page with its tables anew: below `<!-- targets -->`, and `<!-- profile -->`, `<!-- rotation -->` by record.
+    """A page with its tables anew: below `<!-- targets -->`, and those of other records where they are.
 
     Raises:
         ValueError: If a file is damaged, or the page has no such line.
