@@ -61,14 +61,19 @@ class CUDARecorder:
         return graph.replay, result
 
     def recover(self) -> None:
-        """After a failed capture torch's allocator and generator may believe that it is still going on."""
+        """After a failed capture torch's allocator and generator may believe that it is still going on.
+
+        The generator's state is that of all graphs of the process, so no other one could be replayed. Up to torch 2.12
+        the end of a capture alone puts it right, so a small one is made.
+        """
         torch.cuda.synchronize(self._device)
         with suppress(RuntimeError):  # the allocator knows of no capture: torch has ended it
             torch._C._cuda_endAllocateToPool(self._device, self._pool)
             torch._C._cuda_releasePool(self._device, self._pool)
-        generator = torch.cuda.default_generators[self._device]
-        generator.graphsafe_set_state(generator.clone_state())  # same seed and offset, and no capture
-        torch.cuda.empty_cache()
+        with torch.cuda.device(self._device):
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+                torch.zeros(1, device="cuda")
+            torch.cuda.empty_cache()
 
 
 @dataclass

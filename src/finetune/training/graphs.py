@@ -63,7 +63,7 @@ class Passes:
     ) -> None:
         device = next(model.parameters()).device
         self._graphs = Graphs(device, mode, keep=keep, recorder=recorder)
-        # Not tried: after a capture that fails torch lets no other graph draw random numbers.
+        # Not tried: the capture would fail.
         if waits := [why for layer in sparsegrad_layers(model).values() if (why := layer.pass_waits_for)]:
             self._graphs.give_up(waits[0])
         self._model, self._loss, self._optimizer, self._pad_to = model, loss, optimizer, pad_to

@@ -345,6 +345,22 @@ def test_on_cuda_a_failed_capture_leaves_a_sound_device(device, caplog):
 
 
 @pytest.mark.cuda
+def test_on_cuda_a_failed_capture_spoils_no_graphs_of_others(device):
+    def waiting(model):
+        return lambda batch: loss_of(model)(batch) * (1.0 if float(batch["labels"].sum()) >= 0 else 2.0)
+
+    def run(mode):
+        other, optimizer = encoder("full", device)
+        fails = Passes(other, waiting(other), optimizer, mode)
+        (batch,) = batches([8])
+        found = trained("full", [8] * 6, device=device, setup=lambda number, _: number == 2 and fails.backward(batch))
+        assert found[2].captured == 6 and not fails.captured
+        return found
+
+    assert_same(run("auto"), run("off"), atol=0, rtol=0)  # dropout goes on where it was
+
+
+@pytest.mark.cuda
 def test_on_cuda_a_run_that_goes_on_ends_as_one_that_was_not_stopped(device, tmp_path):
     from finetune.training import checkpoint
 
