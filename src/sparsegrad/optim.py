@@ -300,9 +300,9 @@ class SparseGradAdamW(Optimizer):
             if layer.trained in family.numbers:
                 family.load({p: own for p, own in family.export().items() if p is not layer.trained}, self._new_moments)
 
-    def moment_tensors(self) -> list[Tensor]:
-        """What is held for SparseGrad weights besides :attr:`state`, for counting bytes."""
-        return [t for family in self._families.values() if family.moments for t in family.moments.tensors()]
+    def moment_bytes(self) -> int:
+        """Of what is held for SparseGrad weights besides :attr:`state`: entries and their places, without free room."""
+        return sum(family.moments.nbytes() for family in self._families.values() if family.moments)
 
     def touched(self, layer: SparseGradLinear) -> Tensor:
         """Flat indices, int64 and ascending, of the entries that steps have moved and that still have a state."""

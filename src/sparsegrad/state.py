@@ -83,8 +83,8 @@ class Moments:
         """Store the moments that :meth:`take` gave, after their step."""
         raise NotImplementedError
 
-    def tensors(self) -> list[Tensor]:
-        """All that is held, for counting bytes."""
+    def nbytes(self) -> int:
+        """Of what is held; free room is not counted, since it depends on how a run was cut."""
         raise NotImplementedError
 
     def export(self, layer: int) -> dict[str, Tensor]:
@@ -112,15 +112,15 @@ class DenseMoments(Moments):
     def put(self, at: Tensor, m: Tensor, v: Tensor) -> None:
         self.exp_avg.view(-1)[at], self.exp_avg_sq.view(-1)[at] = m, v
 
-    def tensors(self) -> list[Tensor]:
-        return [self.exp_avg, self.exp_avg_sq, self.marked.marks]
+    def nbytes(self) -> int:
+        return self.exp_avg.nbytes + self.exp_avg_sq.nbytes + self.marked.marks.nbytes
 
     def export(self, layer: int) -> dict[str, Tensor]:
         at = self.touched.of(layer)
         return {"indices": at, "exp_avg": self.exp_avg[layer][at], "exp_avg_sq": self.exp_avg_sq[layer][at]}
 
     def load(self, saved: Mapping[int, Mapping[str, Tensor]]) -> None:
-        for tensor in self.tensors():
+        for tensor in (self.exp_avg, self.exp_avg_sq, self.marked.marks):
             tensor.zero_()
         for layer, own in saved.items():
             at = own["indices"].to(self.exp_avg.device)
@@ -187,9 +187,10 @@ class CompactMoments(Moments):
     def put(self, at: Tensor, m: Tensor, v: Tensor) -> None:
         self.moments[0, at], self.moments[1, at] = m, v
 
-    def tensors(self) -> list[Tensor]:
-        marks = [self.moved.marks] if isinstance(self.moved, MarkedPlaces) else []
-        return [self.sorted.keys, self.moments, *marks, *(() if self.ages is None else (self.ages,))]
+    def nbytes(self) -> int:
+        marks = self.moved.marks.nbytes if isinstance(self.moved, MarkedPlaces) else 0
+        aged = 0 if self.ages is None else self.ages.itemsize
+        return int(self.count) * (self.sorted.keys.itemsize + 2 * self.moments.itemsize + aged) + marks
 
     def export(self, layer: int) -> dict[str, Tensor]:
         start = layer * self.entries

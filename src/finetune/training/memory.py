@@ -24,10 +24,10 @@ def components(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
     """Bytes of parameters, optimizer state and HOSVD bases."""
     bases = [tensor for module in model.modules() if isinstance(module, Basis) for tensor in module.buffers()]
     state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor) and v.dim() > 0]
-    state += optimizer.moment_tensors() if isinstance(optimizer, SparseGradAdamW) else []
+    moments = optimizer.moment_bytes() if isinstance(optimizer, SparseGradAdamW) else 0
     return {
         "parameters": tensor_bytes(model.parameters()),
-        "optimizer_state": tensor_bytes(state),
+        "optimizer_state": tensor_bytes(state) + moments,
         "bases": tensor_bytes(bases),
     }
 

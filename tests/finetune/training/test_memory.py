@@ -44,9 +44,8 @@ def test_components(method_name, prepared, load):
     )
     expected = {"parameters": 4 * numbers, "optimizer_state": 2 * 4 * trained, "bases": 0}
     if method_name in ("meprop", "sparsegrad"):
-        # Two moments and an index for each of 20 entries of each matrix, and for one more place of each of the two
-        # kinds; dense moments for all else.
-        expected["optimizer_state"] = 2 * 4 * (numbers - MATRICES * SIZE) + (MATRICES * 20 + 2) * (4 + 4 + 8)
+        # Two moments and an index for each of 20 entries of each matrix; dense moments for all else.
+        expected["optimizer_state"] = 2 * 4 * (numbers - MATRICES * SIZE) + MATRICES * 20 * (4 + 4 + 8)
     if method_name == "sparsegrad":  # one basis a layer kind, shared by its layers: 32 x 32 and 64 x 64 each
         expected["bases"] = 2 * 4 * (32 * 32 + 64 * 64)
     assert memory.components(model, optimizer) == expected
