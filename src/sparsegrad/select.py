@@ -89,12 +89,13 @@ def top_k_of_each(G: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     flat = G.flatten(1)
     magnitude = flat.abs()
     finite = torch.isfinite(magnitude.amax(1))  # NaN is the maximum of whatever holds one
-    reached = magnitude >= _bound(magnitude, k, width)
-    counts = reached.sum(1)
+    candidates = (magnitude >= _bound(magnitude, k, width)).flatten().nonzero().flatten()
+    starts = torch.arange(matrices + 1, device=G.device) * entries
+    counts = torch.searchsorted(candidates, starts).diff()
     least, most = torch.stack((counts.min(), counts.max())).tolist()
     if least < k:  # a guess too high, or NaN, which reaches nothing
-        reached, counts, most = torch.ones_like(reached), torch.full_like(counts, entries), entries
-    candidates = reached.flatten().nonzero().flatten()
+        candidates = torch.arange(magnitude.numel(), device=G.device)
+        counts, most = torch.full_like(counts, entries), entries
     matrix = candidates // entries
     place = torch.arange(len(candidates), device=G.device) - (counts.cumsum(0) - counts)[matrix]
     table = magnitude.new_full((matrices, most), -1.0)  # the candidates of each matrix, in their order
