@@ -70,7 +70,7 @@ def select_together(layers: Sequence[SparseGradLinear]) -> None:
     Raises:
         NonFiniteGradient: if one is not finite.
     """
-    dense = [layer for layer in layers if layer.selects and type(layer.trained.grad) is Tensor]
+    dense = [layer for layer in layers if layer.selects and not isinstance(layer.trained.grad, CompactGradient)]
     found = take_selected(dense)
     refuse_non_finite([(one.layers, one.finite) for one in found])
     for one in found:

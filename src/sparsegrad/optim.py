@@ -175,8 +175,13 @@ class SparseGradAdamW(Optimizer):
             self._step_dense(group, dense, skip)
             for parameter in dense if group["sparsegrad"] else ():
                 self._layers[parameter].absorb()
+            begun: set[Family] = set()
             for one in found[number]:
-                self._step_sparse(one, group, self._families[family_key(number, one.layers[0])], skip)
+                family = self._families[family_key(number, one.layers[0])]
+                if family not in begun:  # layers of a family may be stepped in several parts
+                    self._begin(family, one.values)
+                    begun.add(family)
+                self._step_sparse(one, group, family, skip)
         if skip is not None and not torch.cuda.is_current_stream_capturing():
             self.refuse_non_finite()
         return loss
@@ -195,14 +200,19 @@ class SparseGradAdamW(Optimizer):
     def _is_lazy(self, parameter: Tensor) -> bool:
         return parameter in self._layers and self._layers[parameter].selects
 
+    def _begin(self, family: Family, values: Tensor) -> None:
+        """Once a step, before the moments of a family are taken."""
+        moments = family.made(self._new_moments, values.to(torch.promote_types(values.dtype, torch.float32)))
+        if not (values.is_cuda and torch.cuda.is_current_stream_capturing()):
+            moments.reserve()
+        moments.begin()
+
     def _step_sparse(self, one: Selected, group: dict[str, Any], family: Family, skip: Tensor | None) -> None:
         """Lazy Adam's step of layers that are alike; nothing changes where ``skip`` is 1."""
         layers, places = one.layers, one.places
         skip = None if skip is None else skip.to(places.device)
         g = one.values.to(torch.promote_types(layers[0].trained.dtype, torch.float32))
         moments = family.made(self._new_moments, g)
-        if not (g.is_cuda and torch.cuda.is_current_stream_capturing()):
-            moments.reserve()
         if skip is not None:  # where selection was undone by NaN, keys that are keys
             places = torch.where(skip > 0, torch.arange(places.shape[1], device=g.device), places)
         rows = family.rows(layers)

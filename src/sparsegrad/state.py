@@ -75,6 +75,9 @@ class Moments:
     def reserve(self, *, ahead: bool = False) -> None:
         """Make room for a step; where ahead, for several more."""
 
+    def begin(self) -> None:
+        """Begin a step, which may take its keys in several parts: entries grow old, and the stale ones are dropped."""
+
     def take(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Put keys, ascending, in their places; returns where their moments lie, and the moments, copies."""
         raise NotImplementedError
@@ -172,10 +175,12 @@ class CompactMoments(Moments):
         if self.ages is not None:
             self.ages = torch.nn.functional.pad(self.ages, (0, more))
 
-    def take(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def begin(self) -> None:
         self.clock += 1
         if self.drop_after is not None:
             self._drop(self.drop_after)
+
+    def take(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         at = self._merge(keys)
         if self.ages is not None:
             self.ages.index_put_((at,), self.clock)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsegrad import NonFiniteGradient, SparseGradAdamW, merge, param_groups, sparsegrad_layers, sparsify
+from sparsegrad import NonFiniteGradient, SparseGradAdamW, grouped, merge, param_groups, sparsegrad_layers, sparsify
 
 FORMS = {
     "folded": {"form": "folded"},
@@ -14,11 +14,23 @@ FORMS = {
 }
 
 
+@pytest.fixture
+def allow_tf32():
+    """``allow_tf32(True)``: torch's setting, put back afterwards; monkeypatch can't, it is no plain attribute."""
+    before = torch.backends.cuda.matmul.allow_tf32
+
+    def choose(allowed):
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+    yield choose
+    choose(before)
+
+
 def weights_after(model, steps, *, precision=None, **options):
     """Changes of the plain weights after some steps; the norm of each against that of all is what matters."""
     device = model.head.weight.device
     optimizer = SparseGradAdamW(param_groups(model), lr=1e-2, **options)
-    before = [layer.original_weight().double().cpu() for layer in sparsegrad_layers(model).values()]
+    before = [layer.original_weight().double().cpu().clone() for layer in sparsegrad_layers(model).values()]
     for number in range(steps):
         x = torch.randn(40, 8, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
         x = x.to(device, model.head.weight.dtype)
@@ -28,7 +40,9 @@ def weights_after(model, steps, *, precision=None, **options):
         optimizer.step()
         optimizer.zero_grad()
     after = [layer.original_weight().double().cpu() for layer in sparsegrad_layers(model).values()]
-    return torch.cat([(a - b).flatten() for a, b in zip(after, before, strict=True)])
+    moved = torch.cat([(a - b).flatten() for a, b in zip(after, before, strict=True)])
+    assert moved.norm() > 0
+    return moved
 
 
 @pytest.mark.parametrize("form", ["folded", "rotated"])
@@ -89,13 +103,24 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_is_right(
 @pytest.mark.parametrize(("precision", "error"), [("float64", 1e-10), ("float32", 1e-4), ("tf32", 0.25), ("bf16", 0.6)])
 @pytest.mark.parametrize("form", FORMS)
 def test_steps_on_cuda_are_those_of_float64_on_a_cpu(
-    form, precision, error, blocks, block_bases, block_patterns, monkeypatch
+    form, precision, error, blocks, block_bases, block_patterns, allow_tf32
 ):
     """In norm: of 36 entries a step, all moved by as much, some may be others where magnitudes are within rounding."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", precision == "tf32")
+    allow_tf32(precision == "tf32")
     dtype = torch.float64 if precision == "float64" else torch.float32
     exact = weights_after(sparsify(blocks(), block_bases(), 9, block_patterns, **FORMS[form]), 3)
     model = sparsify(blocks(dtype), block_bases(dtype=dtype), 9, block_patterns, **FORMS[form]).to("cuda")
     found = weights_after(model, 3, precision=precision, fused=True)
     assert (found - exact).norm() < error * exact.norm()
     assert not sparsegrad_layers(merge(model))
+
+
+@pytest.mark.parametrize("drop_after", [None, 2])
+def test_layers_stepped_in_parts_take_the_same_steps(drop_after, blocks, block_bases, block_patterns, monkeypatch):
+    """Large matrices are stepped one by one: entries grow old by steps, not by parts of them."""
+    found = []
+    for together in (grouped.TOGETHER, 1):
+        monkeypatch.setattr(grouped, "TOGETHER", together)
+        model = sparsify(blocks(n=3), block_bases(), 9, block_patterns)
+        found.append(weights_after(model, 12, drop_after=drop_after))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
