@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from annotated_types import Ge, Len
-from pydantic import AfterValidator, Discriminator, Tag
+from pydantic import AfterValidator, Discriminator, Tag, model_validator
 
 from finetune.config.types import (
     Count,
@@ -23,6 +23,8 @@ from finetune.config.types import (
     Wandb,
     Whole,
     kind,
+    kind_of_each,
+    refused,
     with_default,
 )  # fmt: skip
 
@@ -41,13 +43,44 @@ class Pruning(Group):
     warmup_steps: Whole
 
 
+Tried = Annotated[Annotated[Point, Tag("<mapping>")] | Annotated[Positive, Tag("<one>")], Discriminator(kind_of_each)]
+"""A point, or a learning rate, at ``scale.batch_size``."""
+
+
+def _equal(lists: dict[str, list[Point | float]]) -> dict[str, list[Point | float]]:
+    """Points by method, if each has as many as the others."""
+    if len({len(points) for points in lists.values()}) > 1:
+        counts = ", ".join(f"{name} {len(points)}" for name, points in lists.items())
+        raise refused(f"{counts}; allowed: as many points for one method as for another")
+    return lists
+
+
 class SearchSize(Group):
     """Of ``conf/scale``: how long a search is."""
 
     trials: Count
-    points: list[Point]
+    points: Annotated[
+        Annotated[list[Tried], Tag("<one>")]
+        | Annotated[dict[Name, list[Tried]], Len(1), AfterValidator(_equal), Tag("<mapping>")],
+        Discriminator(kind_of_each),
+    ]
     max_steps: ForTask[Count]
     pruning: Pruning
+    extend: Whole = 0
+
+    @property
+    def tried(self) -> dict[str, list[Point | float]]:
+        """Points by method; under ``all`` where they are the same for each."""
+        return self.points if isinstance(self.points, dict) else {"all": self.points}
+
+    @model_validator(mode="after")
+    def _has_a_grid_to_extend(self) -> Self:
+        for name, points in self.tried.items() if self.extend else ():
+            rates = {point if isinstance(point, float) else point.learning_rate for point in points}
+            if len(rates) < 2 or self.trials < len(points):
+                given = f"extend={self.extend} with points of {name} at {sorted(rates)} and trials={self.trials}"
+                raise refused(f"{given}; allowed: points at two learning rates or more, and trials for all of them")
+        return self
 
 
 class Scale(Group):

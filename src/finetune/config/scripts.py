@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Annotated, Literal, Self
 
 from annotated_types import Len
@@ -84,9 +85,14 @@ class Glue(Base):
     def _points_lie_in_the_space(self) -> Self:
         if self.protocol.search is not None:
             (low, high), sizes = self.protocol.search.learning_rate, self.protocol.search.batch_sizes
-            for point in self.scale.search.points:
-                if not low <= point.learning_rate <= high or point.batch_size not in sizes:
-                    raise refused(f"scale.search.points has {point}; allowed: within {[low, high]} x {sizes}")
+            own = self.scale.batch_size
+            batches = list(own.values()) if isinstance(own, dict) else [own]
+            for point in chain.from_iterable(self.scale.search.tried.values()):
+                rate, given = (
+                    (point, batches) if isinstance(point, float) else (point.learning_rate, [point.batch_size])
+                )
+                if not low <= rate <= high or not set(given) <= set(sizes):
+                    raise refused(f"scale.search.points has {rate} x {given}; allowed: within {[low, high]} x {sizes}")
         return self
 
 

@@ -206,11 +206,11 @@ def _search_missing(cell: Cell) -> list[Path]:
 
 def _is_searched(problem: Problem, whole: Run, path: Path) -> bool:
     """Whether a search has its record, whole, with all trials, and as its journal tells it."""
-    from finetune.runs.search import SearchSpace, is_told_by
+    from finetune.runs.search import SearchSpace, is_told_by, is_whole
 
     digest, space = problem.digest(whole), SearchSpace.of(problem.config)
     found, journal = records.reusable(path, digest), path.with_suffix(".journal")
-    if found is None or found["n_trials"] != space.trials:
+    if found is None or not is_whole(found, space):
         return False
     if journal.is_file() and not is_told_by(journal, digest, space, found):
         log.warning("%s differs from %s, and is written anew", path, journal)

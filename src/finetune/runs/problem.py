@@ -220,16 +220,10 @@ class Problem(ABC):
             ValueError: if a mapping leaves the method out, or one is none in range.
         """
         config, found = self.config, {}
-        names = (config["method"]["name"], base_method(config["method"]))
         places = (config, best or {}, config["scale"], config["protocol"])
         for name in ("learning_rate", "batch_size"):
             value = next((place[name] for place in places if place.get(name) is not None), None)
-            if isinstance(value, Mapping):
-                own = next((method for method in names if method in value), None)
-                if own is None:
-                    raise ValueError(f"{name} is given for {', '.join(value)}; method={names[0]} needs one too.")
-                value = value[own]
-            found[name] = value
+            found[name] = for_method(value, config["method"], name)
         check(Point, found)  # a search's record, or nothing, may stand behind them
         return found
 
@@ -331,3 +325,17 @@ def _loaded_once(problem: type[Problem], config: str) -> Problem:
 def for_task(value: Any, task: str) -> Any:
     """A value of ``conf/scale`` that may be one for all tasks, or a mapping from tasks, with ``default``, to values."""
     return value.get(task, value["default"]) if isinstance(value, Mapping) else value
+
+
+def for_method(value: Any, method: Mapping[str, Any], option: str) -> Any:
+    """A value for all methods, or a mapping from methods to values; a variant that it leaves out takes its base's.
+
+    Raises:
+        ValueError: if a mapping leaves both out.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    own = next((name for name in (method["name"], base_method(method)) if name in value), None)
+    if own is None:
+        raise ValueError(f"{option} is given for {', '.join(value)}; method={method['name']} needs one too.")
+    return value[own]

@@ -2,7 +2,8 @@
 
 The trial count is a *total*: a rerun finishes a search and repeats nothing. A trial that a kill left running is taken
 up again under its number, with its point. The sampler's seed comes from the trial's number, so a resumed search draws
-what an unbroken one would have drawn (a restarted sampler would repeat its first points: optuna#3255).
+what an unbroken one would have drawn (a restarted sampler would repeat its first points: optuna#3255). Where the points
+are as many as the trials nothing is sampled: the search is a grid, of the same number of points for each method.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from finetune.runs.problem import for_method
 from finetune.runs.search_journal import open_storage
 from finetune.training.loop import Ended, NonFiniteLoss
 
@@ -37,8 +39,10 @@ class SearchSpace:
     Attributes:
         learning_rate: bounds, sampled log-uniformly.
         batch_sizes: allowed values.
-        trials: in all; complete, pruned and diverged ones count.
+        trials: in all, extensions left out; complete, pruned and diverged ones count.
         points: tried first, in this order; each has ``learning_rate`` and ``batch_size``.
+        extend: how often at most, after all trials, a learning rate beyond those tried follows, while the best lies at
+            their edge.
         startup_trials, warmup_steps: of the median pruner.
         seed: base of the sampler's seeds.
     """
@@ -47,19 +51,29 @@ class SearchSpace:
     batch_sizes: tuple[int, ...]
     trials: int
     points: tuple[Mapping[str, Any], ...] = ()
+    extend: int = 0
     startup_trials: int = 5
     warmup_steps: int = 0
     seed: int = 0
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> SearchSpace:
-        """What the protocol searches, and how long the scale says."""
+        """What the protocol searches, and how long the scale says.
+
+        Raises:
+            ValueError: if the scale has points for some methods, and none for this one or its base.
+        """
         bounds, sizes = config["protocol"]["search"], config["scale"]["search"]
+        points = for_method(sizes["points"], config["method"], "scale.search.points")
+        if not all(isinstance(point, Mapping) for point in points):
+            batch = for_method(config["scale"]["batch_size"], config["method"], "scale.batch_size")
+            points = [p if isinstance(p, Mapping) else {"learning_rate": p, "batch_size": batch} for p in points]
         return cls(
             learning_rate=tuple(bounds["learning_rate"]),
             batch_sizes=tuple(bounds["batch_sizes"]),
             trials=sizes["trials"],
-            points=tuple(sizes["points"]),
+            points=tuple(points),
+            extend=sizes.get("extend", 0),
             startup_trials=sizes["pruning"]["startup_trials"],
             warmup_steps=sizes["pruning"]["warmup_steps"],
             seed=config["protocol"]["search_seed"],
@@ -77,7 +91,7 @@ def run_search(objective: Objective, space: SearchSpace, storage: BaseStorage, s
         study_name: from the configuration's hash, so that another configuration is another study.
 
     Returns:
-        The study, with ``space.trials`` finished trials.
+        The study, with ``space.trials`` finished trials, and the extensions.
 
     Raises:
         NonFiniteLoss: never; a diverged trial is counted and marked.
@@ -93,6 +107,9 @@ def run_search(objective: Objective, space: SearchSpace, storage: BaseStorage, s
         _put_back_killed(study, storage)
         _enqueue_points(study, space.points)
         while len(finished(study)) < space.trials:
+            _one_trial(study, space, objective)
+        while point := _next_point(study, space):
+            _enqueue_points(study, [point])
             _one_trial(study, space, objective)
         return study
     finally:
@@ -111,13 +128,12 @@ def summary(study: optuna.Study, space: SearchSpace) -> dict[str, Any]:
     Raises:
         ValueError: if no trial completed.
     """
-    complete = [t for t in study.trials if t.state == TrialState.COMPLETE]
-    if not complete:
+    best = _best(study)
+    if best is None:
         raise ValueError(
             f"no trial of {len(finished(study))} completed (pruned or diverged): lower search.learning_rate."
         )
-    best = max(complete, key=lambda t: (t.value, -t.user_attrs.get(LOSS, 0.0), -t.number))
-    rates = sorted({t.params["learning_rate"] for t in finished(study)})
+    rates, extended = _rates(study), _extended(study, space)
     return {
         "best": {**best.params, "value": best.value, "trial": best.number},
         "best_is_at_edge": len(rates) > 1 and best.params["learning_rate"] in (rates[0], rates[-1]),
@@ -134,8 +150,16 @@ def summary(study: optuna.Study, space: SearchSpace) -> dict[str, Any]:
             for t in study.trials
             if t.state.is_finished()
         ],
-        "n_trials": space.trials,
-    }
+        "n_trials": space.trials + extended,
+    } | ({"extended": extended} if space.extend else {})
+
+
+def is_whole(record: Mapping[str, Any], space: SearchSpace) -> bool:
+    """Whether a record has all trials of a search, and all extensions."""
+    extended, rates = record.get("extended", 0), sorted({trial["learning_rate"] for trial in record["trials"]})
+    if extended > space.extend or record["n_trials"] != space.trials + extended:
+        return False
+    return extended == space.extend or _beyond(record["best"], rates, space) is None
 
 
 def is_told_by(journal: Path, study_name: str, space: SearchSpace, record: Mapping[str, Any]) -> bool:
@@ -145,6 +169,38 @@ def is_told_by(journal: Path, study_name: str, space: SearchSpace, record: Mappi
     except (KeyError, ValueError):  # no such study; nothing that completed
         return False
     return all(record.get(name) == value for name, value in told.items())
+
+
+def _best(study: optuna.Study) -> FrozenTrial | None:
+    complete = [t for t in study.trials if t.state == TrialState.COMPLETE]
+    return max(complete, key=lambda t: (t.value, -t.user_attrs.get(LOSS, 0.0), -t.number), default=None)
+
+
+def _rates(study: optuna.Study) -> list[float]:
+    """Learning rates that were tried, rising."""
+    return sorted({trial.params["learning_rate"] for trial in finished(study)})
+
+
+def _extended(study: optuna.Study, space: SearchSpace) -> int:
+    return min(max(0, len(finished(study)) - space.trials), space.extend)
+
+
+def _next_point(study: optuna.Study, space: SearchSpace) -> dict[str, Any] | None:
+    """The next extension, or None where the search is at its end."""
+    best = _best(study)
+    if best is None or _extended(study, space) == space.extend:
+        return None
+    return _beyond(best.params, _rates(study), space)
+
+
+def _beyond(best: Mapping[str, Any], rates: Sequence[float], space: SearchSpace) -> dict[str, Any] | None:
+    """The best point with the next learning rate in the ratio of the outer two; None inside, or out of bounds."""
+    if len(rates) < 2 or best["learning_rate"] not in (rates[0], rates[-1]):
+        return None
+    last, before = rates[:2] if best["learning_rate"] == rates[0] else rates[:-3:-1]
+    rate = float(f"{last * last / before:.6g}")  # 3e-4 after 1e-4, not 3.0000000000000003e-4
+    (low, high) = space.learning_rate
+    return {"learning_rate": rate, "batch_size": best["batch_size"]} if low <= rate <= high else None
 
 
 def _one_trial(study: optuna.Study, space: SearchSpace, objective: Objective) -> None:

@@ -37,7 +37,14 @@ def send_search(content: Mapping[str, Any], settings: Mapping[str, Any]) -> None
         }
         history.append((trial["number"], {name: value for name, value in row.items() if value is not None}))
     config = chosen(content, ("run", "seed", "version", "provenance"))
-    _send(content["run"], settings, "search", config, chosen(content, ("best", "best_is_at_edge", "n_trials")), history)
+    _send(
+        content["run"],
+        settings,
+        "search",
+        config,
+        chosen(content, ("best", "best_is_at_edge", "n_trials", "extended")),
+        history,
+    )
 
 
 def send_efficiency(record: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -32,7 +32,20 @@ WRONG = {
         "scale.max_steps": [0, {"cola": 5}, {"default": 0}],
         "scale.evaluation_batch_size": [0],
         "scale.search.trials": [0],
-        "scale.search.points": [[{"learning_rate": 1.0, "batch_size": 8}], [{"learning_rate": 0.01, "batch_size": 7}]],
+        "scale.search.points": [
+            [{"learning_rate": 1.0, "batch_size": 8}],
+            [{"learning_rate": 0.01, "batch_size": 7}],
+            [1.0],
+            {},
+            {"full": [1e-4, 3e-4], "lora": [1e-3]},  # another number of points
+            {"full": [1.0]},
+        ],
+        "scale.search.extend": [-1, 1.0, True],
+        "scale.search": [
+            {"trials": trials, "points": points, "max_steps": None, "extend": 1}
+            | {"pruning": {"startup_trials": 1, "warmup_steps": 0}}
+            for trials, points in ((2, [1e-3]), (2, []), (1, [1e-3, 1e-2]))
+        ],
         "learning_rate": [0, -1e-3, math.nan, math.inf, "1e-3", {}, {"full": 0}],
         "batch_size": [0, True, 1.0, {"lora": 0}],
         "seed": [-1, 2**31, 2**64, True, "1", None],

@@ -249,6 +249,16 @@ def test_a_search_is_extended_not_repeated_and_a_finished_one_is_left_alone(sear
     assert search("scale.search.trials=4")["trials"][:3] == first and len(trained) == 4
 
 
+def test_a_searched_grid_is_extended_and_then_left_alone(search, trained, monkeypatch):
+    scores = iter([0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.0, 0.0])
+    monkeypatch.setattr(glue, "evaluate", lambda *_: {"loss": 0.5, "matthews_correlation": next(scores)})
+    points = ["scale.search.points=[0.0001, 0.001]", "scale.search.trials=2", "+scale.search.extend=3"]
+    found = search(*points)
+    assert [trial["learning_rate"] for trial in found["trials"]] == [1e-4, 1e-3, 1e-2, 1e-1]
+    assert (found["n_trials"], found["extended"], found["best"]["learning_rate"]) == (4, 2, 0.01)
+    assert search(*points) == found and len(trained) == 4
+
+
 @pytest.mark.parametrize("override", ["protocol.weight_decay=0.1", "scale.search.max_steps=5", "version=9"])
 def test_another_configuration_searches_anew(override, search, trained):
     search()

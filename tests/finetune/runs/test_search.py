@@ -1,6 +1,7 @@
 """The search: a total that reruns keep to, kills that lose nothing, points that are tried once."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from finetune.runs.search import SearchSpace, finished, run_search, summary
+from finetune.runs.search import SearchSpace, finished, is_whole, run_search, summary
 from finetune.runs.search_journal import open_storage
 from finetune.training.loop import NonFiniteLoss
 
@@ -36,9 +37,7 @@ def storage(tmp_path):
 
 def value(point):
     """A score with one maximum, at 3e-3 and 16."""
-    from math import log
-
-    return -abs(log(point["learning_rate"] / 3e-3)) + point["batch_size"] / 100
+    return -abs(math.log(point["learning_rate"] / 3e-3)) + point["batch_size"] / 100
 
 
 class Objective:
@@ -234,6 +233,96 @@ def test_best_at_the_edge_of_what_was_tried_is_marked(space, storage):
     given = tuple({"learning_rate": rate, "batch_size": 8} for rate in (1e-4, 3e-3, 1e-2))
     middle = run_search(lambda point, report: value(point), space(trials=3, points=given), storage, "middle")
     assert summary(middle, space(trials=3))["best_is_at_edge"] is False
+
+
+# Grids that are extended at their edge
+
+
+GRID = tuple({"learning_rate": rate, "batch_size": 8} for rate in (1e-4, 3e-4, 1e-3))
+
+
+def peak(rate):
+    """An objective with its maximum at a learning rate."""
+    return lambda point, report: -abs(math.log(point["learning_rate"] / rate))
+
+
+@pytest.mark.parametrize(
+    ("best", "extend", "added", "at_edge"),
+    [
+        (3e-4, 2, [], False),
+        (1e-3, 2, [0.00333333], False),
+        (1.0, 2, [0.00333333, 0.0111111], True),
+        (1e-4, 2, [3.33333e-05], False),
+        (1e-9, 9, [3.33333e-05, 1.11111e-05], True),  # the bounds end at 1e-5
+        (1.0, 0, [], True),
+    ],
+)
+def test_a_grid_is_extended_while_its_edge_is_best(best, extend, added, at_edge, space, storage):
+    grid = space(trials=3, points=GRID, extend=extend)
+    found = summary(run_search(peak(best), grid, storage, "a"), grid)
+    assert [trial["learning_rate"] for trial in found["trials"]] == [1e-4, 3e-4, 1e-3, *added]
+    assert {trial["batch_size"] for trial in found["trials"]} == {8}
+    assert (found["n_trials"], found["best_is_at_edge"]) == (3 + len(added), at_edge)
+    assert found.get("extended", 0) == len(added) and ("extended" in found) == (extend > 0)
+    assert is_whole(found, grid)
+    more = space(trials=3, points=GRID, extend=extend + 1)
+    assert is_whole(found, more) == (not at_edge or extend == 9)
+    assert is_whole(found, space(trials=3, points=GRID)) == (not added) and not is_whole(found, space(trials=4))
+
+
+def test_a_diverged_edge_is_tried_and_not_gone_beyond(space, storage):
+    def objective(point, report):
+        if point["learning_rate"] > 1e-3:
+            raise NonFiniteLoss("loss is nan at step 1")
+        return point["learning_rate"]
+
+    grid = space(trials=3, points=GRID, extend=3)
+    found = summary(run_search(objective, grid, storage, "a"), grid)
+    assert [trial["state"] for trial in found["trials"]] == ["complete"] * 3 + ["diverged"]
+    assert (found["extended"], found["best"]["learning_rate"], found["best_is_at_edge"]) == (1, 1e-3, False)
+
+
+@pytest.mark.parametrize("dies_at", [1, 3, 4, 5])
+def test_a_killed_extension_goes_on_to_the_same_trials(dies_at, space, tmp_path):
+    grid, asked = space(trials=3, points=GRID, extend=2), []
+
+    def objective(point, report):
+        asked.append(point)
+        if len(asked) == dies_at:
+            raise KeyboardInterrupt
+        return point["learning_rate"]
+
+    with pytest.raises(KeyboardInterrupt):
+        run_search(objective, grid, open_storage(tmp_path / "broken"), "a")
+    study = run_search(objective, grid, open_storage(tmp_path / "broken"), "a")
+    whole = run_search(peak(1.0), grid, open_storage(tmp_path / "whole"), "a")
+    assert points(study) == points(whole) and len(asked) == 6
+    assert summary(study, grid)["extended"] == 2
+
+
+def test_each_method_has_points_of_its_own_and_a_variant_its_bases():
+    given = {"full": [1e-5, 3e-5], "lora": [{"learning_rate": 1e-3, "batch_size": 8}, 2e-3], "sparsegrad": [1e-4, 1e-3]}
+    config = {
+        "protocol": {"search": {"learning_rate": [1e-6, 0.1], "batch_sizes": [8, 16]}, "search_seed": 34},
+        "scale": {
+            "batch_size": 16,
+            "search": {"trials": 2, "points": given, "extend": 1, "pruning": {"startup_trials": 5, "warmup_steps": 1}},
+        },
+    }
+    found = {
+        name: SearchSpace.of(config | {"method": method})
+        for name, method in {
+            "full": {"name": "full"},
+            "lora": {"name": "lora"},
+            "own": {"name": "sparsegrad", "base": "full"},
+            "variant": {"name": "truncated", "base": "sparsegrad"},
+        }.items()
+    }
+    pairs = {name: [tuple(point.values()) for point in space.points] for name, space in found.items()}
+    assert pairs["full"] == [(1e-5, 16), (3e-5, 16)] and pairs["lora"] == [(1e-3, 8), (2e-3, 16)]
+    assert pairs["own"] == pairs["variant"] == [(1e-4, 16), (1e-3, 16)] and found["full"].extend == 1
+    with pytest.raises(ValueError, match="points is given for full, lora, sparsegrad; method=meprop needs one too"):
+        SearchSpace.of(config | {"method": {"name": "meprop"}})
 
 
 def test_optunas_verbosity_is_left_as_it_was(space, storage):
