@@ -169,7 +169,7 @@ def run_training(load, options):
     from finetune.training.processes import make_accelerator
 
     def make(model, optimizer, task="cola", split=None, evaluation=None, files=None, **changes):
-        named = ("on_evaluation", "digest", "refresh", "tracker")
+        named = ("on_evaluation", "digest", "refresh", "tracker", "deadline")
         extra = {name: changes.pop(name) for name in named if name in changes}
         facts, splits = load(task)
         training = Training(

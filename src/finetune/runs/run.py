@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
 from finetune.methods import Method, build_method
@@ -22,7 +23,7 @@ from finetune.store import places, records
 from finetune.store.files import sweep
 from finetune.tracking.tracker import SUMMARY, Tracker, chosen
 from finetune.training import checkpoint, memory
-from finetune.training.loop import Ended, NonFiniteLoss, Training, train
+from finetune.training.loop import Ended, NonFiniteLoss, Training, check_time, train
 from finetune.training.processes import make_accelerator
 from finetune.training.refreshing import refresh_options
 
@@ -34,6 +35,7 @@ def run_once(
     on_evaluation: Callable[[int, float], None] | None = None,
     path: Path | None = None,
     keep: Path | None = None,
+    deadline: float | None = None,
 ) -> dict[str, Any]:
     """Prepare, train and evaluate one model. Its checkpoints go when all that is kept of it is on disk.
 
@@ -43,17 +45,32 @@ def run_once(
         on_evaluation: see :class:`finetune.training.loop.Training`.
         path: file for the record; None writes none.
         keep: folder for the merged, plain model with the best weights and its tokenizer; None keeps none.
+        deadline: see :class:`finetune.training.loop.Training`.
 
     Returns:
-        The record. A run whose loss is not finite gives one with status ``failed``.
+        The record. A run whose loss is not finite, or that the device has no memory for, gives one with status
+        ``failed``.
 
     Raises:
+        OutOfTime: if the time is over; its checkpoint is kept, and the next call goes on from it.
+        RuntimeError: if the device has no memory for a run that writes no record.
         ValueError: on bad configuration or data, or if another process does this run.
         OSError: if its files can't be written; found before it trains.
     """
+    check_time(deadline)
     accelerator = make_accelerator(problem.config["device"], problem.precision)
     with _writer(problem, run, path, keep) if accelerator.is_main_process else nullcontext():
-        return _run_once(problem, run, accelerator, on_evaluation, path, keep)
+        try:
+            return _run_once(problem, run, accelerator, on_evaluation, path, keep, deadline)
+        except RuntimeError as error:
+            if path is None or accelerator.num_processes > 1 or not should_reduce_batch_size(error):
+                raise
+            record = record_content.header(problem, run) | _failed(error, problem.metric(run.task))
+            records.write_record(path, record)
+            return record
+        finally:
+            if accelerator.device.type == "cuda":  # other processes may share the device
+                clear_device_cache(garbage_collection=True)
 
 
 @contextmanager
@@ -88,6 +105,7 @@ def _run_once(
     on_evaluation: Callable[[int, float], None] | None,
     path: Path | None,
     keep: Path | None,
+    deadline: float | None,
 ) -> dict[str, Any]:
     config, task = problem.config, run.task
     options, device = problem.options(run, accelerator.num_processes), accelerator.device
@@ -110,6 +128,7 @@ def _run_once(
         label=f"{config['model']['name']} {config['method']['name']} {task} seed {run.seed}",
         on_evaluation=on_evaluation,
         refresh=refresh_options(config["method"]),
+        deadline=deadline,
     )
     record = record_content.header(problem, run) | {
         "treatment": problem.treatment(task)
@@ -146,10 +165,14 @@ def _outcome(training: Training) -> dict[str, Any]:
     try:
         return record_content.outcome(train(training), training)
     except NonFiniteLoss as error:
-        return {"status": "failed", "error": str(error), "score": None, "metric": training.metric}
+        return _failed(error, training.metric)
     except Ended:
         _forget(training)
         raise
+
+
+def _failed(error: Exception, metric: str) -> dict[str, Any]:
+    return {"status": "failed", "error": str(error), "score": None, "metric": metric}
 
 
 def _forget(training: Training) -> None:

@@ -38,6 +38,10 @@ class Ended(Exception):
     """Raised by ``on_evaluation`` to end a run (pruning): it is not wanted any more, nor are its checkpoints."""
 
 
+class OutOfTime(Exception):
+    """The time that was given is over; the run goes on from its checkpoint when it is called again."""
+
+
 @dataclass
 class Progress:
     """Where a run stands; JSON values, saved in checkpoints and copied into the record.
@@ -78,6 +82,7 @@ class Training:
         progress_bar: whether one is shown, under ``label``.
         on_evaluation: called with step and score; may raise :class:`Ended`.
         refresh: of the bases of truncated layers; its passes count in the time of the run, not in that of a step.
+        deadline: ``time.time()`` at which the time is over; None: it never is.
     """
 
     model: nn.Module
@@ -94,6 +99,7 @@ class Training:
     label: str = ""
     on_evaluation: Callable[[int, float], None] | None = None
     refresh: RefreshOptions | None = None
+    deadline: float | None = None
 
 
 def train(training: Training) -> Progress:
@@ -104,16 +110,20 @@ def train(training: Training) -> Progress:
 
     Raises:
         NonFiniteLoss: if the loss, of training or of validation, is NaN or infinite.
+        OutOfTime: if the time left is shorter than the longest step so far, with its evaluation and its checkpoint; a
+            checkpoint is written.
     """
     model, optimizer, options = training.model, training.optimizer, training.options
+    check_time(training.deadline)
     loop = Steps(model, optimizer, training.split, options, training.accelerator)
     progress, best = _resume(training)
     total = planned_steps(len(training.split), options)
-    started, saved = time.monotonic() - progress.seconds, time.monotonic()
+    started, saved, longest = time.monotonic() - progress.seconds, time.monotonic(), 0.0
     model.train()
     bar = tqdm(total=total, initial=progress.step, desc=training.label, disable=not training.progress_bar, leave=False)
     with bar:
         while progress.step < total and not progress.stopped:
+            begun = time.monotonic()
             replayed = loop.passes.captured
             loss, seconds = _step(loop, training.refresh, progress, total, options.learning_rate)
             progress.step += 1
@@ -129,16 +139,34 @@ def train(training: Training) -> Progress:
                 _finite(loss, progress.step, options.learning_rate)
                 best = _evaluate(training, progress, best)
             progress.seconds = time.monotonic() - started
-            if _writes(training) and time.monotonic() - saved >= options.checkpoint_seconds:
-                checkpoint.save_checkpoint(
-                    training.checkpoints, progress.step, training.digest, model, optimizer, asdict(progress), best
-                )
+            longest = max(longest, time.monotonic() - begun)
+            ends = progress.step < total and not progress.stopped and _is_over(training.deadline, longest)
+            if _writes(training) and (ends or time.monotonic() - saved >= options.checkpoint_seconds):
+                _save(training, progress, best)
                 saved = time.monotonic()
+                longest = max(longest, saved - begun)
+            if ends:
+                raise OutOfTime(f"step {progress.step} of {total}")
     progress.stopped = progress.stopped or "all steps done"
     progress.memory |= memory.components(model, optimizer)
     if best is not None:
         checkpoint.restore(model, best)
     return progress
+
+
+def check_time(deadline: float | None) -> None:
+    """Begin nothing when the time is over.
+
+    Raises:
+        OutOfTime: if it is.
+    """
+    if _is_over(deadline, 0.0):
+        raise OutOfTime("not begun")
+
+
+def _is_over(deadline: float | None, seconds: float) -> bool:
+    """Whether less than so much time is left."""
+    return deadline is not None and time.time() + seconds >= deadline
 
 
 def _resume(training: Training) -> tuple[Progress, dict[str, Tensor] | None]:
@@ -152,6 +180,11 @@ def _resume(training: Training) -> tuple[Progress, dict[str, Tensor] | None]:
     progress.resumed += found is not None
     progress.damaged_checkpoints += damaged
     return progress, best
+
+
+def _save(training: Training, progress: Progress, best: dict[str, Tensor] | None) -> None:
+    model, optimizer, digest = training.model, training.optimizer, training.digest
+    checkpoint.save_checkpoint(training.checkpoints, progress.step, digest, model, optimizer, asdict(progress), best)
 
 
 def _writes(training: Training) -> bool:
