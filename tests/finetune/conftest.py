@@ -164,7 +164,9 @@ def options():
 @pytest.fixture
 def run_training(load, options):
     """``run_training(model, optimizer, **options)``: the loop on CoLA (``task=...``), no checkpoints unless given."""
-    from finetune.training.evaluation import evaluate
+    import numpy as np
+
+    from finetune.training.evaluation import Evaluation, evaluate
     from finetune.training.loop import Training, train
     from finetune.training.processes import make_accelerator
 
@@ -172,11 +174,18 @@ def run_training(load, options):
         named = ("on_evaluation", "digest", "refresh", "tracker", "deadline")
         extra = {name: changes.pop(name) for name in named if name in changes}
         facts, splits = load(task)
+
+        def measured(model):
+            if evaluation is None:
+                return evaluate(model, splits["validation"], facts, 16, torch.device("cpu"))
+            found = evaluation(model)
+            return found if isinstance(found, Evaluation) else Evaluation(found, np.zeros(0), np.zeros(0))
+
         training = Training(
             model,
             optimizer,
             splits["train"] if split is None else split,
-            evaluation or (lambda m: evaluate(m, splits["validation"], facts, 16, torch.device("cpu"))),
+            measured,
             facts.metric,
             options(**changes),
             make_accelerator("cpu", "fp32"),

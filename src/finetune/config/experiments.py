@@ -23,6 +23,7 @@ class ExperimentFile(Group):
     extends: Name | None = None
     protocol: Name = "-"
     scale: Name = "-"
+    measurements: Name | None = None
     models: Unique[Name] = []
     data: Name = "-"
     tasks: Unique[Name] = []

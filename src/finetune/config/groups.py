@@ -64,6 +64,7 @@ class Model(Group):
     lora_rank: Count
     k: Count | None
     template: Text | None = None
+    chat_template: Annotated[str, Len(1)] | None = None
 
 
 class Refresh(Group):

@@ -99,7 +99,8 @@ class Scale(Group):
     wandb: Wandb
     learning_rate: ForMethod[Positive]
     batch_size: ForMethod[Count]
-    search: SearchSize
+    selection: Literal["half"] | None
+    search: SearchSize | None
 
 
 class Answers(Group):
@@ -140,6 +141,8 @@ class ChatScale(Group):
     checkpoint_seconds: NotNegative
     threads: Count | None
     wandb: Wandb
+    selection: Literal["half"] | None
+    logits_chunk: Count | None
     answers: Answers
     judging: Judging
 

@@ -83,7 +83,7 @@ class Glue(Base):
 
     @model_validator(mode="after")
     def _points_lie_in_the_space(self) -> Self:
-        if self.protocol.search is not None:
+        if self.protocol.search is not None and self.scale.search is not None:
             (low, high), sizes = self.protocol.search.learning_rate, self.protocol.search.batch_sizes
             own = self.scale.batch_size
             batches = list(own.values()) if isinstance(own, dict) else [own]

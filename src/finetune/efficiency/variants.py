@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from finetune import models
 from finetune.methods import Method, build_method, build_targets
-from finetune.training.evaluation import summed_loss
+from finetune.training.losses import summed_loss
 from finetune.training.graphs import Passes
 from sparsegrad import Basis
 

@@ -68,7 +68,7 @@ def _check_hub_name(option: str, name: str) -> None:
 
 
 def load_tokenizer(model: Mapping[str, Any], root: str | Path) -> Any:
-    """The model's tokenizer (``model.tokenizer`` names another folder or hub name).
+    """The model's tokenizer (``model.tokenizer`` names another folder or hub name, ``model.chat_template`` its template).
 
     Raises:
         ValueError: if it can't be found or read.
@@ -91,6 +91,8 @@ def load_tokenizer(model: Mapping[str, Any], root: str | Path) -> Any:
     # Without its files transformers 5 builds one from config.json alone, to which every word is unknown.
     if len(found) <= len(found.all_special_tokens):
         raise ValueError(f"no tokenizer at {source}: its files hold no vocabulary. {_HINT}")
+    if model.get("chat_template"):
+        found.chat_template = model["chat_template"]
     return found
 
 

@@ -27,7 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from finetune.training.evaluation import summed_loss
+from finetune.training.losses import summed_loss
 from finetune.training.memory import Saved
 
 

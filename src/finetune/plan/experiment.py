@@ -269,7 +269,7 @@ class Experiment:
         )
 
     def _efficiency(self, model: str, tasks: list[str]) -> Iterator[Work]:
-        scale = self.read("scale/efficiency", self.lists["scale"])
+        scale = self.read("scale/efficiency", self.lists["measurements"])
         # Warm-up twice: before the memory is measured, and before the first round.
         steps = scale["rounds"] * scale["batches"] + 2 * scale["warmup_steps"] + 1
         precision = scale["precision"] or self.problem(model, "full").config["protocol"]["precision"]

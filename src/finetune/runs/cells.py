@@ -110,7 +110,7 @@ def train_cell(cell: Cell) -> None:
         ValueError: if a seed was the search's, or any run failed (after all others are done).
     """
     protocol = cell.problem.config["protocol"]
-    if "search" in protocol and protocol["search_seed"] in cell.seeds:
+    if cell.problem.searches and protocol["search_seed"] in cell.seeds:
         raise ValueError(f"seed {protocol['search_seed']} is the search's; seeds={list(cell.seeds)} must be others.")
     with cell.writer():
         if cell.problem.searches:
@@ -231,7 +231,8 @@ def _search(problem: Problem, whole: Run, path: Path) -> None:
         record = run_once(problem, trial, on_evaluation=report)
         if record["status"] != "finished":
             raise NonFiniteLoss(record["error"])
-        return record["score"], min(evaluation["loss"] for evaluation in record["evaluations"])
+        at_best = next(e for e in record["evaluations"] if e["step"] == record["training"]["best_step"])
+        return at_best[record["metric"]], min(evaluation["loss"] for evaluation in record["evaluations"])
 
     study = run_search(objective, space, open_storage(path.with_suffix(".journal")), digest)
     header = {"schema": records.SCHEMA, "version": config["version"], "run": named(problem, whole)}

@@ -17,7 +17,7 @@ from finetune.data.oasst import PackedSplit, load_chat
 from finetune.methods import Method, base_method, build_targets
 from finetune.runs.problem import Problem, Run
 from finetune.training.capture import Graphs
-from finetune.training.evaluation import evaluate_causal
+from finetune.training.evaluation import Evaluation, evaluate_causal
 from finetune.training.gradients import Collected
 from finetune.training.options import TrainingOptions, planned_steps
 from finetune.training.steps import graphs_mode
@@ -70,13 +70,16 @@ class ChatProblem(Problem):
 
     def evaluator(
         self, task: str, options: TrainingOptions, accelerator: Accelerator
-    ) -> Callable[[nn.Module], dict[str, float]]:
+    ) -> Callable[[nn.Module], Evaluation]:
         split = self._packed["validation"]
         graphs = Graphs(accelerator.device, graphs_mode(options, accelerator))
 
-        def measure(model: nn.Module) -> dict[str, float]:
+        size, device, report = options.evaluation_batch_size, accelerator.device, self.report_rows(len(split))
+        chunk = options.logits_chunk
+
+        def measure(model: nn.Module) -> Evaluation:
             with accelerator.autocast():
-                return evaluate_causal(model, split, options.evaluation_batch_size, accelerator.device, graphs)
+                return evaluate_causal(model, split, size, device, graphs, report, chunk)
 
         return measure
 
@@ -130,7 +133,8 @@ class ChatProblem(Problem):
             evaluation_steps=scale["evaluation_steps"] or protocol["evaluation_steps"],
             accumulation_steps=-(-run.hyperparameters["batch_size"] // (scale["micro_batch_size"] * processes)),
         )
-        return replace(options, warmup_steps=min(warmup, planned_steps(len(self._packed["train"]), options)))
+        warmup = min(warmup, planned_steps(len(self._packed["train"]), options))
+        return replace(options, warmup_steps=warmup, logits_chunk=scale.get("logits_chunk"))
 
     def made_for(self, task: str) -> dict[str, Any]:
         stored = self.config["scale"]["frozen_dtype"]
@@ -151,6 +155,7 @@ class ChatProblem(Problem):
     def data_facts(self, task: str) -> dict[str, Any]:
         return {
             "score_split": "validation",
+            **self.selection,
             "facts": {role: split.facts for role, split in self._packed.items()},
             "template": self.template.name,
         }

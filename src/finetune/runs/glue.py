@@ -15,7 +15,7 @@ from finetune.data.glue import Split, Task, load_task
 from finetune.methods import Method
 from finetune.runs.problem import Problem, Run, for_task
 from finetune.training.capture import Graphs
-from finetune.training.evaluation import evaluate
+from finetune.training.evaluation import Evaluation, evaluate
 from finetune.training.options import TrainingOptions, planned_steps
 from finetune.training.steps import graphs_mode
 
@@ -63,10 +63,11 @@ class GlueProblem(Problem):
 
     def evaluator(
         self, task: str, options: TrainingOptions, accelerator: Accelerator
-    ) -> Callable[[nn.Module], dict[str, float]]:
+    ) -> Callable[[nn.Module], Evaluation]:
         split, facts = self.splits(task)["validation"], self.facts(task)
         graphs = Graphs(accelerator.device, graphs_mode(options, accelerator))
-        return lambda model: evaluate(model, split, facts, options.evaluation_batch_size, accelerator.device, graphs)
+        size, device, report = options.evaluation_batch_size, accelerator.device, self.report_rows(len(split))
+        return lambda model: evaluate(model, split, facts, size, device, graphs, report)
 
     def load_model(self, task: str, seed: int) -> nn.Module:
         facts, splits = self._load(task)
@@ -103,8 +104,8 @@ class GlueProblem(Problem):
     def treatment(self, task: str) -> dict[str, Any]:
         return {
             "padding": self.config["protocol"]["padding"],
-            "search_trials": self.config["scale"]["search"]["trials"],
+            "search_trials": self.config["scale"]["search"]["trials"] if self.searches else None,
         }
 
     def data_facts(self, task: str) -> dict[str, Any]:
-        return {"score_split": self.facts(task).validation}
+        return {"score_split": self.facts(task).validation} | self.selection

@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -25,6 +26,7 @@ from finetune.data.examples import content_of
 from finetune.methods import Method, base_method, build_targets, deciding, needs_bases, with_own_choices
 from finetune.store import records
 from finetune.training import gradients
+from finetune.training.evaluation import Evaluation, report_half
 from finetune.training.options import TrainingOptions
 from sparsegrad import Basis, load_bases
 
@@ -103,8 +105,8 @@ class Problem(ABC):
     @abstractmethod
     def evaluator(
         self, task: str, options: TrainingOptions, accelerator: Accelerator
-    ) -> Callable[[nn.Module], dict[str, float]]:
-        """A function from a model to loss and metrics on the validation split."""
+    ) -> Callable[[nn.Module], Evaluation]:
+        """A function from a model to loss, metrics and predictions on the validation split."""
 
     @abstractmethod
     def load_model(self, task: str, seed: int) -> nn.Module:
@@ -152,6 +154,7 @@ class Problem(ABC):
             "data": {role: split.content for role, split in self.splits(run.task).items()},
             "hyperparameters": dict(run.hyperparameters),
             "seed": run.seed,
+            **self.selection,
         }
 
     def _basis_identity(self, task: str) -> dict[str, Any] | None:
@@ -166,11 +169,21 @@ class Problem(ABC):
 
     def data_facts(self, task: str) -> dict[str, Any]:
         """More on the data, for the record."""
-        return {"score_split": "validation"}
+        return {"score_split": "validation"} | self.selection
 
     def kept_facts(self) -> dict[str, Any]:
         """What a reader of the merged model needs, beside the run's hash."""
         return {}
+
+    @property
+    def selection(self) -> dict[str, str]:
+        """``selection`` where a part of the validation rows alone selects, for identity and record."""
+        chosen = self.config["scale"].get("selection")
+        return {} if chosen is None else {"selection": chosen}
+
+    def report_rows(self, rows: int) -> np.ndarray | None:
+        """Which of so many validation rows report, and don't select; None: all do both."""
+        return report_half(rows) if self.selection else None
 
     @property
     def root(self) -> str:
@@ -199,9 +212,10 @@ class Problem(ABC):
 
     @property
     def searches(self) -> bool:
-        """Whether hyper-parameters are searched: where the protocol says how, and they aren't given by hand."""
+        """Whether hyper-parameters are searched: where protocol and scale say how, and they aren't given by hand."""
         given = (self.config["learning_rate"], self.config["batch_size"])
-        return "search" in self.config["protocol"] and None in given
+        sizes = self.config["scale"].get("search")
+        return "search" in self.config["protocol"] and sizes is not None and None in given
 
     def digest(self, run: Run) -> str:
         """Hash of a run's identity."""

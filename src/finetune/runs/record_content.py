@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune.runs.problem import Problem, Run
 from finetune.store import records
+from finetune.training.evaluation import REPORT
 from finetune.training.loop import Progress, Training, median_step_seconds
 from finetune.training.options import planned_steps
 
@@ -46,11 +47,15 @@ def header(problem: Problem, run: Run) -> dict[str, Any]:
 
 
 def outcome(progress: Progress, training: Training) -> dict[str, Any]:
-    """Score, steps, times, memory and evaluations of a finished run."""
+    """Score, steps, times, memory, evaluations and predictions of a finished run.
+
+    Where halves of the validation rows select and report, the score is the reporting half's.
+    """
     examples = len(training.split)
+    at_best = next(entry for entry in progress.evaluations if entry["step"] == progress.best_step)
     return {
         "metric": training.metric,
-        "score": progress.score,
+        "score": at_best.get(REPORT + training.metric, progress.score),
         "training": {
             "steps": progress.step,
             "planned_steps": planned_steps(examples, training.options),
@@ -62,4 +67,5 @@ def outcome(progress: Progress, training: Training) -> dict[str, Any]:
         },
         "memory": progress.memory,
         "evaluations": progress.evaluations,
+        "predictions": progress.predictions,
     }

@@ -145,7 +145,7 @@ def _run_once(
         "device": memory.device_name(device) | {"processes": accelerator.num_processes},
     }
     if problem.baseline:
-        record["baseline"] = training.evaluate(model)
+        record["baseline"] = training.evaluate(model).values
     torch.manual_seed(run.seed)
     with Tracker.of_record(record, config["wandb"], main_process=accelerator.is_main_process) as tracker:
         training.tracker = tracker

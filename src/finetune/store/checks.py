@@ -92,7 +92,9 @@ def _run_fault(path: Path, record: Mapping[str, Any]) -> str | None:
         return f"is {record['status']!r} with score {score!r}; a finished run has a finite score"
     evaluations = {entry["step"]: entry[metric] for entry in record["evaluations"]}
     best = (min if metric in LOWER_IS_BETTER else max)(evaluations.values())
-    if score != best or evaluations[record["training"]["best_step"]] != best:
+    step = record["training"]["best_step"]
+    told = next(entry for entry in record["evaluations"] if entry["step"] == step).get(f"report_{metric}", best)
+    if score != told or evaluations[step] != best:
         return f"has score {score!r}, the best of its evaluations is {best!r}"
     return None
 

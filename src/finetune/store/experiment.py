@@ -33,6 +33,7 @@ TABLES = {
 _ENCODERS, _DECODERS = ("models", "ablation_models", "efficiency_models"), ("decoders",)
 _METHODS = ("methods", "ablations", "decoder_ablations")
 _GROUPS = ("data", "chat", "questions", "judge", "protocol", "protocol/llama", "scale", "scale/llama")
+_MEASURED = ("efficiency", "energy", "hosvd_cost", "cost_curves")
 _HEAD = "# Written by `make repro EXPERIMENT={name}` from experiments/{name}.yaml; a change belongs there.\n"
 
 
@@ -96,7 +97,7 @@ def expand(experiment: Mapping[str, Any], conf: Path = CONF) -> dict[str, Any]:
             figure that it cannot fill.
     """
     given = {key: value for key, value in experiment.items() if key not in ("extends", "stages")}
-    for key, default in (("ablation_models", "models"), ("decoder_seeds", "seeds")):
+    for key, default in (("ablation_models", "models"), ("decoder_seeds", "seeds"), ("measurements", "scale")):
         given[key] = given[default] if given[key] is None else given[key]
     known = read_models(conf)
     _check_all(given, known, conf)
@@ -115,6 +116,9 @@ def _check_all(given: Mapping[str, Any], known: Mapping[str, Any], conf: Path) -
     for group in _GROUPS:
         there = sorted(path.stem for path in (conf / group).glob("*.yaml"))
         check_names(group, [given[group.split("/")[0]]], there)
+    for group in _MEASURED:
+        there = sorted(path.stem for path in (conf / "scale" / group).glob("*.yaml"))
+        check_names("measurements", [given["measurements"]], there)
     decoders = {name for name, model in known.items() if "template" in model}
     for keys, allowed in ((_ENCODERS, known.keys() - decoders), (_DECODERS, decoders), (("pretrain",), known.keys())):
         for key in keys:

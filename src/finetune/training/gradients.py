@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from finetune.data.examples import Examples
 from finetune.methods.base import Targets
-from finetune.training.evaluation import summed_loss
+from finetune.training.losses import summed_loss
 from sparsegrad import Basis, GradientMoments, collect_moments, hosvd, hosvd_tensorly
 
 

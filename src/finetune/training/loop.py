@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from finetune.data.examples import Examples
 from finetune.tracking.tracker import STEP_SECONDS, TRAIN_LOSS, Tracker
 from finetune.training import checkpoint, memory
+from finetune.training.evaluation import Evaluation
 from finetune.training.metrics import improves
 from finetune.training.options import TrainingOptions, planned_steps
 from finetune.training.refreshing import RefreshOptions
@@ -46,7 +48,8 @@ class OutOfTime(Exception):
 class Progress:
     """Where a run stands; JSON values, saved in checkpoints and copied into the record.
 
-    ``captured`` counts the steps that were replayed from CUDA graphs.
+    ``captured`` counts the steps that were replayed from CUDA graphs; ``predictions`` are those of the validation rows,
+    packed, at the best and at the last evaluation.
     """
 
     step: int = 0
@@ -61,6 +64,7 @@ class Progress:
     evaluations: list[dict[str, float]] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     memory: dict[str, int | None] = field(default_factory=dict)
+    predictions: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -71,7 +75,7 @@ class Training:
         model: on the accelerator's device; it is left with its best weights.
         optimizer: the method's.
         split: training rows.
-        evaluate: gives loss and metrics of a model.
+        evaluate: gives loss, metrics and predictions of a model.
         metric: which of them is the score (:func:`finetune.training.metrics.improves`).
         options: how to train.
         accelerator: of :func:`finetune.training.processes.make_accelerator`.
@@ -88,7 +92,7 @@ class Training:
     model: nn.Module
     optimizer: Optimizer
     split: Examples
-    evaluate: Callable[[nn.Module], dict[str, float]]
+    evaluate: Callable[[nn.Module], Evaluation]
     metric: str
     options: TrainingOptions
     accelerator: Accelerator
@@ -214,7 +218,7 @@ def _evaluate(training: Training, progress: Progress, best: dict[str, Tensor] | 
     memory.reset_peak(device)
     best = _note_evaluation(progress, result, training, best)
     if training.tracker is not None:
-        training.tracker.validation(result, progress.step)
+        training.tracker.validation(result.values, progress.step)
     if training.on_evaluation is not None:
         training.on_evaluation(progress.step, result[training.metric])
     return best
@@ -232,13 +236,15 @@ def _diverged(what: str, step: int, learning_rate: float) -> NonFiniteLoss:
 
 
 def _note_evaluation(
-    progress: Progress, result: dict[str, float], training: Training, best: dict[str, Tensor] | None
+    progress: Progress, result: Evaluation, training: Training, best: dict[str, Tensor] | None
 ) -> dict[str, Tensor] | None:
     """Add an evaluation; returns the best weights so far, and sets ``stopped`` when patience is at an end."""
     score, patience = result[training.metric], training.options.patience
-    progress.evaluations.append({"step": progress.step, **result})
+    progress.evaluations.append({"step": progress.step, **result.values})
+    progress.predictions |= result.packed_rows() | {"last": result.packed_predictions()}
     if improves(training.metric, score, progress.score):
         progress.score, progress.best_step, progress.stale = score, progress.step, 0
+        progress.predictions["best"] = progress.predictions["last"]
         return checkpoint.snapshot(training.model)
     progress.stale += 1
     if patience is not None and progress.stale >= patience:

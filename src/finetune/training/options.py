@@ -23,6 +23,7 @@ class TrainingOptions:
         precision: ``fp32``, or ``bf16`` autocast with float32 weights.
         seed: of data order and dropout.
         checkpoint_seconds: time between checkpoints.
+        logits_chunk: tokens whose logits a causal language model holds at a time; None holds all of a micro-batch.
         graphs: ``auto`` replays passes from CUDA graphs where it can (:mod:`finetune.training.graphs`), ``off`` none.
     """
 
@@ -42,6 +43,7 @@ class TrainingOptions:
     precision: str = "fp32"
     checkpoint_seconds: float = 120.0
     log_steps: int = 10
+    logits_chunk: int | None = None
     graphs: str = "off"
 
 

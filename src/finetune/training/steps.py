@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from finetune.data.examples import Examples
 from finetune.training import memory
-from finetune.training.evaluation import summed_loss
+from finetune.training.losses import causal_outputs, summed_loss
 from finetune.training.graphs import Passes
 from finetune.training.options import TrainingOptions, learning_rate_factor
 from finetune.training.refreshing import GradientCollector, RefreshOptions, renew
@@ -94,7 +94,10 @@ class Steps:
         batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
         labels, scale = batch.pop("labels"), batch.pop("scale")
         with memory.saved_activations(self.model, self._notes, self._first):
-            loss = summed_loss(self.wrapped(**batch).logits, labels)
+            if self.options.logits_chunk is None:
+                loss = summed_loss(self.wrapped(**batch).logits, labels)
+            else:
+                loss = causal_outputs(self.wrapped, self.model, batch, labels, self.options.logits_chunk).sum()
         return scale.to(loss.dtype) * loss
 
     def _rows(self, step: int) -> list[int]:

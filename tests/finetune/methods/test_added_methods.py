@@ -21,7 +21,7 @@ from finetune.plan.text import plan_text
 from finetune.plan.throughput import Processor
 from finetune.store.catalog import read_methods
 from finetune.store.experiment import expand
-from finetune.training.evaluation import summed_loss
+from finetune.training.losses import summed_loss
 from sparsegrad import SparseGradAdamW
 
 ROOT = Path(__file__).parents[3]

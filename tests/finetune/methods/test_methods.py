@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from finetune.methods import base_method, build_method, needs_bases, with_own_choices
 from finetune.methods.base import count_parameters
-from finetune.training.evaluation import summed_loss
+from finetune.training.losses import summed_loss
 from sparsegrad import SparseGradLinear, sparsegrad_layers
 
 TARGETS = {f"bert.encoder.layer.{i}.{name}" for i in (0, 1) for name in ("intermediate.dense", "output.dense")}

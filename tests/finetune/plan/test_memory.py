@@ -15,7 +15,7 @@ from finetune.plan.memory import DTYPES, Setup, hosvd_memory, meta_model, prelim
 from finetune.store import records
 from finetune.training import memory
 from finetune.training.checkpoint import snapshot
-from finetune.training.evaluation import summed_loss
+from finetune.training.losses import summed_loss
 from sparsegrad import Basis
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finetune.training.evaluation import evaluate, summed_loss
+from finetune.training.evaluation import evaluate
+from finetune.training.losses import summed_loss
 from finetune.training.loop import NonFiniteLoss, Progress, median_step_seconds
 from finetune.training.options import learning_rate_factor, planned_steps
 from sparsegrad import CompactGradient, sparsegrad_layers
@@ -298,7 +299,7 @@ def test_evaluation_does_not_depend_on_its_batches(task, batch_size, classifier,
 )
 def test_f1_stands_beside_accuracy_of_two_classes(task, names, classifier, load):
     facts, splits = load(task)
-    assert set(evaluate(classifier(), splits["validation"], facts, 16, CPU)) == names
+    assert set(evaluate(classifier(), splits["validation"], facts, 16, CPU).values) == names
 
 
 # What does not converge
