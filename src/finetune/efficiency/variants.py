@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from finetune import models
 from finetune.methods import Method, build_method, build_targets
-from finetune.training.losses import summed_loss
 from finetune.training.graphs import Passes
+from finetune.training.losses import summed_loss
 from sparsegrad import Basis
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}

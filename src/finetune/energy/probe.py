@@ -17,8 +17,8 @@ from finetune.energy.spaces import SPACES, rotations
 from finetune.methods import Method
 from finetune.methods.base import kept_entries
 from finetune.methods.sparsegrad import random_basis
-from finetune.training.losses import summed_loss
 from finetune.training.gradients import PreliminaryOptions, collect
+from finetune.training.losses import summed_loss
 from sparsegrad import Basis, Target, core_shape
 
 

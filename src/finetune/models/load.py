@@ -68,7 +68,7 @@ def _check_hub_name(option: str, name: str) -> None:
 
 
 def load_tokenizer(model: Mapping[str, Any], root: str | Path) -> Any:
-    """The model's tokenizer (``model.tokenizer`` names another folder or hub name, ``model.chat_template`` its template).
+    """The model's tokenizer (``model.tokenizer`` names another folder or hub name), with ``model.chat_template``.
 
     Raises:
         ValueError: if it can't be found or read.

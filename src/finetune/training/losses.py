@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # what models do to logits after their head
+
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy, or squared error for float labels, summed over the batch.
@@ -73,7 +75,9 @@ def causal_outputs(
 
 def _head(model: nn.Module) -> nn.Module:
     found = getattr(model, "get_output_embeddings", lambda: None)()
-    changes = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(model.config, n, None)]
+    changes = [
+        n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(model.config, n, None)
+    ]
     if found is None or changes:
         why = f"config.{changes[0]} changes its logits" if changes else "it has no output embeddings"
         raise ValueError(f"scale.logits_chunk: {why}, so a chunk of them can't be had alone; set it to null.")

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from finetune.data.examples import Examples
 from finetune.training import memory
-from finetune.training.losses import causal_outputs, summed_loss
 from finetune.training.graphs import Passes
+from finetune.training.losses import causal_outputs, summed_loss
 from finetune.training.options import TrainingOptions, learning_rate_factor
 from finetune.training.refreshing import GradientCollector, RefreshOptions, renew
 from sparsegrad import clip_grad_norm_

@@ -16,8 +16,8 @@ from finetune.runs.cells import Cell, gradients_cell
 from finetune.runs.chat import ChatProblem
 from finetune.store import records
 from finetune.training.evaluation import evaluate_causal
-from finetune.training.losses import summed_loss
 from finetune.training.gradients import Collected
+from finetune.training.losses import summed_loss
 from sparsegrad import GradientMoments, hosvd_of_unfoldings
 
 METHODS = ("full", "lora", "meprop", "sparsegrad")

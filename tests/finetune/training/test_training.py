@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from finetune.training.evaluation import evaluate
-from finetune.training.losses import summed_loss
 from finetune.training.loop import NonFiniteLoss, Progress, median_step_seconds
+from finetune.training.losses import summed_loss
 from finetune.training.options import learning_rate_factor, planned_steps
 from sparsegrad import CompactGradient, sparsegrad_layers
 
