@@ -1,11 +1,12 @@
 # make repro | make test | make lint, each from nothing: the first one sets up .venv from requirements.lock.
 PYTHON ?= python3
 EXPERIMENT ?= smoke
+ARCHIVE ?= outputs/$(EXPERIMENT).tar.xz
 UV_VERSION := 0.13.8
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: repro plan test test-all lint lock help
+.PHONY: repro plan pack unpack test test-all lint lock help
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -26,6 +27,12 @@ repro: .venv/installed ## run EXPERIMENT (smoke, local, paper, paper_released): 
 
 plan: .venv/installed ## time by kind of card, memory, disk and judge calls that EXPERIMENT needs; after it, what it took
 	python experiments/plan.py experiment=experiments/$(EXPERIMENT).yaml
+
+pack: .venv/installed ## what EXPERIMENT wrote, without weights, as one ARCHIVE of at most 16 MB
+	python -m finetune.store.pack experiments/$(EXPERIMENT).yaml $(ARCHIVE)
+
+unpack: .venv/installed ## take ARCHIVE into results, and let dvc take it as done; COMMIT=...: of another commit
+	python -m finetune.store.unpack $(ARCHIVE) $(COMMIT)
 
 test: .venv/installed ## the default tests: CPU, offline, short
 	python -m pytest -q -n auto --dist worksteal

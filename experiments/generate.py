@@ -8,7 +8,8 @@ from typing import Any
 
 from finetune.data.generated import write_corpus, write_task
 from finetune.data.generated_chat import write_chat
-from finetune.runs.command import LOCKS, only_writer, script
+from finetune.runs.command import only_writer, script
+from finetune.store.places import LOCKS
 
 
 @script("generate")

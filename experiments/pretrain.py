@@ -8,7 +8,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from finetune.runs.command import LOCKS, only_writer, script
+from finetune.runs.command import only_writer, script
+from finetune.store.places import LOCKS
 
 log = logging.getLogger(__name__)
 

@@ -21,9 +21,6 @@ from finetune.store.boundary import exit_with_message
 from finetune.store.experiment import read_checked
 from finetune.store.files import expand_home
 
-LOCKS = "outputs/checkpoints"
-"""Folder of the locks of scripts without checkpoints."""
-
 
 def script(config_name: str) -> Callable[[Callable[[dict[str, Any]], Any]], Callable[[], None]]:
     """Make a function the main of a script in ``experiments/``: Hydra composes its configuration from ``conf``.

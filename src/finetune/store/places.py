@@ -13,6 +13,9 @@ from pathlib import Path
 
 from finetune.store.files import named, sweep
 
+LOCKS = "outputs/checkpoints"
+"""Folder of the locks of stages, as ``checkpoints`` of ``conf/base.yaml``, and of scripts without checkpoints."""
+
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 

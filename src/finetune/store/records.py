@@ -135,11 +135,11 @@ def provenance(root: str | Path | None = None, *, commit: str | None = None) -> 
         except metadata.PackageNotFoundError:
             versions[package] = None
     root = (PROJECT if root is None else Path(root)).resolve()
-    top = _git(root, "rev-parse", "--show-toplevel") if (root / "pyproject.toml").is_file() else None
+    top = git(root, "rev-parse", "--show-toplevel") if (root / "pyproject.toml").is_file() else None
     own = top is not None and Path(top).resolve() == root
-    status = _git(root, "status", "--porcelain", "--", "src", "experiments/*.py", "conf") if own else None
+    status = git(root, "status", "--porcelain", "--", "src", "experiments/*.py", "conf") if own else None
     return {
-        "commit": _git(root, "rev-parse", "HEAD") if own else commit,
+        "commit": git(root, "rev-parse", "HEAD") if own else commit,
         "dirty": None if status is None else bool(status),
         "packages": versions,
         "python": platform.python_version(),
@@ -148,7 +148,7 @@ def provenance(root: str | Path | None = None, *, commit: str | None = None) -> 
     }
 
 
-def _git(root: Path, *arguments: str) -> str | None:
+def git(root: Path, *arguments: str) -> str | None:
     """Output of a git command, None outside a repository."""
     environment = {name: value for name, value in os.environ.items() if name not in _ELSEWHERE}
     command = ["git", "-C", str(root), *arguments]
