@@ -26,7 +26,7 @@ from finetune.store.files import read_yaml, write_atomically
 log = logging.getLogger(__name__)
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-PLANNED = ("gradients", "basis", "train", "efficiency", "answers")
+PLANNED = ("gradients", "basis", "train", "efficiency", "answers", "judgments")
 
 
 def read(group: str, name: str) -> Mapping[str, Any]:
@@ -34,7 +34,7 @@ def read(group: str, name: str) -> Mapping[str, Any]:
     folder, _, stem = f"{group}/{name}".strip("/").rpartition("/")
     path = CONF / folder / f"{stem}.yaml"
     content = read_yaml(path)
-    if folder in GROUPS:
+    if folder in GROUPS and folder != "judge":  # a judge's file refers to its scale
         check_group(folder, content, file=path.relative_to(CONF.parent))
     return content
 

@@ -11,6 +11,7 @@ from finetune.config.groups import Model, Questions
 from finetune.config.types import (
     Below1,
     Count,
+    Fraction,
     Group,
     Name,
     NotNegative,
@@ -171,18 +172,20 @@ class Card(Group):
     peak: dict[Literal["fp32", "bf16", "fp64"], Positive] = {}
     bandwidth: Positive | None = None
     block_seconds: NotNegative = 0.0
+    graph_seconds: NotNegative = 0.0
     eigh: Positive | None = None
     match: Text | None = None
     price: NotNegative | None = None
 
 
 class JudgeCosts(Group):
-    """Of ``conf/plan.yaml``: tokens of a call, and prices of a million of them."""
+    """Of ``conf/plan.yaml``: tokens of a call, prices of a million of them, weights of a judge on the card."""
 
     prompt_tokens: Whole
     completion_tokens: Whole
     prompt_price: NotNegative | None
     completion_price: NotNegative | None
+    weights: Positive
 
 
 class Utilisation(Group):
@@ -191,6 +194,7 @@ class Utilisation(Group):
     fp32: Share
     bf16: Share
     bandwidth: Share
+    fixed: Fraction
 
 
 class Seconds(Group):
@@ -198,6 +202,7 @@ class Seconds(Group):
 
     cell: NotNegative
     run: NotNegative
+    capture: NotNegative
 
 
 class Rows(Group):
@@ -219,6 +224,7 @@ class Plan(Group):
     cards: Annotated[dict[Text, Card], Len(1)]
     utilisation: Utilisation
     seconds: Seconds
+    workers: Count | None
     touched: Share
     questions: Count
     turns: Count

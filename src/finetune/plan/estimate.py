@@ -25,8 +25,9 @@ def plan_experiment(experiment: Experiment, cards: Sequence[Processor], settings
         ValueError: on a configuration that a run would refuse, or sizes that are not known.
     """
     name, results = experiment.lists["name"], experiment.results
-    speed = _throughput(experiment, cards, settings["utilisation"])
+    speed = _throughput(experiment, cards, settings)
     rows = _stages(list(experiment.work()), cards, speed, settings["seconds"])
+    workers = settings["workers"] or experiment.lists.get("workers", 1)
     memory = _memory(experiment)
     for row in (*memory, *(preparing := _preparing(experiment))):
         row["fits"] = {card.name: card.fits(row["peak"]) for card in cards}
@@ -35,7 +36,8 @@ def plan_experiment(experiment: Experiment, cards: Sequence[Processor], settings
         "currency": settings["currency"],
         "cards": {card.name: {"memory": card.memory, "reserve": card.reserve, "price": card.price} for card in cards},
         "stages": rows,
-        "totals": _totals(rows, cards),
+        "workers": workers,
+        "totals": _totals(rows, cards, workers),
         "memory": memory,
         "preparing": preparing,
         "touched": settings["touched"],
@@ -46,7 +48,7 @@ def plan_experiment(experiment: Experiment, cards: Sequence[Processor], settings
     }
 
 
-def _throughput(experiment: Experiment, cards: Sequence[Processor], utilisation: Mapping[str, float]) -> Throughput:
+def _throughput(experiment: Experiment, cards: Sequence[Processor], settings: Mapping[str, Any]) -> Throughput:
     facts = [*published_facts(), *recorded_facts(experiment.results, cards, experiment.lists["name"])]
 
     def cost(model: str, method: str, checkpointing: bool | None) -> Cost | None:
@@ -55,7 +57,13 @@ def _throughput(experiment: Experiment, cards: Sequence[Processor], utilisation:
         except (FileNotFoundError, ValueError):  # a record of a model or method that is not in the configuration
             return None
 
-    return Throughput(facts, cost, experiment.tokens, utilisation)
+    def kin(method: str) -> tuple[str, ...]:
+        try:
+            return experiment.kin(method)
+        except (FileNotFoundError, ValueError):
+            return (method,)
+
+    return Throughput(facts, cost, experiment.tokens, settings, kin)
 
 
 def _stages(
@@ -73,36 +81,56 @@ def _stages(
             row["may_stop"] |= piece.stopped is not None
             row["longest"] = max(row["longest"], piece.steps)
             row["overhead"] += piece.runs * seconds["run"]
+            row["jobs"] += piece.runs if piece.jobs is None else piece.jobs
         for card in cards:
             entry = row["cards"][card.name]
             for key, stopped in (("seconds", False), ("if_stopped", True)):
-                found, kind, source = piece.seconds(card, speed, stopped=stopped)
-                entry[key] = None if found is None or entry[key] is None else entry[key] + found
-            entry["kinds"] = sorted({*entry["kinds"], kind})
-            entry["sources"] = sorted({*entry["sources"], source})
+                found = piece.seconds(card, speed, stopped=stopped)
+                entry[key] = None if found.value is None or entry[key] is None else entry[key] + found.value
+                busy = found.value if found.busy is None else found.busy
+                entry[f"busy_{key}"] += busy or 0.0
+            entry["kinds"] = sorted({*entry["kinds"], found.kind})
+            entry["sources"] = sorted({*entry["sources"], found.source})
     for row in rows.values():
         row["overhead"] += seconds["cell"]
     return list(rows.values())
 
 
 def _empty(piece: Work, method: str, cards: Sequence[Processor]) -> dict[str, Any]:
-    counts = {"runs": 0, "steps": 0, "steps_if_stopped": 0.0, "may_stop": False, "longest": 0, "overhead": 0.0}
-    times = {card.name: {"seconds": 0.0, "if_stopped": 0.0, "kinds": [], "sources": []} for card in cards}
+    counts = {
+        "runs": 0,
+        "steps": 0,
+        "steps_if_stopped": 0.0,
+        "may_stop": False,
+        "longest": 0,
+        "overhead": 0.0,
+        "jobs": 0,
+    }
+    seconds = {"seconds": 0.0, "if_stopped": 0.0, "busy_seconds": 0.0, "busy_if_stopped": 0.0}
+    times = {card.name: seconds | {"kinds": [], "sources": []} for card in cards}
     return {"stage": piece.stage, "model": piece.model, "method": method, **counts, "cards": times}
 
 
-def _totals(rows: Sequence[Mapping[str, Any]], cards: Sequence[Processor]) -> dict[str, Any]:
-    """Hours and money of each card; start-up of cells and runs is in both."""
+def _totals(rows: Sequence[Mapping[str, Any]], cards: Sequence[Processor], workers: int) -> dict[str, Any]:
+    """Hours and money of each card, one run at a time and ``workers``; start-up of cells and runs is in all."""
     found: dict[str, Any] = {}
-    overhead = sum(row["overhead"] for row in rows) / 3600
     for card in cards:
         found[card.name] = {}
         for key, suffix in (("seconds", ""), ("if_stopped", "_if_stopped")):
-            values = [row["cards"][card.name][key] for row in rows]
-            hours = None if any(value is None for value in values) else sum(values) / 3600 + overhead
-            money = None if card.price is None or hours is None else card.price * hours
-            found[card.name] |= {f"hours{suffix}": hours, f"money{suffix}": money}
+            known = all(row["cards"][card.name][key] is not None for row in rows)
+            for beside, count in (("", 1), ("_beside", workers)):
+                hours = sum(_beside_each_other(row, card.name, key, count) for row in rows) / 3600 if known else None
+                found[card.name][f"hours{beside}{suffix}"] = hours
+            hours = found[card.name][f"hours_beside{suffix}"]
+            found[card.name][f"money{suffix}"] = None if card.price is None or hours is None else card.price * hours
     return found
+
+
+def _beside_each_other(row: Mapping[str, Any], card: str, key: str, workers: int) -> float:
+    """Seconds of a stage whose runs share a card: a share of all of it, but no less than the card works."""
+    entry, count = row["cards"][card], min(workers, row["jobs"]) if row["stage"] in ("search", "train") else 1
+    alone = entry[key] + row["overhead"]
+    return alone if count < 2 else max(alone / count, entry[f"busy_{key}"])
 
 
 def _memory(experiment: Experiment) -> list[dict[str, Any]]:
@@ -158,11 +186,8 @@ def _disk(experiment: Experiment, memory: Sequence[Mapping[str, Any]]) -> dict[s
 
 def _judging(experiment: Experiment, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Calls, tokens by assumption, and money where prices are set (per million tokens)."""
-    calls, judge = 0, settings["judge"]
-    for entry in experiment.stages["answers"].values():
-        repeats = experiment.problem(entry["model"], entry["methods"][0]).config["scale"]["judging"]["repeats"]
-        answers = len(entry["methods"]) * len(entry["seeds"])
-        calls += settings["questions"] * settings["turns"] * answers * repeats
+    judge, cells = settings["judge"], experiment.stages["answers"].values()
+    calls = sum(experiment.judge_calls(e["model"]) * len(e["methods"]) * len(e["seeds"]) for e in cells)
     tokens = {kind: calls * judge[f"{kind}_tokens"] for kind in ("prompt", "completion")}
     prices = {kind: judge[f"{kind}_price"] for kind in tokens}
     unknown = None in prices.values()

@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 
 from finetune.efficiency.variants import VARIANTS
-from finetune.methods import base_method, build_method, build_targets
+from finetune.fetch.transport import is_loopback
+from finetune.methods import Method, base_method, build_method, build_targets
 from finetune.plan.flops import Cost, cost_of, hosvd_operations
 from finetune.plan.inputs import chat_blocks, padded_tokens, stopping_epochs, task_rows
 from finetune.plan.memory import (
@@ -33,6 +34,7 @@ from finetune.runs.cells import PROBLEMS
 from finetune.runs.problem import Problem, Run, for_task
 from finetune.runs.search import SearchSpace
 from finetune.store import records
+from finetune.store.catalog import CONF
 from finetune.training.options import planned_steps
 
 Read = Callable[[str, str], Mapping[str, Any]]
@@ -62,7 +64,8 @@ class Experiment:
         self._data_root, self._stops = data_root, stopping_epochs()
         cached = lru_cache(maxsize=None)
         self.read, self.plain = cached(read), cached(self._plain)
-        self.problem, self.cost = cached(self._problem), cached(self._cost)
+        self.problem, self.cost, self.kin = cached(self._problem), cached(self._cost), cached(self._kin)
+        self.tokens = cached(self._tokens)
 
     def model(self, name: str) -> Mapping[str, Any]:
         """A model's group; one that the pipeline pretrains gets the vocabulary that its tokenizer will have."""
@@ -117,13 +120,16 @@ class Experiment:
         scale = self.read("scale", ("llama/" if decoder else "") + self.lists["scale"])
         return min(train, scale["train_examples"] or train), held
 
-    def tokens(self, model: str, task: str) -> float:
+    def _tokens(self, model: str, task: str) -> float:
         """Tokens of a padded row."""
-        config = self.problem(model, "full").config
+        problem = self.problem(model, "full")
+        config = problem.config
         protocol, planned = config["protocol"], {entry["model"] for entry in self.stages["bases"].values()}
         if "chat" in config:
             return config["scale"]["max_length"] or protocol["max_length"]
-        found, source = padded_tokens(self.results, config["model"], protocol, task)
+        found, source = padded_tokens(
+            self.results, CONF / "lengths", config["model"], protocol, task, problem.hyperparameters()["batch_size"]
+        )
         if model in planned or model in self.lists["efficiency_models"]:
             self.sources[f"tokens of a row, {model} {task}"] = source
         return found
@@ -139,6 +145,13 @@ class Experiment:
         chosen = build_method(*_groups(config), bases={}, one_backward_a_step=True)
         own = config["scale"].get("gradient_checkpointing", False)
         return cost_of(self.plain(model), chosen, checkpointing=own if checkpointing is None else checkpointing)
+
+    def _kin(self, method: str) -> tuple[str, ...]:
+        """A method's name, that of what it extends, its base's, and those of the classes that implement it."""
+        group, model = self.method(method), [*self.lists["models"], *self.lists["decoders"]][0]
+        chosen = build_method(*_groups(self.problem(model, method).config), bases={}, one_backward_a_step=True)
+        classes = [c.__name__ for c in type(chosen).__mro__ if issubclass(c, Method) and c is not Method]
+        return tuple(filter(None, (method, group.get("extends"), base_method(group), *classes)))
 
     def shapes(self, model: str) -> dict[str, Shape]:
         """Layer kind -> shape of SparseGrad's target matrices."""
@@ -196,6 +209,13 @@ class Experiment:
         for entry in self.stages["answers"].values():
             for method in entry["methods"]:
                 yield self._answers(entry["model"], method, len(entry["seeds"]))
+                if is_loopback(self.read("judge", self.lists["judge"])["base_url"] or ""):
+                    yield self._judgments(entry["model"], method, len(entry["seeds"]))
+
+    def judge_calls(self, model: str) -> int:
+        """Of one method and seed."""
+        repeats = self.problem(model, "full").config["scale"]["judging"]["repeats"]
+        return self.settings["questions"] * self.settings["turns"] * repeats
 
     def _bases(self, model: str, tasks: list[str]) -> Iterator[Work]:
         problem = self.problem(model, "full")
@@ -224,7 +244,11 @@ class Experiment:
         if problem.searches:
             scale = problem.config["scale"]["search"]
             trial = Run(task, 0, given | {"max_steps": for_task(scale["max_steps"], task)}, search=True)
-            pieces.append(self._training("search", named, trial, scale["trials"]))
+            # A trial follows the one before it.
+            search = replace(self._training("search", named, trial, scale["trials"]), jobs=1)
+            pieces.append(search)
+            if "extend" in scale:
+                pieces.append(replace(search, runs=scale["extend"], stopped=0.0, jobs=0))
         pieces.append(self._training("train", named, Run(task, 0, given), seeds))
         for piece in pieces:
             yield piece
@@ -265,7 +289,9 @@ class Experiment:
             evaluated=held,
             precision=options.precision,
             cost=self.cost(model, method),
-            graphs=options.graphs != "off",
+            graphs=options.graphs != "off" and not problem.config["scale"].get("gradient_checkpointing", False),
+            passes=options.accumulation_steps,
+            evaluation_batch=options.evaluation_batch_size,
         )
 
     def _efficiency(self, model: str, tasks: list[str]) -> Iterator[Work]:
@@ -301,6 +327,19 @@ class Experiment:
             steps=new * self.settings["turns"],
             weights=weights,
             blocks=cost.blocks,
+        )
+
+    def _judgments(self, model: str, method: str, seeds: int) -> Decoding:
+        judge, parallel = self.settings["judge"], self.problem(model, method).config["scale"]["judging"]["parallel"]
+        return Decoding(
+            stage="judgments",
+            model=model,
+            method=method,
+            task="mt_bench",
+            runs=seeds,
+            steps=-(-self.judge_calls(model) // parallel) * judge["completion_tokens"],
+            weights=judge["weights"],
+            blocks=0,
         )
 
 

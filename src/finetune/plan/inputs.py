@@ -9,6 +9,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
+
+from finetune.efficiency.lengths import read_lengths
 from finetune.published import read_csv
 from finetune.store import records
 from finetune.store.shards import shards
@@ -75,11 +78,17 @@ def chat_blocks(results: Path, chat: str, model: str, assumed: Mapping[str, Any]
     return assumed[chat]["train"], assumed[chat]["validation"], assumed[chat]["source"]
 
 
-def padded_tokens(results: Path, model: Mapping[str, Any], protocol: Mapping[str, Any], task: str) -> tuple[float, str]:
+def padded_tokens(
+    results: Path, lengths: Path, model: Mapping[str, Any], protocol: Mapping[str, Any], task: str, batch: int
+) -> tuple[float, str]:
     """Tokens of a padded row, and where that is known from.
 
-    With padding to the longest of a batch, from an efficiency record of the model and task; else ``max_length``, cut
-    to the positions that the model has: an upper bound.
+    With padding to the longest of a batch, from an efficiency record of the model and task; else the mean of the
+    longest of ``batch`` rows by a file of token lengths, of this model or another one; else ``max_length``, cut to the
+    positions that the model has: an upper bound.
+
+    Args:
+        lengths: folder of files of :mod:`finetune.efficiency.lengths`, ``<model>/<task>.json``.
     """
     limit = min(protocol["max_length"], (model["architecture"] or {}).get("max_position_embeddings", 10**9))
     if protocol["padding"] == "max_length":
@@ -88,4 +97,8 @@ def padded_tokens(results: Path, model: Mapping[str, Any], protocol: Mapping[str
         record = records.read_record(path)
         if record["run"]["model"] == model["name"] and record["treatment"]["padding"] == "longest":
             return record["lengths"]["mean_slots"] / record["treatment"]["batch_size"], str(path)
+    for path in sorted(lengths.glob(f"*/{task}.json"), key=lambda path: path.parent.name != model["name"]):
+        values = np.minimum(read_lengths(path).values, limit)
+        shares = np.searchsorted(np.sort(values), np.arange(limit), side="right") / len(values)
+        return float((1 - shares**batch).sum()), f"lengths of {path.parent.name}'s tokens, conf/lengths"
     return limit, "protocol.max_length, an upper bound: rows are padded to the longest of a batch"

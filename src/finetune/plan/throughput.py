@@ -1,10 +1,10 @@
 """How fast a card works: from what was measured on it, or from its peak and a named assumption.
 
-A measured number of steps a second, times the operations of its step, is a rate in operations a second. For a cell the
-best there is: ``measured`` (same card, model and method, at the same precision, in graphs where the run is), ``scaled``
-(same card, another model or method, or not in graphs; on a CPU another precision too), ``calculated`` (peak x
-utilisation). Small models are bound by starting kernels, not by operations: where nothing was measured, a step takes at
-least ``block_seconds`` for each block.
+Small models are bound by starting kernels, not by operations. So a step takes a fixed time for each block, and the time
+of its operations: where steps of several sizes were measured, both by least squares (neither is below 0); else the
+measured operations a second alone. For a cell the best there is: ``measured`` (same card, model and method, at the same
+precision, in graphs where the run is), ``scaled`` (same card, another model or method, or not in graphs; on a CPU
+another precision too), ``calculated`` (peak x utilisation, and an assumed time for each block).
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+from scipy.optimize import nnls
+
 from finetune.plan.flops import Cost
 from finetune.published import read_csv
 from finetune.store import records
 
 MEASURED, SCALED, CALCULATED, UNKNOWN = "measured", "scaled", "calculated", "unknown"
+SPREAD = 2.0  # largest over smallest operations of a step, from which on a fixed time can be told from them
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Processor:
         memory, reserve: bytes, as :class:`finetune.plan.Card`; None: not a limit here.
         peak: operations a second by precision (``fp32``, ``bf16``, ``fp64``), dense; empty where unknown.
         bandwidth: bytes a second between memory and processor; None where unknown.
-        block_seconds: least time of a training step, a block.
+        block_seconds: least time of a training step, a block, launched by Python.
+        graph_seconds: fixed time of a training step, a block, from CUDA graphs.
         eigh: operations a second of a float64 eigendecomposition; None where unknown.
         match: what a device's name holds in records, or ``cpu`` for its type.
         price: of an hour, in ``currency``; None: not set.
@@ -43,6 +48,7 @@ class Processor:
     peak: Mapping[str, float] = field(default_factory=dict)
     bandwidth: float | None = None
     block_seconds: float = 0.0
+    graph_seconds: float = 0.0
     eigh: float | None = None
     match: str | None = None
     price: float | None = None
@@ -85,17 +91,26 @@ class Fact:
 
 @dataclass(frozen=True)
 class Rate:
-    """Operations a second on a card.
+    """How long a card takes for operations.
 
     Attributes:
-        value: None where nothing is known.
+        value: operations a second; None: not known; as good as infinite where steps of all sizes took as long.
         kind: ``measured``, ``scaled``, ``calculated`` or ``unknown``.
         source: what it comes from.
+        block: seconds of every step for each block, beside its operations.
+        least: seconds of a step for each block, at least.
     """
 
     value: float | None
     kind: str
     source: str
+    block: float = 0.0
+    least: float = 0.0
+
+    def seconds(self, operations: float, blocks: float) -> float:
+        """Of one pass through so many blocks, with its optimizer step; a third of the blocks for a forward pass."""
+        assert self.value is not None
+        return max(operations / self.value + blocks * self.block, blocks * self.least)
 
 
 def published_facts() -> list[Fact]:
@@ -166,7 +181,9 @@ class Throughput:
         costs: (model, method, checkpointing as of a fact) -> :class:`Cost`, None where that model or method is not
             known.
         tokens: (model, task) -> tokens of a padded row, for facts that do not say.
-        utilisation: share of its peak that a card reaches, by precision: an assumption.
+        assumed: the assumptions of ``conf/plan.yaml``: ``utilisation``, the share of its peak that a card reaches, by
+            precision; ``seconds``, of setting up.
+        kin: method -> its own name, and those of what it is a variant of, nearest first.
     """
 
     def __init__(
@@ -174,40 +191,68 @@ class Throughput:
         facts: Sequence[Fact],
         costs: Callable[[str, str, bool | None], Cost | None],
         tokens: Callable[[str, str], float],
-        utilisation: Mapping[str, float],
+        assumed: Mapping[str, Any],
+        kin: Callable[[str], Sequence[str]] = lambda method: (method,),
     ) -> None:
-        self.utilisation = utilisation
-        self._rates: list[tuple[Fact, float]] = []
+        self.assumed, self._kin = assumed, kin
+        self._measured: list[_Step] = []
         for fact in facts:
             cost = costs(fact.model, fact.method, fact.checkpointing)
             if cost is not None:
                 length = fact.tokens or tokens(fact.model, fact.task)
-                self._rates.append((fact, fact.steps_per_second * cost.training(fact.batch, length)))
+                self._measured.append(_Step(fact, cost.training(fact.batch, length), cost.blocks))
 
     def rate(
         self, card: Processor, model: str, method: str, task: str, precision: str, *, graphs: bool = False
     ) -> Rate:
         """The best that is known of a card for a cell whose passes come from CUDA graphs, or do not; a CPU has none."""
         graphs = graphs and card.match != "cpu"
-        here = [(fact, rate) for fact, rate in self._rates if fact.card == card.name]
+        here = [step for step in self._measured if step.fact.card == card.name]
         cell = (model, method, precision, graphs)
-        same = [(f, r) for f, r in here if (f.model, f.method, f.precision, f.graphs) == cell]
-        for found in ([(f, r) for f, r in same if f.task == task], same):
+        same = [s for s in here if (s.fact.model, s.fact.method, s.fact.precision, s.fact.graphs) == cell]
+        for found in ([s for s in same if s.fact.task == task], same):
             if found:
-                return _middle(found, MEASURED)
-        alike = [(f, r) for f, r in here if f.precision == precision or card.match == "cpu"]
-        for found in ([(f, r) for f, r in alike if f.model == model], alike):
+                return _fitted(found, MEASURED)
+        alike = [s for s in here if s.fact.precision == precision or card.match == "cpu"]
+        for found in ([s for s in alike if s.fact.model == model], alike):
             if found:
-                like = [(f, r) for f, r in found if f.method == method] or found
-                return _middle([(f, r) for f, r in like if f.graphs == graphs] or like, SCALED)
+                of_mode = [s for s in found if s.fact.graphs == graphs] or found
+                return _fitted(self._nearest(of_mode, method), SCALED, card.block_seconds)
         if precision in card.peak:
-            share = self.utilisation[precision]
+            share = self.assumed["utilisation"][precision]
             source = f"{precision} peak {card.peak[precision] / 1e12:g} TFLOP/s x {share:g}"
-            return Rate(card.peak[precision] * share, CALCULATED, source)
+            fixed = {"block": card.graph_seconds} if graphs else {"least": card.block_seconds}
+            return Rate(card.peak[precision] * share, CALCULATED, source, **fixed)
         return Rate(None, UNKNOWN, "nothing measured, no peak given")
 
+    def _nearest(self, steps: list[_Step], method: str) -> list[_Step]:
+        """Those of the method, else of what it is a variant of, else of another variant of that, else all."""
+        for name in self._kin(method):
+            own = [s for s in steps if s.fact.method == name]
+            if found := own or [s for s in steps if name in self._kin(s.fact.method)]:
+                return found
+        return steps
 
-def _middle(found: Sequence[tuple[Fact, float]], kind: str) -> Rate:
-    sources = sorted({fact.source for fact, _ in found})
-    more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
-    return Rate(median(rate for _, rate in found), kind, f"{sources[0]}{more}")
+
+@dataclass(frozen=True)
+class _Step:
+    """A measured step: operations, and blocks that it goes through."""
+
+    fact: Fact
+    operations: float
+    blocks: int
+
+
+def _fitted(steps: Sequence[_Step], kind: str, least: float = 0.0) -> Rate:
+    """A fixed time a block and a rate from steps of several sizes, relative errors squared; else their median rate."""
+    sources = sorted({step.fact.source for step in steps})
+    source = f"{sources[0]}{f' and {len(sources) - 1} more' if len(sources) > 1 else ''}"
+    operations = np.array([step.operations for step in steps])
+    scale = float(operations.max())
+    if scale < SPREAD * operations.min():
+        value = median(step.operations * step.fact.steps_per_second for step in steps)
+        return Rate(value, kind, source, least=least)
+    columns = np.stack([[step.blocks for step in steps], operations / scale], axis=1)
+    relative = columns * np.array([[step.fact.steps_per_second] for step in steps])
+    block, rest = nnls(relative, np.ones(len(steps)))[0].tolist()
+    return Rate(scale / rest if rest else float("inf"), kind, source, block=block)

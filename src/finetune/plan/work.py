@@ -6,10 +6,26 @@ import math
 from dataclasses import dataclass, field
 
 from finetune.plan.flops import Cost
-from finetune.plan.throughput import CALCULATED, MEASURED, UNKNOWN, Processor, Throughput
+from finetune.plan.throughput import CALCULATED, UNKNOWN, Processor, Throughput
 
-Seconds = tuple[float | None, str, str]
-"""Seconds of all runs, the kind of rate that they come from, and its source."""
+FORWARD = 1 / 3  # of a training step's fixed time
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """How long all runs of a piece of work take.
+
+    Attributes:
+        value: one after the other; None: not known.
+        kind: of the rate that they come from.
+        source: of the rate.
+        busy: the part in which the card works, so that no other run on it can; None: all.
+    """
+
+    value: float | None
+    kind: str
+    source: str
+    busy: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +38,7 @@ class Work:
         steps: planned for each, an upper bound where early stopping or pruning may end it.
         stopped: steps of each if it stops where the authors' runs did; None: not known, or never stopped early.
         inside: part of runs that are counted already (bases collected in every run).
+        jobs: how many of the runs may be made side by side; None: all.
     """
 
     stage: str
@@ -32,6 +49,7 @@ class Work:
     steps: int = 1
     stopped: float | None = None
     inside: bool = False
+    jobs: int | None = None
 
     def seconds(self, card: Processor, speed: Throughput, *, stopped: bool = False) -> Seconds:
         """How long all runs take, planned or ``stopped``."""
@@ -47,6 +65,8 @@ class Training(Work):
         interval: steps between evaluations; None: none.
         evaluated: rows of an evaluation.
         graphs: whether its passes come from CUDA graphs where a card has them.
+        passes: backward passes of a step.
+        evaluation_batch: rows of a forward pass of an evaluation.
     """
 
     batch: int
@@ -56,23 +76,26 @@ class Training(Work):
     interval: int | None = None
     evaluated: int = 0
     graphs: bool = False
-
-    def operations(self, steps: float) -> float:
-        """Of one run of so many steps."""
-        found = steps * self.cost.training(self.batch, self.tokens)
-        if self.interval is not None:
-            found += math.ceil(steps / self.interval) * self.cost.evaluation(self.evaluated, self.tokens)
-        return found
+    passes: int = 1
+    evaluation_batch: int = 64
 
     def seconds(self, card: Processor, speed: Throughput, *, stopped: bool = False) -> Seconds:
         steps = self.stopped if stopped and self.stopped is not None else self.steps
         rate = speed.rate(card, self.model, self.method, self.task, self.precision, graphs=self.graphs)
         if rate.value is None:
-            return None, rate.kind, rate.source
-        found = self.operations(steps) / rate.value
-        if rate.kind != MEASURED:
-            found = max(found, steps * self.cost.blocks * card.block_seconds)
-        return self.runs * found, rate.kind, rate.source
+            return Seconds(None, rate.kind, rate.source)
+        parts = [(steps, self.cost.training(self.batch, self.tokens), self.passes * self.cost.blocks)]
+        if self.interval is not None:
+            batches = -(-self.evaluated // self.evaluation_batch) * FORWARD
+            forward = self.cost.evaluation(self.evaluated, self.tokens)
+            parts.append((math.ceil(steps / self.interval), forward, batches * self.cost.blocks))
+        found = sum(times * rate.seconds(operations, blocks) for times, operations, blocks in parts)
+        fixed = sum(times * blocks * rate.block for times, _, blocks in parts)
+        worked = sum(times * operations / rate.value for times, operations, _ in parts)
+        if self.graphs and card.match != "cpu" and steps:
+            found += speed.assumed["seconds"]["capture"]
+        busy = worked + speed.assumed["utilisation"]["fixed"] * fixed
+        return Seconds(self.runs * found, rate.kind, rate.source, self.runs * min(found, busy))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,20 +106,22 @@ class Decomposition(Work):
 
     def seconds(self, card: Processor, speed: Throughput, *, stopped: bool = False) -> Seconds:
         if card.eigh is None:
-            return None, UNKNOWN, "no rate of eigendecompositions given"
-        return self.runs * self.each / card.eigh, CALCULATED, f"eigendecompositions at {card.eigh / 1e9:g} GFLOP/s"
+            return Seconds(None, UNKNOWN, "no rate of eigendecompositions given")
+        source = f"eigendecompositions at {card.eigh / 1e9:g} GFLOP/s"
+        return Seconds(self.runs * self.each / card.eigh, CALCULATED, source)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding(Work):
-    """Answers of a decoder: each new token of a batch, a step, reads all ``weights`` (bytes) of its ``blocks`` once."""
+    """Answers or judgments: each new token of a batch, a step, reads all ``weights`` (bytes) of ``blocks`` once."""
 
     weights: float
     blocks: int
 
     def seconds(self, card: Processor, speed: Throughput, *, stopped: bool = False) -> Seconds:
         if card.bandwidth is None:
-            return None, UNKNOWN, "no bandwidth given"
-        share = speed.utilisation["bandwidth"]
-        step = max(self.weights / (card.bandwidth * share), self.blocks * card.block_seconds / 3)
-        return self.runs * self.steps * step, CALCULATED, f"weights read at {card.bandwidth / 1e9:g} GB/s x {share:g}"
+            return Seconds(None, UNKNOWN, "no bandwidth given")
+        share = speed.assumed["utilisation"]["bandwidth"]
+        step = max(self.weights / (card.bandwidth * share), self.blocks * card.block_seconds * FORWARD)
+        source = f"weights read at {card.bandwidth / 1e9:g} GB/s x {share:g}"
+        return Seconds(self.runs * self.steps * step, CALCULATED, source)

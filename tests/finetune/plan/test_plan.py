@@ -125,8 +125,11 @@ def fact(**changes):
     return Fact(**values | {"precision": "fp32", "steps_per_second": 2.0, "source": "a record"} | changes)
 
 
-def speed(*facts):
-    return Throughput(facts, lambda *_: UNIT, lambda model, task: 10.0, {"fp32": 0.5, "bandwidth": 0.5})
+ASSUMED = {"utilisation": {"fp32": 0.5, "bandwidth": 0.5, "fixed": 0.25}, "seconds": {"capture": 0.0}}
+
+
+def speed(*facts, **options):
+    return Throughput(facts, lambda *_: UNIT, lambda model, task: 10.0, ASSUMED, **options)
 
 
 def test_the_best_rate_is_taken_and_named():
@@ -159,31 +162,68 @@ def test_a_rate_is_measured_only_in_the_mode_that_the_runs_take():
     cpu = Processor("card", match="cpu")  # has no graphs
     assert speed(eager).rate(cpu, "m", "full", "cola", "fp32", graphs=True).kind == "measured"
     sizes = {"runs": 1, "steps": 20, "batch": 10, "tokens": 10.0, "precision": "fp32", "cost": UNIT}
-    assert Training(**WHERE, **sizes, graphs=True).seconds(CARD, both)[0] == pytest.approx(20 * 300 / 2400)
+    assert Training(**WHERE, **sizes, graphs=True).seconds(CARD, both).value == pytest.approx(20 * 300 / 2400)
+
+
+def test_steps_of_several_sizes_give_a_fixed_time_and_a_rate():
+    """Steps of 300 and 3,000 operations, 2 blocks: 0.1 s a block, and 1,000 operations a second, are 0.5 and 3.2 s."""
+    facts = [fact(graphs=True, tokens=t, steps_per_second=1 / s, task="a") for t, s in ((10.0, 0.5), (100.0, 3.2))]
+    lora = [replace(f, method="lora", steps_per_second=f.steps_per_second / 2) for f in facts]
+    kin = {"full": ("full", "Full"), "lora": ("lora", "LoRA", "PEFT"), "dora": ("dora", "peft", "PEFT")}
+    kin |= {"random": ("random", "full", "Full"), "other": ("other",)}
+    both = speed(*facts, *lora, kin=kin.__getitem__)
+    own = both.rate(CARD, "m", "full", "cola", "fp32", graphs=True)
+    assert (own.kind, own.block, own.value) == ("measured", pytest.approx(0.1), pytest.approx(1000))
+    for method, of in (("random", own), ("dora", both.rate(CARD, "m", "lora", "cola", "fp32", graphs=True))):
+        found = both.rate(CARD, "m", method, "cola", "fp32", graphs=True)
+        assert (found.kind, found.block, found.value) == ("scaled", of.block, of.value)
+    assert 0.1 < both.rate(CARD, "m", "other", "cola", "fp32", graphs=True).block < 0.2  # all there is
+    flat = speed(*(replace(f, steps_per_second=5.0) for f in facts)).rate(
+        CARD, "m", "full", "cola", "fp32", graphs=True
+    )
+    assert flat.block == pytest.approx(0.1) and flat.value > 1e12
+    work = Training(
+        **WHERE, runs=3, steps=20, batch=10, tokens=50.0, precision="fp32", cost=UNIT, graphs=True,
+        passes=2, interval=8, evaluated=100, evaluation_batch=30,
+    )  # fmt: skip
+    found = work.seconds(CARD, both)
+    step, evaluation = 2 * 2 * 0.1 + 1.5, 4 * 2 * 0.1 / 3 + 5.0  # 4 batches of an evaluation, 5,000 operations
+    assert found.value == pytest.approx(3 * (20 * step + 3 * evaluation))
+    fixed = 20 * 0.4 + 3 * 0.8 / 3
+    assert found.busy == pytest.approx(found.value - 0.75 * 3 * fixed)
+    both.assumed = ASSUMED | {"seconds": {"capture": 7.0}}
+    assert work.seconds(CARD, both).value == pytest.approx(found.value + 3 * 7)
+    assert work.seconds(CARD, both).busy == pytest.approx(found.busy)  # another run may use the card then
+    new = Processor("new", peak={"fp32": 1e3}, match="new", block_seconds=9.0, graph_seconds=0.1)
+    rate = both.rate(new, "m", "full", "cola", "fp32", graphs=True)
+    assert (rate.kind, rate.value, rate.block, rate.least) == ("calculated", 500, 0.1, 0)
 
 
 def test_time_of_runs_with_their_evaluations():
     sizes = {"runs": 3, "steps": 20, "stopped": 5.0, "batch": 10, "tokens": 10.0, "interval": 8, "evaluated": 100}
     work = Training(**WHERE, **sizes, precision="fp32", cost=UNIT)
-    whole, kind, _ = work.seconds(CARD, speed(fact()))
-    assert kind == "measured" and whole == pytest.approx(3 * (20 * 300 + 3 * 1000) / 600)
-    stopped, _, _ = work.seconds(CARD, speed(fact()), stopped=True)
-    assert stopped == pytest.approx(3 * (5 * 300 + 1 * 1000) / 600)
-    # Nothing measured: 9,000 operations are nothing to a card of a TFLOP/s, but 20 steps of 2 blocks take 20 s.
-    assert work.seconds(CARD, speed())[:2] == (3 * 20 * 2 * 0.5, "calculated")
+    whole = work.seconds(CARD, speed(fact()))
+    assert whole.kind == "measured" and whole.value == whole.busy == pytest.approx(3 * (20 * 300 + 3 * 1000) / 600)
+    stopped = work.seconds(CARD, speed(fact()), stopped=True)
+    assert stopped.value == pytest.approx(3 * (5 * 300 + 1 * 1000) / 600)
+    # Nothing measured: 9,000 operations are nothing to a card of a TFLOP/s, but 20 steps of 2 blocks take 20 s, and
+    # 3 evaluations of 2 batches a third of as many steps.
+    eager = work.seconds(CARD, speed())
+    assert (eager.value, eager.kind) == (3 * (20 + 3 * 2 / 3) * 2 * 0.5, "calculated") and eager.busy < 1e-6
     never = replace(work, stopped=None)
     assert never.seconds(CARD, speed(fact()), stopped=True) == never.seconds(CARD, speed(fact()))
-    assert work.seconds(Processor("nothing known"), speed())[:2] == (None, "unknown")
+    unknown = work.seconds(Processor("nothing known"), speed())
+    assert (unknown.value, unknown.kind) == (None, "unknown")
 
 
 def test_time_of_decompositions_and_answers():
     hosvd = Decomposition(**WHERE | {"stage": "basis"}, runs=4, each=1e9)
-    assert hosvd.seconds(replace(CARD, eigh=1e8), speed())[:2] == (40.0, "calculated")
-    assert hosvd.seconds(CARD, speed())[0] is None
+    assert hosvd.seconds(replace(CARD, eigh=1e8), speed()).value == 40.0
+    assert hosvd.seconds(CARD, speed()).value is None
     answers = Decoding(**WHERE | {"stage": "answers"}, runs=2, steps=100, weights=1e9, blocks=2)
     fast = replace(CARD, bandwidth=1e9, block_seconds=0.0)
-    assert answers.seconds(fast, speed())[0] == pytest.approx(2 * 100 * 2.0)
-    assert answers.seconds(replace(fast, block_seconds=300.0), speed())[0] == pytest.approx(2 * 100 * 200.0)
+    assert answers.seconds(fast, speed()).value == pytest.approx(2 * 100 * 2.0)
+    assert answers.seconds(replace(fast, block_seconds=300.0), speed()).value == pytest.approx(2 * 100 * 200.0)
 
 
 def test_published_facts_leave_out_what_is_inflated():
@@ -289,13 +329,21 @@ def test_stopping_epochs_are_means_of_the_logs():
 
 def test_tokens_of_a_row(tmp_path):
     model = {"name": "m", "architecture": {"max_position_embeddings": 64}}
-    assert padded_tokens(tmp_path, model, PROTOCOL | {"padding": "max_length"}, "cola")[0] == 64
-    longest, source = padded_tokens(tmp_path, model, PROTOCOL, "cola")
+
+    def tokens(padding):
+        return padded_tokens(tmp_path, tmp_path / "lengths", model, PROTOCOL | {"padding": padding}, "cola", 2)
+
+    assert tokens("max_length")[0] == 64
+    longest, source = tokens("longest")
     assert longest == 64 and "an upper bound" in source
+    counts = {"task": "cola", "source": "counted", "counts": {"4": 3, "100": 1}}
+    records.write_json(tmp_path / "lengths/another/cola.json", counts)
+    longest, source = tokens("longest")  # of two rows both are short in 9 of 16 batches; 64 positions cut the long ones
+    assert longest == pytest.approx(9 / 16 * 4 + 7 / 16 * 64) and "another" in source
     record = {"treatment": {"padding": "longest", "batch_size": 32}, "lengths": {"mean_slots": 320}}
     for folder, name in (("m", "another"), ("m-sound", "m")):
         records.write_json(tmp_path / f"any/efficiency/{folder}/cola.json", record | {"run": {"model": name}})
-    found, source = padded_tokens(tmp_path, model, PROTOCOL, "cola")
+    found, source = tokens("longest")
     assert found == 10 and "m-sound" in source
 
 
@@ -365,6 +413,28 @@ def test_every_cell_is_counted(tmp_path):
     json.dumps(plan)
 
 
+def test_extensions_of_a_grid_are_at_most_and_runs_side_by_side_share_a_card(tmp_path):
+    def other(group, name):
+        found = read(group, name)
+        return found | ({"search": found["search"] | {"extend": 3}} if (group, name) == ("scale", "paper") else {})
+
+    card = Processor("card", peak={"fp32": 1e12}, match="card", eigh=1e12, graph_seconds=1e-3)
+    lists, settings = LISTS | {"methods": ["full"], "ablations": [], "efficiency_models": []}, SETTINGS | {"workers": 3}
+    plan = plan_experiment(experiment_of(tmp_path, lists, other), [card], settings)
+    search, train = row_of(plan, "search", "full"), row_of(plan, "train", "full")
+    plain = row_of(planned(tmp_path, lists, [card]), "search", "full")
+    assert (search["runs"], search["jobs"], train["jobs"]) == (2 * 43, 2, 2 * 3)
+    assert search["steps_if_stopped"] == plain["steps_if_stopped"] and search["steps"] * 40 == plain["steps"] * 43
+    assert search["cards"]["card"]["if_stopped"] == pytest.approx(plain["cards"]["card"]["if_stopped"])
+    total, rows = plan["totals"]["card"], plan["stages"]
+    alone = {row["stage"]: row["cards"]["card"]["seconds"] + row["overhead"] for row in rows}
+    busy = {row["stage"]: row["cards"]["card"]["busy_seconds"] for row in rows}
+    assert total["hours"] == pytest.approx(sum(alone.values()) / 3600)
+    shared = {stage: max(alone[stage] / count, busy[stage]) for stage, count in (("search", 2), ("train", 3))}
+    assert total["hours_beside"] == pytest.approx(sum((alone | shared).values()) / 3600) and shared != alone
+    assert "3 runs side by side" in plan_text(plan, [])
+
+
 def test_money_only_where_prices_are_set(tmp_path):
     plan = planned(tmp_path)
     assert all(total["money"] is None for total in plan["totals"].values())
@@ -372,6 +442,7 @@ def test_money_only_where_prices_are_set(tmp_path):
     cards = [Processor("A40", memory=48e9, peak={"fp32": 1e12, "bf16": 1e12}, eigh=1e9, price=0.5)]
     lists = LISTS | {"decoders": ["stories260k"], "decoder_seeds": [1, 2], "chat": "oasst1"}
     judge = {"prompt_tokens": 1000, "completion_tokens": 500, "prompt_price": 2.0, "completion_price": 4.0}
+    judge |= {"weights": 1e9}
     plan = planned(tmp_path, lists, cards, currency="EUR", judge=judge)
     total = plan["totals"]["A40"]
     assert total["hours"] is None  # no bandwidth: the time of answers is not known, and not left out
@@ -380,6 +451,10 @@ def test_money_only_where_prices_are_set(tmp_path):
     assert total["money"] == pytest.approx(0.5 * total["hours"]) and total["hours_if_stopped"] < total["hours"]
     calls = 80 * 2 * 2 * 3 * 2  # questions, turns, seeds, repeats, methods
     assert plan["judging"]["calls"] == calls
+    judged = row_of(plan, "judgments", "full")  # 60 rounds of 8 calls, 500 tokens each, at half the bandwidth
+    assert judged["cards"]["A40"]["seconds"] == pytest.approx(2 * 60 * 500 * 1e9 / 0.5e12)
+    hosted = experiment_of(tmp_path, lists | {"judge": "openai"}).work()
+    assert not [work for work in hosted if work.stage == "judgments"]
     (row,) = [row for row in plan["memory"] if (row["model"], row["method"]) == ("stories260k", "full")]
     numbers = row["components"]["trained"] / row["share"]
     assert plan["disk"]["merged models"] == pytest.approx(2 * numbers * 2 * 2)  # bfloat16, methods, seeds
@@ -397,8 +472,8 @@ def test_a_card_that_is_too_small_is_said(tmp_path):
     for memory, fits in ((peak + 1e9, True), (peak + 1e9 - 1, False)):  # beside the reserve
         assert replace(small, memory=memory).fits(peak) is fits
     text = plan_text(plan, ["pretrain"])
-    assert "NO" in text and "AT MOST: no run stops early" in text and "dataset card of nyu-mll/glue" in text
-    assert "Not estimated (minutes; judgments as long as the judge takes): pretrain." in text
+    assert "NO" in text and "no run stops early" in text and "dataset card of nyu-mll/glue" in text
+    assert "Not estimated (minutes): pretrain." in text
 
 
 @pytest.mark.parametrize(
