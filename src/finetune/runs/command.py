@@ -1,6 +1,6 @@
 """What every script does around its work: its configuration, a user's error as one line, one writer a folder.
 
-Nothing heavy is imported here.
+Nothing heavy is imported here, and the schema only where a configuration is checked: carried runs have neither.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from finetune.config.check import SCRIPTS, check_script
 from finetune.config.launch import is_first_process
 from finetune.store import places
 from finetune.store.boundary import exit_with_message
-from finetune.store.experiment import read_checked
 from finetune.store.files import expand_home
 
 
@@ -36,6 +34,8 @@ def script(config_name: str) -> Callable[[Callable[[dict[str, Any]], Any]], Call
         import hydra
         from hydra.core.hydra_config import HydraConfig
         from omegaconf import DictConfig, OmegaConf
+
+        from finetune.config.check import SCRIPTS, check_script
 
         @hydra.main(version_base=None, config_path="../conf", config_name=config_name)
         @wraps(main)
@@ -107,6 +107,8 @@ def read_lists(path: str | Path, names: Sequence[str] = ("tasks", "seeds")) -> d
     Raises:
         ValueError: if the file, or a list, is missing, empty or none of an experiment.
     """
+    from finetune.store.experiment import read_checked
+
     content = read_checked(path)
     for name in names:
         if not content.get(name):

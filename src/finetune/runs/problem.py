@@ -20,8 +20,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune import models
-from finetune.config.check import check
-from finetune.config.scales import Point
 from finetune.data.examples import content_of
 from finetune.methods import Method, base_method, build_targets, deciding, needs_bases, with_own_choices
 from finetune.store import records
@@ -238,7 +236,7 @@ class Problem(ABC):
         for name in ("learning_rate", "batch_size"):
             value = next((place[name] for place in places if place.get(name) is not None), None)
             found[name] = for_method(value, config["method"], name)
-        check(Point, found)  # a search's record, or nothing, may stand behind them
+        _check_point(found)  # a search's record, or nothing, may stand behind it
         return found
 
     @property
@@ -329,6 +327,14 @@ class Problem(ABC):
             **{name: protocol[name] for name in ("patience", "weight_decay", "schedule", "max_grad_norm")},
             **own,
         )
+
+
+def _check_point(found: Mapping[str, Any]) -> None:
+    """Refuse what is no learning rate or batch size; a carried run has no schema to ask."""
+    for name, kind, allowed in (("learning_rate", int | float, "a number"), ("batch_size", int, "a whole number")):
+        value = found[name]
+        if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value!r}; allowed: {allowed} greater than 0.")
 
 
 @lru_cache(maxsize=1)

@@ -51,11 +51,15 @@ def is_list(name: str) -> bool:
     return PurePosixPath(name).name == "cell.json"
 
 
-def collect(results: Path) -> dict[str, bytes]:
+def collect(results: Path, origin: Mapping[str, Any]) -> dict[str, bytes]:
     """What stages wrote below ``results/<experiment>``, by its name there.
 
+    Args:
+        results: the folder.
+        origin: of :func:`finetune.store.origin.origin_of`.
+
     Raises:
-        ValueError: if there is nothing, a record is not sound, a list names none, or a run has two records.
+        ValueError: as :func:`check`; if there is nothing, or a list names a record that there is none of.
     """
     found = {}
     for path in sorted(results.rglob("*")):
@@ -64,7 +68,7 @@ def collect(results: Path) -> dict[str, bytes]:
             found[name] = path.read_bytes()
     if not found:
         raise ValueError(f"{results} holds nothing that a stage wrote: run the experiment first.")
-    check(results, found)
+    check(results, found, origin)
     for name in filter(is_list, found):
         if missing := [
             one for one in listed_records(results / name) if f"{PurePosixPath(name).parent}/{one}" not in found
@@ -73,15 +77,21 @@ def collect(results: Path) -> dict[str, bytes]:
     return found
 
 
-def check(results: Path, files: Mapping[str, bytes]) -> None:
-    """Refuse records that are not what a stage wrote, and two of one run.
+def check(results: Path, files: Mapping[str, bytes], origin: Mapping[str, Any]) -> None:
+    """Refuse records that are not what a stage wrote, those of another scale or protocol, and two of one run.
 
     Raises:
         ValueError: naming the file.
     """
     for name, content in files.items():
         if name.endswith(".json") and not is_list(name):
-            check_record(results / name, json.loads(content))
+            check_record(results / name, record := json.loads(content))
+            for key in ("protocol", "scale") if name.startswith(("runs/", "search/")) else ():
+                if record["run"][key] != origin["parts"][key]:
+                    raise ValueError(
+                        f"{results / name} is of {key} {record['run'][key]!r}, experiments/{origin['file']}.yaml names "
+                        f"{origin['parts'][key]!r}: give the experiment that it is of, or move it away."
+                    )
     twice = [run for run, count in Counter(filter(None, map(run_of, files))).items() if count > 1]
     if twice:
         raise ValueError(f"{results / twice[0]}-*.json: two records of one run; its stage, run again, settles it.")

@@ -62,7 +62,7 @@ def _wanted(lists: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     for key, cell in stages["efficiency"].items():
         yield f"efficiency@{key}", [f"efficiency/{cell['model']}/{task}.json" for task in cell["tasks"]]
     for key, cell in stages["energy"].items():
-        followed = read_yaml(CONF / "scale" / "energy" / f"{lists['scale']}.yaml")["trajectories"]
+        followed = read_yaml(CONF / "scale" / "energy" / f"{lists['measurements']}.yaml")["trajectories"]
         pairs = [f"{task}-{one}" for task in cell["tasks"] for one in followed]
         yield f"energy@{key}", [f"energy/{cell['model']}/{pair}.json" for pair in pairs]
     for stage in ("hosvd_cost", "cost_curves"):

@@ -18,7 +18,7 @@ _NO_CHOICES = ("stages", "tables", "figures", "stands_for", "launch", "workers")
 
 
 def origin_of(experiment: str | Path, conf: Path = CONF) -> dict[str, Any]:
-    """What an archive says of itself: experiment, configuration (a hash) and its parts, versions, commit.
+    """What an archive says of itself: experiment and its file, configuration (a hash) and parts, versions, commit.
 
     Args:
         experiment: a file of ``experiments/``.
@@ -33,6 +33,7 @@ def origin_of(experiment: str | Path, conf: Path = CONF) -> dict[str, Any]:
     parts |= {name: config_hash(content) for name, content in files.items() if name != "conf/base.yaml"}
     code = provenance()
     return {
+        "file": Path(experiment).stem,
         "experiment": given["name"],
         "configuration": config_hash(parts),
         "parts": parts,
@@ -43,7 +44,7 @@ def origin_of(experiment: str | Path, conf: Path = CONF) -> dict[str, Any]:
 
 
 def _files(given: Mapping[str, Any], conf: Path) -> Iterator[str]:
-    """The files of ``conf`` that decide an experiment's records; of sizes of its measurements those that there are."""
+    """The files of ``conf`` that decide an experiment's records."""
     yield "base"
     stages = given["stages"]
     for entry in [*stages["bases"].values(), *stages["train"].values()]:
@@ -53,8 +54,7 @@ def _files(given: Mapping[str, Any], conf: Path) -> Iterator[str]:
     if given["decoders"]:
         yield from ("mt_bench", f"judge/{given['judge']}", f"questions/{given['questions']}")
     for name in ("efficiency", "energy", "hosvd_cost", "cost_curves"):
-        sizes = f"scale/{name}/{given['scale']}"
-        yield from (one for one in (name, sizes) if (conf / f"{sizes}.yaml").is_file())
+        yield from (name, f"scale/{name}/{given['measurements']}")
 
 
 def check_origin(path: Path, there: Mapping[str, Any], here: Mapping[str, Any], accepted: str | None = None) -> None:

@@ -41,7 +41,7 @@ def pack(source: Path, archive: Path, root: Path = Path("results")) -> None:
 
         origin = origin_of(source)
     results = root / origin["experiment"]
-    files = collect(results)
+    files = collect(results, origin)
     size = write_archive(archive, origin, files)
     log.info("%s: %d files of %s, %.1f MB", archive, len(files), results, size / 1e6)
 

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
-from typing import Any
 
+from finetune.config.names import is_name
 from finetune.store import places
 from finetune.store.archive import check, is_list, read_archive, run_of
 from finetune.store.boundary import exit_with_message
@@ -29,7 +29,7 @@ from finetune.store.records import listed_records, write_json
 log = logging.getLogger("finetune.store.unpack")
 
 
-def unpack(archive: Path, accepted: str | None = None) -> dict[str, Any]:
+def unpack(archive: Path, accepted: str | None = None) -> Path:
     """Take an archive into the results of this checkout.
 
     Args:
@@ -37,19 +37,19 @@ def unpack(archive: Path, accepted: str | None = None) -> dict[str, Any]:
         accepted: beginning of another commit that counts as this one.
 
     Returns:
-        The experiment, expanded.
+        The experiment's file.
 
     Raises:
         ValueError: if it is not whole, of another configuration, version or commit; if a finished record here is
             another; if a stage is writing there.
     """
     origin, files = read_archive(archive)
-    source = Path("experiments") / f"{origin['experiment']}.yaml"
-    if not source.is_file():
-        raise ValueError(f"{archive} is of experiment {origin['experiment']!r}; there is no {source} here.")
-    check_origin(archive, origin, origin_of(source), accepted)
-    results = Path("results") / source.stem
-    check(results, files)
+    source = Path("experiments") / f"{origin['file']}.yaml"
+    if not is_name(origin["file"]) or not source.is_file():
+        raise ValueError(f"{archive} is of experiment {origin['file']!r}; there is no {source} here.")
+    check_origin(archive, origin, here := origin_of(source), accepted)
+    results = Path("results") / here["experiment"]
+    check(results, files, here)
     with ExitStack() as held:
         for place in sorted({_place(results, name) for name in files}):
             held.enter_context(places.locked(place, places.LOCKS))
@@ -59,7 +59,7 @@ def unpack(archive: Path, accepted: str | None = None) -> dict[str, Any]:
         for folder in sorted({PurePosixPath(name).parent for name in files}):
             taken += _list(results, folder, files)
     log.info("%s: %d of %d files taken, the others were here", archive, len(taken), len(files))
-    return load(source)
+    return source
 
 
 def _place(results: Path, name: str) -> Path:
@@ -150,6 +150,6 @@ def _list(results: Path, folder: PurePosixPath, files: Mapping[str, bytes]) -> l
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with exit_with_message():
-        given = unpack(Path(sys.argv[1]), *sys.argv[2:3])
-        write_params(Path("experiments") / f"{given['name']}.yaml", "params.yaml")
-        commit_complete(given)
+        source = unpack(Path(sys.argv[1]), *sys.argv[2:3])
+        write_params(source, "params.yaml")
+        commit_complete(load(source))

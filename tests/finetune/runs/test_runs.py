@@ -215,7 +215,7 @@ def test_values_by_hand_win_over_the_search_and_the_search_over_the_scale(config
     assert GlueProblem(found).hyperparameters(BEST | {"value": 0.1}) == BEST
     by_hand = GlueProblem(found | {"learning_rate": 5e-5})
     assert by_hand.hyperparameters(BEST) == {"learning_rate": 5e-5, "batch_size": 8}
-    with pytest.raises(ValueError, match="learning_rate=-0.1; allowed: greater than 0"):
+    with pytest.raises(ValueError, match="learning_rate=-0.1; allowed: a number greater than 0"):
         GlueProblem(found).hyperparameters(BEST | {"learning_rate": -0.1})
     found["scale"]["learning_rate"] = None
     with pytest.raises(ValueError, match="learning_rate=None; allowed: a number"):

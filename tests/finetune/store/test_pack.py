@@ -104,6 +104,21 @@ def test_nothing_and_unsound_records_are_not_packed(results):
         pack(Path("experiments/local.yaml"), Path("new.tar.xz"))
 
 
+def test_records_of_another_scale_are_not_packed_with_those_of_this(results):
+    Path("experiments/longer.yaml").write_text("extends: local\nname: local\nscale: paper\n")
+    with pytest.raises(ValueError, match=r"is of scale 'local', experiments/longer\.yaml names 'paper'"):
+        pack(Path("experiments/longer.yaml"), Path("new.tar.xz"))
+
+
+def test_a_file_of_another_name_takes_its_own_place(results, take):
+    before = contents(results)
+    Path("experiments/shorter.yaml").write_text("extends: local\nname: local\n")
+    pack(Path("experiments/shorter.yaml"), Path("all.tar.xz"))
+    shutil.rmtree(results)
+    take()
+    assert contents(results) == before
+
+
 def rebuilt(edit):
     """The archive again, its members, by name, as ``edit`` leaves them; some of another kind."""
     path = Path("all.tar.xz")
@@ -143,7 +158,8 @@ def manifest(**changes):
         (lambda members: members.pop("cost_curves.json"), "lacks cost_curves.json"),
         (lambda members: members.pop("manifest.json"), "damaged, or no archive of make pack"),
         (manifest(format=2), "of another format"),
-        (manifest(experiment="elsewhere"), "of experiment 'elsewhere'; there is no experiments/elsewhere.yaml"),
+        (manifest(file="elsewhere"), "of experiment 'elsewhere'; there is no experiments/elsewhere.yaml"),
+        (manifest(file="../x"), r"of experiment '\.\./x'"),
         (manifest(commit="--output=x"), "is of commit --output=x, here is a"),
         (manifest(commit=None), "is of an unknown commit"),
         (manifest(dirty=True), "with changes, here is a"),
