@@ -17,6 +17,7 @@ SCRIPTS: dict[str, Any] = {
     "efficiency": scripts.Efficiency,
     "energy": scripts.Energy,
     "mt_bench": scripts.MTBench,
+    "judge_agreement": scripts.JudgeAgreement,
     "hosvd_cost": scripts.HosvdCost,
     "cost_curves": scripts.CostCurves,
     "pretrain": reports.Pretrain,

@@ -10,7 +10,7 @@ from pydantic import model_validator
 
 from finetune.config.groups import Chat, Data, Judge, Method, Model, Questions
 from finetune.config.protocols import ChatProtocol, Protocol
-from finetune.config.scales import ChatScale, CurveScale, EfficiencyScale, EnergyScale, HosvdScale, Scale
+from finetune.config.scales import ChatScale, CurveScale, EfficiencyScale, EnergyScale, HosvdScale, Judging, Scale
 from finetune.config.types import (
     Count,
     Device,
@@ -27,6 +27,7 @@ from finetune.config.types import (
     Some,
     Text,
     Wandb,
+    Within,
     Workers,
     refused,
 )  # fmt: skip
@@ -165,6 +166,28 @@ class MTBench(Work):
     judge: Judge
     protocol: ChatProtocol
     scale: ChatScale
+
+
+class JudgingScale(Group):
+    """Of ``conf/judge_agreement.yaml``."""
+
+    judging: Judging
+
+
+class JudgeAgreement(Group):
+    """``conf/judge_agreement.yaml``."""
+
+    questions: Questions
+    judge: Judge
+    judgments: Within
+    models: Some[Text] | None
+    version: Count
+    part: Count | None
+    seed: Seed
+    scale: JudgingScale
+    output: PathText
+    checkpoints: PathText
+    progress: bool
 
 
 class HosvdCost(Work):

@@ -159,6 +159,8 @@ class JudgeClient:
     def _content(self, message: Mapping[str, Any]) -> str:
         """What the judge says in a message: its text, and of typed parts those of type text."""
         content, ended = message.get("content"), f"finish_reason {self.finish_reason!r}"
+        if self.finish_reason in CUT:
+            ended += ": see judge.max_tokens, of which reasoning takes its part"
         if isinstance(content, list):
             parts = [part for part in content if isinstance(part, Mapping)]
             texts = [part.get("text") for part in parts if part.get("type") in ("text", "output_text")]

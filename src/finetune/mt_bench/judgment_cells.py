@@ -42,13 +42,8 @@ def judge_cells(
         ValueError: if the configuration is wrong; or after everything is done, if answers are missing or more than
             ``allowed_failures`` judgments of a seed failed.
     """
-    group = config["questions"]
-    root = Path(group["root"]) / group["folder"]
-    file, held = root / group["questions"], None if group["references"] is None else root / group["references"]
-    questions = load_questions(file)
-    references = load_references(questions, held, group["reference_source"])
-    bench = Bench(questions, references, load_judge_prompts(root / group["judge_prompts"]))
-    with _judge(config["judge"] | {"progress": config["progress"]}) as options:
+    file, bench = read_bench(config["questions"])
+    with judge_of(config["judge"] | {"progress": config["progress"]}) as options:
 
         def work(own: Mapping[str, Any], seed: int) -> None:
             method = own["method"]["name"]
@@ -58,8 +53,17 @@ def judge_cells(
         each(config, methods, seeds, folder, work)
 
 
+def read_bench(group: Mapping[str, Any]) -> tuple[Path, Bench]:
+    """The file of the questions that a file of ``conf/questions`` names, and what all judgments of them share."""
+    root = Path(group["root"]) / group["folder"]
+    file, held = root / group["questions"], None if group["references"] is None else root / group["references"]
+    questions = load_questions(file)
+    references = load_references(questions, held, group["reference_source"])
+    return file, Bench(questions, references, load_judge_prompts(root / group["judge_prompts"]))
+
+
 @contextmanager
-def _judge(group: Mapping[str, Any]) -> Iterator[JudgeOptions]:
+def judge_of(group: Mapping[str, Any]) -> Iterator[JudgeOptions]:
     """Options of the judge, which is there while the block runs if the group says ``serve``."""
     fields = {name: value for name, value in group.items() if name not in SETTINGS}
     if not group["serve"]:
@@ -67,6 +71,14 @@ def _judge(group: Mapping[str, Any]) -> Iterator[JudgeOptions]:
         return
     with LocalJudge() as server:
         yield JudgeOptions(**fields | {"base_url": server.base_url, "api_key_env": None})
+
+
+def described(group: Mapping[str, Any], options: JudgeOptions) -> dict[str, Any]:
+    """A record's ``judge``."""
+    names = ("measures_quality", "temperature", "max_tokens", "repeats", "parsing")
+    endpoint = SERVED if group["serve"] else options.base_url
+    found = {"name": group["name"], "model": options.model, "endpoint": endpoint}
+    return found | {name: getattr(options, name) for name in names}
 
 
 def _judge_one(
@@ -84,16 +96,7 @@ def _judge_one(
     digest = bench.digest(options, config["version"])
     record = header(config, "judgments", seed, digest, file, bench.questions)
     record |= {
-        "judge": {
-            "name": config["judge"]["name"],
-            "model": options.model,
-            "endpoint": SERVED if config["judge"]["serve"] else options.base_url,
-            "measures_quality": options.measures_quality,
-            "temperature": options.temperature,
-            "max_tokens": options.max_tokens,
-            "repeats": options.repeats,
-            "parsing": options.parsing,
-        },
+        "judge": described(config["judge"], options),
         "answers": {
             name: sum(turns.count(True) for one in answers.values() if isinstance(turns := one.get(name), list))
             for name in ("cut", "refused")

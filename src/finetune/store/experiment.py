@@ -224,7 +224,9 @@ class _Stages:
         there |= {"mt_bench": given["decoders"], "examples.html": given["stands_for"]["llama2_7b"]}
         found = {kind.split(".")[0]: f"{self.results}/{kind}" if some else runs for kind, some in there.items()}
         questions = "/".join(self._folder("questions")) if given["decoders"] else runs
-        return {"runs": runs, **found, "questions": questions}
+        agreement = f"results/judges/{given['judge']}/agreement.json"
+        judge = agreement if given["decoders"] and Path(agreement).is_file() else runs
+        return {"runs": runs, **found, "questions": questions, "judge": judge}
 
     def _folder(self, group: str) -> tuple[str, str]:
         """Root and folder of a choice of a data group; SPARSEGRAD_DATA is for runs by hand."""

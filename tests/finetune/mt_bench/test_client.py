@@ -1,9 +1,11 @@
 """The judge's client: what it sends, what each fault means, and that its key is seen nowhere."""
 
 import dataclasses
+import email.utils
 import gzip
 import logging
 import socket
+import time
 import traceback
 
 import judge_endpoint as bench
@@ -123,6 +125,7 @@ def test_the_key_is_in_no_text_whatever_the_endpoint_sends_back(server, monkeypa
         *((bench.says(text), "empty .finish_reason 'stop'", 1) for text in (None, " \n", [], [1])),
         (bench.says(None, finish_reason="x" * 999), r"empty .finish_reason 'x{200}'\)$", 1),
         (bench.says(None, finish_reason=[1, {}]), "empty .finish_reason None", 1),
+        (bench.says("", finish_reason="length"), "empty .finish_reason 'length': see judge.max_tokens", 1),
         *((bench.says(text), "content is a (dict|int|bool), not a text", 1) for text in ({"text": "[[5]]"}, 5, True)),
         (bench.message(content=None, refusal="I\nwill not"), "the judge refuses: I will not", 1),
         (bench.message(content="", reasoning_content="[[5]]"), "holds no text, only reasoning or other parts", 1),
@@ -154,6 +157,13 @@ def test_a_passing_fault_is_retried_and_a_retry_after_is_kept(server):
         assert client.attempts == 2 and client.finish_reason == "stop"
     first, second = server.asked[1, 1]
     assert second - first >= 1
+
+
+def test_a_retry_after_that_is_a_date_is_kept(server):
+    until = int(time.time()) + 2
+    limited = bench.fails(429, "wait", headers=(("Retry-After", email.utils.formatdate(until, usegmt=True)),))
+    server.answer = lambda item, times: limited if times == 1 else bench.says(f"{time.time() >= until}")
+    assert ask(server) == "True" and len(server.requests) == 2
 
 
 @pytest.mark.parametrize(

@@ -339,6 +339,32 @@ def test_a_judgment_that_was_cut_has_no_rating(server, tmp_path, words, reason, 
         assert "cut" in json.loads(line)["error"] or "inside its reasoning" in json.loads(line)["error"]
 
 
+NEWER = {  # as endpoints of reasoning models answer
+    (1, 1): bench.message(content="Rating: [[3]]", reasoning_content="At first [[9]]."),
+    (1, 2): bench.message(content="Rating: [[4]]", reasoning="Or [[9]]?", refusal=None),
+    (2, 1): bench.says("<think>\nThe format is [[9]].\n</think>\n\nRating: [[5]]"),
+    (2, 2): bench.says("It could be [[9]].</think>Rating: [[6]]"),  # the opening mark was part of the prompt
+    (3, 1): bench.message(content=None, reasoning_content="Rating: [[9]]"),
+    (3, 2): bench.says(None, finish_reason="length"),
+    (4, 1): bench.says("<think>Rating: [[9]]", finish_reason="length"),
+    (4, 2): bench.says("<think>[[9]]</think> Rating: [[7]]"),
+}
+
+
+def test_a_newer_endpoint_is_spoken_to(lines, server, tmp_path):
+    server.answer = lambda item, times: NEWER[item]
+    asked = {"temperature": None, "max_tokens": 4096, "token_parameter": "max_completion_tokens"}
+    options = JudgeOptions("judge", server.base_url, max_retries=0, **asked)
+    questions = bench.questions(4)
+    references = load_references(questions, None, "questions")
+    folder = tmp_path / "judged"
+    counts = judge_answers(questions, references, bench.prompts(), bench.answers(4), "model", folder, options)
+    assert (counts["judged"], counts["failed"]) == (5, 3) and [line["score"] for line in lines()] == [3, 4, 5, 6, 7]
+    errors = {(line["question_id"], line["turn"]): line["error"] for line in lines("model.failures")}
+    assert "only reasoning" in errors[3, 1] and "see judge.max_tokens" in errors[3, 2] and "cut" in errors[4, 1]
+    assert all({*body} == {"model", "messages", "max_completion_tokens"} for body in server.requests)
+
+
 def test_where_the_judge_is_and_how_it_is_asked_changes_no_identity(judge, server):
     judge(repeats=2)
     with bench.Endpoint() as other:

@@ -74,10 +74,11 @@ def flat(score, questions=20):
     return {(81 + q, turn): score + (-1) ** q for q in range(questions) for turn in (1, 2)}
 
 
-def built(records=(), judgments=(), *, full=False, categories=None, **changes):
+def built(records=(), judgments=(), *, full=False, categories=None, agreements=(), **changes):
     models = {"llama2_7b": FULL} if full else {}
     experiment = replace(EXPERIMENT, **changes)
-    evidence = collect_evidence(experiment, records=records, judgments=judgments, models=models)
+    found = {"records": records, "judgments": judgments, "agreements": agreements}
+    evidence = collect_evidence(experiment, **found, models=models)
     return build_table(6, evidence, categories=categories)
 
 
@@ -181,8 +182,8 @@ def test_the_papers_own_model_is_compared():
     ("changes", "kind"),
     [
         ({"judge": {"measures_quality": False}}, "no_quality"),
-        ({"judge": {"model": "qwen"}}, "judge"),
-        ({"judge": {"model": "gpt-4.1-2025-04-14"}}, "judge"),
+        ({"judge": {"model": "qwen"}}, "judge no_agreement"),
+        ({"judge": {"model": "gpt-4.1-2025-04-14"}}, "judge no_agreement"),
         ({"questions": {"file": "question.jsonl"}}, "questions"),
         ({"questions": {"count": 21}}, "missing_judgments"),
         ({"scale": "local"}, "scale"),
@@ -190,7 +191,32 @@ def test_the_papers_own_model_is_compared():
 )
 def test_what_makes_a_score_not_comparable(changes, kind):
     cell = built([], [judged("full", 1, [flat(5)], model="llama2_7b", **changes)], **OWN).cell("Regular FT", SCORE)
-    assert (cell.verdict, kinds(cell)) == ("not comparable", {kind})
+    assert (cell.verdict, kinds(cell)) == ("not comparable", {*kind.split()})
+
+
+QWEN = {"name": "own", "model": "qwen", "parsing": "last", "temperature": 0, "max_tokens": 2048}
+THEIRS = {"agreement": {"items": 480, "spearman": 0.61, "pearson": None, "kappa": 0.5, "difference": -0.25,
+                        "unrated": 0.0125, "noise": 0.1, "models": {}}, "reference": {"judge": "gpt-4"}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("own", "known", "warned"),
+    [
+        (QWEN, QWEN, False),
+        (QWEN, QWEN | {"max_tokens": 256}, True),
+        (QWEN, None, True),
+        ({"model": "gpt-4"}, None, False),  # that others are held against
+        ({"measures_quality": False}, QWEN, False),  # that says so already
+    ],
+)
+def test_a_judge_stands_beside_its_agreement_or_a_warning(own, known, warned):
+    agreements = [] if known is None else [THEIRS | {"judge": known}]
+    table = built([], [judged("full", 1, [flat(5)], judge=own)], agreements=agreements)
+    cell, shown = table.cell("Regular FT", SCORE), own == known
+    assert ("no_agreement" in kinds(cell)) == warned == bool(notes(table, "warning"))
+    figures = "agreement with gpt-4 on 480 items: Spearman 0.610, Pearson not defined, quadratic weighted kappa 0.500"
+    assert [figures in text for text in notes(table, "agreement")] == [True] * shown
+    assert (figures in cell.sources["ours"]) == shown
 
 
 def test_protocol_and_weights_are_reasons_of_losses():

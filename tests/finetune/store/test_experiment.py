@@ -92,8 +92,8 @@ def test_several_decoders_have_their_own_cells_and_checkpoints(written):
 @pytest.mark.parametrize(
     ("text", "lacking"),
     [
-        (MINE, {"mt_bench", "questions", "examples"}),
-        ("decoders: [stories260k]\nseeds: [1]\n", {"search", "energy", "efficiency", "examples"}),
+        (MINE, {"mt_bench", "questions", "examples", "judge"}),
+        ("decoders: [stories260k]\nseeds: [1]\n", {"search", "energy", "efficiency", "examples", "judge"}),
     ],
 )
 def test_where_there_are_no_encoders_or_no_decoders_the_runs_stand_in(written, text, lacking):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune.mt_bench.agreement import read_agreements
 from finetune.mt_bench.judged import Judged, read_judgments
 from finetune.report.evidence.experiment import Experiment
 from finetune.store import catalog
@@ -86,6 +87,7 @@ class Evidence:
         runs: Finished runs by ascending seed.
         failed: Paths of the records of failed runs.
         judged: (model, method) -> judgments by ascending seed, all by one judge on one question file.
+        agreements: Records of judges that were validated (`finetune.mt_bench.agreement`).
         models: Name -> model configuration with `architecture`.
         left_out: Model -> sentences on records that no table can use.
     """
@@ -95,6 +97,7 @@ class Evidence:
     failed: Mapping[Key, tuple[str, ...]] = field(default_factory=dict)
     searches: Mapping[Key, Search] = field(default_factory=dict)
     judged: Mapping[tuple[str, str], tuple[Judged, ...]] = field(default_factory=dict)
+    agreements: tuple[Mapping[str, Any], ...] = ()
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -107,7 +110,7 @@ class Evidence:
 
 
 def read_evidence(experiment: Experiment, results: Path, conf: Path = catalog.CONF) -> Evidence:
-    """Collect what lies below `results/<name>`.
+    """Collect what lies below `results/<name>`, and the validated judges beside it.
 
     Raises:
         ValueError: As `collect_evidence`, or if a file is damaged.
@@ -117,6 +120,7 @@ def read_evidence(experiment: Experiment, results: Path, conf: Path = catalog.CO
         records=[(path.as_posix(), record) for path, record in files.iterate(results / "runs")],
         searches=[(p.as_posix(), files.read_record(p)) for p in sorted(results.glob("search/*/*/*.json"))],
         judgments=read_judgments(results / "mt_bench" / "judgments"),
+        agreements=read_agreements(results.parent),
         models=catalog.read_models(conf),
     )
 
@@ -127,6 +131,7 @@ def collect_evidence(
     records: Iterable[tuple[str, Mapping[str, Any]]] = (),
     searches: Iterable[tuple[str, Mapping[str, Any]]] = (),
     judgments: Iterable[Judged] = (),
+    agreements: Iterable[Mapping[str, Any]] = (),
     models: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Evidence:
     """Check and index what ran.
@@ -138,6 +143,7 @@ def collect_evidence(
         experiment: What the experiment names.
         records: (relative path, record) of each run; `searches` likewise.
         judgments: What `finetune.mt_bench.judged.read_judgments` found.
+        agreements: What `finetune.mt_bench.agreement.read_agreements` found.
         models: Name -> model configuration, for titles, table 1 and the shares of table 6.
 
     Raises:
@@ -157,6 +163,7 @@ def collect_evidence(
         failed=failed,
         searches=found,
         judged=_index_judged([(key[:2], by_path[path]) for path, key, _ in judged]),
+        agreements=tuple(agreements),
         models=models or {},
         left_out={model: tuple(sorted(lines)) for model, lines in left_out.items()},
     )

@@ -5,6 +5,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 
+from finetune.mt_bench.agreement import agreement_of, in_words
 from finetune.mt_bench.comparison import (
     PUBLISHED_NOISE,
     bootstrap_score,
@@ -37,7 +38,7 @@ def judged_cell(place: Place, frame: Frame) -> Cell:
     if not judged:
         return missing(place, frame, *short)
     ours = bootstrap_score([one.items() for one in judged], seed=frame.seed, categories=frame.categories)
-    reasons = [*reasons_against(place, frame.evidence, sizes=False), *_against_judge(judged), *short]
+    reasons = [*reasons_against(place, frame.evidence, sizes=False), *_against_judge(judged, frame.evidence), *short]
     verdict = verdicts.NOT_COMPARABLE
     if not reasons:
         difference = intervals.Difference(ours.mean - place.number.value)
@@ -48,11 +49,13 @@ def judged_cell(place: Place, frame: Frame) -> Cell:
         f"{', '.join(str(one.record['run']['seed']) for one in judged)}, bootstrap interval over questions, judge "
         f"{judge['model']}, median of {judge['repeats']} repeats"
     )
+    if judge["measures_quality"] and (known := agreement_of(judge, frame.evidence.agreements)):
+        how += f"; {in_words(known)}"
     fields = {"model": place.own, "records": tuple(one.path for one in judged)}
     return finish(place, frame.evidence.experiment.protocol, verdict, ours, how, reasons, **fields)
 
 
-def _against_judge(judged: Sequence[Judged]) -> list[Reason]:
+def _against_judge(judged: Sequence[Judged], evidence: Evidence) -> list[Reason]:
     """Say why judgments may not be compared with the paper's."""
     reasons = of_scale(one.record["run"]["scale"] for one in judged)
     judge, file = judged[0].record["judge"], judged[0].record["questions"]["file"]
@@ -60,6 +63,8 @@ def _against_judge(judged: Sequence[Judged]) -> list[Reason]:
         reasons.append(Reason("no_quality", "the judge's scores are no measure of quality"))
     elif not re.fullmatch(PAPER_JUDGE, judge["model"]):
         reasons.append(Reason("judge", f"judge {judge['model']} is not the paper's GPT-4"))
+        if agreement_of(judge, evidence.agreements) is None:
+            reasons.append(Reason("no_agreement", f"judge {judge['model']} has no record of agreement with another"))
     if file.rsplit("/", 1)[-1].removesuffix(".jsonl") != PAPER_QUESTIONS:
         reasons.append(Reason("questions", f"questions {file} are not the paper's {PAPER_QUESTIONS}"))
     return reasons
@@ -74,7 +79,7 @@ def judging_notes(evidence: Evidence, categories: Mapping[int, str] | None, seed
     everything = [one for found in evidence.judged.values() for one in found]
     if not everything:
         return [Note("judge", "Nothing was judged.")]
-    notes = [Note("judge", text) for text in _judge(everything)]
+    notes = [*(Note("judge", text) for text in _judge(everything)), *_agreement(everything, evidence)]
     for model in evidence.decoders:
         names = dict.fromkeys([*METHODS.values(), *evidence.experiment.named])
         methods = [name for name in names if judged.get((model, name))]
@@ -102,6 +107,24 @@ def _judge(everything: Sequence[Judged]) -> list[str]:
         f"first one named, and the last of the judge's own differ in {sum(one.differing for one in everything)}.",
         *(f"{one.path}: {one.shortfall()}." for one in everything if one.shortfall()),
         f"Prompts longer than the model's window: {cut} cut, {refused} refused.",
+    ]
+
+
+def _agreement(everything: Sequence[Judged], evidence: Evidence) -> list[Note]:
+    """How far the judge agrees with another one, or that nobody knows; of a rule there is nothing to say."""
+    judge = everything[0].record["judge"]
+    if not judge["measures_quality"]:
+        return []
+    if known := agreement_of(judge, evidence.agreements):
+        return [Note("agreement", f"Judge {judge['model']}: {in_words(known)}.")]
+    if re.fullmatch(PAPER_JUDGE, judge["model"]):  # judges are held against it
+        return []
+    return [
+        Note(
+            "warning",
+            f"The judge {judge['model']} has no record of agreement with another judge: what its scores are worth is "
+            "not known. Validate it: python experiments/judge_agreement.py.",
+        )
     ]
 
 
