@@ -27,6 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from finetune.plan.flops import blocks_of
 from finetune.training.losses import summed_loss
 from finetune.training.memory import Saved
 
@@ -112,8 +113,6 @@ def _blocks(model: nn.Module, found: Activations, causal: bool) -> Iterator[list
     Raises:
         ValueError: if the model has no blocks.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer  # what transformers checkpoints
-
     current: list[int] = []
 
     def enter(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -123,9 +122,7 @@ def _blocks(model: nn.Module, found: Activations, causal: bool) -> Iterator[list
         # transformers leaves the mask out where nothing is padded, but can't look into a fake tensor to see that.
         return args, kwargs | ({"attention_mask": None} if causal else {})
 
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no blocks that transformers can checkpoint.")
+    layers = blocks_of(model).values()
     hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
     hooks += [layer.register_forward_hook(lambda *_: current.clear()) for layer in layers]
     try:

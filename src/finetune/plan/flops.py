@@ -64,7 +64,7 @@ def cost_of(plain: nn.Module, method: Method, *, checkpointing: bool = False) ->
         ValueError: if the method refuses the model.
     """
     names = {target.name for target in method.targets.set_trainable(plain)}
-    blocks = _blocks(plain)
+    blocks = list(blocks_of(plain))
     inside, head = tuple(f"{name}." for name in blocks), plain.get_output_embeddings()
     forward = train = step = 0.0
     choices: Counter[tuple[float, float]] = Counter()
@@ -97,15 +97,19 @@ def hosvd_operations(shapes: Mapping[str, tuple[int, int]]) -> float:
     return sum(9.0 * (o**3 + i**3) for o, i in shapes.values())
 
 
-def _blocks(model: nn.Module) -> list[str]:
-    """Names of the transformer blocks.
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The transformer blocks by name: what transformers checkpoints, else the layers of the longest list of them.
 
     Raises:
         ValueError: if there are none.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    found = [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    found = {name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
+    if not found:  # MPNet
+        lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+        name = max(lists, key=lambda name: len(lists[name]), default=None)
+        found = {} if name is None else {f"{name}.{place}": layer for place, layer in enumerate(lists[name])}
     if not found:
         raise ValueError(f"{type(model).__name__} has no transformer blocks that its time could be calculated from.")
     return found

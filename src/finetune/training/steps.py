@@ -97,7 +97,8 @@ class Steps:
             if self.options.logits_chunk is None:
                 loss = summed_loss(self.wrapped(**batch).logits, labels)
             else:
-                loss = causal_outputs(self.wrapped, self.model, batch, labels, self.options.logits_chunk).sum()
+                with self.accelerator.autocast():  # the head is called outside of the model, which has its own
+                    loss = causal_outputs(self.wrapped, self.model, batch, labels, self.options.logits_chunk).sum()
         return scale.to(loss.dtype) * loss
 
     def _rows(self, step: int) -> list[int]:

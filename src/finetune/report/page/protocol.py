@@ -80,6 +80,8 @@ def as_run(inputs: PageInputs) -> Iterator[Grid]:
         found: dict[tuple[tuple[str, str], ...], dict[str, set[str]]] = {}
         for one in inputs.of_kind(kind):
             if treatment := one.content.get("treatment"):
+                half = {"selection": one.content["data"]["selection"]} if "selection" in one.content["data"] else {}
+                treatment = treatment | half
                 shown = tuple((key, _text(value)) for key, value in treatment.items())
                 places = found.setdefault(shown, defaultdict(set))
                 places[f"{one.run['model']}, {one.run['task']}"].add(inputs.labels.method(one.run["method"]))
