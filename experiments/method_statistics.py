@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune.report.evidence.evidence import read_evidence
 from finetune.report.evidence.experiment import load_experiment
-from finetune.report.statistics.families import Design
+from finetune.report.statistics.families import Design, Question
 from finetune.report.statistics.statistics_page import to_markdown
 from finetune.report.statistics.statistics_record import build_statistics
 from finetune.runs.command import script
@@ -28,10 +28,13 @@ def main(config: dict[str, Any]) -> None:
     experiment = load_experiment(config["experiment"], config["name"])
     for role in ("focus", "baseline"):
         check_names(role, [config[role]], experiment.labels.methods)
-    chosen = (config[name] for name in ("focus", "baseline", "seed", "samples"))
-    content = build_statistics(
-        read_evidence(experiment, results), Design(experiment.labels, experiment.methods, *chosen)
-    )
+    for question in config["questions"]:
+        named = question["second"] + ([] if question["first"] == "all" else question["first"])
+        check_names("questions", named, experiment.labels.methods)
+    chosen = {name: config[name] for name in ("focus", "baseline", "seed", "samples", "margin", "patience")}
+    questions = tuple(Question(**question) for question in config["questions"])
+    design = Design(experiment.labels, experiment.methods, **chosen, questions=questions)
+    content = build_statistics(read_evidence(experiment, results), design)
     json, page = results / "statistics.json", results / "statistics.md"
     records.write_json(json, content)
     write_atomically(page, to_markdown(content))

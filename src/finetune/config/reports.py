@@ -129,6 +129,29 @@ class Examples(Group):
     questions: Questions
 
 
+Margin = Annotated[
+    Annotated[Positive, Tag("<one>")] | Annotated[Literal["control"], Tag("<text>")], Discriminator(kind)
+]
+
+
+class Margins(Group):
+    """Of ``conf/statistics.yaml``: differences that do not matter, in points and nats."""
+
+    score: Margin
+    loss: Margin
+
+
+class Question(Group):
+    """Of ``conf/statistics.yaml``: methods that are compared."""
+
+    ask: Text
+    first: Annotated[
+        Annotated[Some[Name], Tag("<list>")] | Annotated[Literal["all"], Tag("<text>")],
+        Discriminator(lambda value: "<list>" if isinstance(value, list) else kind(value)),
+    ]
+    second: Some[Name]
+
+
 class Statistics(Group):
     """``conf/statistics.yaml``."""
 
@@ -138,6 +161,9 @@ class Statistics(Group):
     baseline: Name
     seed: Seed
     samples: Count
+    margin: Margins
+    patience: Count
+    questions: list[Question]
 
 
 class Root(Group):
@@ -213,6 +239,37 @@ class Rows(Group):
     source: Text | None = None
 
 
+class Typical(Group):
+    """Of ``conf/plan.yaml``: score and standard deviation over seeds, in percent."""
+
+    score: Annotated[float, Ge(0), Le(100)]
+    spread: NotNegative
+
+
+class TypicalLoss(Group):
+    """Of ``conf/plan.yaml``: standard deviations over seeds and over rows, in nats."""
+
+    spread: NotNegative
+    rows: NotNegative
+
+
+class Correlation(Group):
+    """Of ``conf/plan.yaml``: of two methods."""
+
+    seeds: Below1
+    rows: Below1
+
+
+class Detectable(Group):
+    """Of ``conf/plan.yaml``: what least detectable differences rest on."""
+
+    accuracy: Typical
+    matthews_correlation: Typical
+    pearson: Typical
+    loss: TypicalLoss
+    correlation: Correlation
+
+
 class Plan(Group):
     """``conf/plan.yaml``."""
 
@@ -232,6 +289,7 @@ class Plan(Group):
     judge: JudgeCosts
     rows: dict[Name, Annotated[Annotated[Rows, Tag("<mapping>")] | Annotated[Text, Tag("<text>")], Discriminator(kind)]]
     blocks: dict[Name, Rows]
+    detectable: Detectable
 
 
 class TrustKills(Group):

@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune.methods import needs_bases
 from finetune.plan.actual import Taken, taken
+from finetune.plan.detectable import detectable_differences
 from finetune.plan.experiment import Experiment
 from finetune.plan.flops import Cost
 from finetune.plan.throughput import Processor, Throughput, published_facts, recorded_facts
@@ -42,6 +43,7 @@ def plan_experiment(experiment: Experiment, cards: Sequence[Processor], settings
         "preparing": preparing,
         "touched": settings["touched"],
         "disk": _disk(experiment, memory),
+        "detectable": detectable_differences(experiment, settings["detectable"]),
         "judging": _judging(experiment, settings),
         "actual": _beside(rows, taken(results, name, cards), cards),
         "sources": dict(sorted(experiment.sources.items())),

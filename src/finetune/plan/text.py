@@ -9,6 +9,8 @@ from typing import Any
 import jinja2
 
 from finetune.plan.throughput import CALCULATED, MEASURED, SCALED, UNKNOWN
+from finetune.stats.detectable import POWER
+from finetune.stats.verdicts import LEVEL
 
 MARKS = {MEASURED: "", SCALED: "~", CALCULATED: "*", UNKNOWN: "?"}
 COMPONENTS = {
@@ -37,6 +39,8 @@ def plan_text(plan: Mapping[str, Any], unplanned: Sequence[str]) -> str:
         plan=plan,
         unplanned=unplanned,
         components=COMPONENTS,
+        power=POWER,
+        level=LEVEL,
         cards=list(cards),
         limited=[name for name, card in cards.items() if card["memory"] is not None],
         totals=list(plan["totals"].values()),

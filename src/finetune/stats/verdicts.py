@@ -46,3 +46,34 @@ def of_test(difference: float, p: float | None, *, lower_is_better: bool = False
     if p is None or p > LEVEL:
         return NOT_SEPARATED
     return FIRST_BETTER if (difference > 0) != lower_is_better else SECOND_BETTER
+
+
+BETTER = "better"
+WORSE = "worse"
+EQUAL = "equal"
+UNDECIDED = "undecided"
+
+EQUIVALENCES = {
+    BETTER: "the first method's score is the better one",
+    WORSE: "the second method's is",
+    EQUAL: "the difference lies within the margin stated before the runs",
+    UNDECIDED: "too few seeds or examples to say either",
+}
+"""What a test of equivalence says of two methods -> its meaning."""
+
+
+def of_equivalence(value: float, p: float | None, p_equal: float | None, *, lower_is_better: bool = False) -> str:
+    """Say whether a method is better than another, worse, or equal within the margin.
+
+    A difference that is there and within the margin is `equal`: the margin says what does not matter.
+
+    Args:
+        value: First minus second.
+        p: Corrected p-value that the difference is 0; `None` where no test was possible.
+        p_equal: Corrected p-value that it is beyond the margin; likewise.
+        lower_is_better: Whether a smaller value is the better one.
+    """
+    if p_equal is not None and p_equal <= LEVEL:
+        return EQUAL
+    separated = of_test(value, p, lower_is_better=lower_is_better)
+    return {FIRST_BETTER: BETTER, SECOND_BETTER: WORSE}.get(separated, UNDECIDED)

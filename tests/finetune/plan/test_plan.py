@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 import runpy
 import shutil
 import socket
 from dataclasses import astuple, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from finetune.efficiency.variants import VARIANTS, Build, make_trainee, random_bases, train_step
 from finetune.methods import build_method, with_own_choices
 from finetune.plan.actual import taken
+from finetune.plan.detectable import detectable_differences
 from finetune.plan.estimate import plan_experiment
 from finetune.plan.experiment import Experiment
 from finetune.plan.flops import Cost, cost_of, hosvd_operations
@@ -24,6 +27,7 @@ from finetune.plan.memory import meta_model
 from finetune.plan.text import plan_text
 from finetune.plan.throughput import Fact, Processor, Throughput, published_facts, recorded_facts
 from finetune.plan.work import Decoding, Decomposition, Training
+from finetune.published import released_scores
 from finetune.store import records
 from finetune.store.experiment import expand
 from sparsegrad import core_shape
@@ -435,6 +439,38 @@ def test_extensions_of_a_grid_are_at_most_and_runs_side_by_side_share_a_card(tmp
     assert "3 runs side by side" in plan_text(plan, [])
 
 
+def test_least_differences_that_seeds_and_rows_find(tmp_path):
+    assumed = SETTINGS["detectable"]
+    rte, _, both = detectable_differences(experiment_of(tmp_path), assumed)
+    assert (rte["seeds"], rte["rows"], rte["metric"], rte["measured"]) == (3, 277, "accuracy", True)
+    assert both["task"] is None and both["least"] < rte["least"]
+    scores = [
+        [*released_scores(model, method, "rte").values()]
+        for model in ("bert_base", "roberta_base")
+        for method in ("full", "lora", "sparsegrad")
+    ]
+    assert {len(cell) for cell in scores} == {5}
+    spread = np.sqrt(np.var(scores, axis=1, ddof=1).mean())
+    assert (rte["score"], rte["spread"]) == (pytest.approx(np.mean(scores)), pytest.approx(spread))
+    # Three pairs find 3.264 standard deviations with 80 % power (statsmodels), a normal test 2.8016 standard errors.
+    by_seeds = 3.264044 * math.sqrt(2) * spread
+    by_rows = 2.801585 * math.sqrt(2 * (1 - 0.5) * rte["score"] * (100 - rte["score"]) / 277)
+    assert rte["least"] == pytest.approx(math.hypot(by_seeds, by_rows), rel=1e-5)
+    lists = LISTS | {"seeds": [1], "decoders": ["stories260k"], "decoder_seeds": [1, 2]}
+    *encoder, decoder = detectable_differences(experiment_of(tmp_path, lists), assumed)
+    assert [row["least"] for row in encoder] == [None, None, None]
+    assert decoder["metric"] == "loss" and 0.01 < decoder["least"] < 0.2
+
+
+def test_a_half_that_reports_has_half_the_rows(tmp_path):
+    def halved(group, name):
+        return read(group, name) | ({"selection": "half"} if group == "scale" else {})
+
+    assumed = SETTINGS["detectable"]
+    whole, half = (detectable_differences(experiment_of(tmp_path, read=one), assumed)[0] for one in (read, halved))
+    assert (whole["rows"], half["rows"]) == (277, 138) and half["least"] > whole["least"]
+
+
 def test_money_only_where_prices_are_set(tmp_path):
     plan = planned(tmp_path)
     assert all(total["money"] is None for total in plan["totals"].values())
@@ -472,6 +508,7 @@ def test_a_card_that_is_too_small_is_said(tmp_path):
     for memory, fits in ((peak + 1e9, True), (peak + 1e9 - 1, False)):  # beside the reserve
         assert replace(small, memory=memory).fits(peak) is fits
     text = plan_text(plan, ["pretrain"])
+    assert re.search(r"bert_base +mean over tasks +3 +[\d.]+\n", text)
     assert "NO" in text and "no run stops early" in text and "dataset card of nyu-mll/glue" in text
     assert "Not estimated (minutes): pretrain." in text
 

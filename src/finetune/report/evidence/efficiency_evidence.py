@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.published import TASKS
-from finetune.report.evidence.evidence import is_number, put_once, read_key, status_of, wrong_names
+from finetune.report.evidence.evidence import put_once, wrong_names
 from finetune.report.evidence.experiment import Experiment
+from finetune.report.evidence.run import is_number, read_key, status_of
 from finetune.report.paper.layouts import stands_for
 from finetune.store import records as files
 

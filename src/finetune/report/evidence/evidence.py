@@ -4,7 +4,6 @@
 (model, method, task, seed); failed runs and files left out stay listed, to be named under the tables.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 from finetune.mt_bench.agreement import read_agreements
 from finetune.mt_bench.judged import Judged, read_judgments
 from finetune.report.evidence.experiment import Experiment
+from finetune.report.evidence.run import KINDS, Run, diverged, is_number, read_key, read_run, status_of
 from finetune.store import catalog
 from finetune.store import records as files
 
@@ -22,44 +22,6 @@ Key = tuple[str, str, str]
 
 CHAT_TASK = "oasst1"
 """The task of every run of a decoder."""
-
-_KINDS = {"train": "trainable_per_layer", "llama": "total"}
-"""Kind of a training run (a task of GLUE, a decoder on dialogues) -> the count that its table needs beside
-`trainable`."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished training run.
-
-    Attributes:
-        score: `metric` on the validation split: in percent, of a decoder the best loss in nats a token.
-        scale: Sizes and steps: `smoke`, `local` or `paper`.
-        version: Version of the configuration.
-        trainable_per_layer: Entries of one wrapped MLP matrix that a step updates, mean over the wrapped matrices.
-        matrix: Entries of one wrapped MLP matrix; `None` where the record's configuration does not tell.
-        total: Number of parameters of the model; 0 where the record does not tell.
-    """
-
-    path: str
-    model: str
-    title: str
-    task: str
-    seed: int
-    score: float
-    metric: str
-    scale: str
-    version: int
-    random_weights: bool
-    trainable: int
-    trainable_per_layer: float
-    matrix: int | None = None
-    total: int = 0
-
-    @property
-    def share(self) -> float:
-        """Trainable parameters in percent of the model."""
-        return 100 * self.trainable / self.total
 
 
 @dataclass(frozen=True)
@@ -86,6 +48,7 @@ class Evidence:
     Attributes:
         runs: Finished runs by ascending seed.
         failed: Paths of the records of failed runs.
+        diverged: Those among them whose loss or gradient was not finite.
         judged: (model, method) -> judgments by ascending seed, all by one judge on one question file.
         agreements: Records of judges that were validated (`finetune.mt_bench.agreement`).
         models: Name -> model configuration with `architecture`.
@@ -95,6 +58,7 @@ class Evidence:
     experiment: Experiment
     runs: Mapping[Key, tuple[Run, ...]] = field(default_factory=dict)
     failed: Mapping[Key, tuple[str, ...]] = field(default_factory=dict)
+    diverged: frozenset[str] = frozenset()
     searches: Mapping[Key, Search] = field(default_factory=dict)
     judged: Mapping[tuple[str, str], tuple[Judged, ...]] = field(default_factory=dict)
     agreements: tuple[Mapping[str, Any], ...] = ()
@@ -151,7 +115,7 @@ def collect_evidence(
             several judges or question files are mixed.
     """
     left_out: dict[str, list[str]] = {}
-    runs, failed = _index_runs(_used(records, experiment, (*_KINDS,), left_out))
+    runs, failed, not_finite = _index_runs(_used(records, experiment, (*KINDS,), left_out))
     found: dict[Key, Search] = {}
     for path, key, result in _used(searches, experiment, ("search",), left_out):
         put_once(found, key, path, _search(path, result), "search")
@@ -161,6 +125,7 @@ def collect_evidence(
         experiment=experiment,
         runs=runs,
         failed=failed,
+        diverged=not_finite,
         searches=found,
         judged=_index_judged([(key[:2], by_path[path]) for path, key, _ in judged]),
         agreements=tuple(agreements),
@@ -198,17 +163,19 @@ def put_once(found: dict[Any, Any], key: Any, path: str, value: Any, what: str) 
     found[key] = value
 
 
-def _index_runs(used) -> tuple[dict[Key, tuple[Run, ...]], dict[Key, tuple[str, ...]]]:
-    """Index the finished runs by ascending seed, one per seed, and the paths of the failed ones."""
+def _index_runs(used) -> tuple[dict[Key, tuple[Run, ...]], dict[Key, tuple[str, ...]], frozenset[str]]:
+    """Index the finished runs by ascending seed, one per seed, and the paths of the failed and the diverged ones."""
     runs: dict[tuple, Run] = {}
     failed: dict[Key, list[str]] = {}
+    not_finite = set()
     for path, key, record in used:
         if status_of(path, record) == "failed":
             failed.setdefault(key, []).append(path)
+            not_finite |= {path} if diverged(record) else set()
         else:
-            run = _run(path, record)
+            run = read_run(path, record)
             put_once(runs, (*key, run.seed), path, run, "record")
-    return _by_seed(runs), {key: tuple(sorted(paths)) for key, paths in failed.items()}
+    return _by_seed(runs), {key: tuple(sorted(paths)) for key, paths in failed.items()}, frozenset(not_finite)
 
 
 def _by_seed(found: Mapping[tuple, Any]) -> dict[Any, tuple]:
@@ -217,38 +184,6 @@ def _by_seed(found: Mapping[tuple, Any]) -> dict[Any, tuple]:
     for (*key, seed), value in found.items():
         groups.setdefault(tuple(key), {})[seed] = value
     return {key: tuple(seeds[seed] for seed in sorted(seeds)) for key, seeds in groups.items()}
-
-
-def _run(path: str, record: Mapping[str, Any]) -> Run:
-    """Read a finished run."""
-    run = {name: read_key(path, record, "run", name) for name in ("model", "task", "seed", "scale", "kind")}
-    kind, seed = run.pop("kind"), run["seed"]
-    decoder, score, version = kind == "llama", read_key(path, record, "score"), read_key(path, record, "version")
-    if not is_number(score) or not (score >= 0 if decoder else -1 <= score <= 1):
-        allowed = "a loss >= 0" if decoder else "a finite score in [-1, 1] (a fraction, not percent)"
-        raise ValueError(
-            f"{path}: score is {score!r}; a finished run has {allowed}: repair the run or set its status to 'failed'"
-        )
-    for name in ("trainable", _KINDS[kind]):
-        read_key(path, record, "parameters", name)
-    counts = {name: record["parameters"].get(name, 0) for name in ("trainable", "trainable_per_layer", "total")}
-    good = all(is_number(count) and count >= 0 for count in counts.values())
-    good = good and (not decoder or 0 < counts["trainable"] <= counts["total"])
-    if not good or not isinstance(seed, int) or not isinstance(version, int):
-        raise ValueError(f"{path}: seed={seed!r}, version={version!r}, {counts}; integers and counts >= 0 are needed")
-    architecture = record.get("config", {}).get("model", {}).get("architecture", {})
-    sides = [architecture.get(name) for name in ("hidden_size", "intermediate_size")]
-    return Run(
-        path=path,
-        title=read_key(path, record, "model", "title"),
-        score=float(score) if decoder else 100 * score,
-        metric=read_key(path, record, "metric"),
-        version=version,
-        random_weights=bool(read_key(path, record, "model", "random_weights")),
-        matrix=sides[0] * sides[1] if all(isinstance(side, int) for side in sides) else None,
-        **run,
-        **counts,
-    )
 
 
 def _search(path: str, result: Mapping[str, Any]) -> Search:
@@ -281,26 +216,3 @@ def _index_judged(pairs: Iterable[tuple[tuple[str, str], Judged]]) -> dict[tuple
             "run the judgments stage again for all methods"
         )
     return _by_seed(found)
-
-
-def status_of(path: str, record: Mapping[str, Any]) -> str:
-    """Return `finished` or `failed`, or refuse a record of another schema or status."""
-    schema, status = read_key(path, record, "schema"), read_key(path, record, "status")
-    if schema != 1 or status not in ("finished", "failed"):
-        raise ValueError(f"{path}: schema={schema!r}, status={status!r}; schema 1, 'finished' or 'failed' are read")
-    return status
-
-
-def read_key(path: str, content: Any, *keys: str) -> Any:
-    """Read a nested key, or say which one is missing where."""
-    value = content
-    for key in keys:
-        if not isinstance(value, Mapping) or key not in value:
-            raise ValueError(f"{path}: there is no {'.'.join(keys)!r}; write the file again, or leave it out")
-        value = value[key]
-    return value
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.published import TASKS
-from finetune.report.evidence.evidence import is_number, read_key
+from finetune.report.evidence.run import is_number, read_key
 from finetune.report.labels import Labels
 from finetune.store import records
 

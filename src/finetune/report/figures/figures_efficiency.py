@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from finetune.report.evidence.efficiency_evidence import EfficiencyEvidence, Measured
-from finetune.report.evidence.evidence import read_key
+from finetune.report.evidence.run import read_key
 from finetune.report.figures.figure_style import (
     GREY,
     Mark,

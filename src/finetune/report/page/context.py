@@ -13,6 +13,7 @@ from finetune.published import discrepancies
 from finetune.report.figures.table_panels import table_panels
 from finetune.report.page import protocol, records
 from finetune.report.page.blocks import Block, Items, Paragraph
+from finetune.report.page.equivalence import equivalence_blocks
 from finetune.report.page.findings import findings
 from finetune.report.page.inputs import PageInputs
 from finetune.report.page.missing import missing, why_no_table
@@ -100,7 +101,8 @@ def _none(text: str) -> Paragraph:
 
 def _statistics(inputs: PageInputs) -> list[Block]:
     if inputs.statistics is not None:
-        return [*statistics_blocks(inputs.statistics, inputs.labels)]
+        made = statistics_blocks, equivalence_blocks
+        return [block for blocks in made for block in blocks(inputs.statistics, inputs.labels)]
     return [_none(f"Not run: results/{inputs.experiment['name']}/statistics.json is missing.")]
 
 

@@ -4,8 +4,8 @@ The experiment's own methods with each other; each of them with every control; e
 a form of, and with the one that it extends. Each family has its own Holm correction.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -13,6 +13,24 @@ from finetune.report.labels import Labels
 
 METHODS, CONTROL, VARIANTS = "methods", "methods over", "variants of"
 """Kinds of families; the last two are of one method."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about methods, of `conf/statistics.yaml`: does one of the first beat one of the second?
+
+    Attributes:
+        first: Names of methods, or `all`: every one that ran and is not among the second.
+    """
+
+    ask: str
+    first: tuple[str, ...] | str
+    second: tuple[str, ...]
+
+    def pairs(self, ran: Sequence[str]) -> list[tuple[str, str]]:
+        """The pairs of methods that both ran."""
+        first = [name for name in ran if name not in self.second] if self.first == "all" else self.first
+        return [(one, other) for one in first for other in self.second if one in ran and other in ran]
 
 
 @dataclass(frozen=True)
@@ -26,6 +44,9 @@ class Design:
         baseline: The method that is the second of all of its own.
         seed: Seed of bootstraps and of sampled sign patterns.
         samples: Number of bootstrap resamples; ten times as many sign patterns.
+        margin: `score` in points and `loss` in nats: the largest difference that does not matter. `control`: standard
+            deviation of the control's scores over seeds.
+        patience: Evaluations without a better score after which a run would have stopped.
     """
 
     labels: Labels
@@ -34,6 +55,9 @@ class Design:
     baseline: str = "full"
     seed: int = 0
     samples: int = 10_000
+    margin: Mapping[str, float | str] = field(default_factory=lambda: {"score": 1.0, "loss": 0.01})
+    patience: int = 3
+    questions: tuple[Question, ...] = ()
 
 
 @dataclass(frozen=True)

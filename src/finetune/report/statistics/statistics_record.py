@@ -16,6 +16,7 @@ from finetune.report.evidence.evidence import Evidence
 from finetune.report.paper import printed_averages, released_check
 from finetune.report.paper.layouts import GLUE_TABLES, METHODS, PAPER_MODELS, PAPER_RUNS, printed_places
 from finetune.report.statistics import method_comparison
+from finetune.report.statistics.equivalence import build_equivalence
 from finetune.report.statistics.families import Design
 from finetune.stats import paired, verdicts
 
@@ -29,7 +30,8 @@ def build_statistics(evidence: Evidence, design: Design) -> dict[str, Any]:
     Returns:
         JSON values: among them `methods` and `tasks` (name -> label, tasks in the order of columns), `runs` (one entry
         a model), `decoders` (likewise, of losses), `logs` (one a model with logs), `averages` (the printed ones),
-        `average_counts` (verdict -> number of distinct rows) and `cells` (printed against logs).
+        `average_counts` (verdict -> number of distinct rows) and `cells` (printed against logs); `equivalence` where
+        records hold predictions.
     """
     averages = printed_averages.check_averages()
     named = {*METHODS.values(), *(method for _, method, _ in evidence.runs)}
@@ -60,7 +62,8 @@ def build_statistics(evidence: Evidence, design: Design) -> dict[str, Any]:
         "cell_counts": released_check.counts(logged),
         "exchange": _exchange(design.seed),
     }
-    return plain(content)
+    tested = build_equivalence(evidence, design)
+    return plain(content | ({"equivalence": tested} if tested else {}))
 
 
 def plain(value: Any) -> Any:
