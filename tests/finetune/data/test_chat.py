@@ -6,6 +6,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+import yaml
 from fastchat.conversation import conv_templates, get_conv_template
 from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -204,7 +205,12 @@ GEMMA = """{{ bos_token }}{% for message in messages %}
 {%- set role = 'model' if message.role == 'assistant' else message.role %}
 {{- '<start_of_turn>' + role + '\n' + message.content | trim + '<end_of_turn>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
-OWN = {"chatml": (CHATML, "<|im_start|>", "<|im_end|>"), "gemma": (GEMMA, "<start_of_turn>", "<end_of_turn>")}
+GEMMA_FILE = Path(__file__).parents[3] / "conf" / "model" / "gemma3_270m.yaml"  # which brings a template along
+OWN = {
+    "chatml": (CHATML, "<|im_start|>", "<|im_end|>"),
+    "gemma": (GEMMA, "<start_of_turn>", "<end_of_turn>"),
+    "gemma3_270m": (yaml.safe_load(GEMMA_FILE.read_text())["chat_template"], "<start_of_turn>", "<end_of_turn>"),
+}
 
 
 @pytest.fixture
@@ -265,6 +271,7 @@ def test_a_message_cannot_forge_a_turn_of_an_own_template(name, text, carrying):
     [
         (None, "carries no chat template .* FastChat's, such as: llama-2"),
         ("{% for m in messages %}{{ m.content }} {% endfor %}", "holds no special token"),
+        ("{% if %}", r"refuses turns of user and assistant \(Expected an expression"),
         ("{{ raise_exception('tools only') }}", r"refuses turns of user and assistant \(tools only\)"),
         ("{% if messages | length > 2 %}{{ nothing.there }}{% endif %}", "refuses turns of user and assistant"),
     ],

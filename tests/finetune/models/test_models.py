@@ -263,6 +263,12 @@ def test_broken_tokenizer_files(name, content, told, group, copy):
         models.load_tokenizer(group(checkpoint=str(copy)), "")
 
 
+def test_a_models_file_may_bring_a_chat_template_along(group, chat_root):
+    at = group(checkpoint=str(chat_root / "models" / "tiny"))
+    assert models.load_tokenizer(at | {"chat_template": "{{ messages[0].content }}"}, "").chat_template.startswith("{{")
+    assert models.load_tokenizer(at, "").chat_template is None
+
+
 def test_a_decoder_judges_the_last_token_that_is_no_padding(group, chat_root):
     at = group(checkpoint=str(chat_root / "models" / "tiny"))
     model = models.load_classifier(at, "", 2, 0, pad_token_id=2).eval()
