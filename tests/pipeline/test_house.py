@@ -18,7 +18,7 @@ from finetune.store.records import iterate
 
 pytestmark = pytest.mark.timeout(1200)  # half a minute on free cores
 ROOT = Path(__file__).resolve().parents[2]
-METHOD = {"name": "dora", "label": "DoRA", "base": "peft", "config": "LoraConfig", "arguments": {"use_dora": True}}
+METHOD = {"name": "shards", "label": "MiSS", "base": "peft", "config": "MissConfig", "match": "r"}
 TASK = {"title": "WNLI", "columns": ["sentence1", "sentence2"], "num_labels": 2, "metric": "accuracy"}
 DECODER = {
     "name": "tiny_qwen",
@@ -31,7 +31,7 @@ EXPERIMENT = {
     "data": "generated",
     "tasks": ["cola", "wnli"],
     "seeds": [1, 2],
-    "methods": ["full", "sparsegrad", "dora"],
+    "methods": ["full", "sparsegrad", "shards"],
     "models": ["tiny_bert"],
     "decoders": ["tiny_llama", "tiny_qwen"],
     "decoder_seeds": [1],
@@ -92,7 +92,7 @@ def house(run_in, tmp_path_factory):
     for name, changes in SIZES.items():
         edit(folder / name, changes)
     # The three additions.
-    (folder / "conf/method/dora.yaml").write_text(yaml.safe_dump(METHOD))
+    (folder / "conf/method/shards.yaml").write_text(yaml.safe_dump(METHOD))
     edit(folder / "conf/data/generated.yaml", {"tasks": {"wnli": TASK}})
     llama = yaml.safe_load((folder / "conf/model/tiny_llama.yaml").read_text())
     (folder / "conf/model/tiny_qwen.yaml").write_text(yaml.safe_dump(merged(llama, DECODER)))
@@ -131,23 +131,23 @@ def test_they_have_records(results):
 
 def test_they_stand_in_the_tables(results):
     scores = read_table(results / "tables" / "table_09.json")
-    for row in ("Regular FT", "SparseGrad", "DoRA"):
+    for row in ("Regular FT", "SparseGrad", "MiSS"):
         cell = scores.cell(row, "WNLI")
         assert cell is not None and cell.value is not None and cell.n == 2 and not cell.paper, row
-    assert scores.cell("DoRA", "CoLA").value is not None
+    assert scores.cell("MiSS", "CoLA").value is not None
     tables = [read_table(path) for path in sorted((results / "tables").glob("table_06*.json"))]
     cells = [cell for table in tables for cell in table.cells if cell.model == "tiny_qwen"]
-    assert any("DoRA" in cell.row and cell.quantity == "loss" and cell.value is not None for cell in cells)
+    assert any("MiSS" in cell.row and cell.quantity == "loss" and cell.value is not None for cell in cells)
 
 
 def test_they_stand_in_the_statistics(results):
     statistics = json.loads((results / "statistics.json").read_text())
     (entry,) = statistics["runs"]
-    assert set(entry["comparison"]["methods"]["dora"]["tasks"]) == {"cola", "wnli"}
+    assert set(entry["comparison"]["methods"]["shards"]["tasks"]) == {"cola", "wnli"}
     pairs = {(p["first"], p["second"]) for family in entry["comparison"]["families"] for p in family["pairs"]}
-    assert ("sparsegrad", "dora") in pairs
+    assert ("sparsegrad", "shards") in pairs
     assert {decoder["model"] for decoder in statistics["decoders"]} == {"tiny_llama", "tiny_qwen"}
-    assert all("dora" in decoder["comparison"]["methods"] for decoder in statistics["decoders"])
+    assert all("shards" in decoder["comparison"]["methods"] for decoder in statistics["decoders"])
 
 
 def test_they_stand_in_the_figure(results):
@@ -158,13 +158,15 @@ def test_they_stand_in_the_figure(results):
 def test_they_stand_in_the_plan(house):
     plan = json.loads((house / "outputs/plan/house.json").read_text())
     steps = {(s["model"], s["method"]): (s["runs"], s["steps"]) for s in plan["stages"] if s["stage"] == "train"}
-    assert steps["tiny_bert", "dora"] == (4, 16) and steps["tiny_qwen", "dora"] == (1, 2)
-    assert {("tiny_bert", "dora"), ("tiny_qwen", "dora")} < {(one["model"], one["method"]) for one in plan["memory"]}
+    assert steps["tiny_bert", "shards"] == (4, 16) and steps["tiny_qwen", "shards"] == (1, 2)
+    assert {("tiny_bert", "shards"), ("tiny_qwen", "shards")} < {
+        (one["model"], one["method"]) for one in plan["memory"]
+    }
     assert "files in" in plan["sources"]["rows of wnli"]
 
 
 def test_they_stand_on_the_page(results):
     page = (results / "report.html").read_text()
-    assert all(page.count(word) > 2 for word in ("DoRA", "WNLI", "tiny Qwen"))
+    assert all(page.count(word) > 2 for word in ("MiSS", "WNLI", "tiny Qwen"))
     page = (results / "examples.html").read_text()
-    assert all(word in page for word in ("DoRA", "tiny Qwen", "not a measure of quality"))
+    assert all(word in page for word in ("MiSS", "tiny Qwen", "not a measure of quality"))

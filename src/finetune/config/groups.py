@@ -18,6 +18,7 @@ from finetune.config.types import (
     Name,
     NotNegative,
     PathText,
+    Pattern,
     Positive,
     Seed,
     Sha256,
@@ -110,6 +111,24 @@ class PeftMethod(OtherMethod):
     config: Text = "LoraConfig"
     arguments: dict[str, Any] = {}
     dropout: Below1 = 0.0
+    match: Name | None = None
+    seeded: Name | None = None
+    freeze: list[Pattern] = []
+
+    @model_validator(mode="after")
+    def _chooses_once(self) -> Self:
+        for option in ("match", "seeded"):
+            if (name := getattr(self, option)) in self.arguments:
+                raise refused(f"{option}={name} sets this argument; arguments gives it too: leave one of them out")
+        return self
+
+
+class RandomEntriesMethod(OtherMethod):
+    """A file of ``conf/method`` with the base ``random_entries``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    redraw: bool = False
 
 
 class SparseGradMethod(OtherMethod):
@@ -134,7 +153,7 @@ class SparseGradMethod(OtherMethod):
         return self
 
 
-_METHODS = {"full": "full", "meprop": "meprop", "lora": "peft", "peft": "peft", "sparsegrad": "sparsegrad"}
+_METHODS = {name: name for name in ("full", "meprop", "peft", "random_entries", "sparsegrad")} | {"lora": "peft"}
 
 
 def _base(method: Any) -> str:
@@ -146,6 +165,7 @@ Method = Annotated[
     Annotated[FullMethod, Tag("<full>")]
     | Annotated[MePropMethod, Tag("<meprop>")]
     | Annotated[PeftMethod, Tag("<peft>")]
+    | Annotated[RandomEntriesMethod, Tag("<random_entries>")]
     | Annotated[SparseGradMethod, Tag("<sparsegrad>")]
     | Annotated[OtherMethod, Tag("<other>")],
     Discriminator(_base),

@@ -19,5 +19,5 @@ def is_name(text: object) -> bool:
 
 def method_modules() -> list[str]:
     """The modules of :mod:`finetune.methods` that implement a method, read from their folder."""
-    folder = Path(__file__).parents[1] / "methods"
-    return sorted(module.name for module in pkgutil.iter_modules([str(folder)]) if module.name not in ("base", "costs"))
+    folder, shared = Path(__file__).parents[1] / "methods", ("adapters", "base", "costs")
+    return sorted(module.name for module in pkgutil.iter_modules([str(folder)]) if module.name not in shared)

@@ -51,7 +51,8 @@ def _method_class(base: str) -> type[Method]:
 
 
 def _modules() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in ("base", "costs"))
+    shared = ("adapters", "base", "costs")
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in shared)
 
 
 def deciding(method: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,20 +97,21 @@ def build_method(
     bases: Mapping[str, Basis] | None = None,
     one_backward_a_step: bool = False,
     device: str = "cuda",
+    seed: int = 0,
 ) -> Method:
     """The method that a configuration names.
 
     Args:
         method, model, protocol: the configuration groups.
         bases: by layer kind; a method that rotates gradients needs them.
-        one_backward_a_step, device: see :class:`finetune.methods.base.Configuration`.
+        one_backward_a_step, device, seed: see :class:`finetune.methods.base.Configuration`.
 
     Raises:
         ValueError: on an unknown method, or one that refuses the configuration.
     """
     base = base_method(method)
     targets = build_targets(base, model, protocol)
-    given = Configuration(method, model, protocol, targets, bases, one_backward_a_step, device)
+    given = Configuration(method, model, protocol, targets, bases, one_backward_a_step, device, seed)
     return _method_class(base).from_config(given)
 
 

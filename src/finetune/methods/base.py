@@ -81,6 +81,7 @@ class Configuration:
         bases: by layer kind, for methods that need them.
         one_backward_a_step: no accumulation and one process, so that a gradient may be selected in the backward pass.
         device: type of the one that trains.
+        seed: of the run, for what a method draws.
     """
 
     method: Mapping[str, Any]
@@ -90,6 +91,7 @@ class Configuration:
     bases: Mapping[str, Basis] | None = None
     one_backward_a_step: bool = False
     device: str = "cuda"
+    seed: int = 0
 
 
 @dataclass(frozen=True)

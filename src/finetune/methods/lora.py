@@ -21,7 +21,7 @@ class LoRA(PEFT):
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def entries(self, shape: Shape) -> int:
-        return self.arguments["r"] * (shape[0] + shape[1])
+        return self._arguments(shape)["r"] * (shape[0] + shape[1])
 
     def operations(self, shape: Shape) -> Operations:
         return Operations(6.0 * self.entries(shape))  # and no gradient of the frozen weight

@@ -2,26 +2,47 @@
 
 ``config`` names a configuration class of the installed PEFT, ``arguments`` are its own. Classes of LoRA's family take
 rank and scale from model and protocol unless ``arguments`` says otherwise, so that DoRA is LoRA with one more switch.
-What such a matrix trains and computes is counted on one that PEFT wraps, so that no adapter needs a formula here.
+``match`` names the argument that sets an adapter's size: of each matrix it is what brings the trained numbers nearest
+to SparseGrad's k, so that all methods have as many. What a matrix trains and computes is counted on one that PEFT
+wraps (:mod:`finetune.methods.adapters`), so that no adapter needs a formula here.
 """
 
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import lru_cache
-from typing import Any, Self
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self, cast
 
 import peft
-import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from finetune.methods.base import Configuration, Method
+from finetune.methods import adapters
+from finetune.methods.base import Configuration, Method, kept_entries
 from finetune.methods.costs import Operations, Shape
+
+
+@dataclass(frozen=True)
+class Match:
+    """The argument that is chosen by matrix, and what its trained numbers are to come near to.
+
+    Attributes:
+        name: of the argument: a whole number, with which the trained numbers grow.
+        k, density: entries that a sparse method keeps of a matrix.
+        lora_rank: of plain LoRA; as many numbers as it trains an adapter may, where it can't have fewer.
+        lora_scale: for an adapter of LoRA's family whose alpha follows from its rank (:func:`lora_alpha`).
+    """
+
+    name: str
+    k: int | None
+    density: float | None
+    lora_rank: int
+    lora_scale: str | float | None = None
+
+    def arguments(self, size: int) -> dict[str, Any]:
+        """Those that follow from the size."""
+        alpha = {} if self.lora_scale is None else {"lora_alpha": lora_alpha(self.lora_scale, size)}
+        return {self.name: size} | alpha
 
 
 @dataclass(frozen=True)
@@ -31,26 +52,37 @@ class PEFT(Method):
     Attributes:
         config: name of the class.
         arguments: of it; ``target_modules`` are set from the targets.
+        match: of the argument that is chosen by matrix.
+        freeze: regular expressions searched in the names of the adapters' parameters: what they find stays as drawn.
     """
 
     config: str
     arguments: Mapping[str, Any]
+    match: Match | None = None
+    freeze: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: Configuration) -> Self:
-        name = config.method.get("config", "LoraConfig")
-        given = dict(config.method.get("arguments", {}))
-        if issubclass(_config_class(name), peft.LoraConfig):
+        method, name = config.method, config.method.get("config", "LoraConfig")
+        given = dict(method.get("arguments", {}))
+        of_lora = issubclass(adapters.config_class(name), peft.LoraConfig)
+        match = _match(config, of_lora) if method.get("match") else None
+        if of_lora:
             given = _lora_arguments(config) | given
-        return cls(config.targets, name, given)
+        if method.get("seeded"):
+            given[method["seeded"]] = config.seed
+        return cls(config.targets, name, given, match, tuple(method.get("freeze", ())))
 
     def prepare(self, model: nn.Module) -> nn.Module:
         targets = self.targets.set_trainable(model)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         wrapped = {target.name for target in targets}
-        self._check_rank(min(min(target.shape) for target in targets))
         # Full names, not suffixes: it must wrap exactly the matrices that SparseGrad wraps.
-        model = wrap(model, self.config, self.arguments, sorted(wrapped))
+        parts: dict[str, tuple[dict[str, Any], list[str]]] = {}
+        for target in sorted(targets, key=lambda target: target.name):
+            arguments = self._arguments(target.shape)
+            parts.setdefault(json.dumps(arguments), (arguments, []))[1].append(target.name)
+        model = adapters.wrap(model, self.config, list(parts.values()), self.freeze)
         for name, parameter in model.get_base_model().named_parameters():
             plain = name.replace(".base_layer.", ".")
             if plain in trained and plain.removesuffix(".weight") not in wrapped:
@@ -61,12 +93,10 @@ class PEFT(Method):
         return model.merge_and_unload()
 
     def entries(self, shape: Shape) -> int:
-        return sum(p.numel() for p in self._alone(shape).parameters() if p.requires_grad)
+        return adapters.trained_numbers(self.config, self._arguments(shape), shape, self.freeze)
 
     def operations(self, shape: Shape) -> Operations:
-        layer = self._alone(shape)
-        few, more = (_operations(layer, shape, tokens) for tokens in (2, 4))
-        return Operations((more - few) / 2, 2 * few - more)
+        return adapters.operations(self.config, self._arguments(shape), shape, self.freeze)
 
     def backward_bytes(self, shape: Shape, positions: int, width: int) -> int:
         return super().backward_bytes(shape, positions, width) + positions * width * min(shape)  # the adapter's share
@@ -74,32 +104,34 @@ class PEFT(Method):
     def evaluation_bytes(self, shape: Shape, positions: int, width: int) -> int:
         return super().evaluation_bytes(shape, positions, width) + positions * width * max(shape)
 
-    def _alone(self, shape: Shape) -> nn.Module:
-        return _wrapped_alone(self.config, json.dumps(dict(self.arguments), sort_keys=True), shape)
+    def _arguments(self, shape: Shape) -> dict[str, Any]:
+        """Of a matrix of this shape.
 
-    def _check_rank(self, limit: int) -> None:
-        if issubclass(_config_class(self.config), peft.LoraConfig) and not 1 <= (rank := self.arguments["r"]) <= limit:
-            raise ValueError(f"lora_rank={rank}; allowed: 1 to {limit} for these matrices.")
+        Raises:
+            ValueError: if a rank of LoRA's family is out of range, or no size fits.
+        """
+        found = dict(self.arguments)
+        if self.match is not None:
+            found |= self.match.arguments(self._nearest_size(found, shape))
+        if issubclass(adapters.config_class(self.config), peft.LoraConfig) and not 1 <= found["r"] <= min(shape):
+            raise ValueError(f"lora_rank={found['r']}; allowed: 1 to {min(shape)} for these matrices.")
+        return found
 
+    def _nearest_size(self, given: Mapping[str, Any], shape: Shape) -> int:
+        match = cast(Match, self.match)
+        k, most = kept_entries(match.k, match.density, shape), match.lora_rank * sum(shape)
 
-def wrap(model: nn.Module, config: str, arguments: Mapping[str, Any], names: Sequence[str]) -> nn.Module:
-    """The model with an adapter on the layers of these names, and nothing but adapters trainable.
+        def trained(size: int) -> int:
+            return adapters.trained_numbers(self.config, {**given, **match.arguments(size)}, shape, self.freeze)
 
-    Raises:
-        ValueError: if PEFT refuses the arguments or the layers, or what it wraps can't be merged.
-    """
-    made = _config_class(config)
-    try:
-        wrapped = peft.get_peft_model(model, made(**arguments, target_modules=list(names)))
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        text = " ".join(str(error).split())
-        raise ValueError(f"peft's {config} with {dict(arguments)} refuses these matrices: {text}") from None
-    found = {name for name, m in wrapped.get_base_model().named_modules() if isinstance(m, BaseTunerLayer)}
-    if found != set(names):
-        raise ValueError(f"peft's {config} wraps {len(found)} of {len(names)} matrices: it is for other layers.")
-    if not hasattr(wrapped.base_model, "merge_and_unload"):
-        raise ValueError(f"peft's {config} can't be merged into the weights, so it gives no plain model.")
-    return wrapped
+        size = adapters.nearest_size(trained, k, limit=shape[0] * shape[1])
+        if not k / 2 <= (found := trained(size)) <= 2 * max(k, most):
+            raise ValueError(
+                f"method.match={match.name}: peft's {self.config} trains {found} numbers of a matrix of shape "
+                f"{tuple(shape)} at {match.name}={size}, and no size comes nearer to k={k}: give "
+                f"arguments.{match.name} in its place, or another density."
+            )
+        return size
 
 
 def lora_alpha(scale: str | float, rank: int) -> float:
@@ -122,45 +154,8 @@ def _lora_arguments(config: Configuration) -> dict[str, Any]:
     return {"r": rank, "lora_alpha": lora_alpha(config.protocol["lora_scale"], rank), "lora_dropout": dropout}
 
 
-def _config_class(name: str) -> type[peft.PeftConfig]:
-    """A configuration class of the installed PEFT that wraps layers.
-
-    Raises:
-        ValueError: if there is none of that name.
-    """
-    wraps = {
-        found.__name__: found
-        for found in vars(peft).values()
-        if isinstance(found, type)
-        and issubclass(found, peft.PeftConfig)
-        and "target_modules" in {field.name for field in fields(found)}
-    }
-    if name not in wraps:
-        raise ValueError(
-            f"method.config={name!r}; peft {peft.__version__} wraps layers by: {', '.join(sorted(wraps))}."
-        )
-    return wraps[name]
-
-
-@lru_cache(maxsize=32)
-def _wrapped_alone(config: str, arguments: str, shape: Shape) -> nn.Module:
-    """One wrapped matrix without memory; real zeros for adapters that must look at values."""
-    for device in ("meta", "cpu"):
-        with torch.device(device):
-            alone = nn.Sequential(OrderedDict(target=nn.Linear(shape[1], shape[0], bias=False))).requires_grad_(False)
-            try:
-                return wrap(alone, config, json.loads(arguments), ["target"])
-            except ValueError:
-                if device == "cpu":
-                    raise
-    raise AssertionError
-
-
-def _operations(layer: nn.Module, shape: Shape, tokens: int) -> float:
-    """Operations of forward and backward pass beyond the plain product and its input's gradient."""
-    device = next(layer.parameters()).device
-    x = torch.empty(tokens, shape[1], device=device, requires_grad=True)
-    with FlopCounterMode(display=False) as counter:
-        y = layer(x)
-        y.backward(torch.empty_like(y))
-    return float(counter.get_total_flops() - 4 * tokens * shape[0] * shape[1])
+def _match(config: Configuration, of_lora: bool) -> Match:
+    method, protocol, rank = config.method, config.protocol, config.model["lora_rank"]
+    own_alpha = "lora_alpha" in method.get("arguments", {})
+    scale = protocol["lora_scale"] if of_lora and not own_alpha else None
+    return Match(method["match"], config.model["k"], protocol["density"], rank, scale)

@@ -74,7 +74,7 @@ def measure(model: nn.Module, rows: int, tokens: int, *, precision: str) -> Acti
 
     found, causal = Activations(), model.get_output_embeddings() is not None
     options = {"use_cache": False} if causal else {}
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):  # an adapter may hold real indices beside its parameters
         own = _give_fake_tensors(model.train())
         with _blocks(model, found, causal) as current, _saved(model, found, own, current):
             ids = torch.zeros(rows, tokens, dtype=torch.long)
@@ -147,14 +147,13 @@ def _saved(model: nn.Module, found: Activations, own: set[int], current: list[in
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
         yield
     counted = set(own)
-    for held, block in places.items():
-        storage, tensor = held.tensor.untyped_storage(), held.tensor
+    for held, storage in ((one, storage) for one in places for storage in one.storages()):
         if storage._cdata in counted:
             continue
         counted.add(storage._cdata)
-        if tuple(tensor.shape) in weights and tensor.dtype == torch.bfloat16:
+        if tuple(held.tensor.shape) in weights and held.tensor.dtype == torch.bfloat16:
             found.copies += storage.nbytes()
-        elif block is not None:
+        elif (block := places[held]) is not None:
             found.blocks[block] += storage.nbytes()
         else:
             found.outside += storage.nbytes()

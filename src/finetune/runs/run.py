@@ -192,7 +192,7 @@ def _method(
         collected = problem.collect(model, run.task, run.seed, device)
         bases, facts = collected.bases(), collected.facts
     config = problem.config
-    how = {"one_backward_a_step": one_backward, "device": device.type}
+    how = {"one_backward_a_step": one_backward, "device": device.type, "seed": run.seed}
     method = build_method(config["method"], config["model"], config["protocol"], bases=bases, **how)
     return method, {name: value for name, value in facts.items() if name != "content"}
 

@@ -44,6 +44,12 @@ class Saved:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
+    def storages(self) -> list[torch.UntypedStorage]:
+        """Of the tensor; of a sparse one, which has none, those of its indices and values."""
+        tensor = self.tensor.detach()
+        parts = (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
+        return [part.untyped_storage() for part in parts]
+
 
 @contextmanager
 def saved_activations(model: nn.Module, notes: dict[str, int | None], active: bool) -> Iterator[None]:
@@ -63,7 +69,7 @@ def saved_activations(model: nn.Module, notes: dict[str, int | None], active: bo
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
         yield
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    storages = {s.data_ptr(): s.nbytes() for s in (held.tensor.untyped_storage() for held in saved)}
+    storages = {storage.data_ptr(): storage.nbytes() for held in saved for storage in held.storages()}
     found = sum(size for pointer, size in storages.items() if pointer not in own)
     notes["saved_activations"] = max(notes.get("saved_activations") or 0, found)
 

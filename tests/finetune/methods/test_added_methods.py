@@ -60,7 +60,7 @@ def first(gradient, k):
 ADDED = {
     "rows": {"base": "added.rows", "every": 2},
     "first": {"base": "sparsegrad", "form": "folded", "matmul": "regular", "select": "added.rule.first"},
-    "dora": {},
+    "dora": {"label": "DoRA", "base": "peft", "config": "LoraConfig", "arguments": {"use_dora": True}},
     "loha": {"base": "peft", "config": "LoHaConfig", "arguments": {"r": 2, "alpha": 4}},
 }
 
@@ -75,9 +75,8 @@ def conf(tmp_path, monkeypatch):
     (package / "rule.py").write_text(RULE)
     monkeypatch.syspath_prepend(package.parent)
     for name, content in ADDED.items():
-        if content:
-            text = yaml.safe_dump({"name": name, "label": name.title()} | content)
-            (folder / "method" / f"{name}.yaml").write_text(text)
+        text = yaml.safe_dump({"name": name, "label": name.title()} | content)
+        (folder / "method" / f"{name}.yaml").write_text(text)
     return folder
 
 
@@ -207,7 +206,10 @@ def test_a_class_that_peft_lacks_or_that_can_not_wrap_is_refused(kind, arguments
 @pytest.mark.parametrize(
     ("group", "text"),
     [
-        ({"base": "nothing"}, "method='nothing'; allowed: full, lora, meprop, peft, sparsegrad, or the dotted path"),
+        (
+            {"base": "nothing"},
+            "method='nothing'; allowed: full, lora, meprop, peft, random_entries, sparsegrad, or the dotted path",
+        ),
         ({"base": "no.such.module"}, "method='no.such.module'; allowed"),
         ({"base": "finetune.methods.costs"}, "method='finetune.methods.costs'; allowed"),  # holds no method
         ({"base": "base"}, "method='base'; allowed"),

@@ -81,6 +81,7 @@ def assert_same_run(one, other):
 @pytest.mark.parametrize(
     ("name", "override"),
     [("full", None), ("lora", None), ("meprop", None), ("meprop", "protocol.meprop_optimizer=adamw"),
+     *((name, None) for name in ("shira", "miss", "lora_fa", "random_entries", "random_entries_redrawn")),
      *(("sparsegrad", f"method.form={form}") for form in ("folded", "rotated", "truncated"))],
 )  # fmt: skip
 def test_run_killed_in_an_epoch_goes_on_bit_for_bit(name, override, start, spy):
