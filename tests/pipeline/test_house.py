@@ -152,7 +152,7 @@ def test_they_stand_in_the_statistics(results):
 
 def test_they_stand_in_the_figure(results):
     svg = (results / "figures" / "methods_scores.svg").read_text()
-    assert ">DoRA, AVG<" in svg and ">WNLI<" in svg
+    assert ">MiSS, AVG<" in svg and ">WNLI<" in svg
 
 
 def test_they_stand_in_the_plan(house):
