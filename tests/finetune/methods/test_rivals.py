@@ -7,7 +7,7 @@ import torch
 from finetune.config.check import check_group
 from finetune.methods.adapters import nearest_size
 from finetune.methods.base import count_parameters
-from finetune.training.evaluation import summed_loss
+from finetune.training.losses import summed_loss
 
 UP, DOWN = (64, 32), (32, 64)
 K = 410  # of 64 x 32 entries, at a density of 0.2
