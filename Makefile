@@ -21,9 +21,9 @@ help: ## what can be made
 	.venv/bin/python -m compileall -q -j 0 .venv/lib || true
 	touch $@
 
-repro: .venv/installed ## run EXPERIMENT (smoke, local, paper, paper_released): every stage that is not up to date
+repro: .venv/installed ## run EXPERIMENT (smoke, local, paper, paper_released): every stage that is not up to date; MINUTES=9: for so long
 	python -m finetune.store.experiment experiments/$(EXPERIMENT).yaml params.yaml
-	dvc repro
+	$(if $(MINUTES),python -m finetune.runs.slices params.yaml --dvc --minutes $(MINUTES),dvc repro)
 
 plan: .venv/installed ## time by kind of card, memory, disk and judge calls that EXPERIMENT needs; after it, what it took
 	python experiments/plan.py experiment=experiments/$(EXPERIMENT).yaml

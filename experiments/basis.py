@@ -11,9 +11,9 @@ from finetune.runs.command import script
 
 @script("glue")
 def main(config: dict[str, Any]) -> None:
-    from finetune.runs import cells
+    from finetune.runs import cells, preliminary
 
-    cells.basis_cell(cells.Cell.of(config))
+    preliminary.basis_cell(cells.Cell.of(config))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from finetune.models.tokenizers import train_tokenizer
 from finetune.report.evidence.evidence import collect_evidence
 from finetune.report.evidence.experiment import load_experiment
 from finetune.report.tables.tables import build_table
-from finetune.runs import cells
+from finetune.runs import cells, preliminary
 from finetune.store import records
 from finetune.store.experiment import expand, read_experiment
 from sparsegrad import Basis
@@ -76,8 +76,8 @@ def test_one_cell_of_each_stage_runs_at_bert_bases_true_size(overrides):
         problem = cells.make_problem(composed(*arguments, "method=sparsegrad", *more))
         return cells.Cell(problem, ["cola"], [42], results)
 
-    cells.gradients_cell(cell())
-    cells.basis_cell(cell())
+    preliminary.gradients_cell(cell())
+    preliminary.basis_cell(cell())
     cells.train_cell(cell(f"basis={results}/basis/bert_base"))
 
     folder = results / "runs" / "bert_base" / "sparsegrad"

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator
 
-from finetune.config.types import Count, Group, Name, Seed, Text, Unique, refused
+from finetune.config.types import Count, Group, Name, Seed, Text, Unique, Workers, refused
 
 
 def _command(text: str) -> str:
@@ -39,6 +39,7 @@ class ExperimentFile(Group):
     questions: Name = "-"
     judge: Name = "-"
     launch: Annotated[Text, AfterValidator(_command)] = "python"
+    workers: Workers = "auto"
     generate: bool = False
     pretrain: Unique[Name] = []
     stands_for: dict[Literal["bert_base", "roberta_base", "roberta_large", "llama2_7b"], Name | None] = {}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Hashable, Mapping
 from difflib import get_close_matches
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import (
@@ -167,4 +167,23 @@ ForMethod = Annotated[
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
 Wandb = Literal["offline", "online", "disabled"]
-Workers = Annotated[Annotated[Count, Tag("<one>")] | Annotated[Literal["auto"], Tag("<text>")], Discriminator(kind)]
+
+
+class Pool(Group):
+    """Who runs what is independent, and how many at a time. What ``slurm`` may hold is submitit's to check."""
+
+    executor: Literal["local", "slurm"]
+    count: Count
+    slurm: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _asks_whom_it_names(self) -> Self:
+        if self.slurm and self.executor != "slurm":
+            raise refused(f"executor={self.executor!r} with options of slurm; allowed: executor: slurm")
+        return self
+
+
+Workers = Annotated[
+    Annotated[Count, Tag("<one>")] | Annotated[Literal["auto"], Tag("<text>")] | Annotated[Pool, Tag("<mapping>")],
+    Discriminator(kind),
+]

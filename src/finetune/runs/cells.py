@@ -8,32 +8,25 @@ from __future__ import annotations
 
 import logging
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from finetune.config.launch import is_first_process, processes
-from finetune.models.merged import read_merged
 from finetune.runs.chat import ChatProblem
-from finetune.runs.command import only_writer, read_lists
+from finetune.runs.command import only_writer, read_lists, read_workers
 from finetune.runs.glue import GlueProblem
-from finetune.runs.problem import Problem, Run, for_task
-from finetune.runs.record_content import named
-from finetune.runs.run import forget, run_once
+from finetune.runs.problem import Problem, Run
+from finetune.runs.work import Done, Work, run_missing
 from finetune.runs.workers import Workers, run_all, warm_up
 from finetune.store import places, records
-from finetune.tracking.results import send_search
-from finetune.training import gradients
-from finetune.training.loop import NonFiniteLoss
-from finetune.training.processes import make_accelerator
-from sparsegrad import Basis, load_tensors, save_bases, save_tensors
+from finetune.training.loop import OutOfTime
 
 log = logging.getLogger(__name__)
 PROBLEMS: dict[str, type[Problem]] = {"glue": GlueProblem, "chat": ChatProblem}
@@ -55,16 +48,33 @@ class Cell:
     results: Path
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Cell:
+    def of(cls, config: Mapping[str, Any], loads: dict[str, Any] | None = None) -> Cell:
         """The cell that a composed configuration and the experiment file ``cell`` name.
+
+        Args:
+            config: ``workers: auto`` is what the experiment says.
+            loads: what cells of one process share.
 
         Raises:
             ValueError: if the file is missing or lacks a list.
         """
-        problem = make_problem(config)
-        lists = read_lists(config["cell"] or "params.yaml", problem.lists)
+        file = config["cell"] or "params.yaml"
+        given = read_workers(file) if config["workers"] == "auto" else config["workers"]
+        problem = make_problem({**config, "workers": given}, loads)
+        lists = read_lists(file, problem.lists)
         *tasks, seeds = lists.values()
         return cls(problem, tasks[0] if tasks else [problem.task], seeds, Path("results") / config["name"])
+
+    def check_seeds(self) -> None:
+        """Refuse the seed that the search had.
+
+        Raises:
+            ValueError: if it is one of them.
+        """
+        protocol = self.problem.config["protocol"]
+        if self.problem.searches and protocol["search_seed"] in self.seeds:
+            seeds = list(self.seeds)
+            raise ValueError(f"seed {protocol['search_seed']} is the search's; seeds={seeds} must be others.")
 
     def folder(self, kind: str) -> Path:
         """A folder of this model and method: ``search``, ``runs`` or ``models``."""
@@ -80,9 +90,9 @@ class Cell:
         return only_writer(runs, self.problem.config["checkpoints"], *others)
 
 
-def make_problem(config: Mapping[str, Any]) -> Problem:
+def make_problem(config: Mapping[str, Any], loads: dict[str, Any] | None = None) -> Problem:
     """The problem that ``problem`` names."""
-    return PROBLEMS[config["problem"]](config)
+    return PROBLEMS[config["problem"]](config, loads)
 
 
 def run_by_hand(config: Mapping[str, Any]) -> float:
@@ -95,7 +105,9 @@ def run_by_hand(config: Mapping[str, Any]) -> float:
     run = Run(problem.task, config["seed"], problem.hyperparameters())
     folder = Path(config["output"]) / problem.place
     places.check_writable(folder)
-    ((path, record),) = _run_missing(problem, [run], folder, folder, Workers(threads=config["threads"])).items()
+    if config["threads"] is not None:
+        torch.set_num_threads(config["threads"])
+    path, record = run_missing(problem, run, folder, folder)
     if record["status"] != "finished":
         raise ValueError(f"{path}: {record['error']}")
     before = f" (before: {record['baseline']['loss']:.4f})" if problem.baseline else ""
@@ -109,58 +121,145 @@ def train_cell(cell: Cell) -> None:
     Raises:
         ValueError: if a seed was the search's, or any run failed (after all others are done).
     """
-    protocol = cell.problem.config["protocol"]
-    if cell.problem.searches and protocol["search_seed"] in cell.seeds:
-        raise ValueError(f"seed {protocol['search_seed']} is the search's; seeds={list(cell.seeds)} must be others.")
+    cell.check_seeds()
     with cell.writer():
-        if cell.problem.searches:
-            _search_missing(cell)
-        _train_missing(cell)
+        run_cells([cell]).check()
 
 
-def _train_missing(cell: Cell) -> None:
-    problem, workers, runs = cell.problem, Workers.of(cell.problem.config), []
-    for task in cell.tasks:
-        best = records.read_record(cell.folder("search") / f"{task}.json")["best"] if problem.searches else None
-        runs += [Run(task, seed, problem.hyperparameters(best)) for seed in cell.seeds]
-    folder = cell.folder("runs")
-    found = _run_missing(problem, runs, folder, cell.folder("models"), workers)
-    if is_first_process():
-        _keep_only(folder, [path.name for path in found])
-        records.write_json(folder / "cell.json", {"records": [path.name for path in found]})
-    failed = [f"{path.name}: {record['error']}" for path, record in found.items() if record["status"] != "finished"]
-    if failed:
-        raise ValueError(f"{len(failed)} of {len(found)} runs failed; " + "; ".join(failed))
+def search_cell(cell: Cell) -> None:
+    """The hyper-parameter searches of a cell: a journal and a ``<task>.json`` with best point and all trials each.
+
+    Raises:
+        ValueError: if the protocol has no search, several processes run as one, or a search failed (after all others
+            are done).
+    """
+    protocol = cell.problem.config["protocol"]
+    if "search" not in protocol:
+        raise ValueError(f"protocol={protocol['name']} searches nothing: its hyper-parameters are given.")
+    with cell.writer():
+        works = [Work(cell.problem, cell.results, task) for task in cell.tasks]
+        _do_missing(works, found := _look(works), None)
+        Outcome(works, found).check()
 
 
-def _run_missing(
-    problem: Problem, runs: Sequence[Run], folder: Path, models: Path, workers: Workers
-) -> dict[Path, dict[str, Any]]:
-    """Do what is not finished; returns records by path. One whose merged model is lost is made again."""
-    warm_up(workers)
-    found, jobs = {}, {}
-    for run in runs:
-        digest = problem.digest(run)
-        path = folder / f"{run.task}-seed{run.seed}-{digest}.json"
-        keep = models / f"seed{run.seed}" if problem.keeps_models else None
-        found[path] = records.reusable(path, digest) or {}
-        if found[path].get("status") != "finished" or (keep is not None and not _is_of(keep, digest)):
-            jobs[path] = partial(run_once, problem, run, path=path, keep=keep)
-        else:
-            log.info("%s is finished, reused", path)
-            if is_first_process():
-                forget(problem, run)
-    names = [path.stem for path in jobs]
-    done = run_all(list(jobs.values()), workers, label="runs", bar=problem.config["progress"], names=names)
-    return found | dict(zip(jobs, done, strict=True))
+@dataclass(frozen=True)
+class Outcome:
+    """What came of the work on some cells.
+
+    Attributes:
+        works: all of it, in order.
+        found: what is done, or failed.
+        over: whether it ended because the time was over.
+    """
+
+    works: Sequence[Work]
+    found: Mapping[Work, Done]
+    over: bool = False
+
+    @property
+    def left(self) -> list[Work]:
+        """What is to be done yet."""
+        return [work for work in self.works if work not in self.found]
+
+    def failed(self) -> list[str]:
+        """A line for each search and run that failed."""
+        return [f"{done.file}: {done.error}" for done in self.found.values() if done.error is not None]
+
+    def check(self) -> None:
+        """Tell of what failed.
+
+        Raises:
+            ValueError: if anything did.
+        """
+        if failed := self.failed():
+            raise ValueError(f"{len(failed)} of {len(self.works)} runs failed; " + "; ".join(failed))
 
 
-def _is_of(model: Path, digest: str) -> bool:
-    """Whether a merged model is there, whole, and of the run with this hash."""
+def in_order(cells: Sequence[Cell]) -> list[Work]:
+    """All work of cells, the most telling first: breadth before depth.
+
+    For each task, in the cells' order, the searches of all cells, then the first seed of all; then the next seed.
+    """
+    placed = []
+    for number, cell in enumerate(cells):
+        for t, task in enumerate(cell.tasks):
+            if cell.problem.searches:
+                placed.append(((0, t, 0, number), Work(cell.problem, cell.results, task)))
+            for s, seed in enumerate(cell.seeds):
+                placed.append(((s, t, 1, number), Work(cell.problem, cell.results, task, seed)))
+    return [work for _, work in sorted(placed, key=itemgetter(0))]
+
+
+def run_cells(cells: Sequence[Cell], deadline: float | None = None) -> Outcome:
+    """The searches and runs of cells that are missing, in their order, on the workers that the configuration names.
+
+    A cell of which all is done gets its ``cell.json``. Whoever calls it holds the cells.
+
+    Args:
+        cells: of one experiment.
+        deadline: ``time.time()`` when the time is over: then what runs writes a checkpoint, and the next call goes on.
+
+    Raises:
+        ValueError: on bad configuration or data, or if a worker's process died.
+    """
+    works = in_order(cells)
+    warm_up(Workers.of(cells[0].problem.config))
+    found = _look(works)
     try:
-        return read_merged(model).get("config_hash") == digest
-    except (OSError, ValueError):
-        return False
+        over = _do_missing(works, found, deadline)
+    finally:
+        for cell in cells:
+            _list_records(cell, found)
+    return Outcome(works, found, over)
+
+
+def _look(works: Sequence[Work]) -> dict[Work, Done]:
+    """What is done already, or failed."""
+    found: dict[Work, Done] = {}
+    for work in works:
+        known = work.seed is None or not work.problem.searches or work.search in found
+        if known and (done := work.look()) is not None:
+            found[work] = done
+    return found
+
+
+def _do_missing(works: Sequence[Work], found: dict[Work, Done], deadline: float | None) -> bool:
+    """Do what is missing, and what failed last; adds to what is found. Whether the time was over before the end."""
+    config = works[0].problem.config
+    left = [work for work in works if work not in found]
+    left += [work for work in works if work in found and found[work].error is not None]
+    number = {work: place for place, work in enumerate(left)}
+    if processes()[1] > 1 and any(work.seed is None for work in left):  # each process would ask for points of its own
+        raise ValueError("a search is one process: run experiments/search.py by python first, then this again.")
+
+    def note(place: int, done: Done | None) -> None:
+        if done is not None:
+            found[left[place]] = done
+
+    try:
+        run_all(
+            [partial(Work.do, work, deadline) for work in left],
+            replace(Workers.of(config), deadline=deadline),
+            label="runs",
+            bar=config["progress"],
+            names=[work.name for work in left],
+            after=[None if work.seed is None else number.get(work.search) for work in left],
+            note=note,
+        )
+    except OutOfTime:
+        log.info("the time is over")
+        return True
+    return False
+
+
+def _list_records(cell: Cell, found: Mapping[Work, Done]) -> None:
+    """Write the list of a cell's records, if all are there."""
+    runs = [Work(cell.problem, cell.results, task, seed) for task in cell.tasks for seed in cell.seeds]
+    if not is_first_process() or any(run not in found for run in runs):
+        return
+    folder, names = cell.folder("runs"), [found[run].file for run in runs]
+    _keep_only(folder, names)
+    records.write_json(folder / "cell.json", {"records": names})
 
 
 def _keep_only(folder: Path, listed: Sequence[str]) -> None:
@@ -169,126 +268,3 @@ def _keep_only(folder: Path, listed: Sequence[str]) -> None:
         if path.name not in listed:
             (folder / "earlier").mkdir(exist_ok=True)
             shutil.move(path, folder / "earlier" / path.name)
-
-
-def search_cell(cell: Cell) -> list[Path]:
-    """The hyper-parameter searches of a cell: a journal and a ``<task>.json`` with best point and all trials each.
-
-    Returns:
-        The files that were written now; those of finished searches stay as they are.
-
-    Raises:
-        ValueError: if the protocol has no search, or several processes run as one.
-    """
-    with cell.writer():
-        return _search_missing(cell)
-
-
-def _search_missing(cell: Cell) -> list[Path]:
-    problem, folder = cell.problem, cell.folder("search")
-    protocol = problem.config["protocol"]
-    if "search" not in protocol:
-        raise ValueError(f"protocol={protocol['name']} searches nothing: its hyper-parameters are given.")
-    workers, jobs, paths = Workers.of(problem.config), [], []
-    warm_up(workers)
-    for task in cell.tasks:
-        steps, path = for_task(problem.config["scale"]["search"]["max_steps"], task), folder / f"{task}.json"
-        whole = Run(task, protocol["search_seed"], {"max_steps": steps}, search=True)
-        if not _is_searched(problem, whole, path):
-            jobs.append(partial(_search, problem, whole, path))
-            paths.append(path)
-    if jobs and processes()[1] > 1:  # each process would ask for points of its own
-        raise ValueError("a search is one process: run experiments/search.py by python first, then this again.")
-    names = [f"search of {path.stem}" for path in paths]
-    run_all(jobs, workers, label="searches", bar=problem.config["progress"], names=names)
-    return paths
-
-
-def _is_searched(problem: Problem, whole: Run, path: Path) -> bool:
-    """Whether a search has its record, whole, with all trials, and as its journal tells it."""
-    from finetune.runs.search import SearchSpace, is_told_by, is_whole
-
-    digest, space = problem.digest(whole), SearchSpace.of(problem.config)
-    found, journal = records.reusable(path, digest), path.with_suffix(".journal")
-    if found is None or not is_whole(found, space):
-        return False
-    if journal.is_file() and not is_told_by(journal, digest, space, found):
-        log.warning("%s differs from %s, and is written anew", path, journal)
-        return False
-    return True
-
-
-def _search(problem: Problem, whole: Run, path: Path) -> None:
-    """Search one task; ``whole`` is the search as a run without a point."""
-    from finetune.runs.search import SearchSpace, run_search, summary
-    from finetune.runs.search_journal import open_storage
-
-    config, digest = problem.config, problem.digest(whole)
-    space = SearchSpace.of(config)
-
-    def objective(point: dict[str, Any], report: Any) -> tuple[float, float]:
-        trial = Run(whole.task, whole.seed, {**point, **whole.hyperparameters}, search=True)
-        record = run_once(problem, trial, on_evaluation=report)
-        if record["status"] != "finished":
-            raise NonFiniteLoss(record["error"])
-        at_best = next(e for e in record["evaluations"] if e["step"] == record["training"]["best_step"])
-        return at_best[record["metric"]], min(evaluation["loss"] for evaluation in record["evaluations"])
-
-    study = run_search(objective, space, open_storage(path.with_suffix(".journal")), digest)
-    header = {"schema": records.SCHEMA, "version": config["version"], "run": named(problem, whole)}
-    header["identity"] = problem.identity(whole)
-    header["run"].pop("seed")  # it stands beside: trials are all of one seed
-    content = header | summary(study, space) | {"seed": whole.seed, "provenance": records.provenance()}
-    records.write_record(path, content)
-    send_search(content, config["wandb"])
-
-
-def gradients_cell(cell: Cell) -> None:
-    """Moments of the preliminary phase of every task, ``<task>.safetensors`` each."""
-    problem, config = cell.problem, cell.problem.config
-    folder = cell.shared("gradients")
-    jobs = [partial(_gradients, problem, task, folder / f"{task}.safetensors") for task in cell.tasks]
-    with only_writer(folder, config["checkpoints"]):
-        run_all(jobs, Workers(threads=config["threads"]), label="gradients", bar=config["progress"])
-
-
-def _gradients(problem: Problem, task: str, path: Path) -> None:
-    device, seed = make_accelerator(problem.config["device"], "fp32").device, problem.gradients_seed
-    collected = problem.collect(problem.gradient_model(task, seed), task, seed, device)
-    made = problem.made_for(task) | {"content": "moments"}
-    save_tensors(path, gradients.pack(collected), collected.facts | made)
-
-
-def basis_cell(cell: Cell) -> None:
-    """HOSVD of every task's moments: ``<task>.safetensors`` with float32 bases; times by layer kind in ``hosvd.json``.
-
-    One layer kind at a time lies on the device: of LLaMa-2's matrices (11,008 x 4,096) one kind's moments take 1.1 GB,
-    its decomposition a few times that.
-    """
-    folder = cell.shared("basis")
-    with only_writer(folder, cell.problem.config["checkpoints"]):
-        _bases(cell, folder)
-
-
-def _bases(cell: Cell, folder: Path) -> None:
-    config, report = cell.problem.config, {}
-    if config["threads"] is not None:
-        torch.set_num_threads(config["threads"])
-    place = make_accelerator(config["device"], "fp32").device
-    for task in tqdm(cell.tasks, desc="hosvd", leave=False, disable=not config["progress"]):
-        source = cell.shared("gradients") / f"{task}.safetensors"
-        tensors, facts = load_tensors(source)
-        if facts.get("content") != "moments":
-            raise ValueError(f"{source} holds {facts.get('content')!r}, not moments.")
-        collected, bases, report[task] = gradients.unpack(tensors, facts), {}, {}
-        del tensors
-        for kind in list(collected.moments):
-            started = time.perf_counter()
-            moments = collected.moments[kind]
-            moments.left, moments.right = moments.left.to(place), moments.right.to(place)
-            basis = collected.basis(kind)
-            bases[kind] = Basis(basis.U.float().cpu(), basis.V.float().cpu())
-            del collected.moments[kind], basis
-            report[task][kind] = {"seconds": time.perf_counter() - started, "gradients": facts["gradients"][kind]}
-        save_bases(folder / f"{task}.safetensors", bases, facts | {"content": "bases"})
-    records.write_json(folder / "hosvd.json", report)

@@ -37,8 +37,8 @@ class ChatProblem(Problem):
     no_choices = ("sources", "batch_size", "learning_rate")
     task = TASK
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__(config)
+    def __init__(self, config: Mapping[str, Any], loads: dict[str, Any] | None = None) -> None:
+        super().__init__(config, loads)
         self.stored_dtype = DTYPES[self.config["scale"]["frozen_dtype"]]
 
     @property
@@ -56,14 +56,12 @@ class ChatProblem(Problem):
     @cached_property
     def _packed(self) -> dict[str, PackedSplit]:
         config = self.config
-        return load_chat(
-            config["chat"],
-            self.tokenizer,
-            self.template,
-            length=config["scale"]["max_length"] or config["protocol"]["max_length"],
-            loss_on=config["protocol"]["loss_on"],
-            limit=config["scale"]["train_examples"],
-        )
+        how = {
+            "length": config["scale"]["max_length"] or config["protocol"]["max_length"],
+            "loss_on": config["protocol"]["loss_on"],
+            "limit": config["scale"]["train_examples"],
+        }
+        return self._once("chat", lambda: load_chat(config["chat"], self.tokenizer, self.template, **how), **how)
 
     def metric(self, task: str) -> str:
         return "loss"

@@ -60,6 +60,30 @@ def script(config_name: str) -> Callable[[Callable[[dict[str, Any]], Any]], Call
     return decorate
 
 
+def compose(config_name: str, overrides: Sequence[str], conf: Path) -> dict[str, Any]:
+    """The configuration that a script would get, as plain dictionaries, checked.
+
+    Args:
+        config_name: a script's file of ``conf``.
+        overrides: as on its command line.
+        conf: the folder.
+
+    Raises:
+        SystemExit: with one line, if Hydra can't compose it.
+        ValueError: if it is not what the schema allows.
+    """
+    import hydra
+    from omegaconf import OmegaConf
+
+    from finetune.config.check import check_script
+
+    with _hydra_in_one_line(), hydra.initialize_config_dir(str(conf.resolve()), version_base=None):
+        composed = hydra.compose(config_name, list(overrides))
+        config: Any = expand_home(OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
+    check_script(config_name, config)
+    return config
+
+
 def _check_names(config: Mapping[str, Any], choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Refuse a group's file that holds another name than its own: its results would lie in the other's folder.
 
@@ -114,3 +138,14 @@ def read_lists(path: str | Path, names: Sequence[str] = ("tasks", "seeds")) -> d
         if not content.get(name):
             raise ValueError(f"{path}: {name!r} is {content.get(name)!r}; it must be a list of at least one.")
     return {name: content[name] for name in names}
+
+
+def read_workers(path: str | Path) -> Any:
+    """Who does the runs of an experiment file, and how many at a time; ``auto`` where it does not say.
+
+    Raises:
+        ValueError: as :func:`read_lists`.
+    """
+    from finetune.store.experiment import read_checked
+
+    return read_checked(path).get("workers", "auto")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -27,10 +27,6 @@ class GlueProblem(Problem):
     sizes = ("train_examples", "epochs", "max_steps", "evaluation_steps", "accumulation_steps", "precision")
     no_choices = ("sources", "search")
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__(config)
-        self._tasks: dict[str, tuple[Task, dict[str, Split]]] = {}
-
     @property
     def task(self) -> str:
         return self.config["data"]["task"]
@@ -47,16 +43,10 @@ class GlueProblem(Problem):
         return self._load(task)[1]
 
     def _load(self, task: str) -> tuple[Task, dict[str, Split]]:
-        if task not in self._tasks:
-            config, protocol = self.config, self.config["protocol"]
-            self._tasks[task] = load_task(
-                dict(config["data"]) | {"task": task},
-                self.tokenizer,
-                max_length=protocol["max_length"],
-                padding=protocol["padding"],
-                limit=config["scale"]["train_examples"],
-            )
-        return self._tasks[task]
+        protocol, limit = self.config["protocol"], self.config["scale"]["train_examples"]
+        how = {"max_length": protocol["max_length"], "padding": protocol["padding"], "limit": limit}
+        data = dict(self.config["data"]) | {"task": task}
+        return self._once("task", lambda: load_task(data, self.tokenizer, **how), task=task, **how)
 
     def metric(self, task: str) -> str:
         return self.facts(task).metric

@@ -9,7 +9,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -52,7 +52,8 @@ class Run:
 class Problem(ABC):
     """Data, model and measure of one configuration; what several runs share is loaded once.
 
-    It travels to another process as its configuration, and is loaded there once.
+    It travels to another process as its configuration, and is loaded there once. What several problems share
+    (tokenizer, tokenised data, bases) is loaded once where they are given the same ``loads``.
 
     Attributes:
         kind: of its records.
@@ -74,9 +75,10 @@ class Problem(ABC):
     baseline: ClassVar[bool] = False
     keeps_models: ClassVar[bool] = False
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], loads: dict[str, Any] | None = None) -> None:
         self.config = with_own_choices(config)
         self.stored_dtype = torch.float32
+        self._loads = {} if loads is None else loads
         self._bases: dict[str, tuple[dict[str, Basis], dict[str, Any]]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -201,12 +203,26 @@ class Problem(ABC):
     @cached_property
     def contents(self) -> dict[str, str]:
         """Identity of the starting model: of its weights (``sha256``) and of its configuration."""
-        return models.contents(self.config["model"], self.root)
+        return self._once("contents", lambda: models.contents(self.config["model"], self.root))
 
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        return models.load_tokenizer(self.config["model"], self.root)
+        return self._once("tokenizer", lambda: models.load_tokenizer(self.config["model"], self.root))
+
+    def _once(self, what: str, load: Callable[[], Any], **deciding: Any) -> Any:
+        """What is loaded, or what another problem of the same model and data has loaded.
+
+        Args:
+            what: to call it by.
+            load: loads it.
+            deciding: JSON values that decide it, beside the groups of the model and of the data.
+        """
+        groups = [self.config["model"], self.config[self.group], deciding]
+        key = f"{what} {json.dumps(groups, sort_keys=True)}"
+        if key not in self._loads:
+            self._loads[key] = load()
+        return self._loads[key]
 
     @property
     def searches(self) -> bool:
@@ -257,15 +273,14 @@ class Problem(ABC):
         if task not in self._bases:
             path = Path(self.config["basis"])
             path = path / f"{task}.safetensors" if path.is_dir() else path
-            bases, facts = load_bases(path)
+            bases, facts = self._once("bases", lambda: _read_bases(path), path=str(path))
             for name, value in self.made_for(task).items():
                 if facts.get(name) != value:
                     raise ValueError(
                         f"{path} was made with {name}={facts.get(name)}, this run has {name}={value}: "
                         f"run the gradients and basis stages for model={self.config['model']['name']}."
                     )
-            content = [(kind.encode(), bases[kind].U, bases[kind].V) for kind in sorted(bases)]
-            self._bases[task] = bases, facts | {"sha256": content_of(*chain.from_iterable(content))}
+            self._bases[task] = bases, facts
         return self._bases[task]
 
     def checked(self, model: Any, task: str) -> nn.Module:
@@ -337,9 +352,20 @@ def _check_point(found: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={value!r}; allowed: {allowed} greater than 0.")
 
 
-@lru_cache(maxsize=1)
+def _read_bases(path: Path) -> tuple[dict[str, Basis], dict[str, Any]]:
+    bases, facts = load_bases(path)
+    content = [(kind.encode(), bases[kind].U, bases[kind].V) for kind in sorted(bases)]
+    return bases, facts | {"sha256": content_of(*chain.from_iterable(content))}
+
+
+@cache
 def _loaded_once(problem: type[Problem], config: str) -> Problem:
-    return problem(json.loads(config))
+    return problem(json.loads(config), _loads_of_process())
+
+
+@cache
+def _loads_of_process() -> dict[str, Any]:
+    return {}
 
 
 def for_task(value: Any, task: str) -> Any:

@@ -13,7 +13,7 @@ from finetune.energy.probe import Probe, Rows
 from finetune.energy.spaces import SPACES, rotations
 from finetune.energy.trajectory import follow
 from finetune.methods.sparsegrad import random_basis
-from finetune.runs import cells
+from finetune.runs import cells, preliminary
 from finetune.store.files import sha256
 from finetune.training.processes import make_accelerator
 from sparsegrad import GradientMoments, hosvd, load_tensors
@@ -299,8 +299,8 @@ def energy_config(compose, tiny_checkpoint, glue_root, config, tmp_path):
     """``energy_config("scale.batches=1", ...)``: three looks in four steps; bases made as the stages make them."""
     glue = config()
     cell = cells.Cell(cells.make_problem(glue), ["cola", "stsb"], [], tmp_path)
-    cells.gradients_cell(cell)
-    cells.basis_cell(cell)
+    preliminary.gradients_cell(cell)
+    preliminary.basis_cell(cell)
 
     def make(*overrides):
         found = compose(

@@ -12,8 +12,9 @@ from finetune.methods import build_method, build_targets
 from finetune.methods.base import count_parameters
 from finetune.models import cast_frozen, load_causal
 from finetune.runs import run as running
-from finetune.runs.cells import Cell, gradients_cell
+from finetune.runs.cells import Cell
 from finetune.runs.chat import ChatProblem
+from finetune.runs.preliminary import gradients_cell
 from finetune.store import records
 from finetune.training.evaluation import evaluate_causal
 from finetune.training.gradients import Collected

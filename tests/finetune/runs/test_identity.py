@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from finetune import models
-from finetune.runs import cells
+from finetune.runs import cells, preliminary
 from finetune.runs.problem import Run
 from sparsegrad import Basis, load_bases, save_bases
 
@@ -118,8 +118,8 @@ def bases(tmp_path_factory, compose, tiny_checkpoint, glue_root):
     names = ("model=tiny_bert", f"model.checkpoint={tiny_checkpoint}", f"data.root={glue_root}", "scale=smoke")
     small = ("protocol.preliminary.steps=2", "protocol.preliminary.batch_size=8", "device=cpu", "progress=false")
     cell = cells.Cell(cells.make_problem(compose(*names, *small)), ["cola"], [1], folder)
-    cells.gradients_cell(cell)
-    cells.basis_cell(cell)
+    preliminary.gradients_cell(cell)
+    preliminary.basis_cell(cell)
     return folder / "basis" / "tiny_bert"
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.runs.cells import Cell, basis_cell, gradients_cell
+from finetune.runs.cells import Cell
 from finetune.runs.chat import ChatProblem
 from finetune.runs.glue import GlueProblem
+from finetune.runs.preliminary import basis_cell, gradients_cell
 from finetune.runs.problem import Run
 from finetune.training.evaluation import evaluate
 from finetune.training.processes import make_accelerator

@@ -5,7 +5,8 @@ import os
 import pytest
 
 from finetune.runs import cells
-from finetune.runs.cells import basis_cell, gradients_cell, run_by_hand, search_cell, train_cell
+from finetune.runs.cells import run_by_hand, search_cell, train_cell
+from finetune.runs.preliminary import basis_cell, gradients_cell
 from finetune.runs.problem import Run
 from finetune.store import places
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from finetune.methods import Targets
-from finetune.runs.cells import Cell, basis_cell, gradients_cell
+from finetune.runs.cells import Cell
 from finetune.runs.glue import GlueProblem
+from finetune.runs.preliminary import basis_cell, gradients_cell
 from finetune.training.gradients import PreliminaryOptions, collect, pack, unpack
 from sparsegrad import load_bases, load_tensors, save_bases, save_tensors
 
