@@ -163,7 +163,8 @@ class Outcome:
 
     def failed(self) -> list[str]:
         """A line for each search and run that failed."""
-        return [f"{done.file}: {done.error}" for done in self.found.values() if done.error is not None]
+        found = [self.found[work] for work in self.works if work in self.found]
+        return [f"{done.file}: {done.error}" for done in found if done.error is not None]
 
     def check(self) -> None:
         """Tell of what failed.
