@@ -71,8 +71,8 @@ class Cell:
         Raises:
             ValueError: if it is one of them.
         """
-        protocol = self.problem.config["protocol"]
-        if self.problem.searches and protocol["search_seed"] in self.seeds:
+        protocol, scale = self.problem.config["protocol"], self.problem.config["scale"]
+        if "search" in protocol and scale.get("search") and protocol["search_seed"] in self.seeds:
             seeds = list(self.seeds)
             raise ValueError(f"seed {protocol['search_seed']} is the search's; seeds={seeds} must be others.")
 

@@ -12,6 +12,7 @@ from finetune.runs import glue
 from finetune.runs.cells import run_by_hand, search_cell, train_cell
 from finetune.runs.preliminary import basis_cell, gradients_cell
 from finetune.store import records
+from finetune.training.evaluation import Evaluation
 
 FOUR = [("cola", 1), ("cola", 2), ("mrpc", 1), ("mrpc", 2)]
 DONE = [("cola", 1), ("mrpc", 1), ("cola", 2), ("mrpc", 2)]  # the first seed of all tasks comes first
@@ -253,7 +254,7 @@ def test_a_search_is_extended_not_repeated_and_a_finished_one_is_left_alone(sear
 
 def test_a_searched_grid_is_extended_and_then_left_alone(search, trained, monkeypatch):
     scores = iter([0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.0, 0.0])
-    monkeypatch.setattr(glue, "evaluate", lambda *_: {"loss": 0.5, "matthews_correlation": next(scores)})
+    monkeypatch.setattr(glue, "evaluate", lambda *_: Evaluation({"loss": 0.5, "matthews_correlation": next(scores)}))
     points = ["scale.search.points=[0.0001, 0.001]", "scale.search.trials=2", "+scale.search.extend=3"]
     found = search(*points)
     assert [trial["learning_rate"] for trial in found["trials"]] == [1e-4, 1e-3, 1e-2, 1e-1]
@@ -285,7 +286,7 @@ def test_diverged_trials_count_and_lose(search):
 
 def test_pruned_trials_leave_no_checkpoint(search, tmp_path, monkeypatch):
     scores = iter([0.9, 0.9, 0.1, 0.1, 0.1, 0.1])
-    monkeypatch.setattr(glue, "evaluate", lambda *_: {"loss": 0.5, "matthews_correlation": next(scores)})
+    monkeypatch.setattr(glue, "evaluate", lambda *_: Evaluation({"loss": 0.5, "matthews_correlation": next(scores)}))
     found = search("scale.search.pruning={startup_trials: 1, warmup_steps: 0}", "scale.checkpoint_seconds=0")
     assert [trial["state"] for trial in found["trials"]] == ["complete", "pruned", "pruned"]
     assert not list((tmp_path / "checkpoints").glob("*"))
