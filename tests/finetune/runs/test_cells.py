@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -33,6 +34,12 @@ def train(cell_of):
         return cell.folder("runs")
 
     return make
+
+
+def scored(score):
+    """An evaluation of CoLA's 24 rows."""
+    rows = np.zeros(24, np.int64)
+    return Evaluation({"loss": 0.5, "matthews_correlation": score}, rows, rows)
 
 
 def contents(folder):
@@ -254,7 +261,7 @@ def test_a_search_is_extended_not_repeated_and_a_finished_one_is_left_alone(sear
 
 def test_a_searched_grid_is_extended_and_then_left_alone(search, trained, monkeypatch):
     scores = iter([0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.0, 0.0])
-    monkeypatch.setattr(glue, "evaluate", lambda *_: Evaluation({"loss": 0.5, "matthews_correlation": next(scores)}))
+    monkeypatch.setattr(glue, "evaluate", lambda *_: scored(next(scores)))
     points = ["scale.search.points=[0.0001, 0.001]", "scale.search.trials=2", "+scale.search.extend=3"]
     found = search(*points)
     assert [trial["learning_rate"] for trial in found["trials"]] == [1e-4, 1e-3, 1e-2, 1e-1]
@@ -286,7 +293,7 @@ def test_diverged_trials_count_and_lose(search):
 
 def test_pruned_trials_leave_no_checkpoint(search, tmp_path, monkeypatch):
     scores = iter([0.9, 0.9, 0.1, 0.1, 0.1, 0.1])
-    monkeypatch.setattr(glue, "evaluate", lambda *_: Evaluation({"loss": 0.5, "matthews_correlation": next(scores)}))
+    monkeypatch.setattr(glue, "evaluate", lambda *_: scored(next(scores)))
     found = search("scale.search.pruning={startup_trials: 1, warmup_steps: 0}", "scale.checkpoint_seconds=0")
     assert [trial["state"] for trial in found["trials"]] == ["complete", "pruned", "pruned"]
     assert not list((tmp_path / "checkpoints").glob("*"))
