@@ -13,7 +13,8 @@ Two micro-batches are never in memory at once. Within one, for b rows of t token
                             - what one block saves                                                 (backward)
 
 The two copies of the logits: the cast to float32 and the one that drops the last token, or their gradients. Gradients
-of activations, about the size of one block's largest tensors, are not counted; a reserve stands for them.
+of activations, about the size of one block's largest tensors, are not counted; a reserve stands for them. Where logits
+are computed in chunks of c tokens, 12 c v bytes stand in their place: of one chunk log-probabilities and both copies.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.plan.flops import blocks_of
-from finetune.training.losses import summed_loss
+from finetune.training.losses import causal_outputs, summed_loss
 from finetune.training.memory import Saved
 
 
@@ -62,13 +63,16 @@ class Activations:
         return self.inputs + max(self.copies + max(self.blocks), self.outside + self.logits)
 
 
-def measure(model: nn.Module, rows: int, tokens: int, *, precision: str) -> Activations:
+def measure(
+    model: nn.Module, rows: int, tokens: int, *, precision: str, logits_chunk: int | None = None
+) -> Activations:
     """Activations of a causal language model or a sequence classifier in training, prepared by a method.
 
     Args:
         model: on the meta device; its ``requires_grad`` flags count. It is turned into fake tensors.
         rows, tokens: of a micro-batch without padding.
         precision: ``fp32``, or ``bf16`` autocast.
+        logits_chunk: tokens whose logits are held at a time; None: all.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -79,11 +83,15 @@ def measure(model: nn.Module, rows: int, tokens: int, *, precision: str) -> Acti
         with _blocks(model, found, causal) as current, _saved(model, found, own, current):
             ids = torch.zeros(rows, tokens, dtype=torch.long)
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                logits = model(input_ids=ids, **options).logits
-            labels = ids if causal else torch.zeros(rows, dtype=torch.long)
-            loss = summed_loss(logits.float(), labels)
+                if logits_chunk is not None:
+                    inputs = {"input_ids": ids, **options}
+                    loss = causal_outputs(model, model, inputs, ids, logits_chunk)
+                    found.logits = 12 * logits_chunk * model.get_output_embeddings().weight.shape[0]
+                else:
+                    logits = model(input_ids=ids, **options).logits
+                    labels = ids if causal else torch.zeros(rows, dtype=torch.long)
+                    loss, found.logits = summed_loss(logits.float(), labels), 2 * 4 * logits.numel()
         del loss  # until all was counted it held the graph
-        found.logits = 2 * 4 * logits.numel()
     return found
 
 

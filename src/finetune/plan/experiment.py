@@ -178,6 +178,7 @@ class Experiment:
             frozen_dtype=scale.get("frozen_dtype", "fp32"),
             checkpointing=scale.get("gradient_checkpointing", False),
             touched=self.settings["touched"],
+            logits_chunk=scale.get("logits_chunk"),
         )
 
     def preparing(self, model: str) -> dict[str, dict[str, int]]:

@@ -59,6 +59,7 @@ class Setup:
         frozen_dtype: storage of what is not trained, ``fp32`` or ``bf16``.
         checkpointing: gradient checkpointing of every block.
         touched: share of a matrix that lazy Adam has touched in the end; at least k entries count.
+        logits_chunk: tokens whose logits are held at a time; None: all.
 
     Raises:
         ValueError: if a value is out of range.
@@ -71,6 +72,7 @@ class Setup:
     frozen_dtype: str = "fp32"
     checkpointing: bool = False
     touched: float = 1.0
+    logits_chunk: int | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ def training_memory(
         "bases": _bases(prepared),
     }
     sizes = {"rows": setup.micro_batch, "tokens": setup.tokens, "precision": setup.precision}
+    sizes["logits_chunk"] = setup.logits_chunk
     try:
         found = activations.measure(prepared, **sizes)
     except DataDependentOutputException:  # an adapter that looks at values as it runs: as without it

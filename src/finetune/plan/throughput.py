@@ -1,7 +1,7 @@
 """How fast a card works: from what was measured on it, or from its peak and a named assumption.
 
 Small models are bound by starting kernels, not by operations. So a step takes a fixed time for each block, and the time
-of its operations: where steps of several sizes were measured, both by least squares (neither is below 0); else the
+of its operations: where steps of several sizes were measured, both by least squares (within what a card can); else the
 measured operations a second alone. For a cell the best there is: ``measured`` (same card, model and method, at the same
 precision, in graphs where the run is), ``scaled`` (same card, another model or method, or not in graphs; on a CPU
 another precision too), ``calculated`` (peak x utilisation, and an assumed time for each block).
@@ -9,6 +9,7 @@ another precision too), ``calculated`` (peak x utilisation, and an assumed time 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
+from scipy.optimize import lsq_linear
 
 from finetune.plan.flops import Cost
 from finetune.published import read_csv
@@ -94,7 +95,7 @@ class Rate:
     """How long a card takes for operations.
 
     Attributes:
-        value: operations a second; None: not known; as good as infinite where steps of all sizes took as long.
+        value: operations a second; None: not known.
         kind: ``measured``, ``scaled``, ``calculated`` or ``unknown``.
         source: what it comes from.
         block: seconds of every step for each block, beside its operations.
@@ -194,13 +195,13 @@ class Throughput:
         assumed: Mapping[str, Any],
         kin: Callable[[str], Sequence[str]] = lambda method: (method,),
     ) -> None:
-        self.assumed, self._kin = assumed, kin
+        self.assumed, self._costs, self._kin = assumed, costs, kin
         self._measured: list[_Step] = []
         for fact in facts:
             cost = costs(fact.model, fact.method, fact.checkpointing)
             if cost is not None:
                 length = fact.tokens or tokens(fact.model, fact.task)
-                self._measured.append(_Step(fact, cost.training(fact.batch, length), cost.blocks))
+                self._measured.append(_Step(fact, cost.training(fact.batch, length), cost.blocks, cost.parameters))
 
     def rate(
         self, card: Processor, model: str, method: str, task: str, precision: str, *, graphs: bool = False
@@ -212,18 +213,31 @@ class Throughput:
         same = [s for s in here if (s.fact.model, s.fact.method, s.fact.precision, s.fact.graphs) == cell]
         for found in ([s for s in same if s.fact.task == task], same):
             if found:
-                return _fitted(found, MEASURED)
+                return _fitted(found, MEASURED, self._most(card, precision))
         alike = [s for s in here if s.fact.precision == precision or card.match == "cpu"]
-        for found in ([s for s in alike if s.fact.model == model], alike):
-            if found:
-                of_mode = [s for s in found if s.fact.graphs == graphs] or found
-                return _fitted(self._nearest(of_mode, method), SCALED, card.block_seconds)
+        if alike:
+            own = [s for s in alike if s.fact.model == model] or self._of_nearest_size(alike, model, method)
+            nearest = self._nearest([s for s in own if s.fact.graphs == graphs] or own, method)
+            return _fitted(nearest, SCALED, self._most(card, precision), card.block_seconds)
         if precision in card.peak:
             share = self.assumed["utilisation"][precision]
             source = f"{precision} peak {card.peak[precision] / 1e12:g} TFLOP/s x {share:g}"
             fixed = {"block": card.graph_seconds} if graphs else {"least": card.block_seconds}
-            return Rate(card.peak[precision] * share, CALCULATED, source, **fixed)
+            return Rate(self._most(card, precision), CALCULATED, source, **fixed)
         return Rate(None, UNKNOWN, "nothing measured, no peak given")
+
+    def _most(self, card: Processor, precision: str) -> float:
+        """Operations a second that a card reaches at most, by assumption; infinite where no peak is given."""
+        peak = card.peak.get(precision)
+        return float("inf") if peak is None else peak * self.assumed["utilisation"][precision]
+
+    def _of_nearest_size(self, steps: list[_Step], model: str, method: str) -> list[_Step]:
+        """Those of the model with about as many numbers: a tiny one's operations are slower by far."""
+        cost = self._costs(model, method, None)
+        if cost is None:
+            return steps
+        nearest = min(steps, key=lambda s: abs(math.log(s.parameters / cost.parameters))).fact.model
+        return [s for s in steps if s.fact.model == nearest]
 
     def _nearest(self, steps: list[_Step], method: str) -> list[_Step]:
         """Those of the method, else of what it is a variant of, else of another variant of that, else all."""
@@ -236,15 +250,20 @@ class Throughput:
 
 @dataclass(frozen=True)
 class _Step:
-    """A measured step: operations, and blocks that it goes through."""
+    """A measured step: operations, blocks that it goes through, numbers of its model."""
 
     fact: Fact
     operations: float
     blocks: int
+    parameters: int
 
 
-def _fitted(steps: Sequence[_Step], kind: str, least: float = 0.0) -> Rate:
-    """A fixed time a block and a rate from steps of several sizes, relative errors squared; else their median rate."""
+def _fitted(steps: Sequence[_Step], kind: str, most: float, least: float = 0.0) -> Rate:
+    """A fixed time a block and a rate from steps of several sizes, relative errors squared; else their median rate.
+
+    Args:
+        most: operations a second beyond which the times of steps are taken for fixed ones.
+    """
     sources = sorted({step.fact.source for step in steps})
     source = f"{sources[0]}{f' and {len(sources) - 1} more' if len(sources) > 1 else ''}"
     operations = np.array([step.operations for step in steps])
@@ -254,5 +273,6 @@ def _fitted(steps: Sequence[_Step], kind: str, least: float = 0.0) -> Rate:
         return Rate(value, kind, source, least=least)
     columns = np.stack([[step.blocks for step in steps], operations / scale], axis=1)
     relative = columns * np.array([[step.fact.steps_per_second] for step in steps])
-    block, rest = nnls(relative, np.ones(len(steps)))[0].tolist()
-    return Rate(scale / rest if rest else float("inf"), kind, source, block=block)
+    bounds = ([0.0, max(scale / most, 1e-9)], [np.inf, np.inf])
+    block, rest = lsq_linear(relative, np.ones(len(steps)), bounds, method="bvls").x.tolist()
+    return Rate(scale / rest, kind, source, block=block)

@@ -190,6 +190,17 @@ def test_checkpointing_keeps_inputs_of_blocks_and_what_is_outside(name, precisio
     assert (found.copies > 0) == (precision == "bf16")
 
 
+def test_logits_in_chunks_are_not_saved():
+    """Of 4 rows of 32 tokens the head keeps no log-probabilities, and hidden states of 31 tokens in place of 32."""
+    sizes = yaml.safe_load((ROOT / "conf/model/tiny_llama.yaml").read_text())["architecture"] | {"vocab_size": 500}
+    whole, chunked = (
+        activations.measure(meta_model(sizes, causal=True), 4, 32, precision="fp32", logits_chunk=chunk)
+        for chunk in (None, 16)
+    )
+    assert whole.saved - chunked.saved == pytest.approx(4 * 4 * 31 * 500 + 4 * 4 * 64, abs=64)
+    assert (whole.logits, chunked.logits) == (8 * 4 * 32 * 500, 12 * 16 * 500)
+
+
 def test_a_model_without_an_architecture_is_refused():
     with pytest.raises(ValueError, match="memory is calculated from an architecture: give one"):
         meta_model(None, causal=True)
