@@ -2,6 +2,7 @@
 
     python experiments/plan.py experiment=experiments/paper.yaml          # or: make plan EXPERIMENT=paper
     python experiments/plan.py experiment=experiments/local.yaml cards.A40.price=0.5 currency=EUR
+    python experiments/plan.py experiment=experiments/paper.yaml what_if.protocol=sound
 
 Needs no GPU and no network. All numbers go to outputs/plan/<name>.json too.
 """
@@ -9,6 +10,7 @@ Needs no GPU and no network. All numbers go to outputs/plan/<name>.json too.
 import json
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,13 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 PLANNED = ("gradients", "basis", "train", "efficiency", "answers", "judgments")
 
 
-def read(group: str, name: str) -> Mapping[str, Any]:
-    """A configuration group's file."""
+def read(group: str, name: str, sizes: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+    """A configuration group's file; an encoder's scale with other sizes."""
     folder, _, stem = f"{group}/{name}".strip("/").rpartition("/")
     path = CONF / folder / f"{stem}.yaml"
     content = read_yaml(path)
+    if sizes and folder == "scale":
+        content |= sizes | {"search": content["search"] | sizes.get("search", {})}
     if folder in GROUPS and folder != "judge":  # a judge's file refers to its scale
         check_group(folder, content, file=path.relative_to(CONF.parent))
     return content
@@ -47,10 +51,11 @@ def unplanned(folder: Path) -> list[str]:
 
 def plan(settings: dict[str, Any]) -> dict[str, Any]:
     """The plan, logged and returned."""
-    models = {"decoders": settings["models"]} if settings["models"] else {}
-    lists = load(settings["experiment"], CONF, **models)
+    own = {"decoders": settings["models"], "protocol": settings["what_if"]["protocol"]}
+    lists = load(settings["experiment"], CONF, **{key: value for key, value in own.items() if value})
     cards = [Processor(name=name, **values) for name, values in settings["cards"].items()]
-    experiment = Experiment(lists, read, settings, Path(settings["results"]), settings["data_root"])
+    reading = partial(read, sizes=settings["what_if"]["sizes"])
+    experiment = Experiment(lists, reading, settings, Path(settings["results"]), settings["data_root"])
     found = plan_experiment(experiment, cards, settings)
     log.info("%s", plan_text(found, unplanned(CONF.parent)))
     return found

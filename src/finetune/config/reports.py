@@ -270,11 +270,19 @@ class Detectable(Group):
     correlation: Correlation
 
 
+class WhatIf(Group):
+    """Of ``conf/plan.yaml``: what is planned in the place of what the experiment says."""
+
+    protocol: Name | None
+    sizes: dict[Name, Any] | None
+
+
 class Plan(Group):
     """``conf/plan.yaml``."""
 
     experiment: PathText
     models: Some[Name] | None
+    what_if: WhatIf
     results: PathText
     data_root: PathText
     json_: PathText | None = Field(alias="json")

@@ -213,23 +213,18 @@ class Throughput:
         same = [s for s in here if (s.fact.model, s.fact.method, s.fact.precision, s.fact.graphs) == cell]
         for found in ([s for s in same if s.fact.task == task], same):
             if found:
-                return _fitted(found, MEASURED, self._most(card, precision))
+                return _fitted(found, MEASURED, card.peak.get(precision))
         alike = [s for s in here if s.fact.precision == precision or card.match == "cpu"]
         if alike:
             own = [s for s in alike if s.fact.model == model] or self._of_nearest_size(alike, model, method)
             nearest = self._nearest([s for s in own if s.fact.graphs == graphs] or own, method)
-            return _fitted(nearest, SCALED, self._most(card, precision), card.block_seconds)
+            return _fitted(nearest, SCALED, card.peak.get(precision), card.block_seconds)
         if precision in card.peak:
             share = self.assumed["utilisation"][precision]
             source = f"{precision} peak {card.peak[precision] / 1e12:g} TFLOP/s x {share:g}"
             fixed = {"block": card.graph_seconds} if graphs else {"least": card.block_seconds}
-            return Rate(self._most(card, precision), CALCULATED, source, **fixed)
+            return Rate(card.peak[precision] * share, CALCULATED, source, **fixed)
         return Rate(None, UNKNOWN, "nothing measured, no peak given")
-
-    def _most(self, card: Processor, precision: str) -> float:
-        """Operations a second that a card reaches at most, by assumption; infinite where no peak is given."""
-        peak = card.peak.get(precision)
-        return float("inf") if peak is None else peak * self.assumed["utilisation"][precision]
 
     def _of_nearest_size(self, steps: list[_Step], model: str, method: str) -> list[_Step]:
         """Those of the model with about as many numbers: a tiny one's operations are slower by far."""
@@ -258,11 +253,11 @@ class _Step:
     parameters: int
 
 
-def _fitted(steps: Sequence[_Step], kind: str, most: float, least: float = 0.0) -> Rate:
+def _fitted(steps: Sequence[_Step], kind: str, peak: float | None, least: float = 0.0) -> Rate:
     """A fixed time a block and a rate from steps of several sizes, relative errors squared; else their median rate.
 
     Args:
-        most: operations a second beyond which the times of steps are taken for fixed ones.
+        peak: operations a second, which no rate exceeds where the steps of all sizes took about as long.
     """
     sources = sorted({step.fact.source for step in steps})
     source = f"{sources[0]}{f' and {len(sources) - 1} more' if len(sources) > 1 else ''}"
@@ -273,6 +268,6 @@ def _fitted(steps: Sequence[_Step], kind: str, most: float, least: float = 0.0) 
         return Rate(value, kind, source, least=least)
     columns = np.stack([[step.blocks for step in steps], operations / scale], axis=1)
     relative = columns * np.array([[step.fact.steps_per_second] for step in steps])
-    bounds = ([0.0, max(scale / most, 1e-9)], [np.inf, np.inf])
+    bounds = ([0.0, scale / peak if peak else 1e-9], [np.inf, np.inf])
     block, rest = lsq_linear(relative, np.ones(len(steps)), bounds, method="bvls").x.tolist()
     return Rate(scale / rest, kind, source, block=block)

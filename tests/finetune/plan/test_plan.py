@@ -193,7 +193,7 @@ def test_steps_of_several_sizes_give_a_fixed_time_and_a_rate():
     flat = speed(*(replace(f, steps_per_second=5.0) for f in facts)).rate(
         CARD, "m", "full", "cola", "fp32", graphs=True
     )
-    assert flat.block == pytest.approx(0.1) and flat.value == 5e11  # what is assumed of the peak
+    assert flat.block == pytest.approx(0.1) and flat.value == 1e12  # the peak
     work = Training(
         **WHERE, runs=3, steps=20, batch=10, tokens=50.0, precision="fp32", cost=UNIT, graphs=True,
         passes=2, interval=8, evaluated=100, evaluation_batch=30,
