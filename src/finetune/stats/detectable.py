@@ -100,4 +100,5 @@ def least_detectable(seeds: Sequence[Part], examples: float, *, power: float = P
     def lacking(shift: float) -> float:
         return float(stats.nct.sf(critical, both.df, shift)) - power
 
-    return math.hypot(normal, math.sqrt(both.variance) * float(optimize.brentq(lacking, 0.0, 10 * critical + 10)))
+    shift = optimize.root_scalar(lacking, bracket=(0.0, 10 * critical + 10)).root
+    return math.hypot(normal, math.sqrt(both.variance) * shift)

@@ -80,15 +80,14 @@ def _matthews(counts: np.ndarray, predictions: np.ndarray, labels: np.ndarray) -
     right, both = counts @ (predictions == labels).T, np.zeros((len(counts), len(predictions)))
     squared, true = np.zeros_like(both), np.zeros((len(counts), 1))
     for one in np.union1d(predictions, labels):
-        predicted, actual = counts @ (predictions == one).T, (counts @ (labels == one))[:, None]
+        predicted, actual = counts @ (predictions == one).T, counts @ (labels[None] == one).T
         both, squared, true = both + predicted * actual, squared + predicted**2, true + actual**2
     total = labels.size
     return _ratio(right * total - both, (total**2 - squared) * (total**2 - true))
 
 
 def _pearson(counts: np.ndarray, predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    finite = np.isfinite(predictions).all(axis=1)
-    x = np.where(finite[:, None], predictions, 0.0).astype(np.float64)
+    x = np.where(np.all(np.isfinite(predictions), axis=1, keepdims=True), predictions, 0.0).astype(np.float64)
     x, y = x - x.mean(axis=1, keepdims=True), labels - labels.mean(dtype=np.float64)
     shares = counts / labels.size
     mean_x, mean_y = shares @ x.T, (shares @ y)[:, None]

@@ -119,26 +119,27 @@ def score_runs(task: str, runs: Mapping[str, Sequence[Run]], design: Design) -> 
     Raises:
         ValueError: If two runs have other labels.
     """
-    used = [(method, run) for method, found in runs.items() for run in found if run.packed is not None]
+    every = [(method, run, run.predictions) for method, found in runs.items() for run in found]
+    used = [(method, run, held) for method, run, held in every if held is not None]
     if not used:
         return None
-    (_, first), found = used[0], [run.predictions for _, run in used]
-    for (_, run), one in zip(used, found, strict=True):
-        if not np.array_equal(one.labels, found[0].labels) or run.metric != first.metric:
+    _, first, shared = used[0]
+    for _, run, held in used:
+        if not np.array_equal(held.labels, shared.labels) or run.metric != first.metric:
             raise ValueError(
                 f"{run.path} and {first.path} predicted other rows of {task}, or have other metrics; runs of one task "
                 "are compared on the same rows: run the older one again"
             )
     drawn = resample_scores(
         first.metric,
-        np.stack([one.best for one in found]),
-        found[0].labels,
+        np.stack([held.best for *_, held in used]),
+        shared.labels,
         seed=_seeds(design.seed, task),
         samples=design.samples,
     )
     unit = 1 if first.metric in LOWER_IS_BETTER else 100
     places: dict[str, dict[int, int]] = {}
-    for place, (method, run) in enumerate(used):
+    for place, (method, run, _) in enumerate(used):
         places.setdefault(method, {})[run.seed] = place
     return Scored(Resampled(unit * drawn.scores, unit * drawn.replicates), places)
 
@@ -191,8 +192,9 @@ def _corrected(draws: Mapping[Any, tuple[Draws, float | None]], losses: bool) ->
         corrected.append(dict(zip(known, holm([*known.values()]), strict=True)))
     found = {}
     for key, one in tests.items():
-        ps = [values.get(key) for values in corrected]
-        found[key] = Verdict(one, draws[key][1], *ps, verdicts.of_equivalence(one.value, *ps, lower_is_better=losses))
+        p, p_equal = (values.get(key) for values in corrected)
+        verdict = verdicts.of_equivalence(one.value, p, p_equal, lower_is_better=losses)
+        found[key] = Verdict(one, draws[key][1], p, p_equal, verdict)
     return found
 
 
@@ -201,10 +203,10 @@ def _margins(scored: Mapping[str, Scored], ran: Sequence[str], design: Design, u
     stated = design.margin[unit]
     if not isinstance(stated, str):
         return dict.fromkeys(scored, stated)
-    control = next((name for name in ran if design.labels.methods[name].control), None)
+    control = next((name for name in ran if design.labels.methods[name].control), "")
     found: dict[str, float | None] = {}
     for task, one in scored.items():
-        seeds = [*one.places.get(control, ())] if control is not None else []
+        seeds = [*one.places.get(control, ())]
         spread = float(one.of(control, seeds).scores.std(ddof=1)) if len(seeds) > 1 else 0.0
         found[task] = spread or None
     return found
