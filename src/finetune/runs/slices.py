@@ -129,7 +129,7 @@ def _repro(deadline: float | None, *stages: str) -> bool:
             os.killpg(process.pid, signal.SIGKILL)
         if isinstance(error, KeyboardInterrupt):
             raise
-        log.info("the time is over: run again to go on")
+        log.info("the time is over: run again to go on; with more minutes if this stage needs them")
         return False
     if code:
         raise SystemExit(code)
