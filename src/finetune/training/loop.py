@@ -188,6 +188,7 @@ def _resume(training: Training) -> tuple[Progress, dict[str, Tensor] | None]:
 
 def _save(training: Training, progress: Progress, best: dict[str, Tensor] | None) -> None:
     model, optimizer, digest = training.model, training.optimizer, training.digest
+    assert training.checkpoints is not None
     checkpoint.save_checkpoint(training.checkpoints, progress.step, digest, model, optimizer, asdict(progress), best)
 
 
