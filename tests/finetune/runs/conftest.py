@@ -1,7 +1,9 @@
 """What the tests of runs share: cells in a folder, runs that fail or die, records without their times."""
 
+import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +12,7 @@ from finetune.runs import run as running
 from finetune.runs.problem import Run
 from finetune.runs.run import run_once
 from finetune.store import records
+from finetune.training import loop
 from finetune.training.loop import NonFiniteLoss
 
 BEST = {"learning_rate": 1e-3, "batch_size": 8}
@@ -117,5 +120,16 @@ def read():
 
     def make(folder: Path):
         return {(r["run"]["task"], r["run"]["seed"]): r for _, r in records.iterate(folder)}
+
+    return make
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """``clock(5)``: the time is over when it was asked for five times."""
+
+    def make(number):
+        left = iter([-1.0] * number)
+        monkeypatch.setattr(loop, "time", SimpleNamespace(time=lambda: next(left, 1.0), monotonic=time.monotonic))
 
     return make

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune.runs.cells import Cell, basis_cell, gradients_cell
+from finetune.runs.cells import Cell
+from finetune.runs.preliminary import basis_cell, gradients_cell
+from finetune.runs.slices import composed_cells, run_slice
 from finetune.store import records
 from finetune.store.experiment import write_params
 
@@ -24,7 +26,7 @@ def edit(path, **changes):
 
 @pytest.fixture
 def hour(tmp_path, tiny_checkpoint, glue_root, chat_root):
-    """``hour("name", seeds=[1], ...)``: a folder with hour_offline cut to a test's size, tiny models under its names."""
+    """``hour("name", seeds=[1], ...)``: hour_offline cut to a test's size, with tiny models under its names."""
 
     def make(name, **own):
         folder = tmp_path / name
@@ -45,16 +47,16 @@ def hour(tmp_path, tiny_checkpoint, glue_root, chat_root):
     return make
 
 
-def slices(folder, *arguments, **others):
-    """The command, in a process of its own; its bases are made before."""
+def slices(folder, *arguments):
+    """The command, in a process group of its own."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "finetune.runs.slices", "params.yaml", *arguments]
-    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, **others)
+    said = (folder / "said.txt").open("w")
+    with said:
+        return subprocess.Popen(command, cwd=folder, env=environment, stderr=said, start_new_session=True)
 
 
 def bases(folder, monkeypatch):
-    from finetune.runs.slices import composed_cells
-
     monkeypatch.chdir(folder)
     for config in composed_cells("params.yaml", folder):
         cell = Cell.of(config)
@@ -76,52 +78,60 @@ def found(folder, numbers):
     return results
 
 
-def in_slices(folder, killed_after, minutes):
-    """Slice after slice until all is done, one of them killed; returns how many there were."""
+def in_slices(folder, minutes):
+    """Slice after slice until all is done, the second one killed; returns how many there were."""
     for number in range(1, 40):
-        process = slices(folder, "--minutes", str(minutes), start_new_session=True)
-        if number == killed_after:
-            while process.poll() is None and not list((folder / "results").glob("*/runs/*/*/*-seed*.json")):
+        process = slices(folder, "--minutes", str(minutes))
+        if number == 2:
+            there = len(list((folder / "results").rglob("*-seed*.json")))
+            while process.poll() is None and len(list((folder / "results").rglob("*-seed*.json"))) == there:
                 time.sleep(0.05)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             continue
-        said = process.communicate()[1]
-        assert process.returncode == 0, said
-        if "are left" not in said:
+        assert process.wait() == 0, (folder / "said.txt").read_text()
+        if "are left" not in (folder / "said.txt").read_text():
             return number
     raise AssertionError("it does not come to its end")
 
 
-@pytest.mark.slow  # a minute: the whole of it, searches of all methods
-@pytest.mark.parametrize("minutes", [0.2])
-def test_the_whole_in_slices_killed_once_is_the_whole_in_one_go(minutes, hour, numbers, monkeypatch):
-    own = {"tasks": ["cola", "mrpc"], "seeds": [1, 2], "decoder_seeds": [1]}
+def copied(hour, monkeypatch, **own):
+    """Two folders of the same experiment with the same bases."""
     one, other = hour("one", **own), hour("other", **own)
     bases(one, monkeypatch)
     for kind in ("basis", "gradients"):
         shutil.copytree(one / "results" / "hour" / kind, other / "results" / "hour" / kind)
+    return one, other
+
+
+@pytest.mark.slow  # minutes: searches and runs of all methods, by the command itself
+def test_the_whole_in_slices_killed_once_is_the_whole_in_one_go(hour, numbers, monkeypatch):
+    one, other = copied(hour, monkeypatch, tasks=["cola", "mrpc"], seeds=[1, 2], decoder_seeds=[1])
     process = slices(one)
-    said = process.communicate()[1]
-    assert process.returncode == 0, said
-    assert in_slices(other, killed_after=2, minutes=minutes) > 3
-    whole, sliced = found(one, numbers), found(other, numbers)
-    assert whole == sliced
+    assert process.wait() == 0, (one / "said.txt").read_text()
+    assert in_slices(other, minutes=0.3) > 2
+    whole = found(one, numbers)
+    assert whole == found(other, numbers)
     methods = {path.parts[4] for path in whole}
     assert {"frozen_mlp", "dora", "shira", "random_entries", "truncated_refreshed"} < methods
     assert len(list((one / "results").glob("*/runs/mpnet_base/*/*-seed*.json"))) == 11 * 4
 
 
-def test_two_methods_in_slices_killed_once_are_those_of_one_go(hour, numbers, monkeypatch):
-    own = {"tasks": ["cola"], "seeds": [1], "methods": ["full", "sparsegrad"], "ablations": [], "decoder_ablations": []}
-    own |= {"decoder_seeds": [1]}
-    one, other = hour("one", **own), hour("other", **own)
-    bases(one, monkeypatch)
-    for kind in ("basis", "gradients"):
-        shutil.copytree(one / "results" / "hour" / kind, other / "results" / "hour" / kind)
-    process = slices(one)
-    said = process.communicate()[1]
-    assert process.returncode == 0, said
-    assert in_slices(other, killed_after=1, minutes=0.03) > 1
-    assert found(one, numbers) == found(other, numbers)
-    assert len(found(one, numbers)) == 10
+def test_two_methods_in_slices_killed_once_are_those_of_one_go(hour, numbers, killed, clock, monkeypatch):
+    own = {"methods": ["full", "sparsegrad"], "ablations": [], "decoder_ablations": []}
+    one, other = copied(hour, monkeypatch, tasks=["cola"], seeds=[1], decoder_seeds=[1], **own)
+
+    def cells(folder):
+        monkeypatch.chdir(folder)
+        given = {"workers": 1, "device": "cpu", "progress": False}
+        return [Cell.of(config | given) for config in composed_cells("params.yaml", folder)]
+
+    run_slice(cells(one))
+    killed(5, lambda: run_slice(cells(other)))
+    for slices in range(40):  # each of eight steps
+        clock(8)
+        if not run_slice(cells(other), 0.0).over:
+            break
+    whole = found(one, numbers)
+    assert slices > 2
+    assert len(whole) == 2 * 2 + 2 * 2 + 2 and whole == found(other, numbers)

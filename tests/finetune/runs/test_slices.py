@@ -1,8 +1,5 @@
 """Slices: the same records as in one go, the most telling first; what another process has, and what fails, is left."""
 
-import time
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -27,17 +24,6 @@ def experiment(cell_of):
     def make(*methods, **others):
         given = {"tasks": ["cola", "mrpc"], **others}
         return [cell_of(f"method={method}", *SEARCHED, **given) for method in methods]
-
-    return make
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """``clock(5)``: the time is over when it was asked for five times."""
-
-    def make(number):
-        left = iter([-1.0] * number)
-        monkeypatch.setattr(loop, "time", SimpleNamespace(time=lambda: next(left, 1.0), monotonic=time.monotonic))
 
     return make
 
