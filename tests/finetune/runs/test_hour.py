@@ -124,14 +124,15 @@ def test_two_methods_in_slices_killed_once_are_those_of_one_go(hour, numbers, ki
     def cells(folder):
         monkeypatch.chdir(folder)
         given = {"workers": 1, "device": "cpu", "progress": False}
-        return [Cell.of(config | given) for config in composed_cells("params.yaml", folder)]
+        loads = {}
+        return [Cell.of(config | given, loads) for config in composed_cells("params.yaml", folder)]
 
     run_slice(cells(one))
     killed(5, lambda: run_slice(cells(other)))
-    for slices in range(40):  # each of eight steps
-        clock(8)
-        if not run_slice(cells(other), 0.0).over:
-            break
+    slices, over = 0, True
+    while over:
+        clock(14)  # steps
+        over, slices = run_slice(cells(other), 0.0).over, slices + 1
     whole = found(one, numbers)
     assert slices > 2
     assert len(whole) == 2 * 2 + 2 * 2 + 2 and whole == found(other, numbers)
