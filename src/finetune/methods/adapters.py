@@ -59,12 +59,13 @@ def wrap(
     Raises:
         ValueError: if PEFT refuses the arguments or the layers, what it wraps can't be merged, or nothing is to freeze.
     """
-    made, every = config_class(config), [name for _, names in parts for name in names]
+    made: Any = config_class(config)
+    every = [name for _, names in parts for name in names]
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     wrapped: Any = None
     for number, (arguments, names) in enumerate(parts):
         try:
-            adapter = made(**arguments, target_modules=list(names))
+            adapter: Any = made(**arguments, target_modules=list(names))
             if on_meta and isinstance(adapter, peft.ShiraConfig):
                 adapter.mask_fn = _first_entries
             if wrapped is None:

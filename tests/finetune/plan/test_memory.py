@@ -62,6 +62,7 @@ FILES = {name: file(name) for name in METHODS}
 EVERY = FILES | {name: file(name) for name in ("frozen_mlp", "dora", "truncated", "truncated_input")}
 EVERY["backward"] = FILES["sparsegrad"] | {"select_in": "backward"}
 EVERY["rotated"] = FILES["sparsegrad"] | {"form": "rotated"}
+RIVALS = {name: file(name) for name in ("shira", "miss", "lora_fa", "random_entries", "random_entries_redrawn")}
 BASES = {"up": Basis(torch.eye(32), torch.eye(80)), "down": Basis(torch.eye(80), torch.eye(32))}
 BASES["gate"] = BASES["up"]
 MATRIX = 32 * 80
@@ -82,7 +83,7 @@ def really(method, protocol, setup):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**ARCHITECTURE)).train()
     once = setup.accumulation_steps == 1
-    chosen = build_method(EVERY[method], MODEL, protocol, bases=BASES, one_backward_a_step=once)
+    chosen = build_method((EVERY | RIVALS)[method], MODEL, protocol, bases=BASES, one_backward_a_step=once)
     model = chosen.prepare(model)
     models.cast_frozen(model, DTYPES[setup.frozen_dtype])
     if setup.checkpointing:
@@ -106,7 +107,7 @@ def really(method, protocol, setup):
 
 
 def calculated(method, protocol, setup, model=MODEL):
-    return training_memory(EVERY[method], model, protocol, setup, causal=True)
+    return training_memory((EVERY | RIVALS)[method], model, protocol, setup, causal=True)
 
 
 SETUPS = {name: (changes, Setup(ROWS, TOKENS, 2)) for name, changes in CHANGES.items()} | {
@@ -125,7 +126,8 @@ NEEDS = {"truncated_input": "density", "frozen_mlp": "train"}
         for n in EVERY
         for case, (changes, _) in SETUPS.items()
         if n != "backward" and (n not in NEEDS or NEEDS[n] in changes)
-    ],
+    ]
+    + [(n, case) for n in RIVALS for case in ("sound", "bfloat16, more entries")],
 )
 def test_components_are_those_of_a_real_step(name, case):
     changes, setup = SETUPS[case]
