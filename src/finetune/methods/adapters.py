@@ -66,7 +66,7 @@ def wrap(
     for number, (arguments, names) in enumerate(parts):
         try:
             adapter: Any = made(**arguments, target_modules=list(names))
-            if on_meta and isinstance(adapter, peft.ShiraConfig):
+            if on_meta and config == "ShiraConfig":
                 adapter.mask_fn = _first_entries
             if wrapped is None:
                 wrapped = peft.get_peft_model(model, adapter)
