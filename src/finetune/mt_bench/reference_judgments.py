@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from finetune.mt_bench.journal import read_items
-from finetune.mt_bench.questions import Answer, Question
 from finetune.mt_bench.scores import TURNS, Item, Line, item_scores
 
 _PLACE = "\0"  # of an answer in a filled template
@@ -33,13 +32,13 @@ class Reference:
 
     judge: str
     scores: Mapping[str, Mapping[Item, float]]
-    answers: Mapping[str, Mapping[int, Answer]]
+    answers: Mapping[str, Mapping[int, Mapping[str, Any]]]
 
 
 def read_reference(
     path: str | Path,
-    questions: Sequence[Question],
-    references: Mapping[int, Answer],
+    questions: Sequence[Mapping[str, Any]],
+    references: Mapping[int, Mapping[str, Any]],
     prompts: Mapping[str, Mapping[str, Any]],
     models: Sequence[str] | None = None,
 ) -> Reference:
@@ -57,7 +56,7 @@ def read_reference(
     found, judge = _by_item(Path(path))
     if absent := [model for model in models or () if model not in found]:
         raise ValueError(f"{path} has no model {absent[0]!r}; it has: {', '.join(sorted(found))}.")
-    answers: dict[str, dict[int, Answer]] = {}
+    answers: dict[str, dict[int, Mapping[str, Any]]] = {}
     scores: dict[str, dict[Item, float]] = {}
     for model in sorted(models or found):
         answers[model], used = {}, []
@@ -91,9 +90,9 @@ def _by_item(path: Path) -> tuple[dict[str, dict[Item, Line]], str]:
 
 def _answer(
     line: Mapping[str, Any],
-    question: Question,
+    question: Mapping[str, Any],
     before: Sequence[str],
-    references: Mapping[int, Answer],
+    references: Mapping[int, Mapping[str, Any]],
     prompts: Mapping[str, Mapping[str, Any]],
     where: str,
 ) -> str:
@@ -116,7 +115,7 @@ def _answer(
     return prompt[len(start) : len(prompt) - len(end)]
 
 
-def choose(questions: Sequence[Question], part: int | None, seed: int) -> list[Question]:
+def choose(questions: Sequence[Mapping[str, Any]], part: int | None, seed: int) -> list[Question]:
     """A part of the questions in their order, stratified by category; a larger part of one seed holds the smaller.
 
     Every round takes a question of each category, categories and questions shuffled.
