@@ -115,7 +115,7 @@ def _answer(
     return prompt[len(start) : len(prompt) - len(end)]
 
 
-def choose(questions: Sequence[Mapping[str, Any]], part: int | None, seed: int) -> list[Question]:
+def choose(questions: Sequence[Mapping[str, Any]], part: int | None, seed: int) -> list[Mapping[str, Any]]:
     """A part of the questions in their order, stratified by category; a larger part of one seed holds the smaller.
 
     Every round takes a question of each category, categories and questions shuffled.
