@@ -6,7 +6,7 @@ judge's, the median of its repeats:
     spearman, pearson   correlation of x and y over all items of all models
     kappa               Cohen's, weighted by the square of the distance, of ratings to the nearest half point
     difference          mean of y - x, in points
-    unrated             share of the judge's judgments, repeats counted, that have no rating
+    unrated             share of the judge's answers, repeats counted, that have no rating; none is asked for again
     noise               the largest spread of a model's mean over repeats (`comparison.repeat_noise`)
     position            rank and mean of each model by both judges, over the items that both rated
 """
@@ -67,7 +67,7 @@ def measure(
 
 
 def _correlations(x: np.ndarray, y: np.ndarray) -> dict[str, float | None]:
-    from scipy.stats import pearsonr, spearmanr
+    from scipy.stats import pearsonr, rankdata
     from sklearn.metrics import cohen_kappa_score
 
     if min(len({*x}), len({*y})) < 2:
@@ -75,7 +75,7 @@ def _correlations(x: np.ndarray, y: np.ndarray) -> dict[str, float | None]:
     halves = [np.round(2 * ratings).astype(int) for ratings in (x, y)]
     labels = range(2 * LEAST, 2 * MOST + 1)
     return {
-        "spearman": float(spearmanr(x, y)[0]),
+        "spearman": float(pearsonr(rankdata(x), rankdata(y))[0]),
         "pearson": float(pearsonr(x, y)[0]),
         "kappa": float(cohen_kappa_score(*halves, labels=[*labels], weights="quadratic")),
     }

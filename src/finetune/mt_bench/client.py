@@ -55,6 +55,8 @@ class JudgeOptions:
         measures_quality: False for a judge whose scores only show that the pipeline works.
         parsing: which rating of a judgment counts, one of :data:`finetune.mt_bench.rating.PARSINGS`.
         progress: whether a bar over the judgments is shown.
+        ask_again: whether what the judge answered without a rating is asked again by a later run; where the judge is
+            what is measured, its first answer is what it said.
 
     Raises:
         ValueError: on a value that :class:`finetune.config.groups.JudgeEndpoint` refuses.
@@ -73,6 +75,7 @@ class JudgeOptions:
     measures_quality: bool = True
     parsing: str = LAST
     progress: bool = False
+    ask_again: bool = True
 
     def __post_init__(self) -> None:
         check(JudgeEndpoint, {name: getattr(self, name) for name in JudgeEndpoint.model_fields}, "judge")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from finetune.mt_bench.client import CUT, ItemFailed, JudgeClient, JudgeOptions
-from finetune.mt_bench.journal import Journal, write_items
+from finetune.mt_bench.journal import Journal, read_items, write_items
 from finetune.mt_bench.judged import count_differing, fault_of
 from finetune.mt_bench.questions import PROMPT_FIELDS, answer_sha256
 from finetune.mt_bench.rating import FASTCHAT, NoRating, read_rating
@@ -115,11 +115,14 @@ def judge_answers(
     for key, line in journal.recall(items).items():  # old answers may be back
         with suppress(NoRating):
             valid[key] = line | {"score": read_rating(line["judgment"], options.parsing)}
-    pending = {key: match for key, match in items.items() if key not in valid}
+    unrated = {} if options.ask_again else _unrated(failures_path(folder, model_id), model_id, options)
+    failures = [line for key, line in unrated.items() if key in items.keys() - valid.keys()]
+    pending = {key: match for key, match in items.items() if key not in valid and key not in unrated}
     client = JudgeClient(options) if pending else None  # without a key nothing is moved
     journal.keep(valid)
-    failures: list[Line] = []
-    bar = tqdm(total=len(items), initial=len(valid), desc=model_id, disable=not options.progress, leave=False)
+    bar = tqdm(
+        total=len(items), initial=len(items) - len(pending), desc=model_id, disable=not options.progress, leave=False
+    )
     try:
         with client or nullcontext(), bar:
             if client is not None:
@@ -140,6 +143,13 @@ def _fault(line: Mapping[str, Any]) -> str | None:
     if line.get("score") == FAILED:
         return "it has no rating"
     return fault_of(line)
+
+
+def _unrated(path: Path, model_id: str, options: JudgeOptions) -> dict[Key, Line]:
+    """What an earlier run listed as answered without a rating, by the same parsing."""
+    lines = read_items(path) if path.is_file() else []
+    known = [line for line in lines if "judgment" in line and line.get("parsing") == options.parsing]
+    return {Key.of(line | {"model": model_id}): line for line in known}
 
 
 def failures_path(folder: str | Path, model_id: str) -> Path:
@@ -208,7 +218,8 @@ def _judge(pending: Mapping[Key, Any], client: JudgeClient, journal: Journal, fa
             if key not in journal.items:  # an interruption may come after the writing
                 journal.append(done.result())
         except ItemFailed as error:
-            asked = {"question_id": key.question_id, "turn": key.turn, "repeat": key.repeat}
+            held = ("question_id", "turn", "repeat", "answer_sha256", "config_hash")
+            asked = {name: getattr(key, name) for name in held} | {"parsing": client.options.parsing}
             told = {"error": str(error), "attempts": error.attempts, "tstamp": time.time()} | error.said
             failures.append(asked | {"judge": [key.judge, key.prompt]} | told)
         bar.update()

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 def validate_judge(config: Mapping[str, Any]) -> dict[str, Any]:
     """Let a judge rate what the reference rated, and write `<output>/<judge>/agreement.json`.
 
-    Judgments and failures lie beside it, a file a model, as those of `finetune.mt_bench.judging.judge_answers`: what is
-    judged already is not judged again, with more questions or repeats neither.
+    Judgments and failures lie beside it, a file a model, as those of `finetune.mt_bench.judging.judge_answers`. What was
+    answered is not asked again, with or without a rating, with more questions or repeats neither.
 
     Args:
         config: Composed configuration, of `conf/judge_agreement.yaml`.
@@ -45,7 +45,7 @@ def validate_judge(config: Mapping[str, Any]) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     with (
         only_writer(folder, config["checkpoints"]),
-        judge_of(config["judge"] | {"progress": config["progress"]}) as options,
+        judge_of(config["judge"] | {"progress": config["progress"], "ask_again": False}) as options,
     ):
         digest = bench.digest(options, config["version"])
         for model, answers in reference.answers.items():

@@ -162,7 +162,9 @@ def test_answers_come_out_of_the_prompts_and_their_judgments_are_asked_once(give
 
 
 def test_a_judge_without_ratings_has_a_record_and_one_without_answers_has_none(given, server, tmp_path):
-    server.answer = lambda item, times: bench.fails(500, "down") if item == (1, 1) else bench.says("A fine answer.")
+    server.answer = lambda item, times: (
+        bench.fails(500, "down") if item == (1, 1) else bench.says("Fine." if item[0] < 4 else "Rating: [[5]]")
+    )
     with pytest.raises(ValueError, match="2 of 16 judgments got no answer, 2 of them with: HTTP 500: down; no record"):
         validate_judge(given())
     assert not (tmp_path / "judges/open_weight_24gb/agreement.json").exists()
@@ -170,6 +172,12 @@ def test_a_judge_without_ratings_has_a_record_and_one_without_answers_has_none(g
     found = validate_judge(given())
     assert found["agreement"]["unrated"] == 0.75 and found["agreement"]["items"] == 4
     assert found["counts"] == {"items": 16, "judged": 4, "failed": 12, "differing": 0}
+    asked = len(server.requests)
+    assert asked == 16 + 2  # the two without an answer again; what was said without a rating stays said
+    server.answer = lambda item, times: bench.says("Rating: [[5]]")
+    assert validate_judge(given())["agreement"] == found["agreement"] and len(server.requests) == asked
+    again = validate_judge(given(parsing="fastchat"))["counts"]  # it reads otherwise what it asks for
+    assert again["judged"] == 16 and len(server.requests) == asked + 12
 
 
 @pytest.mark.parametrize(
