@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 def validate_judge(config: Mapping[str, Any]) -> dict[str, Any]:
     """Let a judge rate what the reference rated, and write `<output>/<judge>/agreement.json`.
 
-    Judgments and failures lie beside it, a file a model, as those of `finetune.mt_bench.judging.judge_answers`. What was
-    answered is not asked again, with or without a rating, with more questions or repeats neither.
+    Judgments and failures lie beside it, a file a model, as `finetune.mt_bench.judging.judge_answers` writes them. What
+    was answered is not asked again, with or without a rating, with more questions or repeats neither.
 
     Args:
         config: Composed configuration, of `conf/judge_agreement.yaml`.
