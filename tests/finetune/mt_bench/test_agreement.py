@@ -12,13 +12,15 @@ from scipy import stats
 from sklearn.metrics import cohen_kappa_score
 
 from finetune.mt_bench.agreement import agreement_of, in_words, measure, read_agreements
+from finetune.mt_bench.journal import read_items
 from finetune.mt_bench.judgment_cells import read_bench
 from finetune.mt_bench.questions import load_references
 from finetune.mt_bench.reference_judgments import choose, read_reference
 from finetune.mt_bench.validation import validate_judge
 from finetune.store.records import read_record
 
-REAL = Path(os.environ.get("SPARSEGRAD_DATA", Path(__file__).parents[3] / "data")) / "mt_bench"
+ROOT = Path(__file__).parents[3]
+REAL = Path(os.environ.get("SPARSEGRAD_DATA", ROOT / "data")) / "mt_bench"
 MODELS = ("alpha", "beta")
 
 
@@ -228,3 +230,21 @@ def test_the_published_judgments_agree_with_themselves(compose):
     with pytest.raises(ValueError, match="the prompt is not FastChat's"):
         corrected = load_references(real.questions, REAL / "reference_answer/gpt-4.jsonl", "questions")
         read_reference(REAL / "judgments/gpt-4_single.jsonl", real.questions, corrected, real.prompts)
+
+
+@pytest.mark.skipif(not (REAL / "judgments/gpt-4_single.jsonl").is_file(), reason=f"no {REAL}/judgments")
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "results/judges").glob("*/agreement.json")), ids=lambda p: p.parent.name
+)
+def test_a_committed_record_is_what_its_judgments_say(path, compose):
+    record = read_record(path)
+    _, real = read_bench(compose(config_name="judge_agreement")["questions"] | {"root": str(REAL.parent)})
+    judged = {
+        file.stem: read_items(file) for file in path.parent.glob("*.jsonl") if not file.stem.endswith(".failures")
+    }
+    reference = read_reference(
+        REAL / "judgments/gpt-4_single.jsonl", real.questions, real.references, real.prompts, list(judged)
+    )
+    assert measure(reference.scores, judged, record["counts"]["items"]) == record["agreement"]
+    failed = sum(len(read_items(file)) for file in path.parent.glob("*.failures.jsonl"))
+    assert failed == record["counts"]["failed"] and failed + record["counts"]["judged"] == record["counts"]["items"]
