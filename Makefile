@@ -2,11 +2,12 @@
 PYTHON ?= python3
 EXPERIMENT ?= smoke
 ARCHIVE ?= outputs/$(EXPERIMENT).tar.xz
+INTO ?= outputs/carried/$(EXPERIMENT)
 UV_VERSION := 0.13.8
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: repro plan pack unpack test test-all lint lock help
+.PHONY: repro plan pack unpack carry test test-all lint lock help
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -33,6 +34,11 @@ pack: .venv/installed ## what EXPERIMENT wrote, without weights, as one ARCHIVE 
 
 unpack: .venv/installed ## take ARCHIVE into results, and let dvc take it as done; COMMIT=...: of another commit
 	python -m finetune.store.unpack $(ARCHIVE) $(COMMIT)
+
+carry: .venv/installed ## what EXPERIMENT's runs need on a machine with torch, transformers, accelerate and peft alone, as a folder INTO
+	python -m finetune.store.experiment experiments/$(EXPERIMENT).yaml params.yaml
+	dvc repro basis
+	python -m finetune.runs.carry experiments/$(EXPERIMENT).yaml $(INTO)
 
 test: .venv/installed ## the default tests: CPU, offline, short
 	python -m pytest -q -n auto --dist worksteal

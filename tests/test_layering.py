@@ -84,6 +84,23 @@ def packages_in(file):
     return {name.partition(".")[0] for name in imports_in(file)}
 
 
+def at_import(module):
+    """Packages that importing a module of finetune imports by its own lines and those of the modules behind it."""
+    files, found, left = files_of("finetune", SRC), set(), {module}
+    seen = set()
+    while left:
+        one = left.pop()
+        seen.add(one)
+        for node in ast.parse(files[one].read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name.partition(".")[0] for name in names}
+            ours = {m for name in names for m in (name, name.rpartition(".")[0]) if m in files}
+            left |= {m for one in ours for m in (one, one.rpartition(".")[0]) if m in files} - seen
+    return found
+
+
 def arrows(root):
     """Module of finetune -> modules of finetune that it imports."""
     files, graph = files_of("finetune", root), {}
@@ -134,6 +151,13 @@ def test_importing_loads_no_more_than_is_needed(package, rooms, forbidden):
     assert rooms is None or {name.split(".")[1] for name in modules} == set(rooms)
     loaded = imported_with(modules, SRC)
     assert package in loaded and len(modules) > 5 and not loaded & forbidden
+
+
+@pytest.mark.parametrize("module", ["runs.carried", "runs.grid", "store.pack"])
+def test_what_runs_on_a_bare_machine_imports_nothing_that_it_lacks(module):
+    lacking = NOT_ON_IMPORT | {"optuna", "pydantic"}
+    assert not at_import(f"finetune.{module}") & lacking
+    assert at_import("finetune.runs.carry") & lacking == {"pydantic"}  # the check can fail
 
 
 @pytest.mark.parametrize(

@@ -53,9 +53,20 @@ class ChatProblem(Problem):
     def splits(self, task: str = TASK) -> dict[str, PackedSplit]:
         return self._packed
 
+    @property
+    def template_name(self) -> str:
+        """The template's name, for records and merged models."""
+        carried = self.config.get("carried")
+        return self.template.name if carried is None else carried["template"]
+
+    def carried_facts(self) -> dict[str, Any]:
+        return {"template": self.template.name}
+
     @cached_property
     def _packed(self) -> dict[str, PackedSplit]:
         config = self.config
+        if (carried := self.carried_splits(TASK)) is not None:
+            return carried
         how = {
             "length": config["scale"]["max_length"] or config["protocol"]["max_length"],
             "loss_on": config["protocol"]["loss_on"],
@@ -139,7 +150,7 @@ class ChatProblem(Problem):
         return super().made_for(task) | {"precision": self.precision, "frozen_dtype": stored}
 
     def identity(self, run: Run) -> dict[str, Any]:
-        return super().identity(run) | {"template": self.template.name}  # the merged model is asked in it
+        return super().identity(run) | {"template": self.template_name}  # the merged model is asked in it
 
     def treatment(self, task: str) -> dict[str, Any]:
         scale = self.config["scale"]
@@ -155,8 +166,8 @@ class ChatProblem(Problem):
             "score_split": "validation",
             **self.selection,
             "facts": {role: split.facts for role, split in self._packed.items()},
-            "template": self.template.name,
+            "template": self.template_name,
         }
 
     def kept_facts(self) -> dict[str, Any]:
-        return {"template": self.template.name}
+        return {"template": self.template_name}

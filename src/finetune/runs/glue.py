@@ -46,6 +46,8 @@ class GlueProblem(Problem):
         protocol, limit = self.config["protocol"], self.config["scale"]["train_examples"]
         how = {"max_length": protocol["max_length"], "padding": protocol["padding"], "limit": limit}
         data = dict(self.config["data"]) | {"task": task}
+        if (carried := self.carried_splits(task)) is not None:
+            return Task.from_config(data), carried
         return self._once("task", lambda: load_task(data, self.tokenizer, **how), task=task, **how)
 
     def metric(self, task: str) -> str:

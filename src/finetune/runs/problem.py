@@ -21,6 +21,7 @@ from torch import nn
 
 from finetune import models
 from finetune.data.examples import content_of
+from finetune.data.tokenised import load_split
 from finetune.methods import Method, base_method, build_targets, deciding, needs_bases, with_own_choices
 from finetune.store import records
 from finetune.training import gradients
@@ -223,6 +224,20 @@ class Problem(ABC):
         if key not in self._loads:
             self._loads[key] = load()
         return self._loads[key]
+
+    def carried_splits(self, task: str) -> dict[str, Any] | None:
+        """The tokenised splits that travelled with a configuration; None of one that reads its data itself."""
+        carried = self.config.get("carried")
+        if carried is None:
+            return None
+        files = carried["splits"][task]
+        return self._once(
+            "carried", lambda: {role: load_split(Path(name)) for role, name in files.items()}, files=files
+        )
+
+    def carried_facts(self) -> dict[str, Any]:
+        """What travels beside tokenised data, because it decides numbers and needs what a bare machine lacks."""
+        return {}
 
     @property
     def searches(self) -> bool:

@@ -42,7 +42,7 @@ def header(problem: Problem, run: Run) -> dict[str, Any]:
         }
         | problem.data_facts(run.task),
         "config": {key: config[key] for key in ("model", "method", "protocol", "scale")},
-        "provenance": records.provenance(),
+        "provenance": records.provenance(commit=config.get("commit")),
     }
 
 

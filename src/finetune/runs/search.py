@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,66 +17,17 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from finetune.runs.problem import for_method
 from finetune.runs.search_journal import open_storage
+from finetune.runs.search_space import LOSS, SearchSpace, beyond
 from finetune.training.loop import Ended, NonFiniteLoss
 
 log = logging.getLogger(__name__)
 DIVERGED = "diverged"
-LOSS = "validation_loss"
 Objective = Callable[[dict[str, Any], Callable[[int, float], None]], tuple[float, float] | float]
 
 
 class Pruned(optuna.TrialPruned, Ended):
     """A trial that the pruner ends."""
-
-
-@dataclass(frozen=True)
-class SearchSpace:
-    """What is searched, and how long.
-
-    Attributes:
-        learning_rate: bounds, sampled log-uniformly.
-        batch_sizes: allowed values.
-        trials: in all, extensions left out; complete, pruned and diverged ones count.
-        points: tried first, in this order; each has ``learning_rate`` and ``batch_size``.
-        extend: how often at most, after all trials, a learning rate beyond those tried follows, while the best lies at
-            their edge.
-        startup_trials, warmup_steps: of the median pruner.
-        seed: base of the sampler's seeds.
-    """
-
-    learning_rate: tuple[float, float]
-    batch_sizes: tuple[int, ...]
-    trials: int
-    points: tuple[Mapping[str, Any], ...] = ()
-    extend: int = 0
-    startup_trials: int = 5
-    warmup_steps: int = 0
-    seed: int = 0
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> SearchSpace:
-        """What the protocol searches, and how long the scale says.
-
-        Raises:
-            ValueError: if the scale has points for some methods, and none for this one or its base.
-        """
-        bounds, sizes = config["protocol"]["search"], config["scale"]["search"]
-        points = for_method(sizes["points"], config["method"], "scale.search.points")
-        if not all(isinstance(point, Mapping) for point in points):
-            batch = for_method(config["scale"]["batch_size"], config["method"], "scale.batch_size")
-            points = [p if isinstance(p, Mapping) else {"learning_rate": p, "batch_size": batch} for p in points]
-        return cls(
-            learning_rate=tuple(bounds["learning_rate"]),
-            batch_sizes=tuple(bounds["batch_sizes"]),
-            trials=sizes["trials"],
-            points=tuple(points),
-            extend=sizes.get("extend", 0),
-            startup_trials=sizes["pruning"]["startup_trials"],
-            warmup_steps=sizes["pruning"]["warmup_steps"],
-            seed=config["protocol"]["search_seed"],
-        )
 
 
 def run_search(objective: Objective, space: SearchSpace, storage: BaseStorage, study_name: str) -> optuna.Study:
@@ -154,14 +104,6 @@ def summary(study: optuna.Study, space: SearchSpace) -> dict[str, Any]:
     } | ({"extended": extended} if space.extend else {})
 
 
-def is_whole(record: Mapping[str, Any], space: SearchSpace) -> bool:
-    """Whether a record has all trials of a search, and all extensions."""
-    extended, rates = record.get("extended", 0), sorted({trial["learning_rate"] for trial in record["trials"]})
-    if extended > space.extend or record["n_trials"] != space.trials + extended:
-        return False
-    return extended == space.extend or _beyond(record["best"], rates, space) is None
-
-
 def is_told_by(journal: Path, study_name: str, space: SearchSpace, record: Mapping[str, Any]) -> bool:
     """Whether a record says of a search what its journal says."""
     try:
@@ -190,17 +132,7 @@ def _next_point(study: optuna.Study, space: SearchSpace) -> dict[str, Any] | Non
     best = _best(study)
     if best is None or _extended(study, space) == space.extend:
         return None
-    return _beyond(best.params, _rates(study), space)
-
-
-def _beyond(best: Mapping[str, Any], rates: Sequence[float], space: SearchSpace) -> dict[str, Any] | None:
-    """The best point with the next learning rate in the ratio of the outer two; None inside, or out of bounds."""
-    if len(rates) < 2 or best["learning_rate"] not in (rates[0], rates[-1]):
-        return None
-    last, before = rates[:2] if best["learning_rate"] == rates[0] else rates[:-3:-1]
-    rate = float(f"{last * last / before:.6g}")  # 3e-4 after 1e-4, not 3.0000000000000003e-4
-    (low, high) = space.learning_rate
-    return {"learning_rate": rate, "batch_size": best["batch_size"]} if low <= rate <= high else None
+    return beyond(best.params, _rates(study), space)
 
 
 def _one_trial(study: optuna.Study, space: SearchSpace, objective: Objective) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from finetune.models.merged import read_merged
 from finetune.runs.problem import Problem, Run, for_task
 from finetune.runs.record_content import named
 from finetune.runs.run import forget, run_once
+from finetune.runs.search_space import SearchSpace, is_whole
 from finetune.store import records
 from finetune.tracking.results import send_search
 from finetune.training.loop import NonFiniteLoss
@@ -165,23 +167,21 @@ def _is_of(model: Path, digest: str) -> bool:
 
 def is_searched(problem: Problem, whole: Run, path: Path) -> bool:
     """Whether a search has its record, whole, with all trials, and as its journal tells it."""
-    from finetune.runs.search import SearchSpace, is_told_by, is_whole
-
     digest, space = problem.digest(whole), SearchSpace.of(problem.config)
     found, journal = records.reusable(path, digest), path.with_suffix(".journal")
     if found is None or not is_whole(found, space):
         return False
-    if journal.is_file() and not is_told_by(journal, digest, space, found):
-        log.warning("%s differs from %s, and is written anew", path, journal)
-        return False
+    if journal.is_file():
+        from finetune.runs.search import is_told_by
+
+        if not is_told_by(journal, digest, space, found):
+            log.warning("%s differs from %s, and is written anew", path, journal)
+            return False
     return True
 
 
 def _search(problem: Problem, whole: Run, path: Path, deadline: float | None) -> None:
     """Search one task; ``whole`` is the search as a run without a point."""
-    from finetune.runs.search import SearchSpace, run_search, summary
-    from finetune.runs.search_journal import open_storage
-
     config, digest = problem.config, problem.digest(whole)
     space = SearchSpace.of(config)
 
@@ -193,10 +193,22 @@ def _search(problem: Problem, whole: Run, path: Path, deadline: float | None) ->
         at_best = next(e for e in record["evaluations"] if e["step"] == record["training"]["best_step"])
         return at_best[record["metric"]], min(evaluation["loss"] for evaluation in record["evaluations"])
 
-    study = run_search(objective, space, open_storage(path.with_suffix(".journal")), digest)
+    told = _told(objective, space, path, digest)
     header = {"schema": records.SCHEMA, "version": config["version"], "run": named(problem, whole)}
     header["identity"] = problem.identity(whole)
     header["run"].pop("seed")  # it stands beside: trials are all of one seed
-    content = header | summary(study, space) | {"seed": whole.seed, "provenance": records.provenance()}
+    content = header | told | {"seed": whole.seed, "provenance": records.provenance()}
     records.write_record(path, content)
     send_search(content, config["wandb"])
+
+
+def _told(objective: Any, space: SearchSpace, path: Path, digest: str) -> dict[str, Any]:
+    """Search, and say what came of it: by Optuna, or where it is not installed by what a grid needs of it."""
+    if find_spec("optuna") is None:
+        from finetune.runs.grid import run_grid
+
+        return run_grid(objective, space, path.with_suffix(".grid"), digest)
+    from finetune.runs.search import run_search, summary
+    from finetune.runs.search_journal import open_storage
+
+    return summary(run_search(objective, space, open_storage(path.with_suffix(".journal")), digest), space)

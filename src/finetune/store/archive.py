@@ -31,7 +31,7 @@ _UNPACKED = 64 * LIMIT  # text becomes a tenth; more is no archive of ours
 _NAME = r"[A-Za-z0-9][\w.+-]*"
 _PACKED = re.compile(
     rf"runs/{_NAME}/{_NAME}/(cell|{_NAME}-seed\d+-[0-9a-f]{{12}})\.json"
-    rf"|search/{_NAME}/{_NAME}/{_NAME}\.(json|journal)"
+    rf"|search/{_NAME}/{_NAME}/{_NAME}\.(json|journal|grid)"
     rf"|mt_bench/(answers|judgments)/{_NAME}/{_NAME}/{_NAME}\.(json|jsonl)"
     rf"|efficiency/{_NAME}/{_NAME}\.json"
     rf"|energy/{_NAME}/{_NAME}\.(json|safetensors)"  # its maps are pictures of gradients
@@ -61,11 +61,7 @@ def collect(results: Path, origin: Mapping[str, Any]) -> dict[str, bytes]:
     Raises:
         ValueError: as :func:`check`; if there is nothing, or a list names a record that there is none of.
     """
-    found = {}
-    for path in sorted(results.rglob("*")):
-        name = path.relative_to(results).as_posix()
-        if _PACKED.fullmatch(name) and path.is_file():
-            found[name] = path.read_bytes()
+    found = stage_files(results)
     if not found:
         raise ValueError(f"{results} holds nothing that a stage wrote: run the experiment first.")
     check(results, found, origin)
@@ -75,6 +71,12 @@ def collect(results: Path, origin: Mapping[str, Any]) -> dict[str, bytes]:
         ]:
             raise ValueError(f"{results / name} lists {missing[0]}, which is not there: run its stage again.")
     return found
+
+
+def stage_files(results: Path) -> dict[str, bytes]:
+    """The files below ``results/<experiment>`` that stages wrote, as they are."""
+    paths = [(path.relative_to(results).as_posix(), path) for path in sorted(results.rglob("*"))]
+    return {name: path.read_bytes() for name, path in paths if _PACKED.fullmatch(name) and path.is_file()}
 
 
 def check(results: Path, files: Mapping[str, bytes], origin: Mapping[str, Any]) -> None:

@@ -88,7 +88,7 @@ def _is_taken(archive: Path, results: Path, name: str, files: Mapping[str, bytes
     done_here, done_there = _is_finished(results, owner), _is_finished(results, owner, files.get(owner, b""))
     if done_here != done_there:
         return done_there
-    if done_here or (path.suffix in (".journal", ".jsonl") and not _begins(here, content)):
+    if done_here or (path.suffix in (".journal", ".grid", ".jsonl") and not _begins(here, content)):
         raise _another(archive, path, name)
     return len(content) > len(here) and _begins(here, content)
 

@@ -12,8 +12,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from finetune.runs.search import SearchSpace, finished, is_whole, run_search, summary
+from finetune.runs.search import SearchSpace, finished, run_search, summary
 from finetune.runs.search_journal import open_storage
+from finetune.runs.search_space import is_whole
 from finetune.training.loop import NonFiniteLoss
 
 POINTS = ({"learning_rate": 1e-3, "batch_size": 8}, {"learning_rate": 1e-2, "batch_size": 16})
