@@ -109,6 +109,10 @@ def _run(params: Path, deadline: float | None, dvc: bool) -> None:
         return
     outcome.check()
     if dvc:
+        from finetune.store.dvc_stages import commit_complete
+        from finetune.store.experiment import read_experiment
+
+        commit_complete(read_experiment(params))
         _repro(deadline)
 
 

@@ -56,7 +56,7 @@ WRONG = {
             True,
             None,
             {"executor": "pbs", "count": 2},
-            {"executor": "slurm"},
+            {"executor": "slurm", "count": 0},
             {"executor": "local", "count": 2, "slurm": {"partition": "gpu"}},
         ],
         "device": ["gpu"],

@@ -1,14 +1,21 @@
 """Slices: the same records as in one go, the most telling first; what another process has, and what fails, is left."""
 
+import time
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
-from finetune.runs import cells
+from finetune.runs import cells, slices
 from finetune.runs import run as running
 from finetune.runs.cells import in_order, train_cell
 from finetune.runs.slices import run_slice
 from finetune.store import places, records
+from finetune.store.experiment import write_params
 from finetune.training import loop
+
+ROOT = Path(__file__).parents[3]
 
 SEARCHED = (
     "scale.search.max_steps=4", "scale.evaluation_steps=2", "learning_rate=null", "batch_size=null",
@@ -174,3 +181,40 @@ def test_memory_that_another_error_speaks_of_is_no_failed_run(once, monkeypatch,
     monkeypatch.setattr(running, "train", fail)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         once("method=full", path=tmp_path / "tiny_bert" / "full" / "x.json")
+
+
+# The command
+
+
+def test_cells_are_composed_as_their_stages_call_the_script(compose, tmp_path):
+    write_params(ROOT / "experiments" / "smoke.yaml", tmp_path / "params.yaml", ROOT / "conf")
+    params = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    train = {key: entry for key, entry in params["stages"]["train"].items() if entry["method"] == "truncated"}
+    params["stages"]["train"] = train
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    found = slices.composed_cells(tmp_path / "params.yaml", ROOT)
+    given = (f"cell={tmp_path}/params.yaml", "name=smoke", "workers=auto", "method=truncated")
+    encoder = (
+        "model=tiny_bert",
+        "data=generated",
+        "protocol=sound",
+        "scale=smoke",
+        "basis=results/smoke/basis/tiny_bert",
+    )
+    decoder = ("model=tiny_llama", "chat=generated_chat", "protocol=llama/sound", "scale=llama/smoke",
+               "basis=results/smoke/basis/tiny_llama")  # fmt: skip
+    assert found == [compose(*given, *encoder), compose(*given, *decoder, config_name="chat")]
+
+
+@pytest.mark.parametrize(("seconds", "code", "whole"), [(60, 0, True), (60, 3, None), (3, 0, False)])
+def test_dvc_is_ended_with_all_that_it_started_when_the_time_is_over(seconds, code, whole, tmp_path, monkeypatch):
+    stand_in = tmp_path / "python"
+    stand_in.write_text(f"#!/bin/bash\necho $@ > {tmp_path}/called\nsleep {60 if whole is False else 0}\nexit {code}\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(slices.sys, "executable", str(stand_in))
+    if whole is None:
+        with pytest.raises(SystemExit, match="3"):
+            slices._repro(time.time() + seconds, "basis")
+    else:
+        assert slices._repro(time.time() + seconds, "basis") is whole
+    assert (tmp_path / "called").read_text() == "-m dvc repro basis\n"
