@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from finetune.stats import verdicts
 from finetune.stats.detectable import Part, least_detectable, pooled
@@ -54,6 +54,17 @@ class Draws:
         spread, samples = pooled(self.parts), self.examples.size
         grid = (np.arange(samples) + 0.5) / samples
         return self.examples + math.sqrt(spread.variance) * stats.t.ppf(grid, spread.df)
+
+    def beyond(self, bound: float, side: int) -> float:
+        """Share of `d†` beyond a bound, below it (`side` -1) or above it (1).
+
+        Each resample of the examples gives the whole tail of t, so that many corrected p-values have no floor of one
+        resample. Without a spread of seeds resamples are counted, the observed one as one more.
+        """
+        spread, away = pooled(self.parts), side * (self.examples - bound)
+        if spread.variance == 0:
+            return (1 + int((away >= 0).sum())) / (1 + away.size)
+        return float(special.stdtr(spread.df, away / math.sqrt(spread.variance)).mean())
 
 
 @dataclass(frozen=True)
@@ -138,8 +149,8 @@ def equivalence(draws: Draws, margin: float | None) -> Equivalence:
     bootstrap, drawn = _percentiles(draws.resampled), draws.drawn()
     if drawn is None:
         return Equivalence(draws.value, None, None, bootstrap, None, None, None, draws.seeds)
-    p = min(1.0, 2 * min(_share(drawn <= 0), _share(drawn >= 0)))
-    p_equal = None if margin is None else max(_share(drawn <= -margin), _share(drawn >= margin))
+    p = min(1.0, 2 * min(draws.beyond(0.0, -1), draws.beyond(0.0, 1)))
+    p_equal = None if margin is None else max(draws.beyond(-margin, -1), draws.beyond(margin, 1))
     least = least_detectable(draws.parts, float(draws.examples.var()))
     return Equivalence(draws.value, *_percentiles(drawn), bootstrap, p, p_equal, least, draws.seeds)
 
@@ -148,8 +159,3 @@ def _percentiles(draws: np.ndarray) -> tuple[float, float]:
     outside = 50 * (1 - verdicts.CONFIDENCE)
     low, high = np.percentile(draws, [outside, 100 - outside])
     return float(low), float(high)
-
-
-def _share(beyond: np.ndarray) -> float:
-    """The share of draws beyond a bound; the observed one counts as one more, so that it is never 0."""
-    return (1 + int(beyond.sum())) / (1 + beyond.size)
