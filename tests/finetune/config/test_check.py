@@ -113,11 +113,26 @@ WRONG = {
         "scale.limit_seconds": [0],
         "scale.cases": [{}, {"a": {"shape": [8], "asked": 1, "ways": {"streaming": [1]}}}],
     },
-    "plan": {"touched": [0, 2], "questions": [0], "cards": [{}, {"A": {"price": -1}}], "utilisation.fp32": [1.5]},
+    "plan": {
+        "touched": [0, 2],
+        "questions": [0],
+        "cards": [{}, {"A": {"price": -1}}],
+        "utilisation.fp32": [1.5],
+        "detectable.accuracy.score": [-1, 101],
+        "detectable.correlation.rows": [1, -0.1],
+    },
+    "statistics": {
+        "margin.score": [0, -1.0, "baseline", None],
+        "patience": [0],
+        "questions": [
+            [{"ask": "?", "first": "most", "second": ["lora"]}],
+            [{"ask": "?", "first": "all", "second": []}],
+        ],
+    },
     "pretrain": {"encoder.warmup": [0], "decoder.length": [2], "encoder.beta2": [1], "device": ["auto"]},
     "generate": {"glue.train": [0], "glue.tasks": [["rte"], ["cola", "cola"]], "chat.trees": [0]},
 }
-GIVEN = {"pretrain": ["name=a"], "generate": ["name=a"], "mt_bench": ["judge=open_weight"]}
+GIVEN = {"statistics": ["name=a"], "pretrain": ["name=a"], "generate": ["name=a"], "mt_bench": ["judge=open_weight"]}
 SAYS = re.compile("allowed: |glue has: |no measure|renews|there is no")
 NAMES = ["../../x", "/x", "a/b", "..", ".x", "-x", "", " x", "a\nb", "a\0", "a" * 65, 7, None]
 
@@ -154,7 +169,7 @@ def test_what_is_out_of_range_is_refused_by_name(script, key, compose):
     ],
 )
 def test_names_stay_in_their_folder(script, key, compose):
-    given = GIVEN.get(script, []) + (["name=a"] if script in ("report", "table", "figure", "statistics") else [])
+    given = GIVEN.get(script, []) + (["name=a"] if script in ("report", "table", "figure") else [])
     given += {"table": ["number=9"], "figure": ["figure=all"]}.get(script, [])
     for name in NAMES:
         told = refusal(script, changed(compose(*given, config_name=script), key, name))
