@@ -10,6 +10,7 @@ wraps (:mod:`finetune.methods.adapters`), so that no adapter needs a formula her
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -90,6 +91,10 @@ class PEFT(Method):
         return model
 
     def merge(self, model: nn.Module) -> nn.Module:
+        for pattern in self.freeze:  # frozen, they may be stored lower than what they are multiplied with
+            for name, parameter in model.named_parameters():
+                if re.search(pattern, name):
+                    parameter.data = parameter.data.float()
         return model.merge_and_unload()
 
     def entries(self, shape: Shape) -> int:

@@ -165,6 +165,21 @@ def test_what_can_not_be_is_refused(group, text, config, classifier):
     assert "\n" not in str(refusal.value)
 
 
+def test_lora_fa_merges_where_frozen_weights_are_stored_in_bfloat16(build, classifier, batch):
+    method = build("lora_fa", DENSITY)
+    model = method.prepare(classifier(dropout=False))
+    for parameter in model.parameters():
+        parameter.data = parameter.data if parameter.requires_grad else parameter.data.bfloat16()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(0.5)
+    plain = classifier(dropout=False)
+    for target in method.targets.find(merged := method.merge(model)):
+        weight = plain.get_submodule(target.name).weight
+        assert target.module.weight.dtype == torch.bfloat16 and (target.module.weight - weight).abs().max() > 0.01
+    assert merged is not model
+
+
 @pytest.mark.parametrize("option", ["match", "seeded"])
 def test_an_argument_is_chosen_once(option):
     group = {
