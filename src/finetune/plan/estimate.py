@@ -28,7 +28,8 @@ def plan_experiment(experiment: Experiment, cards: Sequence[Processor], settings
     name, results = experiment.lists["name"], experiment.results
     speed = _throughput(experiment, cards, settings)
     rows = _stages(list(experiment.work()), cards, speed, settings["seconds"])
-    workers = settings["workers"] or experiment.lists.get("workers", 1)
+    given = settings["workers"] or experiment.lists.get("workers")
+    workers = given if isinstance(given, int) else 1  # auto, and jobs of a cluster, are one a card
     memory = _memory(experiment)
     for row in (*memory, *(preparing := _preparing(experiment))):
         row["fits"] = {card.name: card.fits(row["peak"]) for card in cards}
