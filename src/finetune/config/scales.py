@@ -76,7 +76,7 @@ class SearchSize(Group):
     @model_validator(mode="after")
     def _has_a_grid_to_extend(self) -> Self:
         for name, points in self.tried.items() if self.extend else ():
-            rates = {point if isinstance(point, float) else point.learning_rate for point in points}
+            rates = {point.learning_rate if isinstance(point, Point) else point for point in points}
             if len(rates) < 2 or self.trials < len(points):
                 given = f"extend={self.extend} with points of {name} at {sorted(rates)} and trials={self.trials}"
                 raise refused(f"{given}; allowed: points at two learning rates or more, and trials for all of them")

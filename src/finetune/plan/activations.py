@@ -64,7 +64,7 @@ class Activations:
 
 
 def measure(
-    model: nn.Module, rows: int, tokens: int, *, precision: str, logits_chunk: int | None = None
+    model: Any, rows: int, tokens: int, *, precision: str, logits_chunk: int | None = None
 ) -> Activations:
     """Activations of a causal language model or a sequence classifier in training, prepared by a method.
 
@@ -76,7 +76,8 @@ def measure(
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    found, causal = Activations(), model.get_output_embeddings() is not None
+    found, head = Activations(), model.get_output_embeddings()
+    causal, words = head is not None, 0 if head is None else head.weight.shape[0]
     options = {"use_cache": False} if causal else {}
     with FakeTensorMode(allow_non_fake_inputs=True):  # an adapter may hold real indices beside its parameters
         own = _give_fake_tensors(model.train())
@@ -86,7 +87,7 @@ def measure(
                 if logits_chunk is not None:
                     inputs = {"input_ids": ids, **options}
                     loss = causal_outputs(model, model, inputs, ids, logits_chunk)
-                    found.logits = 12 * logits_chunk * model.get_output_embeddings().weight.shape[0]
+                    found.logits = 12 * logits_chunk * words
                 else:
                     logits = model(input_ids=ids, **options).logits
                     labels = ids if causal else torch.zeros(rows, dtype=torch.long)

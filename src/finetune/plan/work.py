@@ -84,7 +84,9 @@ class Training(Work):
         rate = speed.rate(card, self.model, self.method, self.task, self.precision, graphs=self.graphs)
         if rate.value is None:
             return Seconds(None, rate.kind, rate.source)
-        parts = [(steps, self.cost.training(self.batch, self.tokens), self.passes * self.cost.blocks)]
+        parts: list[tuple[float, float, float]] = [
+            (steps, self.cost.training(self.batch, self.tokens), self.passes * self.cost.blocks)
+        ]
         if self.interval is not None:
             batches = -(-self.evaluated // self.evaluation_batch) * FORWARD
             forward = self.cost.evaluation(self.evaluated, self.tokens)
