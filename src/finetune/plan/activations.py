@@ -63,9 +63,7 @@ class Activations:
         return self.inputs + max(self.copies + max(self.blocks), self.outside + self.logits)
 
 
-def measure(
-    model: Any, rows: int, tokens: int, *, precision: str, logits_chunk: int | None = None
-) -> Activations:
+def measure(model: Any, rows: int, tokens: int, *, precision: str, logits_chunk: int | None = None) -> Activations:
     """Activations of a causal language model or a sequence classifier in training, prepared by a method.
 
     Args:
