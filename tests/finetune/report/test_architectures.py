@@ -59,7 +59,7 @@ def test_every_configured_model_can_be_counted(name):
     if architecture is None:
         pytest.skip(f"{name} takes its architecture from its checkpoint")
     found = count_parameters(architecture)
-    assert 0 < found.mlp < found.total
+    assert 0 < found.mlp < found.total and found.mlp + found.attention + found.embeddings <= found.total
 
 
 @pytest.mark.parametrize("architecture", [{"model_type": "gpt2"}, {}])

@@ -24,7 +24,8 @@ _LLAMA = {
     "attention": r"model\.layers\.\d+\.self_attn\.[qkvo]_proj\.(weight|bias)",
     "embeddings": r"model\.embed_tokens\.weight",
 }
-PARTS = {"bert": _ENCODER, "roberta": _ENCODER, "llama": _LLAMA}
+_MPNET = _ENCODER | {"attention": r"encoder\.layer\.\d+\.attention\.attn\.[qkvo]\.(weight|bias)"}
+PARTS = {"bert": _ENCODER, "roberta": _ENCODER, "llama": _LLAMA, "mpnet": _MPNET, "gemma3_text": _LLAMA}
 """Model type -> part -> regular expression over the full name of a parameter."""
 
 
@@ -74,6 +75,6 @@ def parameter_shapes(architecture: Mapping[str, Any]) -> dict[str, tuple[int, ..
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**architecture)
-    auto = AutoModelForCausalLM if config.model_type == "llama" else AutoModel
+    auto = AutoModelForCausalLM if PARTS.get(config.model_type) is _LLAMA else AutoModel
     with torch.device("meta"):
         return {name: tuple(parameter.shape) for name, parameter in auto.from_config(config).named_parameters()}
