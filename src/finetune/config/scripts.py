@@ -10,7 +10,16 @@ from pydantic import model_validator
 
 from finetune.config.groups import Chat, Data, Judge, Method, Model, Questions
 from finetune.config.protocols import ChatProtocol, Protocol
-from finetune.config.scales import ChatScale, CurveScale, EfficiencyScale, EnergyScale, HosvdScale, Judging, Scale
+from finetune.config.scales import (
+    ChatScale,
+    CurveScale,
+    EfficiencyScale,
+    EnergyScale,
+    HosvdScale,
+    Judging,
+    Point,
+    Scale,
+)
 from finetune.config.types import (
     Count,
     Device,
@@ -89,9 +98,8 @@ class Glue(Base):
             own = self.scale.batch_size
             batches = list(own.values()) if isinstance(own, dict) else [own]
             for point in chain.from_iterable(self.scale.search.tried.values()):
-                rate, given = (
-                    (point, batches) if isinstance(point, float) else (point.learning_rate, [point.batch_size])
-                )
+                given = [point.batch_size] if isinstance(point, Point) else batches
+                rate = point.learning_rate if isinstance(point, Point) else point
                 if not low <= rate <= high or not set(given) <= set(sizes):
                     raise refused(f"scale.search.points has {rate} x {given}; allowed: within {[low, high]} x {sizes}")
         return self

@@ -67,7 +67,7 @@ def measure(
 
 
 def _correlations(x: np.ndarray, y: np.ndarray) -> dict[str, float | None]:
-    from scipy.stats import pearsonr, rankdata
+    from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import cohen_kappa_score
 
     if min(len({*x}), len({*y})) < 2:
@@ -75,8 +75,8 @@ def _correlations(x: np.ndarray, y: np.ndarray) -> dict[str, float | None]:
     halves = [np.round(2 * ratings).astype(int) for ratings in (x, y)]
     labels = range(2 * LEAST, 2 * MOST + 1)
     return {
-        "spearman": float(pearsonr(rankdata(x), rankdata(y))[0]),
-        "pearson": float(pearsonr(x, y)[0]),
+        "spearman": float(spearmanr(x, y).statistic),
+        "pearson": float(pearsonr(x, y).statistic),
         "kappa": float(cohen_kappa_score(*halves, labels=[*labels], weights="quadratic")),
     }
 

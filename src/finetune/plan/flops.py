@@ -105,9 +105,10 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    found = {name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
+    modules = dict[str, nn.Module](model.named_modules())
+    found = {name: module for name, module in modules.items() if isinstance(module, GradientCheckpointingLayer)}
     if not found:  # MPNet
-        lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+        lists = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList)}
         name = max(lists, key=lambda name: len(lists[name]), default=None)
         found = {} if name is None else {f"{name}.{place}": layer for place, layer in enumerate(lists[name])}
     if not found:
