@@ -112,6 +112,34 @@ def test_losses_are_those_of_the_statistics(page, statistics):
             assert difference == with_interval(turned, 3, "+"), label
 
 
+def test_the_beginning_at_base_size_is_that_of_its_records():
+    """One seed of each method: scores of both halves, and the learning rate."""
+    runs = ROOT / "results" / "hour_offline" / "runs" / "mpnet_base"
+    _, *rows = table_after(ROOT / "docs/results.md", "begin")
+    assert {LABELS[row[0]] for row in rows} == {path.name for path in runs.iterdir()}
+    for label, rate, share, selecting, reported, step in rows:
+        (path,) = (runs / LABELS[label]).glob("rte-seed1-*.json")
+        record = json.loads(path.read_text())
+        parameters, best = record["parameters"], record["training"]["best_step"]
+        at_best = next(entry for entry in record["evaluations"] if entry["step"] == best)
+        trained = 100 * parameters["trainable"] / parameters["total"]
+        assert float(rate) == record["hyperparameters"]["learning_rate"]
+        assert share == f"{trained:.{3 if trained < 10 else 1}g} %", label
+        assert (selecting, reported) == (f"{100 * at_best['accuracy']:.1f}", f"{100 * record['score']:.1f}"), label
+        assert step == f"{best} of {record['training']['steps']}"
+
+
+def test_the_small_decoder_at_its_beginning_is_that_of_its_records():
+    runs = ROOT / "results" / "hour_offline" / "runs" / "gemma3_270m"
+    _, *rows = table_after(ROOT / "docs/results.md", "begin-decoder")
+    assert {LABELS[row[0]] for row in rows} == {path.name for path in runs.iterdir()}
+    for label, rate, before, after in rows:
+        (path,) = (runs / LABELS[label]).glob("oasst1-seed1-*.json")
+        record = json.loads(path.read_text())
+        assert float(rate) == record["hyperparameters"]["learning_rate"]
+        assert (before, after) == (f"{record['baseline']['report_loss']:.3f}", f"{record['score']:.3f}"), label
+
+
 def test_ratios_at_true_size_are_those_of_the_record():
     record = json.loads((LOCAL / "efficiency/roberta_base/cola.json").read_text())
     by_name = {variant["name"]: variant for variant in record["variants"]}
