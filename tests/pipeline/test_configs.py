@@ -15,7 +15,7 @@ from sparsegrad import entries_for_density
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
-METHODS = {"full", "lora", "meprop", "sparsegrad"}
+METHODS = {"full", "lora", "meprop", "random_entries", "sparsegrad"}
 GROUPS = ("data", "model", "method", "protocol", "scale")
 EXPERIMENTS = ("smoke", "local", "paper", "paper_released")
 

@@ -114,7 +114,7 @@ def test_cell_in_which_a_run_fails_ends_with_an_error_and_leaves_the_others(scri
     assert script("search", *cell).code == 0
     done = script("train", *cell, "learning_rate=1.0e+30")
     assert done.code == 1 and "Traceback" not in done.err
-    assert "error: 1 of 1 runs failed; cola-seed1-" in done.err and "lower learning_rate=1e+30" in done.err
+    assert "error: 1 of 2 searches and runs failed; cola-seed1-" in done.err and "lower learning_rate=1e+30" in done.err
     runs = done.folder / "results" / "test" / "runs" / "tiny_bert" / "full"
     assert [read(runs / name)["status"] for name in read(runs / "cell.json")["records"]] == ["failed"]
     assert script("train", *cell).code == 0

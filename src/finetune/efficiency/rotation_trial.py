@@ -121,7 +121,7 @@ def repetition(
             seconds[rotation] += seconds_of(calls, device)
     found = {
         rotation: _outcome(losses[rotation], seconds[rotation])
-        | {"validation": evaluate(trainees[rotation].model, splits["validation"], task, 128, device)}
+        | {"validation": evaluate(trainees[rotation].model, splits["validation"], task, 128, device).values}
         for rotation in rotations
     }
     return {"rotations": found, "looks": compared}

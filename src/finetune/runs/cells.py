@@ -173,7 +173,7 @@ class Outcome:
             ValueError: if anything did.
         """
         if failed := self.failed():
-            raise ValueError(f"{len(failed)} of {len(self.works)} runs failed; " + "; ".join(failed))
+            raise ValueError(f"{len(failed)} of {len(self.works)} searches and runs failed; " + "; ".join(failed))
 
 
 def in_order(cells: Sequence[Cell]) -> list[Work]:

@@ -104,7 +104,9 @@ def test_a_record_that_a_table_would_refuse_is_made_anew(train, trained, read, n
 
 
 def test_failed_runs_are_recorded_the_others_done_and_tried_again(train, trained, read, diverge, tmp_path):
-    text = r"2 of 4 runs failed; cola-seed1-[0-9a-f]{12}.json: loss is nan at step 3; lower .*; mrpc-seed1-"
+    text = (
+        r"2 of 4 searches and runs failed; cola-seed1-[0-9a-f]{12}.json: loss is nan at step 3; lower .*; mrpc-seed1-"
+    )
     with diverge(1), pytest.raises(ValueError, match=text):
         train(tasks=["cola", "mrpc"])
     folder = tmp_path / "runs" / "tiny_bert" / "full"
@@ -214,7 +216,7 @@ def test_a_lost_merged_model_is_made_again(lost, dialogues, numbers, read):
 
 
 def test_a_decoder_that_diverges_is_recorded_and_the_cell_fails(dialogues):
-    with pytest.raises(ValueError, match="2 of 2 runs failed; .*loss is"):
+    with pytest.raises(ValueError, match="2 of 2 searches and runs failed; .*loss is"):
         dialogues("method=full", "learning_rate=1e30", "protocol.max_grad_norm=null", "scale.warmup_steps=0")
 
 

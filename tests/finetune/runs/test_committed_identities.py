@@ -55,14 +55,14 @@ def digest_of(config, record, **changes):
     """The hash of a run: everything that data and weights decide is the record's."""
     run, splits = record["run"], splits_of(record)
     contents = {name: record["model"][name] for name in ("sha256", "config_sha256")}
-    known = {"contents": contents, "_bases": {run["task"]: ({}, record["basis"])}}
+    known = {"contents": contents, "bases": lambda task: ({}, record["basis"])}
     if run["kind"] == "llama":
         problem = ChatProblem(config)
         problem.__dict__.update(known, _packed=splits, tokenizer=None)
     else:
         problem = GlueProblem(config)
         facts = Task.from_config(config["data"] | {"task": run["task"]})
-        problem.__dict__.update(known, _tasks={run["task"]: (facts, splits)})
+        problem.__dict__.update(known, _load=lambda task: (facts, splits))
     named = {"task": run["task"], "seed": run["seed"], "hyperparameters": problem.hyperparameters()}
     return problem.digest(Run(**named | changes))
 

@@ -132,7 +132,7 @@ def out_of_memory(monkeypatch):
 def test_a_run_without_memory_fails_alone_and_is_tried_again(cell_of, out_of_memory, read, numbers, tmp_path):
     cell = cell_of("method=full", seeds=[1, 2, 3])
     text = out_of_memory(2)
-    with pytest.raises(ValueError, match=rf"1 of 3 runs failed; cola-seed2-[0-9a-f]{{12}}.json: {text}"):
+    with pytest.raises(ValueError, match=rf"1 of 3 searches and runs failed; cola-seed2-[0-9a-f]{{12}}.json: {text}"):
         train_cell(cell)
     found = read(cell.folder("runs"))
     assert {key[1]: record["status"] for key, record in found.items()} == {1: "finished", 2: "failed", 3: "finished"}
@@ -165,7 +165,9 @@ def test_memory_that_ends_in_a_step_leaves_the_checkpoint_for_the_next_try(once,
 def test_a_search_without_memory_fails_and_the_other_tasks_go_on(experiment, out_of_memory, trained, tmp_path):
     (cell,) = experiment("full", seeds=[1])
     text = out_of_memory(34)
-    with pytest.raises(ValueError, match=rf"2 of 4 runs failed; tiny_bert full search of cola: {text}; .* of mrpc"):
+    with pytest.raises(
+        ValueError, match=rf"2 of 4 searches and runs failed; tiny_bert full search of cola: {text}; .* of mrpc"
+    ):
         train_cell(cell)
     assert trained == [] and not list(cell.folder("search").glob("*.json"))
     assert run_slice([cell]).left and not (cell.folder("runs") / "cell.json").exists()

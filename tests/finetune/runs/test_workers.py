@@ -139,7 +139,7 @@ def test_numbers_do_not_depend_on_the_number_of_workers(cell_of, numbers, read, 
 
 def test_failed_runs_of_workers_are_records_and_the_others_are_done(cell_of, read):
     cell = cell_of("learning_rate=1e30", **PAIR, workers=2)
-    with pytest.raises(ValueError, match="4 of 4 runs failed; cola-seed1-.* is (nan|not finite)"):
+    with pytest.raises(ValueError, match="4 of 4 searches and runs failed; cola-seed1-.* is (nan|not finite)"):
         train_cell(cell)
     assert {record["status"] for record in read(cell.folder("runs")).values()} == {"failed"}
 
