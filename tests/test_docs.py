@@ -124,7 +124,7 @@ def test_the_beginning_at_base_size_is_that_of_its_records():
         at_best = next(entry for entry in record["evaluations"] if entry["step"] == best)
         trained = 100 * parameters["trainable"] / parameters["total"]
         assert float(rate) == record["hyperparameters"]["learning_rate"]
-        assert share == f"{trained:.{3 if trained < 10 else 1}g} %", label
+        assert share == f"{trained:.2f} %", label
         assert (selecting, reported) == (f"{100 * at_best['accuracy']:.1f}", f"{100 * record['score']:.1f}"), label
         assert step == f"{best} of {record['training']['steps']}"
 

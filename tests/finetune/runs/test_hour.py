@@ -114,7 +114,7 @@ def test_the_whole_in_slices_killed_once_is_the_whole_in_one_go(hour, numbers, m
     assert whole == found(other, numbers)
     methods = {path.parts[4] for path in whole}
     assert {"frozen_mlp", "dora", "shira", "random_entries", "truncated_refreshed"} < methods
-    assert len(list((one / "results").glob("*/runs/mpnet_base/*/*-seed*.json"))) == 11 * 4
+    assert len(list((one / "results").glob("*/runs/mpnet_base/*/*-seed*.json"))) == 12 * 4
 
 
 def test_two_methods_in_slices_killed_once_are_those_of_one_go(hour, numbers, killed, clock, monkeypatch):
