@@ -72,11 +72,13 @@ def _correlations(x: np.ndarray, y: np.ndarray) -> dict[str, float | None]:
 
     if min(len({*x}), len({*y})) < 2:
         return {"spearman": None, "pearson": None, "kappa": None}
+    spearman: Any = spearmanr(x, y)
+    pearson: Any = pearsonr(x, y)
     halves = [np.round(2 * ratings).astype(int) for ratings in (x, y)]
     labels = range(2 * LEAST, 2 * MOST + 1)
     return {
-        "spearman": float(spearmanr(x, y).statistic),
-        "pearson": float(pearsonr(x, y).statistic),
+        "spearman": float(spearman.statistic),
+        "pearson": float(pearson.statistic),
         "kappa": float(cohen_kappa_score(*halves, labels=[*labels], weights="quadratic")),
     }
 

@@ -106,7 +106,7 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     modules = dict[str, nn.Module](model.named_modules())
-    found = {name: module for name, module in modules.items() if isinstance(module, GradientCheckpointingLayer)}
+    found = {name: modules[name] for name in modules if isinstance(modules[name], GradientCheckpointingLayer)}
     if not found:  # MPNet
         lists = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList)}
         name = max(lists, key=lambda name: len(lists[name]), default=None)
