@@ -22,7 +22,7 @@ help: ## what can be made
 	.venv/bin/python -m compileall -q -j 0 .venv/lib || true
 	touch $@
 
-repro: .venv/installed ## run EXPERIMENT (smoke, local, paper, paper_released): every stage that is not up to date; MINUTES=9: so long
+repro: .venv/installed ## run EXPERIMENT (smoke, local, hour, paper, ...): every stage that is not up to date; MINUTES=9: so long
 	python -m finetune.store.experiment experiments/$(EXPERIMENT).yaml params.yaml
 	$(if $(MINUTES),python -m finetune.runs.slices params.yaml --dvc --minutes $(MINUTES),dvc repro)
 

@@ -16,8 +16,8 @@ from finetune.energy.probe import Probe
 from finetune.energy.spaces import SPACES
 from finetune.energy.trajectory import Looks, follow
 from finetune.methods import build_method, deciding
+from finetune.runs.choices import for_task
 from finetune.runs.glue import GlueProblem
-from finetune.runs.problem import for_task
 from finetune.store import records
 from finetune.store.files import sha256
 from finetune.training import memory

@@ -31,7 +31,8 @@ from finetune.plan.memory import (
 )
 from finetune.plan.work import Decoding, Decomposition, Training, Work
 from finetune.runs.cells import PROBLEMS
-from finetune.runs.problem import Problem, Run, for_task
+from finetune.runs.choices import for_task
+from finetune.runs.problem import Problem, Run
 from finetune.runs.search import SearchSpace
 from finetune.store import records
 from finetune.store.catalog import CONF

@@ -130,12 +130,13 @@ def search_cell(cell: Cell) -> None:
     """The hyper-parameter searches of a cell: a journal and a ``<task>.json`` with best point and all trials each.
 
     Raises:
-        ValueError: if the protocol has no search, several processes run as one, or a search failed (after all others
-            are done).
+        ValueError: if protocol or scale has no search, several processes run as one, or a search failed (after all
+            others are done).
     """
-    protocol = cell.problem.config["protocol"]
-    if "search" not in protocol:
-        raise ValueError(f"protocol={protocol['name']} searches nothing: its hyper-parameters are given.")
+    protocol, scale = cell.problem.config["protocol"], cell.problem.config["scale"]
+    for group, content in (("protocol", protocol), ("scale", scale)):
+        if not content.get("search"):
+            raise ValueError(f"{group}={content['name']} searches nothing: its hyper-parameters are given.")
     with cell.writer():
         works = [Work(cell.problem, cell.results, task) for task in cell.tasks]
         _do_missing(works, found := _look(works), None)

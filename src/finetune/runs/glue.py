@@ -13,7 +13,8 @@ from torch import nn
 from finetune import models
 from finetune.data.glue import Split, Task, load_task
 from finetune.methods import Method
-from finetune.runs.problem import Problem, Run, for_task
+from finetune.runs.choices import for_task
+from finetune.runs.problem import Problem, Run
 from finetune.training.capture import Graphs
 from finetune.training.evaluation import Evaluation, evaluate
 from finetune.training.options import TrainingOptions, planned_steps

@@ -22,7 +22,8 @@ from torch import nn
 from finetune import models
 from finetune.data.examples import content_of
 from finetune.data.tokenised import load_split
-from finetune.methods import Method, base_method, build_targets, deciding, needs_bases, with_own_choices
+from finetune.methods import Method, build_targets, deciding, needs_bases, with_own_choices
+from finetune.runs.choices import check_point, for_method, for_task
 from finetune.store import records
 from finetune.training import gradients
 from finetune.training.evaluation import Evaluation, report_half
@@ -267,7 +268,7 @@ class Problem(ABC):
         for name in ("learning_rate", "batch_size"):
             value = next((place[name] for place in places if place.get(name) is not None), None)
             found[name] = for_method(value, config["method"], name)
-        _check_point(found)  # a search's record, or nothing, may stand behind it
+        check_point(found)  # a search's record, or nothing, may stand behind it
         return found
 
     @property
@@ -359,14 +360,6 @@ class Problem(ABC):
         )
 
 
-def _check_point(found: Mapping[str, Any]) -> None:
-    """Refuse what is no learning rate or batch size; a carried run has no schema to ask."""
-    for name, kind, allowed in (("learning_rate", int | float, "a number"), ("batch_size", int, "a whole number")):
-        value = found[name]
-        if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise ValueError(f"{name}={value!r}; allowed: {allowed} greater than 0.")
-
-
 def _read_bases(path: Path) -> tuple[dict[str, Basis], dict[str, Any]]:
     bases, facts = load_bases(path)
     content = [(kind.encode(), bases[kind].U, bases[kind].V) for kind in sorted(bases)]
@@ -381,22 +374,3 @@ def _loaded_once(problem: type[Problem], config: str) -> Problem:
 @cache
 def _loads_of_process() -> dict[str, Any]:
     return {}
-
-
-def for_task(value: Any, task: str) -> Any:
-    """A value of ``conf/scale`` that may be one for all tasks, or a mapping from tasks, with ``default``, to values."""
-    return value.get(task, value["default"]) if isinstance(value, Mapping) else value
-
-
-def for_method(value: Any, method: Mapping[str, Any], option: str) -> Any:
-    """A value for all methods, or a mapping from methods to values; a variant that it leaves out takes its base's.
-
-    Raises:
-        ValueError: if a mapping leaves both out.
-    """
-    if not isinstance(value, Mapping):
-        return value
-    own = next((name for name in (method["name"], base_method(method)) if name in value), None)
-    if own is None:
-        raise ValueError(f"{option} is given for {', '.join(value)}; method={method['name']} needs one too.")
-    return value[own]

@@ -6,7 +6,7 @@ from typing import Any
 
 from finetune.runs.problem import Problem, Run
 from finetune.store import records
-from finetune.training.evaluation import REPORT
+from finetune.store.checks import REPORT
 from finetune.training.loop import Progress, Training, median_step_seconds
 from finetune.training.options import planned_steps
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.runs.problem import for_method
+from finetune.runs.choices import for_method
 
 LOSS = "validation_loss"
 """Of a trial: what breaks ties."""

@@ -12,7 +12,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from finetune.config.launch import is_first_process
 from finetune.models.merged import read_merged
-from finetune.runs.problem import Problem, Run, for_task
+from finetune.runs.choices import for_task
+from finetune.runs.problem import Problem, Run
 from finetune.runs.record_content import named
 from finetune.runs.run import forget, run_once
 from finetune.runs.search_space import SearchSpace, is_whole

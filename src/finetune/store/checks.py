@@ -13,6 +13,9 @@ SCHEMA = 1
 LOWER_IS_BETTER = frozenset({"loss"})
 """Scores of which the lowest is the best; ``loss`` is the score of a language model."""
 
+REPORT = "report_"
+"""Before the name of a metric in an evaluation: on the half of the rows that does not select."""
+
 RUNS = ("train", "llama")
 """Kinds of records that are one training run each."""
 
@@ -36,7 +39,8 @@ def check_record(path: Path, record: Mapping[str, Any]) -> None:
     """Refuse a record that is not, whole and unchanged, what a run of its name wrote.
 
     Its checksum is that of its content; its hash is that of the identity that it holds, which says the same model,
-    method, task and seed as its ``run`` and its place; a score is finite, and the best of its own evaluations.
+    method, task and seed as its ``run`` and its place; a score is finite, and that of its best
+    evaluation (on the reporting half, where one half selects).
 
     Raises:
         ValueError: saying what is wrong, and that the stage makes it anew.
@@ -93,7 +97,7 @@ def _run_fault(path: Path, record: Mapping[str, Any]) -> str | None:
     evaluations = {entry["step"]: entry[metric] for entry in record["evaluations"]}
     best = (min if metric in LOWER_IS_BETTER else max)(evaluations.values())
     step = record["training"]["best_step"]
-    told = next(entry for entry in record["evaluations"] if entry["step"] == step).get(f"report_{metric}", best)
+    told = next(entry for entry in record["evaluations"] if entry["step"] == step).get(REPORT + metric, best)
     if score != told or evaluations[step] != best:
         return f"has score {score!r}, the best of its evaluations is {best!r}"
     return None

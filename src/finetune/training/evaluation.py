@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from finetune.data.examples import Examples
 from finetune.store.arrays import pack_array
+from finetune.store.checks import REPORT
 from finetune.training import metrics
 from finetune.training.capture import Batch, Graphs
 from finetune.training.losses import causal_outputs, row_losses
@@ -19,9 +20,6 @@ from finetune.training.padding import padded
 
 if TYPE_CHECKING:  # reading a task needs pyarrow; a loss does not
     from finetune.data.glue import Split, Task
-
-REPORT = "report_"
-"""Before the name of a metric: on the half that does not select."""
 
 
 @dataclass(frozen=True)

@@ -325,6 +325,8 @@ def test_a_cell_searches_what_is_missing_and_trains_with_what_was_found(search, 
 def test_a_protocol_without_a_search_has_none(cell_of):
     with pytest.raises(ValueError, match="protocol=sound searches nothing: its hyper-parameters are given"):
         search_cell(cell_of(chat=True))
+    with pytest.raises(ValueError, match="scale=smoke searches nothing: its hyper-parameters are given"):
+        search_cell(cell_of("scale.search=null"))
 
 
 def test_a_search_is_one_process(search, train, trained, monkeypatch):

@@ -3,6 +3,7 @@
 What does not decide numbers (a label, a mark, a key of the loop around the runs) must stay out of a run's identity.
 """
 
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,12 +11,14 @@ import pytest
 
 from finetune.data.glue import Task
 from finetune.runs.chat import ChatProblem
+from finetune.runs.choices import for_task
 from finetune.runs.glue import GlueProblem
-from finetune.runs.problem import Run, for_task
+from finetune.runs.problem import Run
 from finetune.store.records import read_record
 
 LOCAL = Path(__file__).parents[3] / "results" / "local"
 RUNS = sorted(LOCAL.glob("**/*-seed*-*.json"))
+BEGUN = sorted((LOCAL.parent / "hour_offline" / "runs").glob("*/*/*-seed*-*.json"))
 SEARCHES = sorted(LOCAL.glob("search/*/*/*.json"))
 READ = {path: read_record(path) for path in RUNS}
 
@@ -57,7 +60,9 @@ def digest_of(config, record, **changes):
     contents = {name: record["model"][name] for name in ("sha256", "config_sha256")}
     known = {"contents": contents, "bases": lambda task: ({}, record["basis"])}
     if run["kind"] == "llama":
-        problem = ChatProblem(config)
+        text = config["model"].get("chat_template")  # a tokenizer's is named by the hash of its text
+        own = {"template": f"tokenizer:{sha256(text.encode()).hexdigest()[:12]}"} if text else None
+        problem = ChatProblem(config | {"carried": own})
         problem.__dict__.update(known, _packed=splits, tokenizer=None)
     else:
         problem = GlueProblem(config)
@@ -68,7 +73,7 @@ def digest_of(config, record, **changes):
 
 
 def test_all_committed_records_are_here():
-    assert len(RUNS) >= 102 and len(SEARCHES) >= 25
+    assert len(RUNS) >= 102 and len(SEARCHES) >= 25 and len(BEGUN) == 8
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -78,6 +83,15 @@ def test_a_run_is_named_by_its_content_and_by_todays_configuration(path, compose
     assert record["migration"]["checked"][:3] == ["hash", "weights", "data"] and not record["migration"]["unchecked"]
     for config in (compose(config_name="chat") | record["config"], compose_as(compose, record)):
         assert digest_of(with_facts(compose, config, record), record) == record["run"]["config_hash"]
+
+
+@pytest.mark.parametrize("path", BEGUN, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_what_hour_begin_left_is_what_its_experiment_would_run(path, compose):
+    """Learning rate and batch size come from the scale, as no search and no hand gives them there."""
+    record = read_record(path)
+    config = with_facts(compose, compose_as(compose, record), record) | {"learning_rate": None, "batch_size": None}
+    assert record["run"]["scale"] == "hour_begin"
+    assert digest_of(config, record) == record["run"]["config_hash"]
 
 
 @pytest.mark.parametrize("path", SEARCHES, ids=lambda path: f"{path.parent.name}-{path.stem}")

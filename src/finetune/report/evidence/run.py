@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 
 from finetune.store.arrays import unpack_array
+from finetune.store.checks import REPORT
 
 KINDS = {"train": "trainable_per_layer", "llama": "total"}
 """Kind of a training run (a task of GLUE, a decoder on dialogues) -> the count that its table needs beside
 `trainable`."""
 
-
-REPORT = "report_"
-"""Before the name of a metric in an evaluation: on the half of the rows that does not select."""
 
 _DIVERGED = re.compile(r"(loss|gradient) is ")
 """How the error of a run begins whose loss or gradient was not finite (`finetune.training.loop.NonFiniteLoss`)."""
