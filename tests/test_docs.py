@@ -157,9 +157,10 @@ def test_ratios_at_true_size_are_those_of_the_record():
         assert (speed, memory) == expected, label
 
 
-def test_what_was_reached_on_a_card_is_what_its_records_say():
-    page = (ROOT / "docs/hardware.md").read_text()
-    assert fill(page, ROOT / "results/paper") == page, "python experiments/targets.py name=paper"
+@pytest.mark.parametrize(("page", "name"), [("docs/hardware.md", "paper"), ("results/h200/README.md", "h200")])
+def test_what_was_reached_on_a_card_is_what_its_records_say(page, name):
+    text = (ROOT / page).read_text()
+    assert fill(text, ROOT / "results" / name) == text, f"python experiments/targets.py name={name} page={page}"
 
 
 def test_energies_are_those_of_the_record():
