@@ -8,7 +8,7 @@ optimizer = SparseGradAdamW(param_groups(model), lr=1e-4)  # in place of torch.o
 merge(model)                                               # a plain model again
 """
 
-from sparsegrad.adapter import load_adapter, save_adapter
+from sparsegrad.adapter import AdapterState, adapter_state, load_adapter, put_adapter, save_adapter
 from sparsegrad.basis import Basis, GradientMoments, hosvd, hosvd_of_unfoldings, hosvd_tensorly
 from sparsegrad.collect import collect_moments
 from sparsegrad.compact import CompactGradient
@@ -26,6 +26,7 @@ from sparsegrad.select import NonFiniteGradient, entries_for_density, top_k
 from sparsegrad.truncated import TruncatedLinear
 
 __all__ = [
+    "AdapterState",
     "Basis",
     "CompactGradient",
     "FoldedLinear",
@@ -37,6 +38,7 @@ __all__ = [
     "SparseGradLinear",
     "Target",
     "TruncatedLinear",
+    "adapter_state",
     "clip_grad_norm_",
     "collect_moments",
     "core_shape",
@@ -51,6 +53,7 @@ __all__ = [
     "load_tensors",
     "merge",
     "param_groups",
+    "put_adapter",
     "refresh",
     "save_adapter",
     "save_bases",

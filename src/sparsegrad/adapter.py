@@ -1,15 +1,14 @@
-"""Adapters: what fine-tuning changed of a base model, in one file.
+"""Adapters: what fine-tuning changed of a base model, in memory or in one file.
 
-Written is what differs from the plain model that :func:`sparsegrad.sparsify` was given, whoever changed it: entries in
+Held is what differs from the plain model that :func:`sparsegrad.sparsify` was given, whoever changed it: entries in
 rotated coordinates, or the whole weight of a layer that others have written to, and every other parameter and buffer
-whose bits are not the base's. Of all that is not written, fingerprints are: an adapter fits one base model.
+whose bits are not the base's. Of all that is not held, fingerprints are: an adapter fits one base model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from inspect import signature
-from math import prod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,120 +16,217 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
-from sparsegrad.convert import FORMS, find_targets, kind_value, own_options, sparsegrad_layers, sparsify
+from sparsegrad.convert import Target, find_targets, kind_value, sparsegrad_layers, sparsify
 from sparsegrad.core import CoreLinear
 from sparsegrad.fingerprint import fingerprint, fingerprints
-from sparsegrad.io import load_tensors, save_tensors
+from sparsegrad.gaps import from_gaps, to_gaps
+from sparsegrad.io import load_bases, load_tensors, save_tensors
 from sparsegrad.linear import SparseGradLinear
-from sparsegrad.optim import SparseGradAdamW
 from sparsegrad.quantized import QuantizedTruncatedLinear
-from sparsegrad.select import check_k
 from sparsegrad.selecting import SelectingLinear
 from sparsegrad.truncated import TruncatedLinear
 
+BASES = ("inside", "reference")
 
-def save_adapter(
-    path: str | Path, model: nn.Module, optimizer: SparseGradAdamW | None, sparsify_config: Mapping[str, Any]
-) -> None:
+
+@dataclass(frozen=True)
+class AdapterState:
+    """What an adapter holds.
+
+    Attributes:
+        tensors: on the CPU, of their own. Of a layer ``weight.<name>``, or ``values.<name>`` and, where not all are
+            held, ``gaps.<name>`` between their places (:mod:`sparsegrad.gaps`); ``dense.<name>`` of anything else;
+            ``basis.<kind>.U`` and ``.V``, unless they are referred to.
+        metadata: JSON values: what sparsify was given, shapes, bases by their hashes, fingerprints of the base.
+    """
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, Any]
+
+
+def save_adapter(path: str | Path, model: nn.Module, *, bases: str = "inside") -> None:
     """Write what differs from the base model.
-
-    Of a truncated layer that is the whole core, and its weight too once the basis was refreshed: what earlier bases
-    have moved does not lie in the last one's block.
 
     Args:
         path: a ``.safetensors`` file.
-        model: a sparsified model.
-        optimizer: one that trained the model, or None. It is not asked: the layers know what any optimizer has moved.
-        sparsify_config: the keyword arguments given to :func:`sparsegrad.sparsify` (without the bases, and without the
-            rule of selection, which no loaded adapter needs).
+        model, bases: see :func:`adapter_state`.
 
     Raises:
-        ValueError: if the arguments are not those that the model was made with.
+        ValueError: as :func:`adapter_state`.
     """
-    layers = sparsegrad_layers(model)
-    config = _checked_config(sparsify_config, model, layers)
-    labels: dict[int, str] = {}
-    bases: dict[str, str] = {}
-    tensors = _others(model, layers)
-    base = {name: found for name, found in _base(layers).items() if f"dense.{name}" not in tensors}
-    for name, layer in layers.items():
-        tensors |= {f"{what}.{name}": tensor for what, tensor in _changed(layer).items()}
-        if f"weight.{name}" in tensors:
-            base.pop(f"{name}.weight", None)
-        if layer.basis is not None:
-            label = labels.setdefault(id(layer.basis), f"basis{len(labels)}")
-            tensors[f"{label}.U"], tensors[f"{label}.V"] = layer.basis.U, layer.basis.V
-            bases[name] = label
-    shapes = {name: [layer.out_features, layer.in_features] for name, layer in layers.items()}
-    save_tensors(
-        path, tensors, {"content": "adapter", "bases": bases, "shapes": shapes, "sparsify": config, "base": base}
-    )
+    state = adapter_state(model, bases=bases)
+    save_tensors(path, state.tensors, state.metadata)
 
 
-@torch.no_grad()
-def load_adapter(path: str | Path, model: nn.Module) -> nn.Module:
+def load_adapter(
+    path: str | Path, model: nn.Module, *, bases: Mapping[str, Basis] | str | Path | None = None
+) -> nn.Module:
     """Sparsify a base model as the adapter was, and put the adapter's values in.
 
     Args:
         path: written by :func:`save_adapter`.
         model: the base model that was fine-tuned, plain; changed in place.
+        bases: of an adapter that refers to them: by layer kind, or a file of :func:`sparsegrad.save_bases`.
 
     Returns:
         The same model, with SparseGrad layers; :func:`sparsegrad.merge` makes it plain.
 
     Raises:
-        ValueError: if the file is damaged, or belongs to another architecture or another base model; the model is
-            unchanged then.
+        ValueError: if the file is damaged, or as :func:`put_adapter`; the model is unchanged then.
     """
     tensors, metadata = load_tensors(path)
     if metadata.get("content") != "adapter":
         raise ValueError(f"{path} holds {metadata.get('content')!r}, not an adapter.")
-    if missing := {"sparsify", "shapes", "bases", "base"} - metadata.keys():
+    if missing := {"arguments", "shapes", "bases", "base"} - metadata.keys():
         raise ValueError(
             f"{path} lacks {', '.join(sorted(missing))}: it is of an older version; save the adapter again."
         )
-    config, state = metadata["sparsify"], model.state_dict()
-    dense = {n.removeprefix("dense."): t for n, t in tensors.items() if n.startswith("dense.")}
-    unknown = [n for n, t in dense.items() if n not in state or state[n].shape != t.shape]
-    targets = find_targets(model, config["target_modules"], config.get("layers_to_transform"))
-    shapes = {t.name: [t.module.out_features, t.module.in_features] for t in targets}
-    unknown += [n for n in shapes | metadata["shapes"] if shapes.get(n) != metadata["shapes"].get(n)]
-    if unknown:
-        raise ValueError(
-            f"{path} is an adapter of another architecture: {', '.join(unknown[:4])} do not fit this model."
-        )
-    now = fingerprints(model)
-    if others := [name for name, found in metadata["base"].items() if now.get(name) != found]:
-        raise ValueError(
-            f"{path} is an adapter of another base model: {', '.join(others[:4])} {'...' if others[4:] else ''} differ "
-            "from the weights that it was trained on, or are in another precision: load it on those."
-        )
-    kinds = {t.kind: metadata["bases"][t.name] for t in targets if t.name in metadata["bases"]}
-    bases = {kind: Basis(tensors[f"{label}.U"], tensors[f"{label}.V"]) for kind, label in kinds.items()} or None
-    if bases and config.get("form") == "truncated":  # the file holds the leading rows alone
-        config = config | {"ranks": {kind: list(basis.ranks) for kind, basis in bases.items()}}
-    sparsify(model, bases, **config)
+    given = load_bases(bases)[0] if isinstance(bases, str | Path) else bases
+    try:
+        return put_adapter(model, AdapterState(tensors, metadata), given)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+@torch.no_grad()
+def adapter_state(model: nn.Module, *, bases: str = "inside") -> AdapterState:
+    """What differs from the base model.
+
+    Of a truncated layer that is the whole core, and its weight too once the basis was refreshed: what earlier bases
+    have moved does not lie in the last one's block.
+
+    Args:
+        model: a sparsified model.
+        bases: ``inside``, or ``reference``: their hashes alone, so that whoever loads the adapter must give them.
+
+    Raises:
+        ValueError: if the word is unknown, or this is not the model that :func:`sparsegrad.sparsify` was given.
+    """
+    if bases not in BASES:
+        raise ValueError(f"bases={bases!r}; allowed: {', '.join(BASES)}.")
+    layers = _own_layers(model)
+    first = next(iter(layers.values()))
+    tensors = _others(model, layers)
+    base = {name: found for name, found in first.base.items() if f"dense.{name}" not in tensors}
+    described: dict[str, dict[str, Any]] = {}
+    for name, layer in layers.items():
+        tensors |= {f"{what}.{name}": tensor for what, tensor in _changed(layer).items()}
+        if f"weight.{name}" in tensors:
+            base.pop(f"{name}.weight", None)
+        basis, kind = layer.basis, layer.kind
+        if basis is None or kind in described:
+            continue
+        described[kind] = _description(basis)
+        if bases == "inside":
+            tensors |= {f"basis.{kind}.U": basis.U, f"basis.{kind}.V": basis.V}
+    metadata = {
+        "content": "adapter",
+        "arguments": first.arguments,
+        "shapes": {name: [layer.out_features, layer.in_features] for name, layer in layers.items()},
+        "bases": described,
+        "base": base,
+    }
+    return AdapterState({name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}, metadata)
+
+
+@torch.no_grad()
+def put_adapter(model: nn.Module, state: AdapterState, bases: Mapping[str, Basis] | None = None) -> nn.Module:
+    """Sparsify a base model as the adapter was, and put the adapter's values in.
+
+    Args:
+        model: the base model that was fine-tuned, plain; changed in place.
+        state: of :func:`adapter_state`.
+        bases: by layer kind, where the adapter refers to them; their leading rows are taken, in its precision.
+
+    Returns:
+        The same model, with SparseGrad layers.
+
+    Raises:
+        ValueError: if the adapter belongs to another architecture or another base model, or its bases are missing or
+            others; the model is unchanged then.
+    """
+    arguments = dict(state.metadata["arguments"])
+    targets = find_targets(model, arguments["target_modules"], arguments["layers_to_transform"])
+    dense = {n.removeprefix("dense."): t for n, t in state.tensors.items() if n.startswith("dense.")}
+    _refuse_other_models(model, state.metadata, targets, dense)
+    found = {kind: _basis(kind, about, state, bases) for kind, about in state.metadata["bases"].items()} or None
+    if found and arguments["form"] == "truncated":  # they are the leading rows alone
+        arguments["ranks"] = {kind: list(basis.ranks) for kind, basis in found.items()}
+    sparsify(model, found, **arguments)
     layers = sparsegrad_layers(model)
     for name, layer in layers.items():
-        _put(layer, *(tensors.get(f"{what}.{name}") for what in ("weight", "indices", "values")))
+        _put(layer, *(state.tensors.get(f"{what}.{name}") for what in ("weight", "gaps", "values")))
     for name, tensor in model.state_dict().items():
         if (plain := _plain_name(name, layers)) in dense:
             tensor.copy_(dense[plain])
     return model
 
 
+def _own_layers(model: nn.Module) -> dict[str, SparseGradLinear]:
+    """Of a model that sparsify was given: no part of it, nothing around it."""
+    layers = sparsegrad_layers(model)
+    if others := [name for name, layer in layers.items() if layer.name != name or not layer.arguments]:
+        known = layers[others[0]].name or "none of its own"
+        raise ValueError(
+            f"sparsify was not given this model: it knows {others[0]} as {known}. Give the model that it was given, "
+            "without what is around it."
+        )
+    if not layers:
+        raise ValueError("the model has no SparseGrad layers: an adapter is of a model that sparsify was given.")
+    return layers
+
+
+def _refuse_other_models(
+    model: nn.Module, metadata: Mapping[str, Any], targets: Sequence[Target], dense: Mapping[str, Tensor]
+) -> None:
+    state = model.state_dict()
+    unknown = [n for n, t in dense.items() if n not in state or state[n].shape != t.shape]
+    shapes = {t.name: list(t.shape) for t in targets}
+    unknown += [n for n in shapes | metadata["shapes"] if shapes.get(n) != metadata["shapes"].get(n)]
+    if unknown:
+        raise ValueError(f"an adapter of another architecture: {', '.join(unknown[:4])} do not fit this model.")
+    now = fingerprints(model)
+    if others := [name for name, found in metadata["base"].items() if now.get(name) != found]:
+        raise ValueError(
+            f"an adapter of another base model: {', '.join(others[:4])} {'...' if others[4:] else ''} differ "
+            "from the weights that it was trained on, or are in another precision: load it on those."
+        )
+
+
+def _description(basis: Basis) -> dict[str, Any]:
+    """What a basis is to be made of, and known by."""
+    dtype = str(basis.U.dtype).removeprefix("torch.")
+    return {"sha256": basis.identity(), "rows": [len(basis.V), len(basis.U)], "dtype": dtype}
+
+
+def _basis(kind: str, about: Mapping[str, Any], state: AdapterState, given: Mapping[str, Basis] | None) -> Basis:
+    """The adapter's own of a layer kind, or the given one as :func:`_description` has it."""
+    if given is None:
+        if f"basis.{kind}.U" not in state.tensors:
+            raise ValueError("the adapter refers to bases that it does not hold: give bases, those it was trained in.")
+        return Basis(state.tensors[f"basis.{kind}.U"], state.tensors[f"basis.{kind}.V"])
+    full, (r, c), dtype = kind_value(given, kind, "basis"), about["rows"], getattr(torch, about["dtype"])
+    basis = Basis(full.U[:c].to(dtype), full.V[:r].to(dtype))
+    if (found := basis.identity()) != about["sha256"]:
+        raise ValueError(
+            f"the basis of kind {kind!r} is not the one that the adapter was trained in (SHA-256 {found[:12]}, not "
+            f"{about['sha256'][:12]}): give that one."
+        )
+    return basis
+
+
 def _changed(layer: SparseGradLinear) -> dict[str, Tensor]:
-    """What of a layer's weight may differ from the base: ``weight``, or ``values`` at ``indices`` or of the block."""
+    """What of a layer's weight may differ from the base: ``weight``, or ``values`` at ``gaps`` or of the block."""
     layer.follow()
     if isinstance(layer, CoreLinear):
         whole = {"weight": layer.weight} if isinstance(layer, TruncatedLinear) and layer.moved is None else {}
         return whole | {"values": layer.rotated_weight().flatten()}
     if layer.moved is None:
         return {"weight": layer.original_weight()}
-    return {"indices": layer.moved, "values": layer.rotated_weight().flatten()[layer.moved]}
+    return {"gaps": to_gaps(layer.moved), "values": layer.rotated_weight().flatten()[layer.moved]}
 
 
-def _put(layer: SparseGradLinear, weight: Tensor | None, indices: Tensor | None, values: Tensor | None) -> None:
+def _put(layer: SparseGradLinear, weight: Tensor | None, gaps: Tensor | None, values: Tensor | None) -> None:
     """What :func:`_changed` gave, into a layer of the base model."""
     if weight is not None and isinstance(layer, SelectingLinear):
         layer.set_original(weight)
@@ -139,20 +235,15 @@ def _put(layer: SparseGradLinear, weight: Tensor | None, indices: Tensor | None,
         layer.weight.copy_(weight)
     if values is not None:
         current = layer.rotated_weight().flatten()
-        places = torch.arange(len(values)) if indices is None else indices
-        places = places.to(current.device)
+        places = (torch.arange(len(values)) if gaps is None else from_gaps(gaps)).to(current.device)
         layer.add_(places, values.to(current) - current[places])
 
 
 def _others(model: nn.Module, layers: Mapping[str, SparseGradLinear]) -> dict[str, Tensor]:
     """Parameters and buffers outside the layers' weights whose bits are not the base's, as ``dense.<plain name>``."""
-    base = _base(layers)
+    base = next(iter(layers.values())).base
     state = {_plain_name(name, layers): t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
     return {f"dense.{n}": t for n, t in state.items() if n is not None and base.get(n) != fingerprint(t)}
-
-
-def _base(layers: Mapping[str, SparseGradLinear]) -> Mapping[str, str]:
-    return next(iter(layers.values())).base
 
 
 def _plain_name(name: str, layers: Mapping[str, SparseGradLinear]) -> str | None:
@@ -169,50 +260,3 @@ def _plain_name(name: str, layers: Mapping[str, SparseGradLinear]) -> str | None
 def _prefixes(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts))]
-
-
-def _checked_config(
-    given: Mapping[str, Any], model: nn.Module, layers: Mapping[str, SparseGradLinear]
-) -> dict[str, Any]:
-    """The arguments as JSON, if :func:`load_adapter` will make these layers of them.
-
-    Raises:
-        ValueError: if not.
-    """
-    missing = [name for name in ("k", "target_modules") if name not in given]
-    if missing:
-        raise ValueError(f"sparsify_config lacks {', '.join(missing)}: give all that sparsify was given.")
-    config = {name: _json(value, name) for name, value in given.items()}
-    form = config.get("form", "folded")
-    if form not in FORMS:
-        raise ValueError(f"sparsify_config has form={form!r}; allowed: {', '.join(FORMS)}.")
-    own_options(form, {name: value for name, value in config.items() if name not in signature(sparsify).parameters})
-    targets = find_targets(model, config["target_modules"], config.get("layers_to_transform"))
-    if {t.name for t in targets} != set(layers):
-        other = sorted({t.name for t in targets} ^ set(layers))
-        raise ValueError(
-            f"sparsify_config and the model differ in {', '.join(other[:4])}: give what sparsify was given."
-        )
-    for target in targets:
-        layer, k = layers[target.name], check_k(kind_value(config["k"], target.kind, "k"), target.shape)
-        core = isinstance(layer, CoreLinear)
-        if (form == "truncated") != core or not (core or isinstance(layer, FORMS[form])):
-            raise ValueError(f"sparsify_config has form={form!r}; {target.name} is {type(layer).__name__}.")
-        if k < prod(layer.ranks) if isinstance(layer, CoreLinear) else k != layer.k:
-            raise ValueError(f"sparsify_config has k={k}; {target.name} is {layer}.")
-    return config
-
-
-def _json(value: Any, name: str) -> Any:
-    """A value as JSON keeps it: tuples and ranges as lists.
-
-    Raises:
-        ValueError: if it is none that JSON knows.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): _json(item, name) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_json(item, name) for item in value]
-    if value is None or isinstance(value, str | int | float):
-        return value
-    raise ValueError(f"sparsify_config has {name}={value!r}, which no file can hold: leave out bases and select.")

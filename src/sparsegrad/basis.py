@@ -18,6 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from sparsegrad.fingerprint import sha256
+
 ORIENTATIONS = ("hosvd", "released")
 ORTHOGONALITY_TOLERANCE = 1e-3  # a float32 basis of 11,008 rows stays below 1e-4
 
@@ -74,6 +76,10 @@ class Basis(nn.Module):
     def is_full(self) -> bool:
         """Whether both factors are square, so that every weight has exact rotated coordinates."""
         return self.U.shape[0] == self.U.shape[1] and self.V.shape[0] == self.V.shape[1]
+
+    def identity(self) -> str:
+        """SHA-256 of dtype, shape and bytes of U and V, as 64 hexadecimal digits."""
+        return sha256({"U": self.U, "V": self.V})
 
     def rotate(self, W: Tensor) -> Tensor:
         """``V W U^T`` of a weight or gradient ``(out_features, in_features)``, in the basis' precision."""

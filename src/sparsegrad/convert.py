@@ -144,6 +144,10 @@ def sparsify(
                 layer.borrow_basis()
         except ValueError as error:
             raise ValueError(f"{target.name}: {error}") from None
+    given = {"k": k, "target_modules": target_modules, "layers_to_transform": layers_to_transform, "form": form}
+    arguments = _as_json(given | options)
+    for layer in built.values():
+        layer.arguments = arguments
     _replace(model, built)
     _leave_fast_paths(model)
     return model
@@ -239,6 +243,15 @@ def own_options(form: str, options: Mapping[str, Any]) -> dict[str, Any]:
             takes = ", ".join(taken[form])
             raise ValueError(f"{name}={value!r} is no option of form={form!r}, which takes {takes}.")
     return {name: value for name, value in options.items() if name in taken[form]}
+
+
+def _as_json(value: Any) -> Any:
+    """Arguments as JSON keeps them: tuples and ranges as lists."""
+    if isinstance(value, Mapping):
+        return {kind: _as_json(item) for kind, item in value.items()}
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return [_as_json(item) for item in value]
 
 
 def _defaults(layer_class: type[SparseGradLinear]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Nothing is pickled, files appear whole or not at all, and a changed byte is foun
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -13,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from sparsegrad.basis import Basis
+from sparsegrad.fingerprint import sha256
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -30,7 +29,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     text = json.dumps(dict(metadata))
-    blob = save(stored, {"sparsegrad": text, "sha256": _sha256(stored, text)})
+    blob = save(stored, {"sparsegrad": text, "sha256": sha256(stored, text)})
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -61,22 +60,13 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} is damaged, or no safetensors file ({error}): {_AGAIN}") from None
     if "sparsegrad" not in metadata:
         raise ValueError(f"{path} is a safetensors file of another program: it has no 'sparsegrad' metadata.")
-    if metadata.get("sha256") != _sha256(tensors, metadata["sparsegrad"]):
+    if metadata.get("sha256") != sha256(tensors, metadata["sparsegrad"]):
         fault = "its content does not fit its checksum" if "sha256" in metadata else "it has no checksum"
         raise ValueError(f"{path} is damaged, or of an older version ({fault}): {_AGAIN}")
     return tensors, json.loads(metadata["sparsegrad"])
 
 
 _AGAIN = "run the stage that writes it again, or give another file."
-
-
-def _sha256(tensors: Mapping[str, Tensor], metadata: str) -> str:
-    """Of the metadata, and of every tensor's name, type, shape and bytes."""
-    digest = hashlib.sha256(metadata.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))  # pyright: ignore[reportArgumentType]
-    return digest.hexdigest()
 
 
 def save_bases(path: str | Path, bases: Mapping[str, Basis], metadata: Mapping[str, Any] | None = None) -> None:

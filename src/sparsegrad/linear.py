@@ -69,6 +69,8 @@ class SparseGradLinear(nn.Module, ABC):
         kind, name: of the layer: whose basis it takes, and how the model calls it.
         start: fingerprint of the weight as the layer was made.
         base: fingerprints of the plain model that the layer was made in, by name.
+        arguments: what :func:`sparsegrad.sparsify` was given, but bases and rule; as JSON keeps it, one object for all.
+
     Raises:
         ValueError: if the basis has other shapes than the weight.
     """
@@ -81,6 +83,7 @@ class SparseGradLinear(nn.Module, ABC):
         self.k, self.rule = k, select
         self.kind = self.name = self.start = ""  # set by sparsify
         self.base: Mapping[str, str] = {}  # likewise
+        self.arguments: Mapping[str, Any] = {}  # likewise
         self.basis = None if basis is None else fitting_basis(basis, shape, device)
         self._moved: Tensor | None = torch.empty(0, dtype=torch.int64, device=device)
         self._moving: tuple[Places, int] | None = None  # an optimizer's notes of what it moves, and the place in them

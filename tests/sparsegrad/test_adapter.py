@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import json
+import pickle
 
 import hypothesis
 import pytest
@@ -11,18 +13,22 @@ from literal import assert_unchanged, snapshot, train
 
 from sparsegrad import (
     SparseGradAdamW,
+    adapter_state,
     clip_grad_norm_,
     find_targets,
     load_adapter,
     load_tensors,
     merge,
     param_groups,
+    put_adapter,
     refresh,
     save_adapter,
+    save_bases,
     save_tensors,
     sparsegrad_layers,
     sparsify,
 )
+from sparsegrad.gaps import from_gaps, to_gaps
 
 FORMS = ["folded", "rotated", "truncated"]
 
@@ -38,8 +44,8 @@ def logits(model, tokens):
     [*((form, "full") for form in FORMS), ("folded", "none"), ("rotated", "none"), ("folded", "leading")],
 )
 def test_base_model_plus_adapter_is_the_trained_model(family, form, basis, trained, tiny_transformer, tmp_path):
-    model, optimizer, config = trained(family, form, basis)
-    save_adapter(tmp_path / "adapter.safetensors", model, optimizer, config)
+    model, _, _ = trained(family, form, basis)
+    save_adapter(tmp_path / "adapter.safetensors", model)
     base, _, tokens = tiny_transformer(family)
     assert (logits(base, tokens) - logits(model, tokens)).abs().max() > 1e-3
     assert load_adapter(tmp_path / "adapter.safetensors", base) is base
@@ -51,24 +57,24 @@ def test_base_model_plus_adapter_is_the_trained_model(family, form, basis, train
 
 def test_an_adapter_holds_the_touched_entries_and_not_the_matrices(trained, tmp_path):
     model, optimizer, config = trained()
-    save_adapter(tmp_path / "a", model, optimizer, config)
+    save_adapter(tmp_path / "a", model)
     tensors, metadata = load_tensors(tmp_path / "a")
     layers = sparsegrad_layers(model)
     for name, layer in layers.items():
-        indices = tensors[f"indices.{name}"]
+        indices = from_gaps(tensors[f"gaps.{name}"])
         assert torch.equal(indices, optimizer.touched(layer))
         assert layer.k <= len(indices) <= 3 * layer.k and len(tensors[f"values.{name}"]) == len(indices)
     dense = {name for name, _ in model.named_parameters()} - {f"{name}.weight" for name in layers}
     assert {name.removeprefix("dense.") for name in tensors if name.startswith("dense.")} == dense
     assert sum(name.endswith((".U", ".V")) for name in tensors) == 4  # one basis a kind, not one a layer
-    assert metadata["sparsify"] == config
+    assert metadata["arguments"].items() >= config.items()
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("steps", [0, 3])
 def test_an_adapter_of_mlp_weights_alone_has_no_dense_part(form, steps, trained, tiny_transformer, tmp_path):
-    model, optimizer, config = trained(form=form, dense=False, steps=steps)
-    save_adapter(tmp_path / "a", model, optimizer, config)
+    model, _, _ = trained(form=form, dense=False, steps=steps)
+    save_adapter(tmp_path / "a", model)
     assert not [name for name in load_tensors(tmp_path / "a")[0] if name.startswith("dense.")]
     base, _, tokens = tiny_transformer("bert")
     load_adapter(tmp_path / "a", base)
@@ -77,8 +83,8 @@ def test_an_adapter_of_mlp_weights_alone_has_no_dense_part(form, steps, trained,
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_bfloat16_adapter_brings_back_the_masters(form, trained, tiny_transformer, tmp_path):
-    model, optimizer, config = trained(form=form, dtype=torch.bfloat16)
-    save_adapter(tmp_path / "a", model, optimizer, config)
+    model, _, config = trained(form=form, dtype=torch.bfloat16)
+    save_adapter(tmp_path / "a", model)
     base, _, _ = tiny_transformer("bert", dtype=torch.bfloat16)
     start = {t.name: t.module.weight.detach().float() for t in find_targets(base, config["target_modules"])}
     load_adapter(tmp_path / "a", base)
@@ -111,11 +117,11 @@ def test_an_adapter_of_another_architecture_is_refused_and_the_model_left_unchan
     family, sizes, dense, basis, trained, tiny_transformer, tmp_path
 ):
     """An adapter without a dense part carries only the MLPs' names and shapes to tell by."""
-    model, optimizer, config = trained(dense=dense, basis=basis)
-    save_adapter(tmp_path / "a", model, optimizer, config)
+    model, _, _ = trained(dense=dense, basis=basis)
+    save_adapter(tmp_path / "a", model)
     other, _, _ = tiny_transformer(family, **sizes)
     before = snapshot(other)
-    with pytest.raises(ValueError, match="is an adapter of another architecture|matches no module in full"):
+    with pytest.raises(ValueError, match="a: an adapter of another architecture|matches no module in full"):
         load_adapter(tmp_path / "a", other)
     assert_unchanged(other, before)
 
@@ -171,7 +177,7 @@ class History:
         self.another_optimizer()
 
     def save_and_load(self):
-        save_adapter(self.path, self.model, self.optimizer, self.config)
+        save_adapter(self.path, self.model)
         self.model = load_adapter(self.path, self.base())
         self.another_optimizer()
 
@@ -181,7 +187,7 @@ class History:
             refresh(self.model, self.bases(next(self.numbers)), self.optimizer)
 
     def loaded(self):
-        save_adapter(self.path, self.model, self.optimizer, self.config)
+        save_adapter(self.path, self.model)
         return load_adapter(self.path, self.base())
 
 
@@ -235,7 +241,7 @@ def test_entries_are_written_as_long_as_they_are_known(form, history):
     past.loaded()
     tensors = load_tensors(past.path)[0]
     layers = sparsegrad_layers(past.model)
-    assert all(len(tensors[f"indices.{name}"]) <= 4 * layer.k for name, layer in layers.items())
+    assert all(len(tensors[f"values.{name}"]) <= 4 * layer.k for name, layer in layers.items())
     assert not any(name.startswith("weight.") for name in tensors)
     past.model.load_state_dict(past.model.state_dict())
     past.loaded()
@@ -248,8 +254,8 @@ def test_what_did_not_change_is_not_written(form, history):
     past = history(form)
     past.model.load_state_dict(past.model.state_dict())
     past.loaded()
-    assert {name.partition(".")[0] for name in load_tensors(past.path)[0]} == {"values", "basis0", "basis1"} | (
-        set() if form == "truncated" else {"indices"}
+    assert {name.partition(".")[0] for name in load_tensors(past.path)[0]} == {"values", "basis"} | (
+        set() if form == "truncated" else {"gaps"}
     )
 
 
@@ -264,7 +270,7 @@ def test_another_base_is_refused_by_the_name_of_what_differs(form, name, history
     past.model.layers[0].norm.requires_grad_(False)
     past.another_optimizer()
     past.train()
-    save_adapter(past.path, past.model, past.optimizer, past.config)
+    save_adapter(past.path, past.model)
     base = past.base()
     tensor = base.state_dict()[name]
     tensor.view(-1)[0] = (
@@ -278,17 +284,19 @@ def test_another_base_is_refused_by_the_name_of_what_differs(form, name, history
 
 def test_an_adapter_of_an_older_version_is_refused_in_one_line(history):
     past = history("folded")
-    save_adapter(past.path, past.model, past.optimizer, past.config)
+    save_adapter(past.path, past.model)
     tensors, metadata = load_tensors(past.path)
-    save_tensors(past.path, tensors, {name: value for name, value in metadata.items() if name != "base"})
-    with pytest.raises(ValueError, match=r"adapter lacks base: it is of an older version; save the adapter again\.$"):
+    save_tensors(past.path, tensors, {name: value for name, value in metadata.items() if name != "arguments"})
+    with pytest.raises(
+        ValueError, match=r"adapter lacks arguments: it is of an older version; save the adapter again\.$"
+    ):
         load_adapter(past.path, past.base())
 
 
 def test_a_base_in_another_precision_is_another_base(history):
     past = history("folded")
     past.train()
-    save_adapter(past.path, past.model, past.optimizer, past.config)
+    save_adapter(past.path, past.model)
     with pytest.raises(ValueError, match=r"another base model: layers\.0\.up\.weight.*or are in another precision"):
         load_adapter(past.path, past.base().float())
 
@@ -297,7 +305,7 @@ def test_what_the_adapter_holds_may_differ_in_the_base(history):
     """A head that training has moved is in the file: whoever starts from a new head may load it."""
     past = history("folded")
     past.train()
-    save_adapter(past.path, past.model, past.optimizer, past.config)
+    save_adapter(past.path, past.model)
     base = past.base()
     torch.nn.init.zeros_(base.head.weight)
     same_function(past.model, load_adapter(past.path, base))
@@ -306,27 +314,33 @@ def test_what_the_adapter_holds_may_differ_in_the_base(history):
 # ---- arguments ----
 
 
-@pytest.mark.parametrize(
-    ("wrong", "text"),
-    [
-        ({"target_modules": None}, "target_modules=None; it maps layer kinds"),
-        ({"target_modules": {"up": r"layers\.\d+\.up"}}, r"differ in layers\.0\.down, layers\.1\.down"),
-        ({"layers_to_transform": range(1)}, r"differ in layers\.1\.down, layers\.1\.up"),
-        ({"k": 10}, r"has k=10; layers\.0\.up is FoldedLinear\("),
-        ({"k": {"up": 9}}, "no k for layer kind 'down'"),
-        ({"k": True}, "k=True"),
-        ({"form": "rotated"}, r"has form='rotated'; layers\.0\.up is FoldedLinear"),
-        ({"form": "square"}, "form='square'; allowed: folded"),
-        ({"density": 0.1}, "density=0.1 is no option"),
-        ({"select": print}, "has select=.* which no file can hold: leave out bases and select"),
-    ],
-)
-def test_arguments_that_are_not_the_models_are_refused_before_anything_is_written(wrong, text, history):
+def test_layers_hold_what_sparsify_was_given_and_their_copies_too(history):
+    past = history("truncated", layers_to_transform=range(1, 2), ranks={"up": (3, 2), "down": (2, 4)}, keep=3)
+    expected = past.config | {"layers_to_transform": [1], "ranks": {"up": [3, 2], "down": [2, 4]}}
+    for model in (past.model, copy.deepcopy(past.model), pickle.loads(pickle.dumps(past.model))):
+        layers = list(sparsegrad_layers(model).values())
+        assert len(layers) == 2 and layers[0].arguments == expected
+        assert all(layer.arguments is layers[0].arguments for layer in layers)  # one object
+        assert json.loads(json.dumps(layers[0].arguments)) == expected
+
+
+def test_a_model_that_sparsify_was_not_given_is_refused_before_anything_is_written(history):
     past = history("folded")
-    with pytest.raises(ValueError, match=text):
-        save_adapter(past.path, past.model, past.optimizer, past.config | wrong)
-    with pytest.raises(ValueError, match="sparsify_config lacks target_modules: give all that sparsify was given"):
-        save_adapter(past.path, past.model, past.optimizer, {"k": 9})
+    alone = torch.nn.Sequential(copy.deepcopy(sparsegrad_layers(past.model)["layers.0.up"]))
+    wrong = [
+        (
+            torch.nn.Sequential(past.model),
+            r"it knows 0\.layers\.0\.up as layers\.0\.up\. Give the model that it was given",
+        ),
+        (past.model.layers, "it knows 0.up as layers.0.up"),
+        (alone, "it knows 0 as layers.0.up"),
+        (past.base(), "the model has no SparseGrad layers"),
+    ]
+    for model, text in wrong:
+        with pytest.raises(ValueError, match=text):
+            save_adapter(past.path, model)
+    with pytest.raises(ValueError, match="bases='outside'; allowed: inside, reference"):
+        save_adapter(past.path, past.model, bases="outside")
     assert not past.path.exists()
 
 
@@ -335,7 +349,7 @@ def test_ranges_and_tuples_are_stored_as_lists(given, history):
     past = history("truncated", layers_to_transform=given, ranks={"up": (3, 2), "down": (2, 4)})
     past.train()
     same_function(past.model, past.loaded())
-    assert load_tensors(past.path)[1]["sparsify"]["layers_to_transform"] == list(given)
+    assert load_tensors(past.path)[1]["arguments"]["layers_to_transform"] == list(given)
 
 
 @pytest.mark.parametrize("cast", ["by the model", "by the layer"])
@@ -348,3 +362,81 @@ def test_a_weight_that_was_rounded_is_in_the_adapter(cast, history):
         for layer in sparsegrad_layers(past.model).values():
             layer.store_weight(torch.bfloat16)
     same_function(past.model.double(), past.loaded())
+
+
+# ---- bases by reference, and what is held in memory ----
+
+
+def test_an_adapter_by_reference_asks_for_its_bases_and_knows_them(history):
+    """Given in another precision, and whole where the adapter has their leading rows."""
+    for form in FORMS:
+        past = history(form)
+        past.train()
+        save_adapter(past.path, past.model, bases="reference")
+        assert not any(name.startswith("basis") for name in load_tensors(past.path)[0])
+        save_bases(past.path.with_name("bases"), past.bases())
+        for bases in (past.bases(), past.path.with_name("bases"), str(past.path.with_name("bases"))):
+            same_function(past.model, load_adapter(past.path, past.base(), bases=bases))
+
+
+def test_other_bases_are_refused_and_the_model_left_unchanged(history):
+    past = history("folded")
+    past.train()
+    save_adapter(past.path, past.model, bases="reference")
+    turned = past.bases() | {"down": past.bases(1)["down"]}
+    for bases, text in [
+        (None, "adapter: the adapter refers to bases that it does not hold: give bases"),
+        (turned, r"the basis of kind 'down' is not the one that the adapter was trained in \(SHA-256 \w{12}, not"),
+        ({"up": past.bases()["up"]}, "no basis for layer kind 'down'; given: up"),
+        ({kind: basis.leading(3, 3) for kind, basis in past.bases().items()}, "'up' is not the one"),
+    ]:
+        base = past.base()
+        before = snapshot(base)
+        with pytest.raises(ValueError, match=text):
+            load_adapter(past.path, base, bases=bases)
+        assert_unchanged(base, before)
+
+
+def test_a_state_in_memory_is_what_the_file_holds_and_stays_as_it_was(history):
+    past = history("folded")
+    past.train()
+    trained, state = copy.deepcopy(past.model), adapter_state(past.model)
+    past.train()
+    past.model.load_state_dict({name: torch.zeros_like(t) for name, t in past.model.state_dict().items()})
+    save_adapter(past.path, trained)
+    tensors, metadata = load_tensors(past.path)
+    assert metadata == json.loads(json.dumps(state.metadata)) and tensors.keys() == state.tensors.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in state.tensors.items())
+    base = past.base()
+    assert put_adapter(base, state) is base
+    same_function(trained, base)
+
+
+# ---- gaps ----
+
+
+@hypothesis.given(st.sets(st.one_of(st.integers(0, 600), st.integers(0, 2**33))))
+def test_any_indices_come_back_from_their_gaps(places):
+    indices = torch.tensor(sorted(places), dtype=torch.int64)
+    found = from_gaps(to_gaps(indices))
+    assert found.dtype == torch.int64 and torch.equal(found, indices)
+
+
+@pytest.mark.parametrize(
+    ("indices", "coded"),
+    [
+        ([], torch.tensor([], dtype=torch.uint8)),
+        ([0, 1, 5], torch.tensor([0, 0, 3], dtype=torch.uint8)),
+        ([254, 510, 1020], torch.tensor([254, 255, 0, 255, 254], dtype=torch.uint8)),
+        ([40_000], torch.tensor([32767, 7233], dtype=torch.int16)),
+        ([4_000_000_000], torch.tensor([2147483647, 1852516353], dtype=torch.int32)),
+    ],
+)
+def test_gaps_by_hand(indices, coded):
+    found = to_gaps(torch.tensor(indices, dtype=torch.int64))
+    assert found.dtype == coded.dtype and torch.equal(found, coded)
+
+
+def test_gaps_of_one_percent_take_little_more_than_a_byte():
+    indices = torch.randperm(768 * 3072, generator=torch.Generator().manual_seed(0))[:23_593].sort().values
+    assert to_gaps(indices).nbytes < 1.15 * len(indices)

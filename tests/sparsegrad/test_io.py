@@ -121,9 +121,9 @@ class TestEveryLoader:
 
 
 def test_bases_and_adapters_are_not_taken_for_each_other(trained, block_bases, tmp_path):
-    model, optimizer, config = trained()
+    model, _, _ = trained()
     save_bases(tmp_path / "bases", block_bases())
-    save_adapter(tmp_path / "adapter", model, optimizer, config)
+    save_adapter(tmp_path / "adapter", model)
     before = snapshot(model)
     with pytest.raises(ValueError, match="bases holds 'bases', not an adapter"):
         load_adapter(tmp_path / "bases", model)

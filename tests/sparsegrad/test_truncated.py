@@ -431,7 +431,7 @@ def test_an_adapter_comes_back(update, refreshed, k, side, options, blocks, bloc
     if refreshed:
         refresh(model, block_bases(3), optimizer)
         train(model, optimizer, range(3, 5))
-    save_adapter(tmp_path / "a", model, optimizer, config)
+    save_adapter(tmp_path / "a", model)
     tensors = load_tensors(tmp_path / "a")[0]
     assert max(t.numel() for name, t in tensors.items() if name.startswith("values.")) <= k
     assert any(t.shape in ((12, 8), (8, 12)) for t in tensors.values()) == refreshed
@@ -497,7 +497,7 @@ def test_a_quantised_model_trains_like_its_dequantised_copy(keep, blocks, block_
     assert model.layers[0].up.core.abs().max() > 1e-2
     assert torch.equal(model.layers[0].up.weight, packed_blocks(blocks).layers[0].up.weight)
 
-    save_adapter(tmp_path / "a", model, optimizer, config)
+    save_adapter(tmp_path / "a", model)
     torch.testing.assert_close(load_adapter(tmp_path / "a", packed_blocks(blocks))(x), model(x), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="layers.0.up is quantised: its weight can't take the core in"):
         refresh(model, bases)
