@@ -52,6 +52,6 @@ lint: .venv/installed ## ruff; types: the library's strict, the comparison's bas
 	basedpyright # what stands in .basedpyright/baseline.json is known; it shrinks by itself
 
 lock: .venv/installed ## pin what requirements.in has new; pins stay, unless UPGRADE=--upgrade
-	uv pip compile --quiet --python-version 3.11 --no-annotate --no-header $(UPGRADE) requirements.in -o requirements.lock
+	uv pip compile --quiet --python-version 3.11 --no-annotate --no-header $(UPGRADE) requirements.in requirements-dev.in -o requirements.lock
 	sed -i -e 's/+cpu$$//' -e '/^\(cuda\|nvidia\)-\|^triton==/d' requirements.lock  # torch's build is the machine's choice
 	python -c 'from pathlib import Path; pins = Path("requirements.lock").read_text().split(); head = Path("environment.yml").read_text().split("      - ")[0]; Path("environment.yml").write_text(head + "".join(f"      - {pin}\n" for pin in pins))'

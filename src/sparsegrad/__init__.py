@@ -25,6 +25,8 @@ from sparsegrad.rotated import RotatedLinear
 from sparsegrad.select import NonFiniteGradient, entries_for_density, top_k
 from sparsegrad.truncated import TruncatedLinear
 
+__version__ = "0.2.0"
+
 __all__ = [
     "AdapterState",
     "Basis",
