@@ -3,11 +3,12 @@ PYTHON ?= python3
 EXPERIMENT ?= smoke
 ARCHIVE ?= outputs/$(EXPERIMENT).tar.xz
 INTO ?= outputs/carried/$(EXPERIMENT)
+PYTHONS ?= python3.11 python3.12 python3.13
 UV_VERSION := 0.13.8
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: repro plan pack unpack carry test test-all lint lock help
+.PHONY: repro plan pack unpack carry test test-all lint docs coverage package lock help
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -51,7 +52,17 @@ lint: .venv/installed ## ruff; types: the library's strict, the comparison's bas
 	basedpyright -p src/sparsegrad
 	basedpyright # what stands in .basedpyright/baseline.json is known; it shrinks by itself
 
-lock: .venv/installed ## pin what requirements.in has new; pins stay, unless UPGRADE=--upgrade
+docs: .venv/installed ## the site with the API reference: outputs/site/index.html; offline
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --quiet
+
+coverage: .venv/installed ## lines and branches of src/sparsegrad that its tests run
+	python -m coverage run -m pytest -q -p no:xdist tests/sparsegrad
+	python -m coverage report
+
+package: ## build the wheel, and use it in an empty environment for each of PYTHONS (minutes, network): results/library/package.json
+	$(PYTHON) experiments/package.py $(PYTHONS)
+
+lock: .venv/installed ## pin what requirements*.in have new; pins stay, unless UPGRADE=--upgrade
 	uv pip compile --quiet --python-version 3.11 --no-annotate --no-header $(UPGRADE) requirements.in requirements-dev.in -o requirements.lock
 	sed -i -e 's/+cpu$$//' -e '/^\(cuda\|nvidia\)-\|^triton==/d' requirements.lock  # torch's build is the machine's choice
 	python -c 'from pathlib import Path; pins = Path("requirements.lock").read_text().split(); head = Path("environment.yml").read_text().split("      - ")[0]; Path("environment.yml").write_text(head + "".join(f"      - {pin}\n" for pin in pins))'

@@ -1,11 +1,12 @@
 r"""SparseGrad: fine-tune MLP layers in the few entries that carry their gradient in an HOSVD basis (arXiv 2410.07383).
 
-targets = {"up": r".*\.layer\.(?P<layer>\d+)\.intermediate\.dense", "down": ...}
-bases = {kind: hosvd(moments) for kind, moments in collect_moments(model, batches, targets).items()}
-sparsify(model, bases, k=28_000, target_modules=targets)
-optimizer = SparseGradAdamW(param_groups(model), lr=1e-4)  # in place of torch.optim.AdamW
-...                                                        # train as before
-merge(model)                                               # a plain model again
+Example:
+    targets = {"up": r".*\.layer\.(?P<layer>\d+)\.intermediate\.dense", "down": ...}
+    bases = {kind: hosvd(moments) for kind, moments in collect_moments(model, batches, targets).items()}
+    sparsify(model, bases, k=28_000, target_modules=targets)
+    optimizer = SparseGradAdamW(param_groups(model), lr=1e-4)  # in place of torch.optim.AdamW
+    ...                                                        # train as before
+    merge(model)                                               # a plain model again
 """
 
 from sparsegrad.adapter import AdapterState, adapter_state, load_adapter, put_adapter, save_adapter

@@ -183,7 +183,8 @@ def test_conda_and_pip_have_the_same_pins():
 
 
 def test_lock_pins_every_direct_dependency():
-    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.in").read_text().splitlines()]
+    files = (ROOT / "requirements.in", ROOT / "requirements-dev.in")
+    lines = [line.partition("#")[0].strip() for file in files for line in file.read_text().splitlines()]
     wanted = {re.split(r"[=<>\[ ]", line)[0].lower().replace("_", "-"): line for line in lines if line}
     locked = dict(pin.split("==") for pin in pins((ROOT / "requirements.lock").read_text().splitlines()))
     assert set(wanted) <= set(locked)
