@@ -13,7 +13,7 @@ from sparsegrad.adapter import AdapterState, adapter_state, load_adapter, put_ad
 from sparsegrad.basis import Basis, GradientMoments, hosvd, hosvd_of_unfoldings, hosvd_tensorly
 from sparsegrad.collect import collect_moments
 from sparsegrad.compact import CompactGradient
-from sparsegrad.convert import Target, find_targets, merge, sparsegrad_layers, sparsify
+from sparsegrad.convert import merge, sparsegrad_layers, sparsify
 from sparsegrad.core import core_shape
 from sparsegrad.folded import FoldedLinear
 from sparsegrad.io import load_bases, load_tensors, save_bases, save_tensors
@@ -24,6 +24,7 @@ from sparsegrad.quantized import QuantizedTruncatedLinear
 from sparsegrad.refresh import refresh
 from sparsegrad.rotated import RotatedLinear
 from sparsegrad.select import NonFiniteGradient, entries_for_density, top_k
+from sparsegrad.targets import Target, architectures, find_targets, resolve_targets
 from sparsegrad.truncated import TruncatedLinear
 
 __version__ = "0.2.0"
@@ -42,6 +43,7 @@ __all__ = [
     "Target",
     "TruncatedLinear",
     "adapter_state",
+    "architectures",
     "clip_grad_norm_",
     "collect_moments",
     "core_shape",
@@ -58,6 +60,7 @@ __all__ = [
     "param_groups",
     "put_adapter",
     "refresh",
+    "resolve_targets",
     "save_adapter",
     "save_bases",
     "save_tensors",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
-from sparsegrad.convert import Target, find_targets, kind_value, sparsegrad_layers, sparsify
+from sparsegrad.convert import kind_value, sparsegrad_layers, sparsify
 from sparsegrad.core import CoreLinear
 from sparsegrad.fingerprint import fingerprint, fingerprints
 from sparsegrad.gaps import from_gaps, to_gaps
@@ -24,6 +24,7 @@ from sparsegrad.io import load_bases, load_tensors, save_tensors
 from sparsegrad.linear import SparseGradLinear
 from sparsegrad.quantized import QuantizedTruncatedLinear
 from sparsegrad.selecting import SelectingLinear
+from sparsegrad.targets import Target, find_targets
 from sparsegrad.truncated import TruncatedLinear
 
 BASES = ("inside", "reference")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sparsegrad.basis import GradientMoments
-from sparsegrad.convert import Target, find_targets
+from sparsegrad.targets import Target, TargetModules, find_targets
 
 Batch = Mapping[str, Any]
 
@@ -21,7 +20,7 @@ Batch = Mapping[str, Any]
 def collect_moments(
     model: nn.Module,
     batches: Iterable[Batch],
-    target_modules: Mapping[str, str],
+    target_modules: TargetModules,
     layers_to_transform: Sequence[int] | None = None,
     *,
     loss_fn: Callable[[nn.Module, Batch], Tensor] | None = None,
@@ -47,16 +46,12 @@ def collect_moments(
     """
     moments: dict[str, GradientMoments] = {}
 
-    def take(kind: str, weight: Tensor) -> None:
-        gradient = weight.grad
-        assert gradient is not None  # the hook is called once there is one
-        if kind not in moments:
-            moments[kind] = GradientMoments(*gradient.shape, device=gradient.device)
-        moments[kind].update(gradient)
+    def take(target: Target, gradient: Tensor) -> None:
+        if target.kind not in moments:
+            moments[target.kind] = GradientMoments(*gradient.shape, device=gradient.device)
+        moments[target.kind].update(gradient)
         if on_gradient is not None:
-            on_gradient(kind, gradient)
-        if optimizer is None:
-            weight.grad = None
+            on_gradient(target.kind, gradient)
 
     targets = find_targets(model, target_modules, layers_to_transform)
     held = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
@@ -79,21 +74,33 @@ def collect_moments(
 
 @contextmanager
 def _differentiating(
-    model: nn.Module, targets: Sequence[Target], held: Sequence[Tensor], take: Callable[[str, Tensor], None]
+    model: nn.Module, targets: Sequence[Target], held: Sequence[Tensor], take: Callable[[Target, Tensor], None]
 ) -> Generator[None]:
     """Training mode, gradients of the targets and of what is held alone; each target's goes to ``take`` as it comes."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     hooks: list[RemovableHandle] = []
+    lying: dict[Tensor, list[Target]] = {}
+    for target in targets:
+        lying.setdefault(target.weight, []).append(target)
+
+    def handed(weight: Tensor) -> None:
+        gradient = weight.grad
+        assert gradient is not None  # the hook is called once there is one
+        for target in lying[weight]:
+            matrix = target.matrix(gradient)
+            if target.expert is None or matrix.any():  # no token has come to this expert
+                take(target, matrix)
+        if not held:
+            weight.grad = None
+
     try:
         model.train()
         model.zero_grad()
         model.requires_grad_(False)
-        for parameter in (*held, *(target.module.weight for target in targets)):
+        for parameter in (*held, *lying):
             parameter.requires_grad_(True)
-        for target in targets:
-            hook = partial(take, target.kind)
-            hooks.append(target.module.weight.register_post_accumulate_grad_hook(hook))
+        hooks += [weight.register_post_accumulate_grad_hook(handed) for weight in lying]
         yield
     finally:
         for hook in hooks:

@@ -1,99 +1,34 @@
-"""From a plain model to SparseGrad layers and back.
-
-Works on any model whose MLPs are ``nn.Linear``. ``target_modules`` maps a layer kind (``up``, ``down``, ``gate``) to a
-regular expression that the *whole* module name must match; its group ``layer`` is the block's index. Suffixes, as PEFT
-matches lists, would take BERT's ``attention.output.dense`` for ``output.dense``: 36 matrices instead of 24.
-"""
+"""From a plain model to SparseGrad layers and back; :mod:`sparsegrad.targets` says which matrices are meant."""
 
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from sparsegrad import experts
 from sparsegrad.basis import Basis
 from sparsegrad.fingerprint import fingerprint, fingerprints
 from sparsegrad.folded import FoldedLinear
 from sparsegrad.linear import SparseGradLinear
+from sparsegrad.origin import origin_of
 from sparsegrad.quantized import QuantizedTruncatedLinear, is_quantized
 from sparsegrad.rotated import RotatedLinear
 from sparsegrad.select import Rule, top_k
+from sparsegrad.targets import Target, TargetModules, find_targets, is_transposed, resolve_targets
 from sparsegrad.truncated import TruncatedLinear
 
 FORMS = {"folded": FoldedLinear, "rotated": RotatedLinear, "truncated": TruncatedLinear}
-
-
-@dataclass(frozen=True)
-class Target:
-    """One module to replace: its kind, its block's index (None without a group ``layer``), its full name."""
-
-    kind: str
-    layer: int | None
-    name: str
-    module: nn.Linear
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of the weight, ``(out_features, in_features)``."""
-        return self.module.out_features, self.module.in_features
-
-
-def find_targets(
-    model: nn.Module, target_modules: Mapping[str, str], layers_to_transform: Sequence[int] | None = None
-) -> list[Target]:
-    """The linear layers that the patterns name, in model order.
-
-    Args:
-        model: any module.
-        target_modules: layer kind to regular expression.
-        layers_to_transform: block indices to take; None takes all.
-
-    Raises:
-        ValueError: if there is no pattern, one matches nothing or something that is no linear layer, a block is
-            missing, or the blocks leave a layer kind without any layer.
-    """
-    if not isinstance(target_modules, Mapping) or not target_modules:
-        raise ValueError(f"target_modules={target_modules!r}; it maps layer kinds to regular expressions, one or more.")
-    found = list(_matches(model, target_modules))
-    for kind, pattern in target_modules.items():
-        if not any(t.kind == kind for t in found):
-            linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-            raise ValueError(
-                f"target_modules.{kind}={pattern!r} matches no module in full. Linear layers of this model: "
-                f"{', '.join(linear[:8])}{' ...' if len(linear) > 8 else ''}."
-            )
-    wrong = [t for t in found if not isinstance(t.module, nn.Linear | SparseGradLinear)]
-    if wrong:
-        kinds = ", ".join(f"{t.name} ({type(t.module).__name__})" for t in wrong[:4])
-        raise ValueError(f"target_modules must name nn.Linear layers; these are not: {kinds}.")
-    if layers_to_transform is None:
-        return found
-    if any(type(block) is not int for block in layers_to_transform):
-        raise ValueError(f"layers_to_transform={list(layers_to_transform)}; blocks are whole numbers, from 0.")
-    missing = sorted(set(layers_to_transform) - {t.layer for t in found})
-    if missing:
-        present = sorted({t.layer for t in found if t.layer is not None})
-        raise ValueError(f"layers_to_transform names blocks {missing}; the model has {present or 'no block index'}.")
-    kept = [t for t in found if t.layer in set(layers_to_transform)]
-    left_out = [kind for kind in target_modules if not any(t.kind == kind for t in kept)]
-    if left_out:
-        raise ValueError(
-            f"layers_to_transform={list(layers_to_transform)} leaves no layer of kind {', '.join(left_out)}: name "
-            "blocks of that kind, with the group 'layer' in its pattern, or leave the kind out of target_modules."
-        )
-    return kept
 
 
 def sparsify(
     model: nn.Module,
     bases: Mapping[str, Basis] | None,
     k: int | Mapping[str, int],
-    target_modules: Mapping[str, str],
+    target_modules: TargetModules,
     layers_to_transform: Sequence[int] | None = None,
     *,
     form: str = "folded",
@@ -124,11 +59,12 @@ def sparsify(
     if form not in FORMS:
         raise ValueError(f"form={form!r}; allowed: {', '.join(FORMS)}.")
     options = own_options(form, options)
-    targets = find_targets(model, target_modules, layers_to_transform)
+    patterns = resolve_targets(model, target_modules)
+    targets = find_targets(model, patterns, layers_to_transform)
     _refuse_what_cannot_be_replaced(model, targets, form)
     base = {} if any(p.is_meta for p in model.parameters()) else fingerprints(model)
     shared: dict[str, Basis] = {}
-    built: dict[nn.Module, SparseGradLinear] = {}
+    built: list[SparseGradLinear] = []
     for target in targets:  # build all before replacing any: an error leaves the model as it was
         try:
             own = {name: kind_value(value, target.kind, name) for name, value in ({"k": k} | options).items()}
@@ -137,31 +73,49 @@ def sparsify(
                 basis = kind_value(bases, target.kind, "basis")
                 own |= FORMS[form].options_by(basis, **own)
                 if not known:
-                    shared[target.kind] = _own_basis(basis, target.module.weight, own.get("ranks", basis.ranks))
-            layer = built[target.module] = _layer(form, target, shared.get(target.kind), select, own)
+                    shared[target.kind] = _own_basis(basis, target.weight, own.get("ranks", basis.ranks))
+            built.append(layer := _layer(form, target, shared.get(target.kind), select, own))
             layer.base, layer.start = base, fingerprint(layer.stored) if base else ""
             if known:
                 layer.borrow_basis()
         except ValueError as error:
             raise ValueError(f"{target.name}: {error}") from None
-    given = {"k": k, "target_modules": target_modules, "layers_to_transform": layers_to_transform, "form": form}
+    given = {"k": k, "target_modules": patterns, "layers_to_transform": layers_to_transform, "form": form}
     arguments = _as_json(given | options)
-    for layer in built.values():
+    for layer in built:
         layer.arguments = arguments
-    _replace(model, built)
+    _put_in(model, targets, built)
     _leave_fast_paths(model)
     return model
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Replace every SparseGrad layer by the ``nn.Linear`` of the same function, in place.
+    """Replace every SparseGrad layer by what stood there, with the layer's function, in place.
 
     Returns:
         The same model, plain again: ``save_pretrained`` and FastChat take it.
     """
-    layers = sparsegrad_layers(model).values()
-    _replace(model, {layer: layer.to_linear().train(layer.training) for layer in layers})
+    experts.put_back(model)
+    _replace(model, {layer: _plain(layer) for layer in sparsegrad_layers(model).values()})
     return model
+
+
+def _plain(layer: SparseGradLinear) -> nn.Module:
+    linear = layer.to_linear()
+    return (linear if layer.origin is None else layer.origin.restored(linear)).train(layer.training)
+
+
+def _put_in(model: nn.Module, targets: Sequence[Target], layers: Sequence[SparseGradLinear]) -> None:
+    """Every layer in its target's place."""
+    modules: dict[nn.Module, nn.Module] = {}
+    lists: dict[tuple[nn.Module, str], list[SparseGradLinear]] = {}
+    for target, layer in zip(targets, layers, strict=True):
+        if target.expert is None:
+            modules[target.module] = layer
+        else:
+            lists.setdefault((target.module, target.parameter), []).append(layer)
+    _replace(model, modules)
+    experts.put_in(lists)
 
 
 def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
@@ -174,22 +128,6 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
 def sparsegrad_layers(model: nn.Module) -> dict[str, SparseGradLinear]:
     """SparseGrad layers by full module name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, SparseGradLinear)}
-
-
-def _matches(model: nn.Module, target_modules: Mapping[str, str]) -> Iterator[Target]:
-    """Every module that a pattern names, linear or not."""
-    compiled: dict[str, re.Pattern[str]] = {}
-    for kind, pattern in target_modules.items():
-        try:
-            compiled[kind] = re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(f"target_modules.{kind}={pattern!r} is no regular expression: {error}.") from None
-    for name, module in model.named_modules():
-        for kind, pattern in compiled.items():
-            if match := pattern.fullmatch(name):
-                index = match.groupdict().get("layer")
-                yield Target(kind, None if index is None else int(index), name, cast(nn.Linear, module))
-                break
 
 
 def _leave_fast_paths(model: nn.Module) -> None:
@@ -214,12 +152,16 @@ def _refuse_what_cannot_be_replaced(model: nn.Module, targets: Sequence[Target],
         for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
     for target in targets:
-        for parameter in target.module.parameters(recurse=False):
+        own = target.module.parameters(recurse=False) if target.expert is None else [target.weight]
+        for parameter in own:
             if len(names[id(parameter)]) > 1:
                 raise ValueError(
                     f"{target.name}: {' and '.join(names[id(parameter)][:3])} are tied, and SparseGrad would train a "
                     "copy of one of them: leave it out of target_modules, or untie them first."
                 )
+        if target.expert is not None:
+            experts.refuse_transposed(target.module)
+            continue
         parent = model.get_submodule(target.name.rpartition(".")[0])
         if isinstance(parent, nn.MultiheadAttention) and form != "folded":
             raise ValueError(f"{target.name}: nn.MultiheadAttention reads its weight itself: use form='folded'.")
@@ -270,13 +212,16 @@ def _own_basis(basis: Basis, weight: Tensor, ranks: tuple[int, int]) -> Basis:
 
 def _layer(form: str, target: Target, basis: Basis | None, select: Rule, options: dict[str, Any]) -> SparseGradLinear:
     """What stands in the target's place."""
-    linear, quantized = target.module, is_quantized(target.module)
+    module, weight = target.module, target.weight
+    quantized = isinstance(module, nn.Linear) and is_quantized(module)
     if quantized and form != "truncated":
-        raise ValueError(f"the weight is quantised ({type(linear).__name__}): use form='truncated'.")
-    if quantized:
-        layer = QuantizedTruncatedLinear(linear, basis, select=select, **options)
+        raise ValueError(f"the weight is quantised ({type(module).__name__}): use form='truncated'.")
+    if isinstance(module, nn.Linear) and quantized:
+        layer = QuantizedTruncatedLinear(module, basis, select=select, **options)
     else:
-        layer = FORMS[form](linear.weight, linear.bias, basis, select=select, **options)
+        bias = None if target.expert is not None else cast(Tensor | None, module.bias)
+        layer = FORMS[form](target.matrix(weight.detach()).contiguous(), bias, basis, select=select, **options)
+        layer.origin = None if target.expert is not None else origin_of(module, is_transposed(module))
     layer.kind, layer.name = target.kind, target.name
-    layer.trained.requires_grad_(quantized or linear.weight.requires_grad)
-    return layer.train(linear.training)
+    layer.trained.requires_grad_(quantized or weight.requires_grad)
+    return layer.train(module.training)

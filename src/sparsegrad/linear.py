@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from sparsegrad.basis import Basis
 from sparsegrad.compact import CompactGradient
 from sparsegrad.fingerprint import fingerprint
+from sparsegrad.origin import Origin
 from sparsegrad.select import NonFiniteGradient, Rule, insert_sorted, selected
 from sparsegrad.state import Places
 
@@ -70,6 +71,7 @@ class SparseGradLinear(nn.Module, ABC):
         start: fingerprint of the weight as the layer was made.
         base: fingerprints of the plain model that the layer was made in, by name.
         arguments: what :func:`sparsegrad.sparsify` was given, but bases and rule; as JSON keeps it, one object for all.
+        origin: what stood in the layer's place; None stands for an ``nn.Linear``, or an expert of a parameter.
 
     Raises:
         ValueError: if the basis has other shapes than the weight.
@@ -84,6 +86,7 @@ class SparseGradLinear(nn.Module, ABC):
         self.kind = self.name = self.start = ""  # set by sparsify
         self.base: Mapping[str, str] = {}  # likewise
         self.arguments: Mapping[str, Any] = {}  # likewise
+        self.origin: Origin | None = None  # likewise
         self.basis = None if basis is None else fitting_basis(basis, shape, device)
         self._moved: Tensor | None = torch.empty(0, dtype=torch.int64, device=device)
         self._moving: tuple[Places, int] | None = None  # an optimizer's notes of what it moves, and the place in them

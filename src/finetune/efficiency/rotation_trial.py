@@ -185,7 +185,7 @@ def _rotated(plain: nn.Module, layers: Layers, batch: Batch, precision: str, see
     """V G U^T in float64 by layer name; the gradients are forgotten."""
     _backward(plain, batch, precision, seed)
     for target in find_targets(plain, layers.targets, layers.blocks):
-        gradient = target.module.weight.grad
+        gradient = target.weight.grad
         assert gradient is not None  # the weight is trained
         yield target.name, layers.bases[target.kind].rotate(gradient)
     plain.zero_grad()

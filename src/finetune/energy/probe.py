@@ -149,8 +149,8 @@ class _Gradients:
         for parameter in plain.parameters():
             parameter.requires_grad_(False)
         for target in self.targets:
-            target.module.weight.requires_grad_(True)
-            target.module.weight.register_post_accumulate_grad_hook(self._weight_hook(target))
+            target.weight.requires_grad_(True)
+            target.weight.register_post_accumulate_grad_hook(self._weight_hook(target))
             target.module.register_forward_hook(self._output_hook(target))
 
     def judge(self, rows: Sequence[int], device: torch.device, draw: bool) -> float:

@@ -178,7 +178,7 @@ def count_parameters(model: nn.Module, method: Method) -> dict[str, int | float]
     """
     targets = method.targets.set_trainable(model)
     entries = [method.entries(target.shape) for target in targets]
-    whole = sum(target.module.weight.numel() for target in targets)
+    whole = sum(target.weight.numel() for target in targets)
     return {
         "total": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad) - whole + sum(entries),

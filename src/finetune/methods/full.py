@@ -29,7 +29,7 @@ class FullFineTuning(Method):
     def prepare(self, model: nn.Module) -> nn.Module:
         for target in self.targets.set_trainable(model):
             if not self.train_targets:
-                target.module.weight.requires_grad_(False)
+                target.weight.requires_grad_(False)
         return model
 
     def entries(self, shape: Shape) -> int:

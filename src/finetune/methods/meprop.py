@@ -53,7 +53,7 @@ class MeProp(Method):
     def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
         if self.optimizer_rule == "lazy_adam":
             return SparseGradAdamW(param_groups(model, weight_decay), lr=lr, fused=True)
-        weights = [target.module.weight for target in self.targets.find(model)]
+        weights = [target.weight for target in self.targets.find(model)]
         optimizer = super().optimizer(model, lr, weight_decay)
         # Masked right before the step: after all micro-batches and ranks are summed.
         optimizer.register_step_pre_hook(lambda *_: self._mask(weights))

@@ -200,10 +200,10 @@ def preliminary_memory(
     """
     total = sum(parameter.numel() for parameter in plain.parameters())
     shapes = {target.kind: target.shape for target in targets}
-    differentiated = sum(target.module.weight.numel() for target in targets)
+    differentiated = sum(target.weight.numel() for target in targets)
     plain.requires_grad_(preliminary["update"])
     for target in targets:
-        target.module.weight.requires_grad_(True)
+        target.weight.requires_grad_(True)
     stored = torch.float32 if preliminary["update"] else DTYPES[setup.frozen_dtype]
     cast_frozen(plain, stored)
     saved = activations.measure(plain, preliminary["batch_size"], setup.tokens, precision=setup.precision)
