@@ -151,10 +151,30 @@ def test_ratios_at_true_size_are_those_of_the_record():
         "the paper's layer": "rotated_regular",
     }
     peak = by_name["full"]["memory"]["peak_training"]
-    for label, speed, memory in table_after(ROOT / "docs/hardware.md", "roberta_base")[1:]:
+    for label, speed, rounds, memory in table_after(ROOT / "docs/hardware.md", "roberta_base")[1:]:
         found = by_name[names[label]]
         expected = f"{found['ratio_to_full']['mean']:.2f}", f"{found['memory']['peak_training'] / peak:.2f}"
         assert (speed, memory) == expected, label
+        assert rounds == ", ".join(f"{ratio:.2f}" for ratio in found["ratio_to_full"]["rounds"]), label
+
+
+def test_costs_of_a_step_and_of_the_hosvd_are_those_of_the_records():
+    record = json.loads((LOCAL / "cost_curves.json").read_text())
+    base = record["treatment"]["base"]
+    for tokens, *ratios in table_after(ROOT / "docs/hardware.md", "cost")[1:]:
+        (point,) = (one for one in record["points"] if one["point"] == base | {"tokens": int(tokens)})
+        step = {name: found["step_seconds"]["median"] for name, found in point["variants"].items()}
+        assert ratios == [f"{step[name] / step['lora']:.2f}" for name in ("folded", "truncated")], tokens
+    (case,) = (c for c in json.loads((LOCAL / "hosvd_cost.json").read_text())["cases"] if c["name"] == "bert_base")
+    found = case["ratios"]["unfoldings_float32, 360 gradients"]
+    text = re.sub(r"\s+", " ", (ROOT / "docs/hardware.md").read_text())
+    assert f"take {found['time']:.2f} of the time of the unfoldings in float32, and {found['cpu_time']:.2f} of" in text
+
+
+def test_printed_averages_that_do_not_follow_are_counted_once(statistics):
+    counts = statistics["average_counts"]
+    text = re.sub(r"\s+", " ", (ROOT / "docs/results.md").read_text())
+    assert f"Of {sum(counts.values())} printed averages {counts['does not follow']} do not follow" in text
 
 
 @pytest.mark.parametrize(("page", "name"), [("docs/hardware.md", "paper"), ("results/h200/README.md", "h200")])

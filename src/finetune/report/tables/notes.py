@@ -13,7 +13,11 @@ from finetune.report.tables.comparability import PAPER_PROTOCOLS, keys_of
 def models(places: Sequence[Place], evidence: Evidence, used: Sequence[Run | Search]) -> tuple[str, ...]:
     """Say of each model which of the paper's it stands for, what it started from, and at what scale it ran."""
     if places[0].part:
-        return ("The paper's own architectures are counted here, whichever models the experiment runs.",)
+        return (
+            "The paper's own architectures are counted here, whichever models the experiment runs.",
+            "Embeddings and attention are their tables and projections; LayerNorms, poolers and output heads count in "
+            "the full model alone.",
+        )
     titles = {name: config.get("title", name) for name, config in evidence.models.items()}
     titles |= {run.model: run.title for runs in evidence.runs.values() for run in runs}
     sentences = []
