@@ -24,6 +24,7 @@ from sparsegrad.fingerprint import fingerprint
 from sparsegrad.origin import Origin
 from sparsegrad.select import NonFiniteGradient, Rule, insert_sorted, selected
 from sparsegrad.state import Places
+from sparsegrad.unmerged import mark, unmark
 
 REPLACED = (
     "the weights of {} are no longer those of their SparseGrad layers: FSDP and DeepSpeed, which cut weights in parts, "
@@ -91,6 +92,8 @@ class SparseGradLinear(nn.Module, ABC):
         self._moved: Tensor | None = torch.empty(0, dtype=torch.int64, device=device)
         self._moving: tuple[Places, int] | None = None  # an optimizer's notes of what it moves, and the place in them
         self._seen = (0, 0)  # of the weight, after the latest step
+        self.register_state_dict_post_hook(mark)
+        self.register_load_state_dict_pre_hook(unmark)
 
     @classmethod
     def options_by(cls, basis: Basis, k: int, **options: Any) -> dict[str, Any]:
@@ -126,6 +129,11 @@ class SparseGradLinear(nn.Module, ABC):
     @abstractmethod
     def moves_weight(self) -> bool:
         """Whether ``weight`` is no longer, or will not stay, what it was: a checkpoint must hold it."""
+
+    @property
+    def plain_state(self) -> bool:
+        """Whether what a state dictionary holds as ``weight`` is the plain layer's (:mod:`sparsegrad.unmerged`)."""
+        return True
 
     @property
     @abstractmethod

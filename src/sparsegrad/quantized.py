@@ -72,6 +72,10 @@ class QuantizedTruncatedLinear(CoreLinear):
         return False
 
     @property
+    def plain_state(self) -> bool:
+        return False
+
+    @property
     def plain_dtype(self) -> torch.dtype:
         """The bias' dtype, else the linear's ``compute_dtype``, else float32."""
         own = getattr(self.linear, "compute_dtype", None) or torch.float32

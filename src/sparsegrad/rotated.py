@@ -50,6 +50,10 @@ class RotatedLinear(SelectingLinear):
         skips = "the rows that sparse by dense leaves out are counted" if self.matmul == "sparse_by_dense" else ""
         return super().pass_waits_for or skips
 
+    @property
+    def plain_state(self) -> bool:
+        return self.basis is None
+
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features) -> (..., out_features)``."""
         x = autocast(x)

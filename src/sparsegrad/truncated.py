@@ -84,6 +84,10 @@ class TruncatedLinear(CoreLinear):
         return (self.update == "in_place" and self.core.requires_grad) or bool(self.refreshes)
 
     @property
+    def plain_state(self) -> bool:
+        return self.update == "in_place"
+
+    @property
     def plain_dtype(self) -> torch.dtype:
         return self.weight.dtype
 
