@@ -8,6 +8,7 @@ need the entries that were not kept, such as a second gradient to add or a sum o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import nan
 from typing import Any
 
 import torch
@@ -67,6 +68,12 @@ class CompactGradient(Tensor):
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"CompactGradient({len(self.entries)} entries of {tuple(self.shape)})"
 
+    def spoil(self) -> CompactGradient:
+        """Of a gradient that is not finite places and entries mean nothing: NaN is held in their place."""
+        self.places, self.finite = torch.arange(len(self.places), device=self.places.device), False
+        self.entries = torch.full_like(self.entries, nan)
+        return self
+
     @classmethod
     def __torch_dispatch__(
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -77,7 +84,9 @@ class CompactGradient(Tensor):
         self, compact = args[0], [value for value in args if isinstance(value, CompactGradient)]
         if len(compact) == 1 and self is compact[0]:
             if operation in _COPIES:
-                return CompactGradient(self.places, self.entries.clone(), self)
+                copy = CompactGradient(self.places, self.entries.clone(), self)
+                copy.finite = self.finite
+                return copy
             if operation in _NORMS:
                 return func(self.entries, *args[1:], **kwargs)
             if operation in _ENTRYWISE:

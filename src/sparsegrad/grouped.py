@@ -64,18 +64,23 @@ def take_selected(layers: Sequence[SparseGradLinear]) -> list[Selected]:
 
 
 @torch.no_grad()
-def select_together(layers: Sequence[SparseGradLinear]) -> None:
+def select_together(layers: Sequence[SparseGradLinear], refuse: bool = True) -> None:
     """Leave selected gradients in place of dense ones.
 
     Raises:
-        NonFiniteGradient: if one is not finite.
+        NonFiniteGradient: if one is not finite, and that is to be refused.
     """
     dense = [layer for layer in layers if layer.selects and not isinstance(layer.trained.grad, CompactGradient)]
     found = take_selected(dense)
-    refuse_non_finite([(one.layers, one.finite) for one in found])
+    if refuse:
+        refuse_non_finite([(one.layers, one.finite) for one in found])
     for one in found:
-        for layer, places, values in zip(one.layers, one.places.unbind(), one.values.unbind(), strict=True):
-            layer.trained.grad = CompactGradient(places, values, layer.trained)
+        fine = [True] * len(one.layers) if refuse else one.finite.tolist()
+        for layer, places, values, finite in zip(
+            one.layers, one.places.unbind(), one.values.unbind(), fine, strict=True
+        ):
+            gradient = CompactGradient(places, values, layer.trained)
+            layer.trained.grad = gradient if finite else gradient.spoil()
 
 
 def all_finite(flags: Sequence[tuple[Sequence[SparseGradLinear], Tensor]]) -> Tensor:

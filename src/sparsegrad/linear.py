@@ -194,10 +194,13 @@ class SparseGradLinear(nn.Module, ABC):
         Raises:
             NonFiniteGradient: if the gradient is not finite.
         """
-        dense = self.trained.grad
-        if self.selects and dense is not None and not isinstance(dense, CompactGradient):
+        gradient = self.trained.grad
+        if self.selects and gradient is not None and not isinstance(gradient, CompactGradient):
             self.trained.grad = None
-            self.trained.grad = self.compact(self.rotated_gradients([self], [dense])[0])
+            self.trained.grad = gradient = self.compact(self.rotated_gradients([self], [gradient])[0])
+        if isinstance(gradient, CompactGradient) and not gradient.finite and not gradient.entries.isfinite().all():
+            self.trained.grad = None
+            raise NonFiniteGradient(self.name)
 
     def scale_gradient(self, factor: Tensor | float) -> None:
         """Multiply the selected gradient by a finite factor, for clipping."""
@@ -215,13 +218,11 @@ class SparseGradLinear(nn.Module, ABC):
     def compact(self, G_rot: Tensor) -> CompactGradient:
         """Select from a gradient in rotated coordinates.
 
-        Raises:
-            NonFiniteGradient: if it is not finite.
+        Of one that is not finite NaN is kept: a GradScaler must see it to skip the step, and a step alone refuses it.
         """
         places, values, finite = selected(G_rot.detach()[None], self.k, self.rule)
-        if not finite:
-            raise NonFiniteGradient(self.name)
-        return CompactGradient(places[0], values[0], self.trained)
+        found = CompactGradient(places[0], values[0], self.trained)
+        return found if finite else found.spoil()
 
     # ---- several layers at once: those whose `likeness` is equal ----
 

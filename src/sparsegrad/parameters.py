@@ -45,8 +45,13 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, 
 
 
 @torch.no_grad()
-def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
+def clip_grad_norm_(model: nn.Module, max_norm: float, *, error_if_nonfinite: bool = True) -> Tensor:
     """``torch.nn.utils.clip_grad_norm_`` for any model: SparseGrad weights count with the entries that are kept.
+
+    Args:
+        model: after its backward passes.
+        max_norm: of all gradients together, from now on.
+        error_if_nonfinite: False for a ``GradScaler``, which has noted what overflowed and skips the step.
 
     Returns:
         The norm before clipping.
@@ -57,12 +62,14 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     if not max_norm > 0:
         raise ValueError(f"max_norm={max_norm}; it must be above 0.")
     layers = [m for m in model.modules() if isinstance(m, SparseGradLinear)]
-    select_together(layers)
+    select_together(layers, refuse=error_if_nonfinite)
     compact = [p.grad for p in model.parameters() if isinstance(p.grad, CompactGradient)]
     dense = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p.grad, CompactGradient)]
     kept = [gradient.entries for gradient in compact]
     total = torch.nn.utils.get_total_norm(kept + dense)
     if not torch.isfinite(total):  # scaled by it, one NaN would be in every gradient
+        if not error_if_nonfinite:
+            return total
         own = {layer.trained: layer.name for layer in layers}
         gradients = {own.get(p) or name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         raise NonFiniteGradient(*(n for n, g in gradients.items() if not torch.isfinite(torch.linalg.vector_norm(g))))

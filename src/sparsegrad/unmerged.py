@@ -24,7 +24,12 @@ def mark(layer: SparseGradLinear, state: dict[str, Tensor], prefix: str, _: obje
 
 
 def unmark(
-    layer: SparseGradLinear, state: dict[str, Tensor], prefix: str, _metadata: object, _strict: object, *messages: list[str]
+    layer: SparseGradLinear,
+    state: dict[str, Tensor],
+    prefix: str,
+    _metadata: object,
+    _strict: object,
+    *messages: list[str],
 ) -> None:
     """Before a layer takes its tensors from one."""
     name = f"{prefix}weight"

@@ -114,28 +114,6 @@ def test_torchs_clipping_is_ours(options, foreach, made):
         torch.testing.assert_close(found, old.clamp(-1e-3, 1e-3))
 
 
-@pytest.mark.parametrize("options", BACKWARD + STEP[:2] + WHOLE, ids=lambda o: "-".join(map(str, o.values())))
-def test_a_grad_scaler_unscales_every_gradient_and_skips_what_overflows(options, made):
-    (model, optimizer), (plain, plain_optimizer) = made(options, torch.float32), made(options, torch.float32)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    scaler.scale(loss(model)).backward()
-    loss(plain).backward()
-    scaler.unscale_(optimizer)
-    for found, expected in zip(kept(model), kept(plain), strict=True):
-        torch.testing.assert_close(found, expected)
-    scaler.step(optimizer)
-    plain_optimizer.step()
-    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
-    optimizer.zero_grad()
-    scaler.update()
-    before = literal.snapshot(model)
-    scaler.scale(loss(model)).backward()
-    model.head.bias.grad[0] = torch.inf
-    scaler.step(optimizer)
-    literal.assert_unchanged(model, before)
-
-
 @pytest.mark.parametrize("unused", [False, True], ids=["all used", "unused parameters"])
 @pytest.mark.parametrize("options", [*BACKWARD, STEP[0]], ids=lambda o: "-".join(map(str, o.values())))
 def test_processes_sum_dense_gradients_and_refuse_compact_ones(options, unused, made):
