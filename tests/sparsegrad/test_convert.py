@@ -435,7 +435,7 @@ def test_weights_that_were_replaced_in_the_optimizer_are_not_stepped(blocks, blo
     assert torch.equal(flat[:96].view(12, 8), model.layers[0].up.weight)
 
 
-# ---- Hugging Face's Trainer ----
+# ---- states ----
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -458,37 +458,3 @@ def test_a_borrowed_basis_goes_where_its_layer_goes(blocks, block_bases, block_p
     layer = model.layers[1].up
     layer.to("meta")
     assert layer.basis.U.is_meta and layer.weight.is_meta
-
-
-def test_the_trainer_saves_resumes_and_loads_its_best_checkpoint(tiny_transformer, transformer_bases, tmp_path):
-    from transformers import Trainer, TrainingArguments
-
-    rows = [{"input_ids": [1, 2, 3 + i % 9], "attention_mask": [1, 1, 1], "labels": i % 2} for i in range(16)]
-
-    def trainer(folder, **options):
-        model, patterns, _ = tiny_transformer("bert", dtype=torch.float32, num_hidden_layers=2)
-        sparsify(model, transformer_bases(), 9, patterns)
-        arguments = TrainingArguments(
-            str(tmp_path / folder),
-            per_device_train_batch_size=8,
-            save_steps=1,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            logging_strategy="no",
-            **options,
-        )
-        optimizers = (SparseGradAdamW(param_groups(model), lr=1e-2), None)
-        return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:4], optimizers=optimizers)
-
-    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
-    whole = trainer("whole", max_steps=3, **best)
-    whole.train()
-    assert (tmp_path / "whole" / "checkpoint-3" / "model.safetensors").is_file()
-    resumed = trainer("resumed", max_steps=3, **best)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
-    for (name, p), q in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
-        torch.testing.assert_close(q, p, msg=name)
-    with pytest.raises(ValueError, match=r"to a Trainer as optimizers="):
-        Trainer(whole.model, whole.args, train_dataset=rows, eval_dataset=rows[:4]).train()
