@@ -27,8 +27,9 @@ from sparsegrad.state import Places
 from sparsegrad.unmerged import mark, unmark
 
 REPLACED = (
-    "the weights of {} are no longer those of their SparseGrad layers: FSDP and DeepSpeed, which cut weights in parts, "
-    "are not supported, nor is load_state_dict(assign=True)."
+    "the weights of {} are no longer those of their SparseGrad layers, whole: FSDP and DeepSpeed cut weights in parts, "
+    "but entries are selected from a whole matrix (use DistributedDataParallel); load_state_dict(assign=True) puts "
+    "others in their place (make the optimizer after it, without assign)."
 )
 
 
@@ -170,6 +171,10 @@ class SparseGradLinear(nn.Module, ABC):
         if self.bias is not None:
             linear.bias = copied(self.bias)
         return linear
+
+    def owns(self, parameter: Tensor) -> bool:
+        """Whether it is :attr:`trained`, as it was made: not another one, nor a part of it."""
+        return isinstance(parameter, SparseGradWeight) and parameter is self.trained and parameter.dim() == 2
 
     def take_gradient(self) -> tuple[Tensor, Tensor] | None:
         """Select, hand the gradient over, and forget it.

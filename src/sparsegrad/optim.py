@@ -162,7 +162,7 @@ class SparseGradAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for number, group in enumerate(self.param_groups):
-            if group["sparsegrad"] and not all(p in self._layers for p in group["params"]):
+            if group["sparsegrad"] and not all(p in self._layers and self._layers[p].owns(p) for p in group["params"]):
                 raise ValueError(REPLACED.format(f"group {number}"))
         found = self._select()
         skip = None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsegrad.compact import CompactGradient
 from sparsegrad.grouped import select_together
-from sparsegrad.linear import REPLACED, SparseGradLinear, SparseGradWeight
+from sparsegrad.linear import REPLACED, SparseGradLinear
 from sparsegrad.select import NonFiniteGradient
 
 
@@ -32,8 +32,7 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, 
             f"{len(frozen)} of {len(layers)} SparseGrad layers are frozen ({', '.join(frozen[:4])}) and would not be "
             "trained: set requires_grad of their weights, or leave them out of target_modules or layers_to_transform."
         )
-    own = {n: isinstance(m.trained, SparseGradWeight) and m.trained.dim() == 2 for n, m in named.items()}
-    if replaced := [name for name, is_own in own.items() if not is_own]:
+    if replaced := [name for name, layer in named.items() if not layer.owns(layer.trained)]:
         raise ValueError(REPLACED.format(", ".join(replaced[:4])))
     sparse = {id(layer.trained) for layer in layers}
     dense = [p for p in model.parameters() if p.requires_grad and id(p) not in sparse]

@@ -1,14 +1,11 @@
 """Gradients as torch and other optimizers meet them: thrown away, clipped, unscaled, summed, taken by a stranger."""
 
 import copy
-import gc
 
 import literal
 import pytest
 import torch
-import torch.distributed as dist
 from literal import train
-from torch import nn
 
 from sparsegrad import CompactGradient, SparseGradAdamW, clip_grad_norm_, merge, param_groups, sparsify
 
@@ -112,29 +109,6 @@ def test_torchs_clipping_is_ours(options, foreach, made):
     assert any((gradient.abs() > 1e-3).any() for gradient in before)
     for found, old in zip(kept(model), before, strict=True):
         torch.testing.assert_close(found, old.clamp(-1e-3, 1e-3))
-
-
-@pytest.mark.parametrize("unused", [False, True], ids=["all used", "unused parameters"])
-@pytest.mark.parametrize("options", [*BACKWARD, STEP[0]], ids=lambda o: "-".join(map(str, o.values())))
-def test_processes_sum_dense_gradients_and_refuse_compact_ones(options, unused, made):
-    """Of two processes each would else step with its own entries."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        _sum_over_processes(made(options)[0], unused, compact="select_in" in options)
-    finally:
-        gc.collect()  # a wrapper that outlives the group waits, with the interpreter's lock, for threads that need it
-        dist.destroy_process_group()
-
-
-def _sum_over_processes(model, unused, compact):
-    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
-    value = wrapped(torch.randn(4, 8, dtype=torch.float64)).sum()
-    if compact:
-        with pytest.raises(RuntimeError, match="Under data parallelism use select_in='step'"):
-            value.backward()
-    else:
-        value.backward()
-        assert not isinstance(model.layers[0].up.weight.grad, CompactGradient)
 
 
 def test_what_needs_the_other_entries_is_refused_in_one_line(made):
