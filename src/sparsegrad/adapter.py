@@ -16,16 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
+from sparsegrad.changes import HELD, changed, largest_differences, put
 from sparsegrad.convert import kind_value, sparsegrad_layers, sparsify
-from sparsegrad.core import CoreLinear
 from sparsegrad.fingerprint import fingerprint, fingerprints
-from sparsegrad.gaps import from_gaps, to_gaps
 from sparsegrad.io import load_bases, load_tensors, save_tensors
 from sparsegrad.linear import SparseGradLinear
 from sparsegrad.quantized import QuantizedTruncatedLinear
-from sparsegrad.selecting import SelectingLinear
 from sparsegrad.targets import Target, find_targets
-from sparsegrad.truncated import TruncatedLinear
 
 BASES = ("inside", "reference")
 
@@ -35,9 +32,9 @@ class AdapterState:
     """What an adapter holds.
 
     Attributes:
-        tensors: on the CPU, of their own. Of a layer ``weight.<name>``, or ``values.<name>`` and, where not all are
-            held, ``gaps.<name>`` between their places (:mod:`sparsegrad.gaps`); ``dense.<name>`` of anything else;
-            ``basis.<kind>.U`` and ``.V``, unless they are referred to.
+        tensors: on the CPU, of their own. Of a layer ``weight.<name>``, or ``values.<name>`` (``differences.<name>``)
+            and, where not all are held, ``gaps.<name>`` between their places (:mod:`sparsegrad.gaps`);
+            ``dense.<name>`` of anything else; ``basis.<kind>.U`` and ``.V``, unless they are referred to.
         metadata: JSON values: what sparsify was given, shapes, bases by their hashes, fingerprints of the base.
     """
 
@@ -45,17 +42,24 @@ class AdapterState:
     metadata: Mapping[str, Any]
 
 
-def save_adapter(path: str | Path, model: nn.Module, *, bases: str = "inside") -> None:
+def save_adapter(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    bases: str = "inside",
+    differences_from: nn.Module | None = None,
+    entries: int | None = None,
+) -> None:
     """Write what differs from the base model.
 
     Args:
         path: a ``.safetensors`` file.
-        model, bases: see :func:`adapter_state`.
+        model, bases, differences_from, entries: see :func:`adapter_state`.
 
     Raises:
         ValueError: as :func:`adapter_state`.
     """
-    state = adapter_state(model, bases=bases)
+    state = adapter_state(model, bases=bases, differences_from=differences_from, entries=entries)
     save_tensors(path, state.tensors, state.metadata)
 
 
@@ -90,8 +94,14 @@ def load_adapter(
 
 
 @torch.no_grad()
-def adapter_state(model: nn.Module, *, bases: str = "inside") -> AdapterState:
-    """What differs from the base model.
+def adapter_state(
+    model: nn.Module,
+    *,
+    bases: str = "inside",
+    differences_from: nn.Module | None = None,
+    entries: int | None = None,
+) -> AdapterState:
+    """What differs from the base model, exact unless ``differences_from`` is given.
 
     Of a truncated layer that is the whole core, and its weight too once the basis was refreshed: what earlier bases
     have moved does not lie in the last one's block.
@@ -99,34 +109,41 @@ def adapter_state(model: nn.Module, *, bases: str = "inside") -> AdapterState:
     Args:
         model: a sparsified model.
         bases: ``inside``, or ``reference``: their hashes alone, so that whoever loads the adapter must give them.
+        differences_from: the base model, plain. The adapter then holds differences from its weights in bfloat16, about
+            3 bytes an entry; what each matrix loses of its difference, as a relative norm, stands in the metadata
+            (``lost``). Not for the truncated form.
+        entries: hold the largest differences of each matrix alone, this many at most.
 
     Raises:
-        ValueError: if the word is unknown, or this is not the model that :func:`sparsegrad.sparsify` was given.
+        ValueError: if a word is unknown, this is not the model that :func:`sparsegrad.sparsify` was given, or
+            ``differences_from`` is not the base.
     """
     if bases not in BASES:
         raise ValueError(f"bases={bases!r}; allowed: {', '.join(BASES)}.")
+    if entries is not None and (differences_from is None or entries < 1):
+        raise ValueError(f"entries={entries}; 1 or more, of the differences_from a base model: give both.")
     layers = _own_layers(model)
     first = next(iter(layers.values()))
-    tensors = _others(model, layers)
-    base = {name: found for name, found in first.base.items() if f"dense.{name}" not in tensors}
-    described: dict[str, dict[str, Any]] = {}
+    before = None if differences_from is None else _weights_of(differences_from, first)
+    tensors, lost = _others(model, layers), dict[str, float]()
     for name, layer in layers.items():
-        tensors |= {f"{what}.{name}": tensor for what, tensor in _changed(layer).items()}
-        if f"weight.{name}" in tensors:
-            base.pop(f"{name}.weight", None)
-        basis, kind = layer.basis, layer.kind
-        if basis is None or kind in described:
-            continue
-        described[kind] = _description(basis)
-        if bases == "inside":
-            tensors |= {f"basis.{kind}.U": basis.U, f"basis.{kind}.V": basis.V}
+        if before is None:
+            held = changed(layer)
+        else:
+            held, lost[name] = largest_differences(layer, before[name], entries)
+        tensors |= {f"{what}.{name}": tensor for what, tensor in held.items()}
+    shared = {layer.kind: layer.basis for layer in layers.values() if layer.basis is not None}
+    if bases == "inside":
+        tensors |= {
+            f"basis.{kind}.{letter}": getattr(basis, letter) for kind, basis in shared.items() for letter in "UV"
+        }
     metadata = {
         "content": "adapter",
         "arguments": first.arguments,
         "shapes": {name: [layer.out_features, layer.in_features] for name, layer in layers.items()},
-        "bases": described,
-        "base": base,
-    }
+        "bases": {kind: _description(basis) for kind, basis in shared.items()},
+        "base": {name: found for name, found in first.base.items() if not _is_held(name, tensors)},
+    } | ({"lost": lost} if lost else {})
     return AdapterState({name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}, metadata)
 
 
@@ -156,7 +173,7 @@ def put_adapter(model: nn.Module, state: AdapterState, bases: Mapping[str, Basis
     sparsify(model, found, **arguments)
     layers = sparsegrad_layers(model)
     for name, layer in layers.items():
-        _put(layer, *(state.tensors.get(f"{what}.{name}") for what in ("weight", "gaps", "values")))
+        put(layer, {what: state.tensors[f"{what}.{name}"] for what in HELD if f"{what}.{name}" in state.tensors})
     for name, tensor in model.state_dict().items():
         if (plain := _plain_name(name, layers)) in dense:
             tensor.copy_(dense[plain])
@@ -175,6 +192,17 @@ def _own_layers(model: nn.Module) -> dict[str, SparseGradLinear]:
     if not layers:
         raise ValueError("the model has no SparseGrad layers: an adapter is of a model that sparsify was given.")
     return layers
+
+
+def _weights_of(base: nn.Module, layer: SparseGradLinear) -> dict[str, Tensor]:
+    """The target matrices of a plain model, ``(out_features, in_features)``, if it is the one that was sparsified."""
+    now = fingerprints(base)
+    if others := [name for name, found in layer.base.items() if now.get(name) != found]:
+        raise ValueError(
+            f"differences_from is not the model that sparsify was given: {', '.join(others[:4])} differ or are missing."
+        )
+    found = find_targets(base, layer.arguments["target_modules"], layer.arguments["layers_to_transform"])
+    return {target.name: target.matrix(target.weight.detach()) for target in found}
 
 
 def _refuse_other_models(
@@ -216,35 +244,16 @@ def _basis(kind: str, about: Mapping[str, Any], state: AdapterState, given: Mapp
     return basis
 
 
-def _changed(layer: SparseGradLinear) -> dict[str, Tensor]:
-    """What of a layer's weight may differ from the base: ``weight``, or ``values`` at ``gaps`` or of the block."""
-    layer.follow()
-    if isinstance(layer, CoreLinear):
-        whole = {"weight": layer.weight} if isinstance(layer, TruncatedLinear) and layer.moved is None else {}
-        return whole | {"values": layer.rotated_weight().flatten()}
-    if layer.moved is None:
-        return {"weight": layer.original_weight()}
-    return {"gaps": to_gaps(layer.moved), "values": layer.rotated_weight().flatten()[layer.moved]}
-
-
-def _put(layer: SparseGradLinear, weight: Tensor | None, gaps: Tensor | None, values: Tensor | None) -> None:
-    """What :func:`_changed` gave, into a layer of the base model."""
-    if weight is not None and isinstance(layer, SelectingLinear):
-        layer.set_original(weight)
-    elif weight is not None and isinstance(layer, TruncatedLinear):
-        layer.rebase(layer.basis)
-        layer.weight.copy_(weight)
-    if values is not None:
-        current = layer.rotated_weight().flatten()
-        places = (torch.arange(len(values)) if gaps is None else from_gaps(gaps)).to(current.device)
-        layer.add_(places, values.to(current) - current[places])
-
-
 def _others(model: nn.Module, layers: Mapping[str, SparseGradLinear]) -> dict[str, Tensor]:
     """Parameters and buffers outside the layers' weights whose bits are not the base's, as ``dense.<plain name>``."""
     base = next(iter(layers.values())).base
     state = {_plain_name(name, layers): t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
     return {f"dense.{n}": t for n, t in state.items() if n is not None and base.get(n) != fingerprint(t)}
+
+
+def _is_held(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether an adapter's tensors replace a parameter of the plain model whole, so that the base's may be any."""
+    return f"dense.{name}" in tensors or f"weight.{name.removesuffix('.weight')}" in tensors
 
 
 def _plain_name(name: str, layers: Mapping[str, SparseGradLinear]) -> str | None:

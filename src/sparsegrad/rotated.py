@@ -64,6 +64,10 @@ class RotatedLinear(SelectingLinear):
             y = y @ self.basis.V.to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def rotated_weight(self) -> Tensor:
+        self.follow()
+        return (self.weight if self.master is None else self.master).detach()
+
     def _from_original(self, weight: Tensor) -> Tensor:
         return weight if self.basis is None else self.basis.rotate(weight)
 

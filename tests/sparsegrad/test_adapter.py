@@ -412,6 +412,88 @@ def test_a_state_in_memory_is_what_the_file_holds_and_stays_as_it_was(history):
     same_function(trained, base)
 
 
+# ---- differences: rounded, and the largest alone ----
+
+
+@pytest.mark.parametrize(
+    ("form", "basis"),
+    [("folded", "full"), ("folded", "leading"), ("folded", "none"), ("rotated", "full"), ("rotated", "none")],
+)
+@pytest.mark.parametrize("entries", [None, 5, 1000])
+@pytest.mark.parametrize("written", [False, True], ids=["by steps", "by others"])
+def test_what_differences_lose_is_what_the_metadata_says(form, basis, entries, written, history):
+    """Against the whole difference in original coordinates; the largest in the basis, by a full sort."""
+    past = history(form)
+    bases = {"full": past.bases(), "leading": {n: b.leading(6, 5) for n, b in past.bases().items()}, "none": None}[
+        basis
+    ]
+    past.model = sparsify(past.base(), bases, **past.config)
+    past.another_optimizer()
+    past.train(), past.train()
+    if written:
+        past.model.load_state_dict(
+            {n: t + 0.01 if n.endswith("up.weight") else t for n, t in past.model.state_dict().items()}
+        )
+    trained = sparsegrad_layers(past.model)
+    save_adapter(past.path, past.model, differences_from=past.base(), entries=entries)
+    tensors, metadata = load_tensors(past.path)
+    loaded, base = sparsegrad_layers(load_adapter(past.path, past.base())), past.base()
+    assert {t.dtype for name, t in tensors.items() if name.startswith("differences.")} == {torch.bfloat16}
+    for name, layer in trained.items():
+        start = base.get_submodule(name).weight.detach()
+        change, found = layer.original_weight() - start, loaded[name].original_weight() - start
+        assert found.norm() > 0
+        lost = float((found - change).norm() / change.norm())
+        assert metadata["lost"][name] == pytest.approx(lost, rel=1e-4, abs=1e-9)
+        if entries == 5:
+            b = layer.basis
+            rotated = (change if b is None else b.V @ change @ b.U.T).flatten()
+            expected = sorted(sorted(range(len(rotated)), key=lambda i: -abs(rotated[i]))[:5])
+            assert from_gaps(tensors[f"gaps.{name}"]).tolist() == expected
+        elif basis != "leading" or not written:
+            assert lost < 2**-8
+        if entries is None and layer.moved is not None:
+            assert torch.equal(from_gaps(tensors[f"gaps.{name}"]), layer.moved)
+    assert torch.equal(load_adapter(past.path, past.base()).head.weight, past.model.head.weight)  # not rounded
+
+
+def test_differences_of_a_bfloat16_model_are_those_of_its_masters(trained, tiny_transformer, tmp_path):
+    model, _, _ = trained(dtype=torch.bfloat16, dense=False)
+    base, _, _ = tiny_transformer("bert", dtype=torch.bfloat16)
+    start = {name: base.get_submodule(name).weight.detach().float() for name in sparsegrad_layers(model)}
+    save_adapter(tmp_path / "a", model, differences_from=base)
+    loaded = sparsegrad_layers(load_adapter(tmp_path / "a", base))
+    for name, layer in sparsegrad_layers(model).items():
+        change = layer.original_weight() - start[name]
+        assert (loaded[name].original_weight() - layer.original_weight()).norm() < 2**-8 * change.norm()
+
+
+def test_a_layer_that_no_step_has_moved_loses_nothing(history):
+    past = history("folded")
+    state = adapter_state(past.model, differences_from=past.base(), entries=3)
+    assert set(state.metadata["lost"].values()) == {0.0}
+    same_function(put_adapter(past.base(), state), past.base(), 0)
+
+
+def test_differences_that_cannot_be_taken_are_refused(history):
+    past = history("folded")
+    past.train()
+    other = past.base()
+    other.layers[1].up.weight.data[0, 0] += 1
+    for given, text in [
+        ({"differences_from": other}, r"not the model that sparsify was given: layers\.1\.up\.weight differ or are"),
+        ({"differences_from": past.model}, r"layers\.0\.up\.weight, .*differ or are missing"),
+        ({"differences_from": past.base().layers}, "differ or are missing"),
+        ({"entries": 5}, "entries=5; 1 or more, of the differences_from a base model: give both"),
+        ({"differences_from": past.base(), "entries": 0}, "entries=0; 1 or more"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            save_adapter(past.path, past.model, **given)
+    with pytest.raises(ValueError, match=r"layers\.0\.up is of the truncated form, whose adapter holds the core as it"):
+        save_adapter(past.path, history("truncated").model, differences_from=past.base())
+    assert not past.path.exists()
+
+
 # ---- gaps ----
 
 
