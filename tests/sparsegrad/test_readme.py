@@ -1,4 +1,4 @@
-"""The lines of the README's section "The method alone" run as they stand."""
+"""The lines of README's section "The library" run as they stand."""
 
 import os
 import subprocess
@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def block():
     """The first block of Python in that section."""
-    section = (ROOT / "README.md").read_text().split("\n## The method alone\n")[1].split("\n## ")[0]
+    section = (ROOT / "README.md").read_text().split("\n## The library\n")[1].split("\n## ")[0]
     return section.split("```python\n")[1].split("```")[0]
 
 
-def test_the_method_alone_runs_as_pasted(block, tmp_path):
+def test_the_method_runs_as_pasted(block, tmp_path):
     """In a fresh interpreter without network; the comparison takes no part, and what is left is a plain BERT."""
     check = 'import sys\nassert "finetune" not in sys.modules\n'
     env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
