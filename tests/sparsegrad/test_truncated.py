@@ -17,6 +17,7 @@ from sparsegrad import (
     SparseGradAdamW,
     TruncatedLinear,
     clip_grad_norm_,
+    collect_moments,
     core_shape,
     load_adapter,
     load_tensors,
@@ -472,6 +473,14 @@ def packed_blocks(blocks):
     return model
 
 
+def assert_equal_moments(model, other, patterns):
+    batch = torch.randn(5, 8)
+    one, two = (collect_moments(m, [batch], patterns, loss_fn=lambda m, x: m(x).square().sum()) for m in (model, other))
+    for kind in patterns:
+        torch.testing.assert_close(one[kind].left, two[kind].left, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(one[kind].right, two[kind].right, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("keep", [None, 4], ids=["whole", "top_4"])
 def test_a_quantised_model_trains_like_its_dequantised_copy(keep, blocks, block_bases, block_patterns, tmp_path):
     """Side path on both; then merged, and as an adapter on a fresh copy. The bytes never change."""
@@ -483,6 +492,7 @@ def test_a_quantised_model_trains_like_its_dequantised_copy(keep, blocks, block_
             linear.load_state_dict({"weight": packed.exact().float(), "bias": packed.bias})
             setattr(block, kind, linear)
     bases, config = block_bases(), {"k": 9, "target_modules": block_patterns, "form": "truncated", "keep": keep}
+    assert_equal_moments(model, reference, block_patterns)
     with pytest.raises(ValueError, match=r"0.up: the weight is quantised \(PackedLinear\): use form='truncated'"):
         sparsify(model, bases, 9, block_patterns)
     with pytest.raises(ValueError, match="layers.0.up: update='in_place'; a quantised weight takes no steps"):
@@ -494,6 +504,7 @@ def test_a_quantised_model_trains_like_its_dequantised_copy(keep, blocks, block_
         train(one, optimizer, range(5), torch.float32)
     x = torch.randn(4, 8)
     torch.testing.assert_close(model(x), reference(x), rtol=0, atol=1e-5)
+    assert_equal_moments(model, reference, block_patterns)
     assert model.layers[0].up.core.abs().max() > 1e-2
     assert torch.equal(model.layers[0].up.weight, packed_blocks(blocks).layers[0].up.weight)
 

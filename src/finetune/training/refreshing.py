@@ -6,16 +6,17 @@ the step decides them: a run that was killed and goes on refreshes as one that w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from sparsegrad import GradientMoments, hosvd, refresh, sparsegrad_layers
+from sparsegrad.collect import whole_gradient
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,7 @@ def refresh_options(method: Mapping[str, Any]) -> RefreshOptions | None:
 class GradientCollector:
     """Moments of the weight gradients of SparseGrad layers, from the backward passes inside a ``with`` block.
 
-    A gradient g^T x is formed from a layer's input ``(N, in_features)`` and output gradient ``(N, out_features)``: a
-    truncated layer has none of its own. Where a batch is one backward pass of one process, each is added to the moments
+    Where a batch is one backward pass of one process, each is added to the moments
     and freed at once. Else the dense gradients of a batch are held and summed until :meth:`end_batch`, those of all
     layers at once, so that the moments do not depend on how a batch is cut.
 
@@ -58,47 +58,36 @@ class GradientCollector:
 
     def __init__(self, model: nn.Module, *, whole_batches: bool) -> None:
         self.moments: dict[str, GradientMoments] = {}
-        self._layers, self._whole = sparsegrad_layers(model), whole_batches
-        self._sums: dict[str, Tensor] = {}
-        self._hooks: list[RemovableHandle] = []
+        self._model, self._whole = model, whole_batches
+        self._gradients: dict[Tensor, str] = {}
+        self._watched = ExitStack()
 
     def __enter__(self) -> GradientCollector:
-        self._hooks = [layer.register_forward_hook(self._watch(name)) for name, layer in self._layers.items()]
+        for layer in sparsegrad_layers(self._model).values():
+            weight = self._watched.enter_context(whole_gradient(layer))
+            self._gradients[weight] = layer.kind
+            if self._whole:
+                weight.register_post_accumulate_grad_hook(self._add)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._watched.close()
 
     def end_batch(self) -> None:
         """Add what is held, summed over all processes, to the moments."""
-        for name in list(self._sums):
-            G = self._sums.pop(name)
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(G)
-            self._add(name, G)
+        for weight in self._gradients:
+            if weight.grad is not None:
+                if dist.is_available() and dist.is_initialized():
+                    dist.all_reduce(weight.grad)
+                self._add(weight)
 
-    def _watch(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def keep(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            x = given[0].detach()
-            output.register_hook(lambda g: self._take(name, g, x))
-
-        return keep
-
-    def _take(self, name: str, g: Tensor, x: Tensor) -> None:
-        precision = torch.promote_types(g.dtype, torch.float32)
-        rows, inputs = (t.reshape(-1, t.shape[-1]).to(precision) for t in (g, x))
-        G = rows.T @ inputs
-        if self._whole:
-            self._add(name, G)
-        else:
-            self._sums[name] = self._sums[name] + G if name in self._sums else G
-
-    def _add(self, name: str, G: Tensor) -> None:
-        kind = self._layers[name].kind
+    def _add(self, weight: Tensor) -> None:
+        G, kind = weight.grad, self._gradients[weight]
+        assert G is not None  # a backward pass has ended
         if kind not in self.moments:
             self.moments[kind] = GradientMoments(*G.shape, device=G.device)
         self.moments[kind].update(G)
+        weight.grad = None
 
 
 def renew(model: nn.Module, collector: GradientCollector, optimizer: torch.optim.Optimizer, state: str) -> None:
