@@ -260,7 +260,7 @@ def _plain_name(name: str, layers: Mapping[str, SparseGradLinear]) -> str | None
     """How the plain model calls what a sparsified one has under a name; None for what layers hold of their own."""
     owner = next((n for n in _prefixes(name) if n in layers), None)
     if owner is None:
-        return name
+        return None if f"{name}.0" in layers else name  # the place of experts' layers
     rest = name.removeprefix(f"{owner}.")
     if isinstance(layers[owner], QuantizedTruncatedLinear):  # the plain linear is kept inside
         return f"{owner}.{rest.removeprefix('linear.')}" if rest.startswith("linear.") else None

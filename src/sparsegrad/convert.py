@@ -115,7 +115,7 @@ def _put_in(model: nn.Module, targets: Sequence[Target], layers: Sequence[Sparse
         else:
             lists.setdefault((target.module, target.parameter), []).append(layer)
     _replace(model, modules)
-    experts.put_in(lists)
+    experts.put_in(model, lists)
 
 
 def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsegrad.linear import SparseGradLinear
+from sparsegrad.unmerged import mark_place, unmark_place
 
 EAGER = "eager"
 
@@ -54,6 +55,8 @@ class ExpertList(nn.Module):
         self.name = name
         self.order = list(experts._parameters)
         self.implementation = _implementation(experts)
+        self.register_state_dict_post_hook(mark_place)
+        self.register_load_state_dict_pre_hook(unmark_place)
 
     def __getitem__(self, index: int | Tensor) -> ExpertWeight:
         """The weight of an expert: a number, or a tensor that holds one."""
@@ -90,8 +93,10 @@ def refuse_transposed(experts: nn.Module) -> None:
         )
 
 
-def put_in(lists: Mapping[tuple[nn.Module, str], Sequence[SparseGradLinear]]) -> None:
+def put_in(model: nn.Module, lists: Mapping[tuple[nn.Module, str], Sequence[SparseGradLinear]]) -> None:
     """Replace parameters, given by module and name, by the layers of their experts."""
+    if lists:
+        _convert(model, False)
     # All are made before one is put in: they remember the experts' implementation, which blocks share.
     made = [(experts, ExpertList(layers, experts, name)) for (experts, name), layers in lists.items()]
     for experts, layers in made:
@@ -100,10 +105,21 @@ def put_in(lists: Mapping[tuple[nn.Module, str], Sequence[SparseGradLinear]]) ->
 
 def put_back(model: nn.Module) -> None:
     """Replace every list in a model by a 3-D parameter of the same function."""
+    _convert(model, True)
     for experts in list(model.modules()):
         for child in list(experts.children()):
             if isinstance(child, ExpertList):
                 child.put_back(experts)
+
+
+def _convert(model: nn.Module, on: bool) -> None:
+    """Whether transformers writes checkpoints in the names of older ones, where it would cut layers' tensors apart."""
+    for module in model.modules():
+        own = vars(module)
+        if on and "_plain_conversions" in own:
+            own["_weight_conversions"] = own.pop("_plain_conversions")
+        elif not on and hasattr(module, "save_pretrained"):
+            own["_plain_conversions"], own["_weight_conversions"] = own.get("_weight_conversions"), []
 
 
 def _implementation(experts: nn.Module) -> str | None:

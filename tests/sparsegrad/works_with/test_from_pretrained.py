@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sparsegrad import SparseGradAdamW, find_targets, merge, param_groups, sparsegrad_layers, sparsify
 
@@ -95,3 +96,48 @@ def test_a_rotated_layer_without_a_basis_keeps_the_plain_weight(tiny_transformer
     after = sparsify(model, None, 9, patterns, form="rotated").state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert len(sparsegrad_layers(model)) == 4
+
+
+# ---- matrices that the plain model keeps in another way ----
+
+
+@pytest.fixture
+def other(random_basis):
+    """``other(model_type)``: a decoder sparsified where it keeps no ``nn.Linear``, and its targets and bases."""
+
+    def make(model_type):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
+        own = {"mixtral": {"num_local_experts": 2}, "gpt2": {"n_embd": 16, "n_inner": 16, "n_head": 2, "n_layer": 1}}
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(model_type, **sizes, **heads, **own[model_type])
+        model = AutoModelForCausalLM.from_config(config).eval()
+        bases = {t.kind: random_basis(*t.shape, dtype=torch.float32) for t in find_targets(model, "all-mlp")}
+        return sparsify(model, bases, 9, "all-mlp")
+
+    return make
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt2"])
+def test_experts_and_conv1d_are_refused_and_resumed_and_loaded_when_merged(model_type, other, tmp_path):
+    """transformers would write experts' layers in an older format's names, cut apart: their checkpoints keep them."""
+    from transformers import AutoModelForCausalLM
+
+    model, tokens = other(model_type), torch.arange(8)[None]
+    optimizer = SparseGradAdamW(param_groups(model), lr=1e-2)
+    model(tokens).logits.square().sum().backward()
+    optimizer.step()
+    trained = model(tokens).logits
+    model.save_pretrained(tmp_path / "unmerged")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "unmerged")
+    resumed = other(model_type)
+    keys = resumed.load_state_dict(load_file(tmp_path / "unmerged" / "model.safetensors"), strict=False)
+    assert not keys.unexpected_keys and set(keys.missing_keys) <= {"lm_head.weight"}  # tied
+    assert torch.equal(resumed(tokens).logits, trained)
+    for model_again in (merge(model), merge(resumed)):
+        model_again.save_pretrained(tmp_path / "merged")
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(plain(tokens).logits, trained, rtol=1e-5, atol=1e-5)
