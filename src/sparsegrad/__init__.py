@@ -13,11 +13,13 @@ from sparsegrad.adapter import AdapterState, adapter_state, load_adapter, put_ad
 from sparsegrad.basis import Basis, GradientMoments, hosvd, hosvd_of_unfoldings, hosvd_tensorly
 from sparsegrad.collect import collect_moments
 from sparsegrad.compact import CompactGradient
+from sparsegrad.config import SparseGradConfig
 from sparsegrad.convert import merge, sparsegrad_layers, sparsify
 from sparsegrad.core import core_shape
 from sparsegrad.folded import FoldedLinear
 from sparsegrad.io import load_bases, load_tensors, save_bases, save_tensors
 from sparsegrad.linear import SparseGradLinear
+from sparsegrad.model import SparseGradModel, get_sparsegrad_model
 from sparsegrad.optim import SparseGradAdamW, lazy_adam_delta
 from sparsegrad.parameters import clip_grad_norm_, param_groups
 from sparsegrad.quantized import QuantizedTruncatedLinear
@@ -39,7 +41,9 @@ __all__ = [
     "QuantizedTruncatedLinear",
     "RotatedLinear",
     "SparseGradAdamW",
+    "SparseGradConfig",
     "SparseGradLinear",
+    "SparseGradModel",
     "Target",
     "TruncatedLinear",
     "adapter_state",
@@ -49,6 +53,7 @@ __all__ = [
     "core_shape",
     "entries_for_density",
     "find_targets",
+    "get_sparsegrad_model",
     "hosvd",
     "hosvd_of_unfoldings",
     "hosvd_tensorly",

@@ -79,6 +79,20 @@ def load_adapter(
     Raises:
         ValueError: if the file is damaged, or as :func:`put_adapter`; the model is unchanged then.
     """
+    state = read_adapter(path)
+    given = load_bases(bases)[0] if isinstance(bases, str | Path) else bases
+    try:
+        return put_adapter(model, state, given)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_adapter(path: str | Path) -> AdapterState:
+    """What :func:`save_adapter` wrote.
+
+    Raises:
+        ValueError: if the file is missing, damaged, or no adapter of this version.
+    """
     tensors, metadata = load_tensors(path)
     if metadata.get("content") != "adapter":
         raise ValueError(f"{path} holds {metadata.get('content')!r}, not an adapter.")
@@ -86,11 +100,7 @@ def load_adapter(
         raise ValueError(
             f"{path} lacks {', '.join(sorted(missing))}: it is of an older version; save the adapter again."
         )
-    given = load_bases(bases)[0] if isinstance(bases, str | Path) else bases
-    try:
-        return put_adapter(model, AdapterState(tensors, metadata), given)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return AdapterState(tensors, metadata)
 
 
 @torch.no_grad()

@@ -206,7 +206,8 @@ def _own_basis(basis: Basis, weight: Tensor, ranks: tuple[int, int]) -> Basis:
     """A copy of the leading rows, in the precision of the weight but at least float32."""
     basis.refuse_skewed()
     (r, c), dtype = ranks, torch.promote_types(weight.dtype, torch.float32)
-    factors = (factor.to(device=weight.device, dtype=dtype, copy=True) for factor in (basis.U[:c], basis.V[:r]))
+    rows = (basis.U[:c], basis.V[:r])
+    factors = (factor.to(device=weight.device, dtype=dtype, copy=True).contiguous() for factor in rows)
     return Basis(*factors)
 
 

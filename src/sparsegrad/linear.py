@@ -34,13 +34,22 @@ REPLACED = (
 
 
 class SparseGradWeight(nn.Parameter):
-    """Marks the weight of a SparseGrad layer, so that an optimizer can refuse it without its layer."""
+    """Marks the weight of a SparseGrad layer, so that an optimizer can refuse it without its layer.
+
+    Attributes:
+        away: whether its layer was taken out of the model, so that no step of it is wanted.
+    """
+
+    away = False
 
     def __new__(  # pyright: ignore[reportInconsistentConstructor] - torch's stub gives data a default in __init__
         cls, data: Tensor, requires_grad: bool = True
     ) -> Self:
         _watch_optimizers()
         return super().__new__(cls, data, requires_grad)
+
+    def __reduce_ex__(self, proto: Any) -> Any:  # torch's own gives a plain parameter back
+        return type(self), (self.data, self.requires_grad)
 
 
 @cache
@@ -51,7 +60,14 @@ def _watch_optimizers() -> RemovableHandle:
 
 def _refuse_weights_without_layers(optimizer: Optimizer, *_: object) -> None:
     for group in optimizer.param_groups:
-        if not group.get("sparsegrad") and any(isinstance(p, SparseGradWeight) for p in group["params"]):
+        weights = [p for p in group["params"] if isinstance(p, SparseGradWeight)]
+        if any(weight.away for weight in weights):
+            raise ValueError(
+                f"{type(optimizer).__name__} holds the weights of layers that were taken out of the model: another "
+                "adapter was set, or this one is merged, disabled or unloaded. Put it back, or make a new optimizer "
+                "of sparsegrad.param_groups(model)."
+            )
+        if weights and not group.get("sparsegrad"):
             raise ValueError(
                 f"{type(optimizer).__name__} holds the weights of SparseGrad layers, which it would fine-tune in full: "
                 "give SparseGradAdamW(sparsegrad.param_groups(model)) in its place (to a Trainer as optimizers=)."

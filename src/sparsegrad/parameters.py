@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparsegrad.compact import CompactGradient
 from sparsegrad.grouped import select_together
 from sparsegrad.linear import REPLACED, SparseGradLinear
+from sparsegrad.model import SparseGradModel
 from sparsegrad.select import NonFiniteGradient
 
 
@@ -19,12 +20,15 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, 
     Biases, LayerNorm and everything else outside the SparseGrad weights are dense (D8: the released code forgot some).
 
     Args:
-        model: after :func:`sparsegrad.sparsify`.
+        model: after :func:`sparsegrad.sparsify`, or a :class:`sparsegrad.SparseGradModel`: of that, what its
+            configuration trains (:meth:`~sparsegrad.SparseGradModel.thaw`).
         weight_decay: for the dense group.
 
     Raises:
-        ValueError: if the weight of a SparseGrad layer is frozen, or no longer the layer's own.
+        ValueError: as ``thaw``, or if the weight of a SparseGrad layer is frozen, or no longer the layer's own.
     """
+    if isinstance(model, SparseGradModel):
+        model.thaw()
     named = {name: m for name, m in model.named_modules() if isinstance(m, SparseGradLinear)}
     layers = list(named.values())
     if frozen := [name for name, layer in named.items() if not layer.trained.requires_grad]:
