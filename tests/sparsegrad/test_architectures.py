@@ -1,7 +1,9 @@
 """Every row of the table of ``target_modules="all-mlp"``, in each form, on a tiny model of that architecture."""
 
 import copy
+import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,6 +117,23 @@ def test_the_table_is_in_order():
     table = architectures()
     assert list(table) == sorted(table)
     assert all("(?P<layer>" in pattern for kinds in table.values() for pattern in kinds.values())
+
+
+def test_the_page_shows_the_table():
+    """Names as people read them: N for the block's number."""
+    page = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text()
+    shown = {}
+    for row in (row for row in page.splitlines() if row.startswith("| `")):
+        _, types, kinds, _, _ = row.split("|")
+        shown |= {name: dict(re.findall(r"(\w+): `([^`]+)`", kinds)) for name in re.findall(r"`([^`]+)`", types)}
+
+    def read(pattern):
+        for written, meant in ((r"(.+\.)?", ""), (r"(?P<layer>\d+)", "N"), (r"\d+", "M"), ("\\", "")):
+            pattern = pattern.replace(written, meant)
+        return pattern
+
+    table = {name: {kind: read(p) for kind, p in patterns.items()} for name, patterns in architectures().items()}
+    assert shown == table
 
 
 @pytest.mark.parametrize("name", TINY)
