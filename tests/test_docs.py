@@ -112,6 +112,25 @@ def test_losses_are_those_of_the_statistics(page, statistics):
             assert difference == with_interval(turned, 3, "+"), label
 
 
+def test_base_size_on_stsb_is_that_of_its_records_and_their_statistics():
+    results = ROOT / "results" / "hour_stsb"
+    statistics = json.loads((results / "statistics.json").read_text())
+    (scores,), (verdicts,) = statistics["runs"], statistics["equivalence"]["models"]
+    _, *rows = table_after(ROOT / "docs/results.md", "stsb")
+    assert {LABELS[row[0]] for row in rows} == {path.name for path in (results / "runs/mpnet_base").iterdir()}
+    for label, rate, share, score in rows:
+        records = [json.loads(p.read_text()) for p in (results / "runs/mpnet_base" / LABELS[label]).glob("stsb-seed*")]
+        parameters = records[0]["parameters"]
+        assert len(records) == 5 and {r["hyperparameters"]["learning_rate"] for r in records} == {float(rate)}
+        assert share == f"{100 * parameters['trainable'] / parameters['total']:.2f} %", label
+        assert score == with_interval(scores["comparison"]["methods"][LABELS[label]]["tasks"]["stsb"], 1), label
+    _, *rows = table_after(ROOT / "docs/results.md", "stsb-pairs")
+    pairs = [pair for question in verdicts["questions"] for pair in question["pairs"]]
+    for (labels, points, verdict), pair in zip(rows, pairs, strict=True):
+        assert tuple(LABELS[label] for label in labels.split(" minus ")) == (pair["first"], pair["second"])
+        assert (points, verdict) == (with_interval(pair["mean"]["test"], 2, "+"), pair["mean"]["verdict"]), labels
+
+
 def test_the_beginning_at_base_size_is_that_of_its_records():
     """One seed of each method: scores of both halves, and the learning rate."""
     runs = ROOT / "results" / "hour_offline" / "runs" / "mpnet_base"

@@ -19,6 +19,7 @@ from finetune.store.records import read_record
 LOCAL = Path(__file__).parents[3] / "results" / "local"
 RUNS = sorted(LOCAL.glob("**/*-seed*-*.json"))
 BEGUN = sorted((LOCAL.parent / "hour_offline" / "runs").glob("*/*/*-seed*-*.json"))
+CARD = sorted((LOCAL.parent / "hour_stsb" / "runs").glob("*/*/*-seed*-*.json"))
 SEARCHES = sorted(LOCAL.glob("search/*/*/*.json"))
 READ = {path: read_record(path) for path in RUNS}
 
@@ -73,7 +74,7 @@ def digest_of(config, record, **changes):
 
 
 def test_all_committed_records_are_here():
-    assert len(RUNS) >= 102 and len(SEARCHES) >= 25 and len(BEGUN) == 8
+    assert len(RUNS) >= 102 and len(SEARCHES) >= 25 and len(BEGUN) == 8 and len(CARD) == 30
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -83,6 +84,12 @@ def test_a_run_is_named_by_its_content_and_by_todays_configuration(path, compose
     assert record["migration"]["checked"][:3] == ["hash", "weights", "data"] and not record["migration"]["unchecked"]
     for config in (compose(config_name="chat") | record["config"], compose_as(compose, record)):
         assert digest_of(with_facts(compose, config, record), record) == record["run"]["config_hash"]
+
+
+@pytest.mark.parametrize("path", CARD, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_what_a_card_ran_without_hydra_is_what_its_experiment_would_run(path, compose):
+    record = read_record(path)
+    assert digest_of(with_facts(compose, compose_as(compose, record), record), record) == record["run"]["config_hash"]
 
 
 @pytest.mark.parametrize("path", BEGUN, ids=lambda path: f"{path.parent.name}-{path.stem}")
