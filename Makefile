@@ -5,6 +5,7 @@ ARCHIVE ?= outputs/$(EXPERIMENT).tar.xz
 INTO ?= outputs/carried/$(EXPERIMENT)
 PYTHONS ?= python3.11 python3.12 python3.13
 UV_VERSION := 0.13.8
+TRITON_VERSION := 3.7.1 # of the pinned torch, whose CPU build has none
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
@@ -55,9 +56,11 @@ lint: .venv/installed ## ruff; types: the library's strict, the comparison's bas
 docs: .venv/installed ## the site with the API reference: outputs/site/index.html; offline
 	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --quiet
 
-coverage: .venv/installed ## lines and branches of src/sparsegrad that its tests run
-	python -m coverage run -m pytest -q -p no:xdist tests/sparsegrad
-	python -m coverage report
+coverage: .venv/installed ## lines and branches of src/sparsegrad that its tests run; Triton's kernels by its interpreter
+	rm -rf outputs/coverage && mkdir -p outputs/coverage
+	uv pip install --quiet --no-deps --target outputs/coverage/triton triton==$(TRITON_VERSION)
+	PYTHONPATH=outputs/coverage/triton python -m coverage run -m pytest -q -p no:xdist tests/sparsegrad
+	python -m coverage combine --quiet && python -m coverage report
 
 package: ## build the wheel, and use it in an empty environment for each of PYTHONS (minutes, network): results/library/package.json
 	$(PYTHON) experiments/package.py $(PYTHONS)

@@ -126,7 +126,7 @@ def main() -> None:
         folder = Path(made)
         wheel = build(folder)
         held = sorted({name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()})
-        found = [use(python, wheel, folder / Path(python).name) for python in given.pythons]
+        found = [use(python, wheel, folder / str(number)) for number, python in enumerate(given.pythons)]
     given.output.parent.mkdir(parents=True, exist_ok=True)
     given.output.write_text(json.dumps({"wheel": wheel.name, "holds": held, "environments": found}, indent=1) + "\n")
 
