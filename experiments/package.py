@@ -58,7 +58,7 @@ def run(command: list, folder: Path) -> str:
     Raises:
         RuntimeError: with the end of what it said, if it fails.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([str(word) for word in command], cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr[-4000:]}")
@@ -109,9 +109,8 @@ def use(python: str, wheel: Path, folder: Path) -> dict:
     step("tutorial", run, [own, "tutorial.py"], folder)
     step("install transformers", run, [own, "-m", "pip", "install", "-q", *WITH_TRANSFORMERS], folder)
     beside = json.loads(run([own, "-c", LOOK], folder))["installed"]
-    for number, block in enumerate(blocks("README.md", "The library")):
-        (folder / f"readme{number}.py").write_text(block)
-        step(f"readme, block {number}", run, [own, f"readme{number}.py"], folder)
+    (folder / "readme.py").write_text("\n".join(blocks("README.md", "The library")))
+    step("readme", run, [own, "readme.py"], folder)
     step("trainer, killed and resumed", kill_and_go_on, own, folder)
     return found | {"beside": {name: beside[name] for name in WITH_TRANSFORMERS}, "seconds": took}
 
