@@ -1,4 +1,4 @@
-"""The truncated form beside a linear whose weight is no matrix of floats: 4 or 8 bit, packed, as bitsandbytes keeps it.
+"""The truncated form beside a linear whose weight is no matrix of floats: 4 or 8 bit, of bitsandbytes or torchao.
 
 The linear is kept as it is and asked for its output and the gradient of its input alone; the core is a side path:
 
@@ -22,9 +22,12 @@ ROWS = 1024  # of the identity at a time, to read a quantised weight
 
 
 def is_quantized(linear: nn.Linear) -> bool:
-    """Whether a linear's weight is something else than its ``(out_features, in_features)`` matrix of floats."""
-    weight = linear.weight
-    return not weight.is_floating_point() or tuple(weight.shape) != (linear.out_features, linear.in_features)
+    """Whether a linear's weight is something else than its ``(out_features, in_features)`` matrix of floats.
+
+    bitsandbytes packs it in bytes; torchao and optimum-quanto let several tensors behave as one of floats.
+    """
+    weight, shape = linear.weight, (linear.out_features, linear.in_features)
+    return not weight.is_floating_point() or tuple(weight.shape) != shape or hasattr(weight, "__tensor_flatten__")
 
 
 class QuantizedTruncatedLinear(CoreLinear):
@@ -55,6 +58,7 @@ class QuantizedTruncatedLinear(CoreLinear):
         shape, device = (linear.out_features, linear.in_features), linear.weight.device
         super().__init__(shape, basis, k, ranks=ranks, keep=keep, select=select, update="side", device=device)
         self.linear = linear
+        linear.weight.requires_grad_(False)
         self.core = self._zero_core(torch.float32)
         self._seen = version(self.weight)
 
