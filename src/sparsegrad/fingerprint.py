@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save
@@ -21,7 +22,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def fingerprint(tensor: Tensor) -> str:
     """16 hexadecimal digits for dtype, shape and values, to the bit."""
     if hasattr(tensor, "__tensor_flatten__"):  # several tensors that behave as one: torchao's quantised weights
-        names, _ = tensor.__tensor_flatten__()
+        names, _ = cast(Any, tensor).__tensor_flatten__()
         return hashlib.sha256("".join(fingerprint(getattr(tensor, name)) for name in names).encode()).hexdigest()[:16]
     sums = _sums(torch.view_as_real(tensor) if tensor.is_complex() else tensor) if tensor.numel() else {}
     return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + save(sums)).hexdigest()[:16]

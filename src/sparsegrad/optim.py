@@ -123,6 +123,11 @@ class SparseGradAdamW(Optimizer):
         for layer in self._layers.values():
             layer.zero_gradient()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, which is made together with its model: what torch's holds, and the layers with their moments."""
+        own = ("_fused", "_new_moments", "_layers", "_families")
+        return super().__getstate__() | {name: vars(self)[name] for name in own} | {"_flags": [], "_versions": {}}
+
     @property
     def capturable(self) -> bool:
         """Whether a CUDA graph can hold a step: the kernels are fused, and selection waits for nothing.

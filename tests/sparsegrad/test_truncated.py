@@ -204,30 +204,6 @@ def test_no_gradient_or_state_of_the_weights_size_is_formed(update, keep, random
     assert step(folded, SparseGradAdamW(param_groups(folded)))
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own way to compile it
-@update_modes
-def test_the_passes_of_a_training_step_compile_to_one_graph(update, random_basis):
-    def train(compiled):
-        layer = build(plain(), random_basis(OUT, IN), update=update)
-        optimizer, losses = SparseGradAdamW(param_groups(layer), lr=0.01), []
-
-        def loss_of_step(x):
-            return layer(x).square().sum()
-
-        step = torch.compile(loss_of_step, fullgraph=True, backend="aot_eager") if compiled else loss_of_step
-        for seed in range(3):
-            x = torch.randn(20, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-            loss = step(x)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.detach())
-        return torch.stack(losses), layer.original_weight()
-
-    for eager, compiled in zip(train(False), train(True), strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
-
-
 def test_a_layer_alone_keeps_the_leading_rows_only(random_basis):
     layer = build(plain(), random_basis(OUT, IN))
     for rows, number in ((layer.basis.V, R * OUT), (layer.basis.U, C * IN)):
