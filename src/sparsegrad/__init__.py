@@ -10,7 +10,7 @@ Example:
 """
 
 from sparsegrad.adapter import AdapterState, adapter_state, load_adapter, put_adapter, save_adapter
-from sparsegrad.basis import Basis, GradientMoments, hosvd, hosvd_of_unfoldings, hosvd_tensorly
+from sparsegrad.basis import Basis, GradientMoments, hosvd, hosvd_of_unfoldings, hosvd_tensorly, random_basis
 from sparsegrad.collect import collect_moments
 from sparsegrad.compact import CompactGradient
 from sparsegrad.config import SparseGradConfig
@@ -64,6 +64,7 @@ __all__ = [
     "merge",
     "param_groups",
     "put_adapter",
+    "random_basis",
     "refresh",
     "resolve_targets",
     "save_adapter",

@@ -275,6 +275,20 @@ def hosvd_tensorly(gradients: Tensor) -> Basis:
     return Basis(_fix_signs(U.T), _fix_signs(V.T))
 
 
+def random_basis(like: Basis, generator: torch.Generator) -> Basis:
+    """A basis of another's shapes, dtype and device, uniform over the orthogonal matrices (in float64, on the CPU).
+
+    A control: it says what the HOSVD's directions are worth.
+    """
+
+    def draw(factor: Tensor) -> Tensor:
+        gaussian = torch.randn(factor.shape[::-1], generator=generator, dtype=torch.float64)
+        Q, R = torch.linalg.qr(gaussian)
+        return (Q * R.diagonal().sign()).T.contiguous().to(factor)  # with the signs of R: uniform (Mezzadri 2007)
+
+    return Basis(draw(like.U), draw(like.V))
+
+
 def _leading_eigenvectors(moment: Tensor, rank: int | None) -> Tensor:
     """Eigenvectors of a symmetric matrix as rows, leading first."""
     symmetric = (moment + moment.T) / 2

@@ -16,10 +16,9 @@ from finetune.energy.measures import Concentration, MeasureOptions, average, mea
 from finetune.energy.spaces import SPACES, rotations
 from finetune.methods import Method
 from finetune.methods.base import kept_entries
-from finetune.methods.sparsegrad import random_basis
 from finetune.training.gradients import PreliminaryOptions, collect
 from finetune.training.losses import summed_loss
-from sparsegrad import Basis, Target, core_shape
+from sparsegrad import Basis, Target, core_shape, random_basis
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from math import prod
 from typing import ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from finetune.methods.base import Configuration, Method, kept_entries
 from finetune.methods.costs import MatrixMemory, Operations, Shape
-from sparsegrad import Basis, SparseGradAdamW, core_shape, merge, param_groups, sparsify, top_k
+from sparsegrad import Basis, SparseGradAdamW, core_shape, merge, param_groups, random_basis, sparsify, top_k
 from sparsegrad.grouped import TOGETHER
 from sparsegrad.select import Rule
 
@@ -210,14 +210,3 @@ def _rule(path: str) -> Rule:
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"method.select={path!r}: {error}; give a function as package.module.function.") from None
     return found
-
-
-def random_basis(like: Basis, generator: torch.Generator) -> Basis:
-    """A basis of another's shapes, dtype and device, uniform over the orthogonal matrices (in float64, on the CPU)."""
-
-    def draw(factor: Tensor) -> Tensor:
-        gaussian = torch.randn(factor.shape[::-1], generator=generator, dtype=torch.float64)
-        Q, R = torch.linalg.qr(gaussian)
-        return (Q * R.diagonal().sign()).T.contiguous().to(factor)  # with the signs of R: uniform (Mezzadri 2007)
-
-    return Basis(draw(like.U), draw(like.V))

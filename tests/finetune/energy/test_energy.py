@@ -12,11 +12,10 @@ from finetune.energy.measures import MeasureOptions, average, energy_in_largest,
 from finetune.energy.probe import Probe, Rows
 from finetune.energy.spaces import SPACES, rotations
 from finetune.energy.trajectory import follow
-from finetune.methods.sparsegrad import random_basis
 from finetune.runs import cells, preliminary
 from finetune.store.files import sha256
 from finetune.training.processes import make_accelerator
-from sparsegrad import GradientMoments, hosvd, load_tensors
+from sparsegrad import GradientMoments, hosvd, load_tensors, random_basis
 
 CPU = torch.device("cpu")
 OPTIONS = MeasureOptions(shares=(0.01, 0.1, 0.5), stripe_shares=(0.1, 0.5), levels=(0.1, 0.5), threshold=1e-3)
