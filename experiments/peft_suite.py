@@ -32,8 +32,6 @@ FILES = (
     "feature_extraction_models",
     "seq_classifier",
     "token_classification_qa",
-    "torch_compile",
-    "tuners_utils",
 )
 OURS = "import peft_suite\n\npeft_suite.replace_cases(globals())\n\n\n"
 SETTINGS = """[pytest]

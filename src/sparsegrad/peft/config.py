@@ -15,6 +15,7 @@ from sparsegrad.basis import Basis
 from sparsegrad.convert import kind_value
 from sparsegrad.core import checked_ranks
 from sparsegrad.select import entries_for_density
+from sparsegrad.targets import ALL_MLP
 
 INIT_BASES = ("given", "random")
 
@@ -26,7 +27,7 @@ class SparseGradType(str, enum.Enum):  # noqa: UP042 - peft prints what stands a
 
 
 @dataclass
-class SparseGradConfig(PeftConfig):  # pyright: ignore[reportUntypedBaseClass]
+class SparseGradConfig(PeftConfig):
     """Configuration of SparseGrad's truncated form in peft.
 
     One of ``k``, ``ranks`` and ``density`` sizes the trained core S ``(r, c)`` of each matrix; k and ranks may be given
@@ -38,7 +39,8 @@ class SparseGradConfig(PeftConfig):  # pyright: ignore[reportUntypedBaseClass]
         target_modules: a list of names or suffixes, or a regular expression, as in all of peft; "all-linear"; a
             dictionary of layer kind to regular expression, or "all-mlp", as :func:`sparsegrad.sparsify` takes them.
             None takes "all-mlp".
-        exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in all of peft.
+        exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in all of peft; of a dictionary's
+            patterns, the group ``layer`` is the block.
         k: budget of entries of a core.
         ranks: ``(r, c)``.
         density: k as a share of a matrix' entries; the default is 0.01.
@@ -85,14 +87,27 @@ class SparseGradConfig(PeftConfig):  # pyright: ignore[reportUntypedBaseClass]
             raise ValueError("init_bases='random' draws the bases: leave bases out, or init_bases.")
         if isinstance(self.target_modules, Mapping):
             self.take_kinds(self.target_modules)
-        if not isinstance(self.target_modules, set) and (self.layers_to_transform or self.layers_pattern):
-            raise ValueError("layers_to_transform and layers_pattern choose among a list of target_modules alone.")
+        expression = isinstance(self.target_modules, str) and self.target_modules != ALL_MLP and self.kinds is None
+        if expression and self.layers_to_transform is not None:
+            raise ValueError(
+                "layers_to_transform cannot be used when target_modules is a str: its blocks are named there."
+            )
+        if self.layers_pattern and (self.layers_to_transform is None or not isinstance(self.target_modules, set)):
+            raise ValueError("layers_pattern goes with layers_to_transform and a list of target_modules.")
 
     def take_kinds(self, patterns: Mapping[str, str]) -> None:
         """Target what a dictionary of layer kind to regular expression names."""
         self.kinds = dict(patterns)
         # One expression, as peft knows it; its groups would be named twice.
         self.target_modules = "|".join(f"(?:{re.sub(r'[(][?]P<[^>]*>', '(', p)})" for p in patterns.values())
+
+    def takes_block(self, name: str) -> bool:
+        """Whether ``layers_to_transform`` has the block that a pattern of a dictionary finds in a module's name."""
+        if self.kinds is None or self.layers_to_transform is None:
+            return True  # for a list, peft looks
+        blocks = self.layers_to_transform
+        found = next(filter(None, (re.fullmatch(pattern, name) for pattern in self.kinds.values())))
+        return int(found.groupdict().get("layer") or -1) in ([blocks] if isinstance(blocks, int) else blocks)
 
     def kind(self, name: str) -> str:
         """The layer kind of a matrix by its module's name."""

@@ -12,14 +12,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from sparsegrad.basis import Basis
 from sparsegrad.linear import autocast
 from sparsegrad.peft.config import SparseGradConfig
+from sparsegrad.targets import is_transposed
 from sparsegrad.truncated import TruncatedProduct, add_product_
-
-Bases = dict[str, dict[str, Basis]]  # by adapter and layer kind; the tuner's module of modules
 
 
 class Linear(nn.Module, BaseTunerLayer):
@@ -38,20 +36,23 @@ class Linear(nn.Module, BaseTunerLayer):
         ValueError: if the base layer is something else.
     """
 
+    in_features: int
+    out_features: int
+    bases: Any
     adapter_layer_names = ("sparsegrad_core",)
     other_param_names = ("kind",)
 
     def __init__(self, base_layer: nn.Module, bases: Any, get_apply_tensor_subclass: Any = None) -> None:
         super().__init__()
         self.base_layer = base_layer
-        own = self.get_base_layer()
+        own: Any = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(
             own, get_apply_tensor_subclass=get_apply_tensor_subclass
         )
         quantized = self.quantization_backend is not None and self.quantization_backend.layer_type == "linear"
-        if not isinstance(own, nn.Linear | Conv1D) and not quantized:
+        self.transposed = is_transposed(own)
+        if not isinstance(own, nn.Linear) and not self.transposed and not quantized:
             raise ValueError(f"it is {type(own).__name__}; nn.Linear (quantised too) and Conv1D are supported.")
-        self.transposed = isinstance(own, Conv1D)
         if self.transposed:
             self.in_features, self.out_features = own.weight.shape
         else:

@@ -1,11 +1,14 @@
 """The tuner: puts :class:`sparsegrad.peft.layer.Linear` in place of the targets and holds the bases that they share."""
 
+# pyright: reportIncompatibleMethodOverride=false, reportPrivateUsage=false
+# peft's tuners narrow the hooks of BaseTuner in the same way, underscores are theirs.
+
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -44,9 +47,14 @@ class SparseGradModel(BaseTuner):
             peft_config.take_kinds(resolve_targets(self.model, ALL_MLP))
         return peft_config
 
+    @staticmethod
+    def _check_target_module_exists(peft_config: SparseGradConfig, key: str) -> Any:
+        found = BaseTuner._check_target_module_exists(peft_config, key)
+        return found and peft_config.takes_block(key)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in peft; what an adapter that could not be made left of its bases is dropped."""
-        config = self.peft_config[adapter_name]
+        config = cast(SparseGradConfig, self.peft_config[adapter_name])
         self._given = load_bases(config.bases)[0] if isinstance(config.bases, str) else config.bases
         self.sparsegrad_bases[adapter_name] = nn.ModuleDict()
         try:
@@ -93,7 +101,8 @@ class SparseGradModel(BaseTuner):
         Raises:
             ValueError: if there is no basis, or one of another shape.
         """
-        bases, shape = self.sparsegrad_bases[adapter], (layer.out_features, layer.in_features)
+        bases = cast(nn.ModuleDict, self.sparsegrad_bases[adapter])
+        shape = layer.out_features, layer.in_features
         if kind not in bases:
             if self._given is None and config.init_bases == "given":
                 if config.save_bases and kind in config.cores:
@@ -107,11 +116,11 @@ class SparseGradModel(BaseTuner):
             r, c = config.core(kind, source)
             rows = _drawn(config.seed, kind, shape, (r, c)) if self._given is None else source
             rows.refuse_skewed()
-            bases[kind] = _own_rows(rows, (r, c), layer.weight)
+            bases[kind] = own = _own_rows(rows, (r, c), layer.weight)
             config.cores[kind] = [r, c]
             if not config.save_bases:
-                _refer(config, kind, bases[kind])
-        basis = bases[kind]
+                _refer(config, kind, own)
+        basis = cast(Basis, bases[kind])
         if (basis.out_features, basis.in_features) != shape:
             raise ValueError(
                 f"it has shape {shape}, another matrix of kind {kind!r} has {(basis.out_features, basis.in_features)}: "
@@ -166,7 +175,7 @@ class SparseGradModel(BaseTuner):
                 raise ValueError(f"it has ranks {rows.ranks}, the core {tuple(layer.sparsegrad_core[adapter].shape)}")
         except (KeyError, ValueError) as error:
             raise ValueError(f"the adapter's file has no basis of kind {kind!r} that fits: {error}.") from None
-        self.sparsegrad_bases[adapter][kind] = _own_rows(rows, rows.ranks, layer.weight)
+        cast(nn.ModuleDict, self.sparsegrad_bases[adapter])[kind] = _own_rows(rows, rows.ranks, layer.weight)
 
 
 def _layers(model: nn.Module, adapter: str) -> list[Linear]:

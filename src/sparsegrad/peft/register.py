@@ -27,7 +27,7 @@ def register() -> None:
     if lacking:
         raise ImportError(f"sparsegrad.peft works with peft 0.21; {peft.__version__} lacks {', '.join(lacking)}.")
     key = SparseGradType.SPARSEGRAD
-    known = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(key, SparseGradConfig)  # pyright: ignore[reportArgumentType]
+    known = getattr(mapping, MAPPINGS[0]).get(key, SparseGradConfig)
     if known is not SparseGradConfig:
         raise ImportError(
             f"peft {peft.__version__} has a method {key.value} of its own ({known.__module__}): use that."
