@@ -84,27 +84,31 @@ def copied(tests: Path, into: Path) -> None:
 
 
 def results(report: ElementTree.ElementTree) -> dict[str, dict[str, Any]]:
-    """By file and test: the cases that passed, and those that were skipped or failed with the reason."""
+    """By file and test: how many cases passed, how many were skipped for which reason, which failed for which."""
     tests: dict[str, dict[str, Any]] = {}
     for case in report.iter("testcase"):
         name, _, parameters = case.attrib["name"].partition("[")
-        parameters = re.sub(r"-?(SparseGradConfig|config_kwargs\d*|models/)", "", parameters.removesuffix("]"))
         test = tests.setdefault(f"{case.attrib['classname'].removeprefix('tests.')}.{name}", {})
         problem = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         if problem is None:
-            test.setdefault("passed", []).append(parameters)
+            test["passed"] = test.get("passed", 0) + 1
+            continue
+        reason = problem.attrib["message"].splitlines()[0][:300]
+        if problem.tag == "skipped":
+            skipped = test.setdefault("skipped", {})
+            skipped[reason] = skipped.get(reason, 0) + 1
         else:
-            reasons = test.setdefault("skipped" if problem.tag == "skipped" else "failed", {})
-            reasons.setdefault(problem.attrib["message"].splitlines()[0][:300], []).append(parameters)
+            test.setdefault("failed", {}).setdefault(reason, []).append(parameters.removesuffix("]"))
     return dict(sorted(tests.items()))
 
 
 def counted(tests: dict[str, dict[str, Any]]) -> dict[str, int]:
     """Cases by what came of them."""
-    counts = {"passed": sum(len(test.get("passed", ())) for test in tests.values())}
-    for outcome in ("skipped", "failed"):
-        counts[outcome] = sum(len(cases) for test in tests.values() for cases in test.get(outcome, {}).values())
-    return counts
+    return {
+        "passed": sum(test.get("passed", 0) for test in tests.values()),
+        "skipped": sum(sum(test.get("skipped", {}).values()) for test in tests.values()),
+        "failed": sum(len(cases) for test in tests.values() for cases in test.get("failed", {}).values()),
+    }
 
 
 # ---- inside the tests ----

@@ -156,26 +156,31 @@ class SparseGradModel(BaseTuner):
     ) -> dict[str, Tensor]:
         if config.save_bases:
             tuner = next(module for module in model.modules() if isinstance(module, cls))
-            for layer in _layers(model, adapter_name):
-                tuner._take_basis(adapter_name, layer, state_dict)
+            held = cast(nn.ModuleDict, tuner.sparsegrad_bases[adapter_name])
+            held.update(_bases_in(state_dict, adapter_name, _layers(model, adapter_name)))
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
-    def _take_basis(self, adapter: str, layer: Linear, tensors: Mapping[str, Tensor]) -> None:
-        """A layer's basis from an adapter's file.
 
-        Raises:
-            ValueError: if the file has none, or one that does not fit.
-        """
-        kind, shape = layer.kind[adapter], (layer.out_features, layer.in_features)
+def _bases_in(tensors: Mapping[str, Tensor], adapter: str, layers: list[Linear]) -> dict[str, Basis]:
+    """Of each layer kind, from an adapter's file.
+
+    Raises:
+        ValueError: if the file has none, or one that does not fit a layer.
+    """
+    found: dict[str, Basis] = {}
+    for layer in layers:
+        kind, core = layer.kind[adapter], layer.sparsegrad_core[adapter]
         try:
-            rows = Basis(*(tensors[f"base_model.{BASES}.{kind}.{letter}"] for letter in "UV"))
-            rows.refuse_skewed()
-            fitting_basis(rows, shape, rows.U.device)
-            if rows.ranks != tuple(layer.sparsegrad_core[adapter].shape):
-                raise ValueError(f"it has ranks {rows.ranks}, the core {tuple(layer.sparsegrad_core[adapter].shape)}")
+            if kind not in found:
+                rows = Basis(*(tensors[f"base_model.{BASES}.{kind}.{letter}"] for letter in "UV"))
+                rows.refuse_skewed()
+                found[kind] = _own_rows(rows, rows.ranks, layer.weight)
+            fitting_basis(found[kind], (layer.out_features, layer.in_features), layer.weight.device)
+            if found[kind].ranks != tuple(core.shape):
+                raise ValueError(f"it has ranks {found[kind].ranks}, the core {tuple(core.shape)}")
         except (KeyError, ValueError) as error:
             raise ValueError(f"the adapter's file has no basis of kind {kind!r} that fits: {error}.") from None
-        cast(nn.ModuleDict, self.sparsegrad_bases[adapter])[kind] = _own_rows(rows, rows.ranks, layer.weight)
+    return found
 
 
 def _layers(model: nn.Module, adapter: str) -> list[Linear]:
