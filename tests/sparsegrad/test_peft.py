@@ -319,6 +319,7 @@ def test_random_bases_are_orthonormal_and_of_their_seed_and_kind(blocks):
         ({"init_bases": "random", "bases": "file"}, "leave bases out"),
         ({"target_modules": "up|down", "layers_to_transform": 1}, "cannot be used when target_modules is a str"),
         ({"target_modules": ["up"], "layers_pattern": "layers"}, "goes with layers_to_transform"),
+        ({"target_modules": {"up": "up"}, "layers_pattern": "layers", "layers_to_transform": 0}, "name the blocks in"),
     ],
 )
 def test_options_that_contradict_each_other(options, error):

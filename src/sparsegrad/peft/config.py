@@ -92,11 +92,13 @@ class SparseGradConfig(PeftConfig):
             raise ValueError(
                 "layers_to_transform cannot be used when target_modules is a str: its blocks are named there."
             )
-        if self.layers_pattern and (self.layers_to_transform is None or not isinstance(self.target_modules, set)):
+        if self.layers_pattern and (self.layers_to_transform is None or isinstance(self.target_modules, str)):
             raise ValueError("layers_pattern goes with layers_to_transform and a list of target_modules.")
 
     def take_kinds(self, patterns: Mapping[str, str]) -> None:
-        """Target what a dictionary of layer kind to regular expression names."""
+        """Target what a dictionary of layer kind to regular expression names; its groups name the blocks."""
+        if self.layers_pattern:
+            raise ValueError("layers_pattern goes with a list of target_modules: name the blocks in the patterns.")
         self.kinds = dict(patterns)
         # One expression, as peft knows it; its groups would be named twice.
         self.target_modules = "|".join(f"(?:{re.sub(r'[(][?]P<[^>]*>', '(', p)})" for p in patterns.values())
