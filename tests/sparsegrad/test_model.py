@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from literal import assert_unchanged, snapshot
+from torch import nn
 
 from sparsegrad import (
     SparseGradAdamW,
@@ -298,6 +299,44 @@ def test_without_the_bases_weights_what_needs_them_is_refused_in_one_line(form, 
     assert not sparsegrad_layers(model.merge_and_unload())
 
 
+class Packed(nn.Linear):
+    """Keeps its weight as bytes in one column, as bitsandbytes does."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        self.scale = linear.weight.abs().max().item() / 127
+        packed = (linear.weight.detach() / self.scale).round().to(torch.int8).view(torch.uint8)
+        self.weight, self.bias = nn.Parameter(packed.reshape(-1, 1), requires_grad=False), linear.bias
+
+    def forward(self, x):
+        weight = self.weight.view(torch.int8).reshape(self.out_features, self.in_features)
+        return nn.functional.linear(x, weight.to(x.dtype) * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("keep_base", [True, False])
+def test_a_quantised_base_comes_back_as_it_is_kept_inside(keep_base, blocks, block_bases, block_patterns):
+    model = blocks(dtype=torch.float32)
+    for block in model.layers:
+        block.up, block.down = Packed(block.up), Packed(block.down)
+    x = torch.randn(4, 8)
+    plain, linears = model(x).detach(), [block.up for block in model.layers]
+    config = SparseGradConfig(k=9, form="truncated", target_modules=block_patterns, keep_base=keep_base)
+    model = get_sparsegrad_model(model, config, block_bases())
+    assert model.get_nb_trainable_parameters()[1] == sum(p.numel() for p in blocks().parameters()) + 4 * 9
+    optimizer = SparseGradAdamW(param_groups(model), lr=1e-1)
+    model(x).square().sum().backward()
+    optimizer.step()
+    now = model(x).detach()
+    assert not torch.equal(now, plain)
+    with model.disable_adapter():
+        assert torch.equal(model(x), plain)
+    assert torch.equal(model(x), now)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), now, rtol=0, atol=1e-5)
+    model = model.unload()
+    assert torch.equal(model(x), plain) and [block.up for block in model.layers] == linears
+
+
 # ---- several adapters ----
 
 
@@ -393,6 +432,22 @@ def test_deleting_the_active_adapter_sets_the_first_of_the_others(three):
         model.delete_adapter("a")
     with pytest.raises(ValueError, match="no adapter 'c'; there are a"):
         model.set_adapter("c")
+    assert torch.equal(logits(model.unload(), tokens), logits(base, tokens))
+
+
+def test_an_adapter_that_does_not_go_in_leaves_the_active_one(three, monkeypatch):
+    model, base, tokens = three
+    before, layers = logits(model, tokens), sparsegrad_layers(model)
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("sparsegrad.named.put_adapter", fail)
+    with pytest.raises(MemoryError):
+        model.set_adapter("a")
+    assert model.active_adapter == "c" and sparsegrad_layers(model) == layers
+    assert torch.equal(logits(model, tokens), before)
+    steps(model, tokens, 1)
     assert torch.equal(logits(model.unload(), tokens), logits(base, tokens))
 
 
@@ -535,6 +590,189 @@ def test_its_state_holds_each_tensor_once_and_loads(make):
     other, _, _ = make(modules_to_save=["classifier"])
     other.load_state_dict(safetensors.torch.load(saved))
     assert torch.equal(logits(other, tokens), logits(model, tokens))
+
+    other.load_state_dict({}, strict=False)
+    assert torch.equal(logits(other, tokens), logits(model, tokens))
+    with pytest.raises(AttributeError, match="base_model"):
+        _ = type(model).__new__(SparseGradModel, other).base_model  # nothing is in it yet
+
+
+# ---- beside peft ----
+
+
+class Case:
+    """The same calls on peft's LoRA model and on this one: what their values, words and files have in common."""
+
+    def __init__(self, of, tiny_transformer, transformer_bases):
+        self.model, patterns, self.tokens = tiny_transformer("bert")
+        self.base, _, _ = tiny_transformer("bert")
+        self.other, _, _ = tiny_transformer("bert")
+        self.plain = logits(self.base, self.tokens)
+        own = {"modules_to_save": ["classifier"]}
+        if of == "sparsegrad":
+            config, self.type, bases = (
+                SparseGradConfig(k=K, target_modules=patterns, **own),
+                SparseGradModel,
+                transformer_bases(),
+            )
+            self.model = get_sparsegrad_model(self.model, config, bases)
+            self.more = (config, bases)
+            steps(self.model, self.tokens)
+        else:
+            peft = pytest.importorskip("peft")
+            config, self.type = peft.LoraConfig(target_modules=["intermediate.dense"], **own), peft.PeftModel
+            self.model = peft.get_peft_model(self.model, config).double()
+            self.more = (config,)
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    parameter.add_(0.1 * parameter.requires_grad)
+        self.model.eval()
+        self.now = logits(self.model, self.tokens)
+        assert (self.now - self.plain).abs().max() > 1e-3
+
+    def gives(self, expected, model=None):
+        torch.testing.assert_close(logits(model or self.model, self.tokens), expected, rtol=0, atol=1e-9)
+
+    # one word each
+
+    def print_trainable_parameters(self, path, capsys):
+        self.model.print_trainable_parameters()
+        line = r"trainable params: ([\d,]+) \|\| all params: ([\d,]+) \|\| trainable%: (\d+\.\d{4})\b.*\n"
+        printed = re.fullmatch(line, capsys.readouterr().out)
+        trained, every = (int(n.replace(",", "")) for n in printed.groups()[:2])
+        assert (trained, every) == self.model.get_nb_trainable_parameters() and 0 < trained < every
+        assert float(printed[3]) == round(100 * trained / every, 4)
+
+    def active_adapter(self, *_):
+        assert self.model.active_adapter == "default" and self.model.active_adapters == ["default"]
+        assert list(self.model.peft_config) == ["default"]
+
+    def requires_grad(self, *_):
+        names = trained(self.model)
+        assert len([name for name in names if "classifier" in name]) == 2
+        assert all("classifier" in name or "intermediate.dense" in name or "output.dense" in name for name in names)
+        assert not any("embeddings" in name or "attention" in name for name in names)
+
+    def disable_adapter(self, *_):
+        with self.model.disable_adapter():
+            self.gives(self.plain)
+        self.gives(self.now)
+
+    def merge_adapter(self, *_):
+        self.model.merge_adapter()
+        self.gives(self.now)
+        with self.model.disable_adapter():
+            self.gives(self.plain)
+
+    def unmerge_adapter(self, *_):
+        self.model.merge_adapter()
+        self.model.unmerge_adapter()
+        self.gives(self.now)
+        with self.model.disable_adapter():
+            self.gives(self.plain)
+
+    def merge_and_unload(self, *_):
+        plain = self.model.merge_and_unload()
+        assert type(plain) is type(self.base) and [n for n, _ in plain.named_parameters()] == [
+            n for n, _ in self.base.named_parameters()
+        ]
+        self.gives(self.now, plain)
+        assert not trained(plain) - {"classifier.weight", "classifier.bias"}
+
+    def unload(self, *_):
+        plain = self.model.unload()
+        assert type(plain) is type(self.base)
+        assert torch.equal(
+            plain.bert.encoder.layer[0].intermediate.dense.weight,
+            self.base.bert.encoder.layer[0].intermediate.dense.weight,
+        )
+
+    def add_adapter(self, *_):
+        self.model.add_adapter("b", *self.more)
+        assert self.model.active_adapter == "default" and list(self.model.peft_config) == ["default", "b"]
+        self.gives(self.now)
+
+    def set_adapter(self, *_):
+        self.model.add_adapter("b", *self.more)
+        self.model.set_adapter("b")
+        assert self.model.active_adapter == "b"
+        self.gives(self.plain)
+        self.model.set_adapter("default")
+        self.gives(self.now)
+
+    def set_adapter_for_inference(self, *_):
+        self.model.set_adapter("default", inference_mode=True)
+        assert not trained(self.model)
+        self.model.set_adapter("default")
+        assert trained(self.model)
+
+    def delete_adapter(self, *_):
+        self.model.add_adapter("b", *self.more)
+        with pytest.warns(UserWarning, match="default.*active"):
+            self.model.delete_adapter("default")
+        assert self.model.active_adapter == "b" and list(self.model.peft_config) == ["b"]
+        self.gives(self.plain)
+
+    def unknown_names(self, *_):
+        for refused in (
+            lambda: self.model.set_adapter("c"),
+            lambda: self.model.delete_adapter("c"),
+            lambda: self.model.add_adapter("default", *self.more),
+            lambda: self.model.save_pretrained("never", selected_adapters=["c"]),
+        ):
+            with pytest.raises(ValueError):
+                refused()
+
+    def save_pretrained(self, path, *_):
+        self.model.add_adapter("b", *self.more)
+        self.model.save_pretrained(path)
+        for directory in (path, path / "b"):
+            assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in directory.iterdir()}
+        values = json.loads((path / "adapter_config.json").read_text())
+        assert values["peft_type"] == type(self.more[0])(**({"k": 1} if len(self.more) > 1 else {})).peft_type
+        assert values["modules_to_save"] == ["classifier"] and {"task_type", "base_model_name_or_path"} <= values.keys()
+
+    def from_pretrained(self, path, *_):
+        self.model.save_pretrained(path)
+        model = self.type.from_pretrained(self.base, path)
+        self.gives(self.now, model)
+        assert not model.training and not trained(model) and isinstance(model, self.type)
+        model = self.type.from_pretrained(self.other, path, "mine", is_trainable=True)
+        assert trained(model) and model.active_adapter == "mine"
+
+    def load_adapter(self, path, *_):
+        self.model.save_pretrained(path)
+        model = type(self)._other(self)
+        model.load_adapter(path, "mine")
+        assert model.active_adapter == "default"
+        self.gives(self.plain, model)
+        model.set_adapter("mine")
+        self.gives(self.now, model)
+
+    def _other(self):
+        if len(self.more) > 1:
+            return get_sparsegrad_model(self.base, *self.more)
+        import peft
+
+        return peft.get_peft_model(self.base, *self.more).eval()
+
+    def get_base_model(self, *_):
+        assert type(self.model.get_base_model()) is type(self.base)
+
+    def attributes(self, *_):
+        assert self.model.config is self.model.get_base_model().config and self.model.device.type == "cpu"
+        assert self.model.get_input_embeddings() is self.model.bert.embeddings.word_embeddings
+        assert self.model.num_labels == 2
+
+    def copies(self, *_):
+        twin = copy.deepcopy(self.model)
+        self.gives(self.now, pickle.loads(pickle.dumps(twin)))
+
+
+@pytest.mark.parametrize("word", [name for name in vars(Case) if not name.startswith("_") and name != "gives"])
+@pytest.mark.parametrize("of", ["peft", "sparsegrad"])
+def test_the_words_of_peft(of, word, tiny_transformer, transformer_bases, tmp_path, capsys):
+    getattr(Case(of, tiny_transformer, transformer_bases), word)(tmp_path, capsys)
 
 
 # ---- what is refused ----
