@@ -597,6 +597,35 @@ def test_its_state_holds_each_tensor_once_and_loads(make):
         _ = type(model).__new__(SparseGradModel, other).base_model  # nothing is in it yet
 
 
+@EVERY
+def test_an_adapter_is_as_small_after_a_checkpoint(form, make, tmp_path):
+    """As the Trainer loads its best one, or resumes; of another base anything may differ."""
+    model, base, tokens = make(form=form)
+    optimizer = steps(model, tokens)
+    saved = safetensors.torch.save(model.state_dict())
+    model.save_pretrained(tmp_path / "a")
+    expected, metadata = load_tensors(tmp_path / "a" / "adapter_model.safetensors")
+    steps(model, tokens, 1, optimizer)
+    other, _, _ = make(form=form)
+    for one in (model, other):
+        one.load_state_dict(safetensors.torch.load(saved))
+        one.save_pretrained(tmp_path / "b")
+        tensors, same = load_tensors(tmp_path / "b" / "adapter_model.safetensors")
+        assert same == metadata and all(torch.equal(t, tensors[name]) for name, t in expected.items())
+    optimizer = SparseGradAdamW(param_groups(other), lr=1e-2)
+    steps(other, tokens, 2, optimizer)
+    now = logits(other, tokens)
+    other.save_pretrained(tmp_path / "c")
+    one = SparseGradModel.from_pretrained(base, tmp_path / "c")
+    torch.testing.assert_close(logits(one, tokens), now, rtol=0, atol=1e-12)
+    if form in ("folded", "rotated"):
+        shifted, _, _ = make(form=form, prepare=lambda m: m.bert.encoder.layer[0].output.dense.weight.data.add_(0.1))
+        shifted.load_state_dict(safetensors.torch.load(saved))
+        shifted.save_pretrained(tmp_path / "d")
+        tensors, _ = load_tensors(tmp_path / "d" / "adapter_model.safetensors")
+        assert [name for name in tensors if name.startswith("weight.")] == ["weight.bert.encoder.layer.0.output.dense"]
+
+
 # ---- beside peft ----
 
 
