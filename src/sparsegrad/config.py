@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from sparsegrad.convert import FORMS, kind_value, own_options
+from sparsegrad.convert import FORMS, kind_value, own_options, sparsegrad_layers
 from sparsegrad.rotated import MATMULS
 from sparsegrad.rotation import PRECISIONS
 from sparsegrad.select import entries_for_density
@@ -148,6 +148,16 @@ class SparseGradConfig:
         tensors |= dict(model.named_buffers(remove_duplicate=False))
         own = {id(t) for name, t in tensors.items() if any(name.startswith(f"{module}.") for module in modules)}
         return {name for name, tensor in tensors.items() if id(tensor) in own}  # tied ones too
+
+    def let_train(self, model: nn.Module) -> None:
+        """Of a model with the adapter: the weights of SparseGrad layers and ``modules_to_save``, and nothing else."""
+        model.requires_grad_(False)
+        for layer in sparsegrad_layers(model).values():
+            layer.trained.requires_grad_(True)
+        own = self.saved_names(model)
+        for name, parameter in model.named_parameters():
+            if name in own:
+                parameter.requires_grad_(True)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and ``peft_type``, as JSON holds them."""

@@ -26,9 +26,8 @@ from sparsegrad.adapter import BASES, AdapterState, adapter_state
 from sparsegrad.config import SparseGradConfig
 from sparsegrad.convert import sparsegrad_layers
 from sparsegrad.fingerprint import fingerprints
-from sparsegrad.moved import pack, unpack
+from sparsegrad.moved import numbers, pack, unpack
 from sparsegrad.named import Bases, NamedAdapter, check_name
-from sparsegrad.quantized import is_quantized
 from sparsegrad.swap import Swap
 from sparsegrad.wrapper import Wrapper
 
@@ -97,12 +96,12 @@ class SparseGradModel(Wrapper):
 
         A SparseGrad weight counts with its k entries: other ones may move in the next step.
         """
-        moved, _, every = self._numbers()
+        moved, _, every = numbers(self)
         return moved, every
 
     def print_trainable_parameters(self) -> None:
         """Print :meth:`get_nb_trainable_parameters` in PEFT's line, and how many parameters they lie in."""
-        moved, trained, every = self._numbers()
+        moved, trained, every = numbers(self)
         sys.stdout.write(
             f"trainable params: {moved:,d} || all params: {every:,d} || trainable%: {100 * moved / every:.4f} "
             f"(moved in a step; they lie in {trained:,d} parameters)\n"
@@ -318,27 +317,10 @@ class SparseGradModel(Wrapper):
 
     def _train(self, trains: bool) -> None:
         self._inference = not trains
-        self.base_model.requires_grad_(False)
-        if not trains:
-            return
-        for layer in sparsegrad_layers(self.base_model).values():
-            layer.trained.requires_grad_(True)
-        own = self._adapters[self._active].config.saved_names(self.base_model)
-        for name, parameter in self.base_model.named_parameters():
-            if name in own:
-                parameter.requires_grad_(True)
-
-    def _numbers(self) -> tuple[int, int, int]:
-        """Moved in a step, the parameters that they lie in, and all parameters."""
-        kept = {id(layer.trained): layer.k for layer in sparsegrad_layers(self.base_model).values()}
-        packed = {  # 4 bit: two numbers a byte
-            id(m.weight): m.in_features * m.out_features
-            for m in self.modules()
-            if isinstance(m, nn.Linear) and is_quantized(m)
-        }
-        sizes = {p: packed.get(id(p), p.numel()) for p in self.parameters()}
-        trained = {p: size for p, size in sizes.items() if p.requires_grad}
-        return sum(kept.get(id(p), n) for p, n in trained.items()), sum(trained.values()), sum(sizes.values())
+        if trains:
+            self._adapters[self._active].config.let_train(self.base_model)
+        else:
+            self.base_model.requires_grad_(False)
 
     @contextmanager
     def _base_for(self, name: str) -> Generator[None]:

@@ -1,4 +1,4 @@
-"""Which entries steps have moved, as one tensor in a model's state.
+"""What steps move: how many numbers, and which entries, as one tensor in a model's state.
 
 A weight that was loaded may differ from the base anywhere, so an adapter would hold all of it. With this it holds what
 it held where the state was saved.
@@ -10,10 +10,23 @@ from collections.abc import Iterable
 
 import torch
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsegrad.gaps import from_gaps, to_gaps
 from sparsegrad.linear import SparseGradLinear
+from sparsegrad.quantized import is_quantized
+
+
+def numbers(model: nn.Module) -> tuple[int, int, int]:
+    """Numbers that a step moves, the trained parameters that they lie in, and all parameters."""
+    modules = list(model.modules())
+    kept = {id(m.trained): m.k for m in modules if isinstance(m, SparseGradLinear)}
+    packed = {  # 4 bit: two numbers a byte
+        id(m.weight): m.in_features * m.out_features for m in modules if isinstance(m, nn.Linear) and is_quantized(m)
+    }
+    sizes = {p: packed.get(id(p), p.numel()) for p in model.parameters()}
+    trained = {p: size for p, size in sizes.items() if p.requires_grad}
+    return sum(kept.get(id(p), n) for p, n in trained.items()), sum(trained.values()), sum(sizes.values())
 
 
 def pack(layers: Iterable[SparseGradLinear]) -> Tensor:
