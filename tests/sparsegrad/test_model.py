@@ -5,6 +5,7 @@ import inspect
 import json
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -12,6 +13,7 @@ import torch
 from literal import assert_unchanged, snapshot
 from torch import nn
 
+import sparsegrad
 from sparsegrad import (
     SparseGradAdamW,
     SparseGradConfig,
@@ -802,6 +804,28 @@ class Case:
 @pytest.mark.parametrize("of", ["peft", "sparsegrad"])
 def test_the_words_of_peft(of, word, tiny_transformer, transformer_bases, tmp_path, capsys):
     getattr(Case(of, tiny_transformer, transformer_bases), word)(tmp_path, capsys)
+
+
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "library.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    assert capsys.readouterr().out.startswith("trainable params: ")
+    x = names["batches"][0]["input_ids"]
+    model, plain = names["model"].eval(), names["plain"].eval()
+    torch.testing.assert_close(logits(plain, x), logits(model, x), rtol=0, atol=1e-5)
+
+
+def test_the_page_says_which_words_there_are():
+    page = (Path(__file__).parents[2] / "docs" / "library.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    fields = inspect.signature(SparseGradConfig).parameters
+    for words, beside in rows:
+        for word in re.findall(r"`(\w+)", words):
+            there = hasattr(SparseGradModel, word) or hasattr(sparsegrad, word) or word in fields
+            assert there != beside.startswith("absent"), word
+    assert len(rows) > 10 and any(beside.startswith("absent") for _, beside in rows)
 
 
 # ---- what is refused ----
