@@ -51,6 +51,8 @@ def get_sparsegrad_model(
         ValueError: as :func:`sparsegrad.sparsify`, or if ``modules_to_save`` names nothing, or something that holds a
             target; the model is as it was then.
     """
+    if isinstance(model, SparseGradModel):
+        raise ValueError("the model has adapters already: model.add_adapter(name, config, bases) gives it another.")
     return SparseGradModel(model, NamedAdapter.new(config, model), bases, adapter_name)
 
 

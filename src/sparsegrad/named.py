@@ -36,7 +36,16 @@ class NamedAdapter:
 
     @classmethod
     def new(cls, config: SparseGradConfig, model: nn.Module) -> NamedAdapter:
-        """One that changes nothing yet, for a plain model."""
+        """One that changes nothing yet, for a plain model.
+
+        Raises:
+            ValueError: if the configuration is none of this library's, or as
+                :meth:`sparsegrad.SparseGradConfig.completed`.
+        """
+        if not isinstance(config, SparseGradConfig):
+            raise ValueError(
+                f"config is a {type(config).__module__}.{type(config).__name__}; give a sparsegrad.SparseGradConfig."
+            )
         return cls(config.completed(model))
 
     @classmethod

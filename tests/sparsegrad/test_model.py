@@ -349,11 +349,11 @@ CONFIGS = {
 }
 
 
-@pytest.fixture
-def three(tiny_transformer, random_basis):
+@pytest.fixture(params=[torch.float64])
+def three(tiny_transformer, random_basis, request):
     """A model with adapters a, b, c of other forms, k, bases, targets and heads, each trained some steps; its base."""
-    model, patterns, tokens = tiny_transformer("bert")
-    base, _, _ = tiny_transformer("bert")
+    model, patterns, tokens = tiny_transformer("bert", dtype=request.param)
+    base, _, _ = tiny_transformer("bert", dtype=request.param)
     for number, (name, own) in enumerate(CONFIGS.items()):
         targets = {"up": patterns["up"]} if name == "b" else patterns
         config = SparseGradConfig(target_modules=targets, **own)
@@ -367,6 +367,7 @@ def three(tiny_transformer, random_basis):
     return model, base, tokens
 
 
+@pytest.mark.parametrize("three", [torch.float64, torch.bfloat16], indirect=True)
 def test_adapters_set_by_turns_give_the_same_bits_each_time(three):
     model, base, tokens = three
     assert model.active_adapter == "c" and list(model.peft_config) == ["a", "b", "c"]
@@ -378,8 +379,39 @@ def test_adapters_set_by_turns_give_the_same_bits_each_time(three):
         now = logits(model, tokens)
         assert torch.equal(now, first.setdefault(name, now))
     assert len({tuple(found.flatten().tolist()) for found in first.values()}) == 3
-    torch.testing.assert_close(first["c"], trained, rtol=0, atol=1e-12)
+    atol = 1e-12 if base.dtype == torch.float64 else 1e-2
+    torch.testing.assert_close(first["c"], trained, rtol=0, atol=atol)
     assert torch.equal(logits(model.unload(), tokens), logits(base, tokens))
+
+
+def test_a_refreshed_adapter_waits_and_comes_back_with_its_bases(make, random_basis):
+    model, base, tokens = make(form="truncated")
+    model.add_adapter("b", model.peft_config["default"], {"up": random_basis(24, 16), "down": random_basis(16, 24)})
+    steps(model, tokens)
+    refresh(model, {"up": random_basis(24, 16, 5), "down": random_basis(16, 24, 6)})
+    steps(model, tokens)
+    now, bases = logits(model, tokens), {kind: basis.U.clone() for kind, basis in own_bases(model).items()}
+    model.set_adapter("b")
+    model.set_adapter("default")
+    assert torch.equal(logits(model, tokens), now)
+    assert all(torch.equal(basis.U, bases[kind]) for kind, basis in own_bases(model).items())
+    assert torch.equal(logits(model.unload(), tokens), logits(base, tokens))
+
+
+@pytest.mark.cuda
+@EVERY
+def test_on_a_device_the_base_waits_on_the_cpu(form, make):
+    model, base, tokens = make(form=form, modules_to_save=["classifier"], dtype=torch.float32)
+    model, base, tokens = model.cuda(), base.cuda(), tokens.cuda()
+    plain = logits(base, tokens)
+    optimizer = steps(model, tokens)
+    now, taken = logits(model, tokens), torch.cuda.memory_allocated()
+    with model.disable_adapter():
+        assert torch.equal(logits(model, tokens), plain)
+    assert torch.cuda.memory_allocated() == taken
+    steps(model, tokens, 1, optimizer)
+    assert not torch.equal(logits(model, tokens), now)
+    assert torch.equal(logits(model.unload(), tokens), plain)
 
 
 def test_training_goes_on_with_a_new_optimizer_and_the_stale_one_fails(three):
@@ -944,8 +976,13 @@ def test_what_no_other_adapter_could_have_back_is_refused(make, tmp_path):
         lambda: model.save_pretrained(tmp_path, bases="outside"),
         lambda: model.save_pretrained(tmp_path, ["c"]),
         lambda: get_sparsegrad_model(model, config, own_bases(model)),
+        lambda: get_sparsegrad_model(model.get_base_model(), config, own_bases(model)),
+        lambda: model.add_adapter("c", config.to_dict(), own_bases(model)),
     ):
-        with pytest.raises(ValueError, match="bases='outside'|no adapter 'c'|holds SparseGrad layers already"):
+        with pytest.raises(
+            ValueError,
+            match="bases='outside'|no adapter 'c'|has adapters already|holds SparseGrad|config is a builtins.dict",
+        ):
             refused()
 
 
