@@ -301,6 +301,17 @@ def test_experts_that_are_frozen_stay_frozen():
     assert [p.requires_grad for p in merge(model).parameters()] == flags
 
 
+def test_one_parameter_of_two_comes_back_to_its_place():
+    base, batch, bases = built("mixtral")
+    model = copy.deepcopy(base)
+    sparsify(model, bases, 9, {"expert_gate_up": r"layers\.(?P<layer>\d+)\.mlp\.experts\.gate_up_proj"}, [1])
+    assert len(sparsegrad_layers(model)) == 3 and type(model.layers[1].mlp.experts.down_proj) is nn.Parameter
+    torch.testing.assert_close(output(model, batch), output(base, batch), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"holds SparseGrad layers already: merge\(model\) first"):
+        sparsify(model, bases, 9, "all-mlp")
+    assert [n for n, _ in merge(model).named_parameters()] == [n for n, _ in base.named_parameters()]
+
+
 def test_experts_that_are_kept_transposed_are_refused():
     from transformers import AutoConfig, AutoModel
 
