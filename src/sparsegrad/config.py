@@ -182,7 +182,9 @@ class SparseGradConfig:
         """Write ``adapter_config.json`` to a directory, which is made where it is missing."""
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / FILE).write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+        part = directory / f".{FILE}"
+        part.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+        part.replace(directory / FILE)  # whole, or not at all
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> SparseGradConfig:

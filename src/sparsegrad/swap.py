@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from sparsegrad.convert import merge, sparsegrad_layers
@@ -55,6 +56,7 @@ class Swap:
             _freeze(value)
         self._put_aside_base(keep=keep_base)
 
+    @torch.inference_mode(False)  # what is moved or merged may be trained later
     def show(self, state: State, why: str) -> None:
         """Put what belongs to a state in its places.
 

@@ -20,6 +20,7 @@ class Wrapper(nn.Module):
     """
 
     base_model: nn.Module
+    _hf_peft_config_loaded = True  # so that a Trainer takes a quantised model: what trains stands beside its weights
 
     def __new__(cls, model: nn.Module, *_: Any, **__: Any) -> Self:
         """An instance of the class for this model's."""

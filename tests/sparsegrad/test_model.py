@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -259,6 +260,17 @@ def test_a_tied_head_stays_tied_and_its_state_has_it_once(tiny_transformer, tran
     model.unload()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(logits(model, tokens), logits(base, tokens))
+
+
+def test_what_was_merged_or_left_in_inference_mode_can_be_trained(make):
+    model, _, tokens = make()
+    steps(model, tokens)
+    with torch.inference_mode():
+        with model.disable_adapter():
+            logits(model, tokens)
+        merged = model.merge_and_unload()
+    merged.requires_grad_(True)(input_ids=tokens).logits.sum().backward()
+    assert all(p.grad is not None for p in merged.bert.encoder.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -591,6 +603,12 @@ def test_it_passes_for_the_model(family, make):
             model.generate(tokens, max_new_tokens=3, do_sample=False, pad_token_id=0),
             base.generate(tokens, max_new_tokens=3, do_sample=False, pad_token_id=0),
         )
+    from transformers.trainer_utils import validate_quantization_for_training
+
+    model.get_base_model().is_quantized, model.get_base_model().hf_quantizer = True, SimpleNamespace(is_trainable=True)
+    validate_quantization_for_training(model)
+    with pytest.raises(ValueError, match="purely quantized"):
+        validate_quantization_for_training(model.get_base_model())
     model.train()
     model.activation_checkpointing_enable()
     steps(model, tokens, 1)
