@@ -175,7 +175,10 @@ class SparseGradConfig:
             raise ValueError(f"peft_type={values.get('peft_type')!r}; a SparseGradConfig has {cls.peft_type!r}.")
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(values) - {*known, "peft_type"}):
-            raise ValueError(f"unknown keys {', '.join(unknown)}; a SparseGradConfig has {', '.join(known)}.")
+            other = (
+                " It is of sparsegrad.peft, whose adapters peft.PeftModel loads." if "peft_version" in values else ""
+            )
+            raise ValueError(f"unknown keys {', '.join(unknown)}; a SparseGradConfig has {', '.join(known)}.{other}")
         return cls(**{name: value for name, value in values.items() if name != "peft_type"})
 
     def save_pretrained(self, save_directory: str | Path) -> None:

@@ -921,6 +921,7 @@ def test_a_configuration_is_its_file(tmp_path):
     for change, text in [
         ({"peft_type": "LORA"}, "peft_type='LORA'; a SparseGradConfig has 'SPARSEGRAD'"),
         ({"lora_alpha": 1}, "unknown keys lora_alpha; a SparseGradConfig has k, density"),
+        ({"peft_version": "0.21"}, "unknown keys peft_version; .* of sparsegrad.peft, whose adapters peft.PeftModel"),
         ({"k": -1}, "k=-1"),
     ]:
         (tmp_path / "adapter_config.json").write_text(json.dumps(config.to_dict() | change))
