@@ -1,15 +1,4 @@
-"""PEFT's words for a model with SparseGrad adapters (``get_peft_model``, ``PeftModel``), with torch alone.
-
-One adapter is active: its layers stand in the model. The others wait as :class:`sparsegrad.AdapterState`. What an
-adapter replaces is kept (``keep_base``), so that the base model can come back:
-
-- ``disable_adapter``, ``unload``: the base model to the bit.
-- ``merge_adapter`` and ``unmerge_adapter``, ``disable_adapter`` and its end: the adapter to the bit; its optimizer
-  goes on.
-- ``set_adapter``: what ``save_pretrained`` and ``from_pretrained`` would give. Of an adapter that was trained since it
-  was set, the entries that moved come back rounded once; from then on it comes back to the bit. Its layers are new: an
-  optimizer of the earlier ones refuses to step, and a new one takes its place.
-"""
+"""PEFT's words for a model with SparseGrad adapters (``get_peft_model``, ``PeftModel``), with torch alone."""
 
 from __future__ import annotations
 
@@ -57,7 +46,17 @@ def get_sparsegrad_model(
 
 
 class SparseGradModel(Wrapper):
-    """A model and its adapters, see the module; it passes for the model where that is asked for.
+    """A model and its adapters; it passes for the model where that is asked for (attributes, signature, class' name).
+
+    One adapter is active: its layers stand in the model. The others wait as :class:`sparsegrad.AdapterState`. What an
+    adapter replaces is kept (``keep_base``), so that the base model can come back:
+
+    - ``disable_adapter``, ``unload``: the base model to the bit, where nothing was changed but what the adapter trains.
+    - ``merge_adapter`` and ``unmerge_adapter``, ``disable_adapter`` and its end: the adapter to the bit; its optimizer
+      goes on.
+    - ``set_adapter``: what ``save_pretrained`` and ``from_pretrained`` would give. An adapter that was trained since it
+      was set comes back within rounding, and from then on to the bit, until it is trained again. Its layers are new:
+      an optimizer of the earlier ones refuses to step, and a new one takes its place.
 
     :func:`get_sparsegrad_model` and :meth:`from_pretrained` make it.
 
@@ -151,7 +150,7 @@ class SparseGradModel(Wrapper):
             self._add(adapter_name, *NamedAdapter.read(directory, bases))
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Make an adapter the active one; the one that was waits. See the module for what is exact.
+        """Make an adapter the active one; the one that was waits. See the class for what is exact.
 
         Args:
             adapter_name: of an adapter that was added; the active one stays, with its optimizer.
