@@ -217,6 +217,26 @@ def test_a_file_brings_its_bases(low_cpu_mem_usage, blocks, block_bases, tmp_pat
     assert torch.equal(again(x_of()), model(x_of()))
 
 
+def test_a_trainer_that_goes_on_from_its_checkpoint_ends_where_the_first_did(tiny_transformer, tmp_path):
+    """With gradient checkpointing, and the Trainer's own AdamW."""
+    from transformers import Trainer, TrainingArguments
+
+    tokens = torch.randint(3, 50, (16, 7), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
+    options = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+
+    def trained(resume=None):
+        model, _, _ = tiny_transformer("llama", dtype=torch.float32)
+        model = adapted(model, target_modules="all-mlp", density=0.1, task_type="CAUSAL_LM")
+        arguments = TrainingArguments(str(tmp_path), activation_checkpointing=True, **options, **quiet)
+        Trainer(model, arguments, train_dataset=rows).train(resume_from_checkpoint=resume)
+        return cores(model)
+
+    whole, resumed = trained(), trained(str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(core, resumed[name]) and core.abs().max() > 1e-3 for name, core in whole.items())
+
+
 @pytest.mark.parametrize("source", ["path", "mapping", "random"])
 def test_bases_by_reference_are_checked(source, blocks, block_bases, tmp_path):
     path = str(tmp_path / "bases.safetensors")
