@@ -24,7 +24,7 @@ from sparsegrad.fingerprint import fingerprint
 from sparsegrad.origin import Origin
 from sparsegrad.select import NonFiniteGradient, Rule, insert_sorted, selected
 from sparsegrad.state import Places
-from sparsegrad.unmerged import mark, unmark
+from sparsegrad.unmerged import mark, take_moved, unmark
 
 REPLACED = (
     "the weights of {} are no longer those of their SparseGrad layers, whole: FSDP and DeepSpeed cut weights in parts, "
@@ -111,6 +111,8 @@ class SparseGradLinear(nn.Module, ABC):
         self._seen = (0, 0)  # of the weight, after the latest step
         self.register_state_dict_post_hook(mark)
         self.register_load_state_dict_pre_hook(unmark)
+        self.register_load_state_dict_post_hook(take_moved)
+        self.loaded: Tensor | None = None  # between these two
 
     @classmethod
     def options_by(cls, basis: Basis, k: int, **options: Any) -> dict[str, Any]:

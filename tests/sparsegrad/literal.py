@@ -48,11 +48,16 @@ def train(model, optimizer, steps, dtype=torch.float64, clip=None):
 
 
 def snapshot(model):
-    return dict(model.named_modules()), {name: t.clone() for name, t in model.state_dict().items()}
+    return dict(model.named_modules()), {name: t.clone() for name, t in _values(model).items()}
 
 
 def assert_unchanged(model, before):
     modules, state = before
     assert dict(model.named_modules()) == modules  # the same objects
-    after = model.state_dict()
+    after = _values(model)
     assert after.keys() == state.keys() and all(torch.equal(after[name], state[name]) for name in state)
+
+
+def _values(model):
+    """Without the notes of which entries steps have moved: a step of zero moves some to where they are."""
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(".moved")}

@@ -142,7 +142,9 @@ def _changing(model: nn.Module) -> dict[str, Tensor]:
     A weight that steps move in place without a gradient of its own (SparseGrad's truncated form) is none of them.
     """
     frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
-    frozen -= {f"{name}.weight" for name, layer in sparsegrad_layers(model).items() if layer.moves_weight}
+    layers = sparsegrad_layers(model)
+    frozen -= {f"{name}.weight" for name, layer in layers.items() if layer.moves_weight}
+    frozen |= {f"{name}.moved" for name in layers}  # for adapters, which no run here writes
     return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
