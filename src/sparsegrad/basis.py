@@ -275,6 +275,18 @@ def hosvd_tensorly(gradients: Tensor) -> Basis:
     return Basis(_fix_signs(U.T), _fix_signs(V.T))
 
 
+def own_rows(basis: Basis, weight: Tensor, ranks: tuple[int, int]) -> Basis:
+    """A copy of the leading rows for a weight: where it lies, in its precision but at least float32.
+
+    Raises:
+        ValueError: if the rows are not orthonormal.
+    """
+    basis.refuse_skewed()
+    (r, c), dtype = ranks, torch.promote_types(weight.dtype, torch.float32)
+    rows = (basis.U[:c], basis.V[:r])
+    return Basis(*(factor.to(device=weight.device, dtype=dtype, copy=True).contiguous() for factor in rows))
+
+
 def random_basis(like: Basis, generator: torch.Generator) -> Basis:
     """A basis of another's shapes, dtype and device, uniform over the orthogonal matrices (in float64, on the CPU).
 

@@ -6,11 +6,10 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from sparsegrad import experts
-from sparsegrad.basis import Basis
+from sparsegrad.basis import Basis, own_rows
 from sparsegrad.fingerprint import fingerprint, fingerprints
 from sparsegrad.folded import FoldedLinear
 from sparsegrad.linear import SparseGradLinear
@@ -73,7 +72,7 @@ def sparsify(
                 basis = kind_value(bases, target.kind, "basis")
                 own |= FORMS[form].options_by(basis, **own)
                 if not known:
-                    shared[target.kind] = _own_basis(basis, target.weight, own.get("ranks", basis.ranks))
+                    shared[target.kind] = own_rows(basis, target.weight, own.get("ranks", basis.ranks))
             built.append(layer := _layer(form, target, shared.get(target.kind), select, own))
             layer.base, layer.start = base, fingerprint(layer.stored) if base else ""
             if known:
@@ -200,15 +199,6 @@ def _defaults(layer_class: type[SparseGradLinear]) -> dict[str, Any]:
     """A form declares its options as the keyword arguments of its layers."""
     parameters = inspect.signature(layer_class).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "select"}
-
-
-def _own_basis(basis: Basis, weight: Tensor, ranks: tuple[int, int]) -> Basis:
-    """A copy of the leading rows, in the precision of the weight but at least float32."""
-    basis.refuse_skewed()
-    (r, c), dtype = ranks, torch.promote_types(weight.dtype, torch.float32)
-    rows = (basis.U[:c], basis.V[:r])
-    factors = (factor.to(device=weight.device, dtype=dtype, copy=True).contiguous() for factor in rows)
-    return Basis(*factors)
 
 
 def _layer(form: str, target: Target, basis: Basis | None, select: Rule, options: dict[str, Any]) -> SparseGradLinear:

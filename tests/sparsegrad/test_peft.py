@@ -158,6 +158,35 @@ def test_a_low_precision_model_has_a_float32_core_and_basis(precision, blocks, b
     assert held.to(torch.bfloat16).U.dtype == torch.float32
 
 
+def test_a_quantised_linear_is_trained_beside_and_merged(tiny_transformer, tmp_path):
+    """In int8 by torchao: merging quantises the sum again."""
+    quantization = pytest.importorskip("torchao.quantization")
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    model, _, tokens = tiny_transformer("llama", dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    model = moved(adapted(model, target_modules="all-mlp", density=0.1, task_type="CAUSAL_LM"), scale=0.1)
+    logits = model(input_ids=tokens).logits
+    logits.sum().backward()
+    assert all(core.grad.any() for core in cores(model).values())
+    with model.disable_adapter():
+        assert (model(input_ids=tokens).logits - logits).abs().max() > 0.02
+    model.merge_adapter()
+    torch.testing.assert_close(model(input_ids=tokens).logits, logits, rtol=0, atol=0.01)
+
+
+@pytest.mark.cuda
+def test_an_adapter_of_a_card_is_that_of_the_cpu(blocks, block_bases, tmp_path):
+    moved(adapted(blocks(), block_bases(), k=K)).save_pretrained(tmp_path)
+    there = peft.PeftModel.from_pretrained(blocks().cuda(), tmp_path)
+    made = moved(adapted(blocks().cuda(), block_bases(), k=K))
+    expected = made.cpu()(x_of())
+    assert {t.device.type for t in there.state_dict().values()} == {"cuda"}
+    torch.testing.assert_close(there(x_of().cuda()).cpu(), expected, rtol=0, atol=1e-12)
+
+
 # ---- several adapters ----
 
 

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from sparsegrad.basis import Basis, random_basis
+from sparsegrad.basis import Basis, own_rows, random_basis
 from sparsegrad.convert import kind_value
 from sparsegrad.fingerprint import fingerprint
 from sparsegrad.io import load_bases
@@ -115,8 +115,7 @@ class SparseGradModel(BaseTuner):
             fitting_basis(source, shape, source.U.device)
             r, c = config.core(kind, source)
             rows = _drawn(config.seed, kind, shape, (r, c)) if self._given is None else source
-            rows.refuse_skewed()
-            bases[kind] = own = _own_rows(rows, (r, c), layer.weight)
+            bases[kind] = own = own_rows(rows, layer.weight, (r, c))
             config.cores[kind] = [r, c]
             if not config.save_bases:
                 _refer(config, kind, own)
@@ -173,8 +172,7 @@ def _bases_in(tensors: Mapping[str, Tensor], adapter: str, layers: list[Linear])
         try:
             if kind not in found:
                 rows = Basis(*(tensors[f"base_model.{BASES}.{kind}.{letter}"] for letter in "UV"))
-                rows.refuse_skewed()
-                found[kind] = _own_rows(rows, rows.ranks, layer.weight)
+                found[kind] = own_rows(rows, layer.weight, rows.ranks)
             fitting_basis(found[kind], (layer.out_features, layer.in_features), layer.weight.device)
             if found[kind].ranks != tuple(core.shape):
                 raise ValueError(f"it has ranks {found[kind].ranks}, the core {tuple(core.shape)}")
@@ -185,13 +183,6 @@ def _bases_in(tensors: Mapping[str, Tensor], adapter: str, layers: list[Linear])
 
 def _layers(model: nn.Module, adapter: str) -> list[Linear]:
     return [module for module in model.modules() if isinstance(module, Linear) and adapter in module.kind]
-
-
-def _own_rows(basis: Basis, ranks: tuple[int, int], weight: Tensor) -> Basis:
-    """A copy of the leading rows, in the precision of the weight but at least float32."""
-    (r, c), plain = ranks, weight.dtype if weight.is_floating_point() else torch.float32
-    dtype = torch.promote_types(plain, torch.float32)
-    return Basis(*(f.to(device=weight.device, dtype=dtype, copy=True) for f in (basis.U[:c], basis.V[:r])))
 
 
 def _whole(shape: tuple[int, int]) -> Basis:
