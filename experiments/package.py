@@ -58,11 +58,15 @@ def run(command: list, folder: Path) -> str:
     Raises:
         RuntimeError: with the end of what it said, if it fails.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([str(word) for word in command], cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run([str(word) for word in command], cwd=folder, env=alone(), capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr[-4000:]}")
     return done.stdout
+
+
+def alone() -> dict[str, str]:
+    """The environment without what would find a checkout; one thread, as tiny tensors want it."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
 
 
 def blocks(page: str, heading: str = "") -> list[str]:
@@ -76,7 +80,8 @@ def blocks(page: str, heading: str = "") -> list[str]:
 def kill_and_go_on(python: Path, folder: Path) -> None:
     """The Trainer example, killed after its first checkpoint and started again."""
     command = [str(python), str(ROOT / "examples" / "trainer.py"), "--output", "trained"]
-    started = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    started = subprocess.Popen(command, cwd=folder, env=alone(), **quiet)
     while started.poll() is None and not list(folder.glob("trained/checkpoint-*/trainer_state.json")):
         time.sleep(0.05)
     started.send_signal(signal.SIGKILL)
@@ -121,13 +126,17 @@ def main() -> None:
     parser.add_argument("pythons", nargs="+", help="interpreters, such as python3.11")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "library" / "package.json")
     given = parser.parse_args()
+    found: list[dict] = []
+    given.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         wheel = build(folder)
         held = sorted({name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()})
-        found = [use(python, wheel, folder / str(number)) for number, python in enumerate(given.pythons)]
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    given.output.write_text(json.dumps({"wheel": wheel.name, "holds": held, "environments": found}, indent=1) + "\n")
+        for number, python in enumerate(given.pythons):
+            found.append(use(python, wheel, folder / str(number)))
+            shutil.rmtree(folder / str(number))  # gigabytes, where torch is CUDA's build
+            record = {"wheel": wheel.name, "holds": held, "environments": found}
+            given.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
