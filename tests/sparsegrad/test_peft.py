@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -355,6 +357,19 @@ def test_random_bases_are_orthonormal_and_of_their_seed_and_kind(blocks):
     both, again = held(), held(target_modules=["down"])
     assert torch.equal(both["down"], again["down"]) and not torch.equal(held(seed=1)["up"], both["up"])
     torch.testing.assert_close(both["up"] @ both["up"].T, torch.eye(5, dtype=torch.float64))
+
+
+def test_the_lines_of_the_page_run_as_written(tiny_transformer, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "peft.md").read_text()
+    (lines,) = re.findall(r"```python\n(.+?)```", page, re.S)
+    model, _, tokens = tiny_transformer("llama")
+    given = {"model": model, "batches": [{"input_ids": tokens, "labels": tokens}] * 3}
+    monkeypatch.chdir(tmp_path)
+    exec(lines, given)
+    before = given["model"](**given["batches"][0]).loss
+    before.backward()
+    given["optimizer"].step()
+    assert given["model"](**given["batches"][0]).loss < before
 
 
 # ---- what is refused ----
