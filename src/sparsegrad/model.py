@@ -9,13 +9,12 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sparsegrad.adapter import BASES, AdapterState, adapter_state
 from sparsegrad.config import SparseGradConfig
-from sparsegrad.convert import sparsegrad_layers
 from sparsegrad.fingerprint import fingerprints
-from sparsegrad.moved import numbers, pack, unpack
+from sparsegrad.moved import numbers
 from sparsegrad.named import Bases, NamedAdapter, check_name
 from sparsegrad.swap import Swap
 from sparsegrad.wrapper import Wrapper
@@ -67,8 +66,6 @@ class SparseGradModel(Wrapper):
     def __init__(self, model: nn.Module, adapter: NamedAdapter, bases: Bases, adapter_name: str) -> None:
         check_name(adapter_name)
         super().__init__(model)
-        self.register_load_state_dict_post_hook(self._know_moved)
-        self._loaded: Tensor | None = None  # what a state that is being loaded says of moved entries
         self._adapters = {adapter_name: adapter}
         self._swap: Swap | None = adapter.put_in(model, bases)
         self._set(adapter_name)
@@ -276,21 +273,6 @@ class SparseGradModel(Wrapper):
         loaded = SparseGradModel(model, *NamedAdapter.read(directory, bases), adapter_name)
         loaded._train(is_trainable)
         return loaded if is_trainable else loaded.eval()
-
-    def get_extra_state(self) -> Tensor:
-        """Which entries were moved (:mod:`sparsegrad.moved`), so that an adapter stays small after a checkpoint."""
-        return pack(sparsegrad_layers(self.base_model).values())
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Note what :meth:`get_extra_state` gave, until the weights are loaded."""
-        self._loaded = state
-
-    @staticmethod
-    def _know_moved(model: SparseGradModel, _: object) -> None:
-        """After a state was loaded."""
-        if model._loaded is not None:
-            unpack(model._loaded, sparsegrad_layers(model.base_model).values())
-            model._loaded = None
 
     # ---- of the class ----
 
