@@ -216,6 +216,39 @@ def test_energies_are_those_of_the_record():
         assert cells == [block(step, space, kind) for step, space in looks], kind
 
 
+LIBRARY = ROOT / "results" / "library"
+
+
+def megabytes(count):
+    return f"{count / 1e6:.2f}"
+
+
+def test_sizes_and_times_of_adapters_are_those_of_the_record():
+    page, record = ROOT / "docs/adapters.md", json.loads((LIBRARY / "adapters.json").read_text())
+    expected = [
+        [row["name"], megabytes(row["bytes"]), f"{row['save_seconds']:.2f}", f"{row['load_seconds']:.2f}"]
+        for row in record["rows"]
+    ]
+    assert table_after(page, "sizes")[1:] == expected
+    sizes = f"{record['bases_bytes'] / 1e6:.0f} MB in float32, the model {record['model_bytes'] / 1e6:.0f} MB"
+    assert sizes in page.read_text()
+    exact = [row["logits_error"] for row in record["rows"] if "largest" not in row["name"]]
+    assert len(exact) == len(expected) - 1 and max(exact) < 1e-2
+    by_name = {row["name"]: row["bytes"] for row in record["rows"]}
+    assert by_name["folded, k entries moved, bases by reference"] < 5e6
+
+
+def test_what_more_steps_make_of_an_adapter_is_what_the_record_says():
+    record = json.loads((LIBRARY / "adapter_steps.json").read_text())
+    ways = ["largest_all", "largest_5", "largest_2.5", "largest_1"]
+    expected = [
+        [str(row["step"]), f"{100 * row['moved']:.1f} %", megabytes(row["exact_bytes"])]
+        + [f"{megabytes(row[way]['bytes'])}, {row[way]['lost']:.3f}, {row[way]['logits_error']:.3f}" for way in ways]
+        for row in record["rows"]
+    ]
+    assert table_after(ROOT / "docs/adapters.md", "steps")[1:] == expected
+
+
 # Commands and promises
 
 

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import yaml
@@ -136,3 +138,17 @@ def test_wrong_input(name, overrides, text, script, lists, bases, efficiency):
     given = {"efficiency": efficiency, "energy": bases}.get(name, [])
     done = script(name, *given, *overrides)
     assert done.code != 0 and text in done.err and "Traceback" not in done.err, done.err
+
+
+@pytest.mark.slow
+def test_adapters_are_saved_and_loaded_in_every_way(tmp_path):
+    """The script's own check: what is loaded computes what was trained."""
+    root = Path(__file__).parents[2]
+    main = runpy.run_path(str(root / "experiments" / "adapter_sizes.py"))["main"]
+    model = root / "conf" / "model" / "tiny_bert.yaml"
+    main(["--output", str(tmp_path), "sizes", "--model", str(model), "--repeats", "1"])
+    rows = json.loads((tmp_path / "adapters.json").read_text())["rows"]
+    assert len(rows) == 8
+    for row in rows:
+        assert row["save_seconds"] > 0 and row["load_seconds"] > 0
+        assert row["logits_error"] < 1e-2 or "largest" in row["name"], row
