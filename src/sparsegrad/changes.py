@@ -6,17 +6,21 @@ of the matrix. Differences need the base's weight; an entry takes about 3 bytes,
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from sparsegrad.basis import Basis
 from sparsegrad.core import CoreLinear
+from sparsegrad.folded import FoldedLinear
 from sparsegrad.gaps import from_gaps, to_gaps
 from sparsegrad.linear import SparseGradLinear
 from sparsegrad.selecting import SelectingLinear
 from sparsegrad.truncated import TruncatedLinear
 
+SAMPLED_COST = 6  # of an entry that is computed alone, in entries of a whole product, on a CPU
 HELD = ("weight", "gaps", "values", "differences")
 
 
@@ -29,7 +33,7 @@ def changed(layer: SparseGradLinear) -> dict[str, Tensor]:
         return whole | {"values": layer.rotated_weight().flatten()}
     if moved is None:
         return {"weight": layer.original_weight()}
-    return {"gaps": to_gaps(moved), "values": layer.rotated_weight().flatten()[moved]}
+    return {"gaps": to_gaps(moved), "values": _entries_at(layer, moved)}
 
 
 def largest_differences(layer: SparseGradLinear, base: Tensor, entries: int | None) -> tuple[dict[str, Tensor], float]:
@@ -76,6 +80,36 @@ def put(layer: SparseGradLinear, held: Mapping[str, Tensor]) -> None:
     places = from_gaps(held["gaps"]) if "gaps" in held else torch.arange(len(values))
     places, values = places.to(layer.trained.device), values.to(layer.trained.device)
     if "values" in held:
-        current = layer.rotated_weight().flatten()[places]
+        current = _entries_at(layer, places)
         values = values.to(current) - current
     layer.add_(places, values)
+
+
+def rotated_at(basis: Basis, W: Tensor, indices: Tensor) -> Tensor:
+    """``basis.rotate(W).flatten()[indices]``, without what is between them where that costs less.
+
+    Args:
+        basis: that the weight is rotated in.
+        W: ``(out_features, in_features)``.
+        indices: flat, int64 ``(n,)``, ascending, no duplicates.
+    """
+    (rows, columns), n = basis.ranks, len(indices)
+    if W.is_cuda or not basis.rotates_output or not n or n * SAMPLED_COST > rows * columns:
+        return basis.rotate(W).flatten()[indices]
+    own = W.to(basis.V.dtype)
+    left, right = (basis.V, own @ basis.U.T) if columns <= rows else (basis.V @ own, basis.U.T)
+    counts = torch.bincount(indices // columns, minlength=rows).cumsum(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        places = torch.sparse_csr_tensor(
+            torch.cat((counts.new_zeros(1), counts)), indices % columns, own.new_zeros(n), (rows, columns),
+            check_invariants=False,
+        )  # fmt: skip
+    return torch.sparse.sampled_addmm(places, left, right, beta=0.0).values()
+
+
+def _entries_at(layer: SparseGradLinear, places: Tensor) -> Tensor:
+    """``rotated_weight().flatten()[places]``."""
+    if isinstance(layer, FoldedLinear) and layer.basis is not None:
+        return rotated_at(layer.basis, layer.original_weight(), places)
+    return layer.rotated_weight().flatten()[places]

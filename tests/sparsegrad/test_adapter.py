@@ -28,6 +28,7 @@ from sparsegrad import (
     sparsegrad_layers,
     sparsify,
 )
+from sparsegrad.changes import rotated_at
 from sparsegrad.gaps import from_gaps, to_gaps
 
 FORMS = ["folded", "rotated", "truncated"]
@@ -526,3 +527,19 @@ def test_gaps_by_hand(indices, coded):
 def test_gaps_of_one_percent_take_little_more_than_a_byte():
     indices = torch.randperm(768 * 3072, generator=torch.Generator().manual_seed(0))[:23_593].sort().values
     assert to_gaps(indices).nbytes < 1.15 * len(indices)
+
+
+# ---- entries of a rotated matrix ----
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
+@pytest.mark.parametrize("number", [0, 1, 30, 96, 700])
+@pytest.mark.parametrize("cut", ["full", "leading", "input side"])
+def test_entries_of_a_rotated_matrix_are_those_of_the_whole(shape, number, cut, random_basis):
+    """Few are computed alone, many taken from the product."""
+    basis = random_basis(*shape)
+    basis = {"full": basis, "leading": basis.leading(20, 19), "input side": basis.input_side()}[cut]
+    W = torch.randn(*shape, dtype=torch.float64)
+    whole = (basis.V if basis.rotates_output else torch.eye(shape[0], dtype=torch.float64)) @ W @ basis.U.T
+    indices = torch.randperm(whole.numel())[:number].sort().values
+    torch.testing.assert_close(rotated_at(basis, W, indices), whole.flatten()[indices], rtol=0, atol=1e-12)
