@@ -151,6 +151,8 @@ def trained(kind, lengths, *, device="cpu", parts=1, rates=(1e-3, 5e-4), dropout
 def assert_same(found, expected, **tolerance):
     torch.testing.assert_close(found[0], expected[0], **tolerance)
     for name, tensor in expected[1].items():
+        if name.endswith(".moved"):  # it holds a hash of the weight
+            continue
         torch.testing.assert_close(found[1][name], tensor, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 

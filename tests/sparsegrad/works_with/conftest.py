@@ -1,5 +1,7 @@
 """What these tests share: a tiny BERT, rows for it, and a Trainer of it, which is imported where it is asked for."""
 
+import gc
+
 import pytest
 import torch
 
@@ -38,6 +40,7 @@ def callback():
 @pytest.fixture
 def trainer(rows, tmp_path):
     """``trainer(model, folder, **arguments)``: four steps on batches of four rows, with SparseGradAdamW."""
+    gc.freeze()  # a Trainer collects garbage as it begins, which takes half a second of what all imports have made
 
     def make(model, folder="", callbacks=(), lr=1e-2, optimizers=None, kind=None, **given):
         from transformers import Trainer, TrainingArguments
@@ -56,4 +59,5 @@ def trainer(rows, tmp_path):
             optimizer_cls_and_kwargs=kind,
         )
 
-    return make
+    yield make
+    gc.unfreeze()

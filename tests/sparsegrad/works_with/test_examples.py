@@ -1,5 +1,6 @@
 """examples/trainer.py: a run that is killed goes on by itself, and ends with the bits of one that was not."""
 
+import gc
 import json
 import os
 import runpy
@@ -27,7 +28,9 @@ def run(monkeypatch, capsys):
         runpy.run_path(str(SCRIPT), run_name="__main__")
         return capsys.readouterr().out
 
-    return start
+    gc.freeze()  # see the fixture ``trainer``
+    yield start
+    gc.unfreeze()
 
 
 def assert_same_folder(one, other):

@@ -31,10 +31,12 @@ def made(blocks, block_bases, block_patterns):
 @pytest.fixture
 def group():
     """A group of one process, in this one."""
+    gc.freeze()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     gc.collect()  # a wrapper that outlives the group waits, with the interpreter's lock, for threads that need it
     dist.destroy_process_group()
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("unused", [False, True], ids=["all used", "unused parameters"])
@@ -124,8 +126,12 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(made, block_bases, block_patterns, tmp_path):
-    """Sums over ranks and over micro-batches; and two ranks' FSDP is refused too."""
+    """Sums over ranks and over micro-batches; and two ranks' FSDP is refused too.
+
+    The comparison's own default tests take such steps too: tests/finetune/runs/test_processes.py.
+    """
     from sparsegrad import merge, save_bases
 
     save_bases(tmp_path / "bases.safetensors", block_bases())
