@@ -1,5 +1,6 @@
 """What `pip install .` brings: the library alone, with what it imports; and that the reference names all of it."""
 
+import json
 import os
 import re
 import shutil
@@ -69,3 +70,15 @@ def test_the_reference_names_all_that_is_public():
 def test_the_site_leads_to_every_page():
     pages = {path.name for path in (ROOT / "docs").glob("*.md")}
     assert pages <= set(re.findall(r"^ +- ([\w.]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
+
+
+def test_the_wheel_was_used_in_empty_environments():
+    """`make package` writes the record: what `pip install` brought, and that tutorial, README and a Trainer ran."""
+    record = json.loads((ROOT / "results" / "library" / "package.json").read_text())
+    assert record["holds"] == ["sparsegrad", record["holds"][1]] and record["holds"][1].endswith(".dist-info")
+    assert {one["python"].rpartition(".")[0] for one in record["environments"]} == {"3.11", "3.12", "3.13"}
+    for one in record["environments"]:
+        assert one["needs"] == ["safetensors", "torch"] and not one["finetune"]
+        assert {"numpy", "safetensors", "sparsegrad", "torch"} <= set(one["installed"])
+        assert not set(one["installed"]) & {"accelerate", "datasets", "hydra-core", "peft", "transformers"}
+        assert set(one["seconds"]) >= {"tutorial", "readme", "trainer, killed and resumed"}
