@@ -226,7 +226,7 @@ def megabytes(count):
 def test_sizes_and_times_of_adapters_are_those_of_the_record():
     page, record = ROOT / "docs/adapters.md", json.loads((LIBRARY / "adapters.json").read_text())
     expected = [
-        [row["name"], megabytes(row["bytes"]), f"{row['save_seconds']:.2f}", f"{row['load_seconds']:.2f}"]
+        [row["name"], megabytes(row["bytes"]), f"{row['save_cpu_seconds']:.2f}", f"{row['load_cpu_seconds']:.2f}"]
         for row in record["rows"]
     ]
     assert table_after(page, "sizes")[1:] == expected
