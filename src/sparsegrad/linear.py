@@ -322,8 +322,7 @@ class SparseGradLinear(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         self.follow()
-        self.moved = self.moved
-        return self.__dict__.copy()
+        return self.__dict__ | {"_moved": self.moved, "_moving": None}  # this layer's optimizer goes on
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

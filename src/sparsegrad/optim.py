@@ -292,6 +292,7 @@ class SparseGradAdamW(Optimizer):
         Raises:
             ValueError: if the groups are another model's.
         """
+        self._hand_over()
         super().load_state_dict(state_dict)
         # torch casts every state tensor to the parameter's dtype, which would destroy indices and masters.
         saved = state_dict["state"]
@@ -310,10 +311,16 @@ class SparseGradAdamW(Optimizer):
 
     def forget(self, layer: SparseGradLinear) -> None:
         """Drop the state of a layer: its moments and step count start anew."""
+        self._hand_over()
         self.state.pop(layer.trained, None)
         for family in self._families.values():
             if layer.trained in family.numbers:
                 family.load({p: own for p, own in family.export().items() if p is not layer.trained}, self._new_moments)
+
+    def _hand_over(self) -> None:
+        """Before moments are replaced: layers hold themselves what was moved, for their adapter."""
+        for layer in self._layers.values():
+            layer.moved = layer.moved
 
     def moment_bytes(self) -> int:
         """Of what is held for SparseGrad weights besides :attr:`state`: entries and their places, without free room."""

@@ -157,6 +157,12 @@ class History:
     def dropping_optimizer(self):
         self.optimizer = SparseGradAdamW(param_groups(self.model), lr=1e-2, drop_after=1)
 
+    def load_earlier_moments(self):
+        self.optimizer.load_state_dict(SparseGradAdamW(param_groups(self.model)).state_dict())
+
+    def forget_a_layer(self):
+        self.optimizer.forget(next(iter(sparsegrad_layers(self.model).values())))
+
     def load_weights(self):
         other = sparsify(self.base(), self.bases(), **self.config)
         optimizer = SparseGradAdamW(param_groups(other), lr=0.1)
