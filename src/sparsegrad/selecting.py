@@ -144,11 +144,10 @@ class SelectingLinear(SparseGradLinear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.follow()
-        master, self.master = self.master, None
+        master, self.master, weight = self.master, None, self.weight.detach()
         super()._apply(fn, recurse)
-        if torch.finfo(self.weight.dtype).bits < 32:
-            self.master = None if master is None else master.to(fn(master).device)
-            self._keep_master(None)  # the model was cast down
+        if torch.finfo(self.weight.dtype).bits < 32:  # cast down, the model keeps what it had
+            self.master = (weight if master is None else master).to(self.weight.device, torch.float32)
         elif master is not None:
             with torch.no_grad():
                 self.weight.copy_(master)  # the model was cast back up

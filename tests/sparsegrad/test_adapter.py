@@ -375,6 +375,19 @@ def test_a_weight_that_was_rounded_is_in_the_adapter(cast, history):
     same_function(past.model.double(), past.loaded())
 
 
+@pytest.mark.parametrize("form", ["folded", "rotated"])
+def test_a_cast_down_rounds_no_weight_that_is_trained(form, history):
+    """Their float32 masters are what the weights were before it."""
+    past = history(form)
+    past.train()
+    before = {name: layer.original_weight() for name, layer in sparsegrad_layers(past.model).items()}
+    past.model.layers.bfloat16()
+    same_function(past.model.double(), past.loaded(), exact=1e-6)
+    for name, layer in sparsegrad_layers(past.model).items():
+        torch.testing.assert_close(layer.original_weight(), before[name], rtol=0, atol=1e-6)
+        assert layer.moved is not None
+
+
 # ---- bases by reference, and what is held in memory ----
 
 
