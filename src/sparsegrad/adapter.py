@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
-from sparsegrad.changes import HELD, changed, largest_differences, put
+from sparsegrad.changes import HELD, changed, fits, largest_differences, put
 from sparsegrad.convert import kind_value, sparsegrad_layers, sparsify
 from sparsegrad.fingerprint import fingerprint, fingerprints
 from sparsegrad.io import load_bases, load_tensors, save_tensors
@@ -171,19 +171,20 @@ def put_adapter(model: nn.Module, state: AdapterState, bases: Mapping[str, Basis
 
     Raises:
         ValueError: if the adapter belongs to another architecture or another base model, or its bases are missing or
-            others; the model is unchanged then.
+            others, or it is damaged; the model is unchanged then.
     """
     arguments = dict(state.metadata["arguments"])
     targets = find_targets(model, arguments["target_modules"], arguments["layers_to_transform"])
     dense = {n.removeprefix("dense."): t for n, t in state.tensors.items() if n.startswith("dense.")}
     _refuse_other_models(model, state.metadata, targets, dense)
+    held = {target.name: _held(target, state) for target in targets}
     found = {kind: _basis(kind, about, state, bases) for kind, about in state.metadata["bases"].items()} or None
     if found and arguments["form"] == "truncated":  # they are the leading rows alone
         arguments["ranks"] = {kind: list(basis.ranks) for kind, basis in found.items()}
     sparsify(model, found, **arguments)
     layers = sparsegrad_layers(model)
     for name, layer in layers.items():
-        put(layer, {what: state.tensors[f"{what}.{name}"] for what in HELD if f"{what}.{name}" in state.tensors})
+        put(layer, held[name])
     for name, tensor in model.state_dict().items():
         if (plain := _plain_name(name, layers)) in dense:
             tensor.copy_(dense[plain])
@@ -232,6 +233,18 @@ def _refuse_other_models(
         )
 
 
+def _held(target: Target, state: AdapterState) -> dict[str, Tensor]:
+    """The adapter's tensors for a target, if it can take them."""
+    name, (out, columns) = target.name, target.shape
+    held = {what: state.tensors[f"{what}.{name}"] for what in HELD if f"{what}.{name}" in state.tensors}
+    if about := state.metadata["bases"].get(target.kind):
+        out, columns = about["rows"][0] or out, about["rows"][1]  # without a V, rows are the outputs
+    if not fits(held, target.shape, (out, columns)):
+        found = ", ".join(f"{what} {tuple(tensor.shape)}" for what, tensor in held.items()) or "nothing"
+        raise ValueError(f"a damaged adapter, of {found} for {name} {target.shape}: save it again.")
+    return held
+
+
 def _description(basis: Basis) -> dict[str, Any]:
     """What a basis is to be made of, and known by."""
     dtype = str(basis.U.dtype).removeprefix("torch.")
@@ -241,7 +254,7 @@ def _description(basis: Basis) -> dict[str, Any]:
 def _basis(kind: str, about: Mapping[str, Any], state: AdapterState, given: Mapping[str, Basis] | None) -> Basis:
     """The adapter's own of a layer kind, or the given one as :func:`_description` has it."""
     if given is None:
-        if f"basis.{kind}.U" not in state.tensors:
+        if any(f"basis.{kind}.{letter}" not in state.tensors for letter in "UV"):
             raise ValueError("the adapter refers to bases that it does not hold: give bases, those it was trained in.")
         return Basis(state.tensors[f"basis.{kind}.U"], state.tensors[f"basis.{kind}.V"])
     full, (r, c), dtype = kind_value(given, kind, "basis"), about["rows"], getattr(torch, about["dtype"])

@@ -67,6 +67,18 @@ def largest_differences(layer: SparseGradLinear, base: Tensor, entries: int | No
     return {"gaps": to_gaps(places), "differences": held}, lost**0.5 / norm if norm else 0.0
 
 
+def fits(held: Mapping[str, Tensor], shape: tuple[int, int], rotated: tuple[int, int]) -> bool:
+    """Whether a layer of these shapes can take what is held for it, and something is."""
+    weight, values = held.get("weight"), held.get("values", held.get("differences"))
+    every = rotated[0] * rotated[1]
+    if weight is not None and weight.shape != shape:
+        return False
+    if values is None or "gaps" not in held:
+        return weight is not None if values is None else values.shape == (every,)
+    places = from_gaps(held["gaps"])
+    return values.shape == places.shape and not (places >= every).any()
+
+
 def put(layer: SparseGradLinear, held: Mapping[str, Tensor]) -> None:
     """What :func:`changed` or :func:`largest_differences` gave, into a layer of the base model."""
     weight, values = held.get("weight"), held.get("values", held.get("differences"))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from literal import assert_unchanged, snapshot, train
 
 from sparsegrad import (
+    AdapterState,
     SparseGradAdamW,
     adapter_state,
     clip_grad_norm_,
@@ -419,6 +420,33 @@ def test_other_bases_are_refused_and_the_model_left_unchanged(history):
         with pytest.raises(ValueError, match=text):
             load_adapter(past.path, base, bases=bases)
         assert_unchanged(base, before)
+
+
+DAMAGES = {
+    "values fewer than their gaps": lambda name, tensor: tensor[1:] if name == "values.layers.1.down" else tensor,
+    "values without gaps": lambda name, tensor: None if name == "gaps.layers.1.down" else tensor,
+    "gaps without values": lambda name, tensor: None if name == "values.layers.1.down" else tensor,
+    "nothing of a layer": lambda name, tensor: None if name.endswith(".layers.1.down") else tensor,
+    "a place outside the matrix": lambda name, tensor: tensor + 90 if name == "gaps.layers.1.down" else tensor,
+    "a weight of another shape": lambda name, tensor: tensor[:1] if name == "weight.layers.1.down" else tensor,
+    "half a basis": lambda name, tensor: None if name == "basis.down.V" else tensor,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_adapter_is_refused_and_the_model_left_unchanged(damage, history):
+    past = history("folded")
+    past.train()
+    if "weight" in damage:
+        with torch.no_grad():
+            past.model.layers[1].down.weight.mul_(1.5)
+    state = adapter_state(past.model)
+    left = {name: DAMAGES[damage](name, tensor) for name, tensor in state.tensors.items()}
+    base = past.base()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match="a damaged adapter, of .* for layers.1.down|bases that it does not hold"):
+        put_adapter(base, AdapterState({n: t for n, t in left.items() if t is not None}, state.metadata))
+    assert_unchanged(base, before)
 
 
 def test_a_state_in_memory_is_what_the_file_holds_and_stays_as_it_was(history):
