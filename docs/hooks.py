@@ -14,7 +14,10 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "index.md"} | {name: name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")}
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)")
-PUBLIC = re.findall(r"^::: sparsegrad\.(\w+)", (ROOT / "docs" / "api.md").read_text(), re.M)
+PUBLIC = {  # name to what the reference lists: `sparsegrad.refresh` is a module too
+    f"sparsegrad.{name}": listed
+    for listed, name in re.findall(r"^::: (sparsegrad\.(\w+)\S*)", (ROOT / "docs" / "api.md").read_text(), re.M)
+}
 ROLE = re.compile(r":(?:func|class|meth|attr|mod):`([^`]+)`")
 
 
@@ -54,5 +57,5 @@ class Roles(Extension):
 
 def _link(found: re.Match[str]) -> str:
     name = found[1].removeprefix("~")
-    public = name.startswith("sparsegrad.") and name.split(".")[1] in PUBLIC
-    return f"[`{name}`][{name}]" if public else f"`{name}`"
+    public = ".".join(name.split(".")[:2])
+    return f"[`{name}`][{PUBLIC[public]}{name[len(public) :]}]" if public in PUBLIC else f"`{name}`"

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_model
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -110,7 +111,11 @@ def main():
         optimizers=(optimizer, None),  # the Trainer makes the schedule
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(given.output)))
+    last = get_last_checkpoint(str(given.output))
+    if last == str(given.output / f"checkpoint-{given.steps}"):  # killed after it: the Trainer would take one step more
+        load_model(model, Path(last) / "model.safetensors")
+    else:
+        trainer.train(resume_from_checkpoint=last)
     metrics = trainer.evaluate()
     sparsegrad.save_adapter(given.output / "adapter.safetensors", model)
     sparsegrad.merge(model).save_pretrained(given.output / "merged")

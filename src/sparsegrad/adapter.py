@@ -228,7 +228,7 @@ def _refuse_other_models(
     now = fingerprints(model)
     if others := [name for name, found in metadata["base"].items() if now.get(name) != found]:
         raise ValueError(
-            f"an adapter of another base model: {', '.join(others[:4])} {'...' if others[4:] else ''} differ "
+            f"an adapter of another base model: {', '.join(others[:4])}{' ...' if others[4:] else ''} differ "
             "from the weights that it was trained on, or are in another precision: load it on those."
         )
 

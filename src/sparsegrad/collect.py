@@ -64,9 +64,7 @@ def collect_moments(
     number = 0
     with _differentiating(model, targets, held, take):
         for number, batch in enumerate(batches, 1):
-            loss = model(**batch).loss if loss_fn is None else loss_fn(model, batch)
-            if loss is None:
-                raise ValueError("model(**batch) has no loss: give batches with labels, or a loss_fn.")
+            loss = _loss(model, batch) if loss_fn is None else loss_fn(model, batch)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise ValueError(f"loss is {value} at batch {number}: check the checkpoint and data.")
@@ -83,6 +81,19 @@ def collect_moments(
             "around them reads their weights itself, as nn.MultiheadAttention does; there, merge(model) first."
         )
     return moments
+
+
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    """What a model of transformers gives for a batch with labels."""
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"a batch is a {type(batch).__name__}: model(**batch).loss takes a mapping; for other batches give "
+            "loss_fn, a function of the model and a batch. (batches is an iterable of them, not one batch.)"
+        )
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise ValueError("model(**batch) has no loss: give batches with labels, or a loss_fn.")
+    return loss
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def sparsify(
             own = {name: kind_value(value, target.kind, name) for name, value in ({"k": k} | options).items()}
             known = target.kind in shared
             if bases is not None:
-                basis = kind_value(bases, target.kind, "basis")
+                basis = _basis_of(bases, target.kind)
                 own |= FORMS[form].options_by(basis, **own)
                 if not known:
                     shared[target.kind] = own_rows(basis, target.weight, own.get("ranks", basis.ranks))
@@ -173,6 +173,17 @@ def kind_value(value: Any, kind: str, name: str) -> Any:
     if kind not in value:
         raise ValueError(f"no {name} for layer kind {kind!r}; given: {', '.join(value) or 'none'}.")
     return value[kind]
+
+
+def _basis_of(bases: Mapping[str, Basis], kind: str) -> Basis:
+    if not isinstance(bases, Mapping):
+        raise ValueError(
+            f"bases is a {type(bases).__name__}; give a mapping, layer kind to Basis (of a file: load_bases(path)[0])."
+        )
+    basis = kind_value(bases, kind, "basis")
+    if not isinstance(basis, Basis):
+        raise ValueError(f"bases[{kind!r}] is a {type(basis).__name__}; give a Basis, hosvd of moments makes one.")
+    return basis
 
 
 def own_options(form: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -345,7 +345,7 @@ def fitting_basis(basis: Basis, shape: tuple[int, int], device: torch.device) ->
     if shape != expected:
         raise ValueError(
             f"the basis is for weights of shape {expected}, this weight has {shape}: "
-            "it was made for another model or layer kind; run the gradients and basis stages for this model."
+            "it was made for another model or layer kind; make one for this: hosvd of what collect_moments gives."
         )
     return basis.to(device)
 

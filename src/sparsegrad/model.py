@@ -21,7 +21,7 @@ from sparsegrad.wrapper import Wrapper
 
 
 def get_sparsegrad_model(
-    model: nn.Module, config: SparseGradConfig, bases: Bases = None, adapter_name: str = "default"
+    model: nn.Module, config: SparseGradConfig, bases: Bases, adapter_name: str = "default"
 ) -> SparseGradModel:
     """A model with an adapter to train, as ``peft.get_peft_model`` gives one.
 
@@ -123,7 +123,7 @@ class SparseGradModel(Wrapper):
         """A list of it, as PEFT has one."""
         return [self.active_adapter]
 
-    def add_adapter(self, adapter_name: str, config: SparseGradConfig, bases: Bases = None) -> None:
+    def add_adapter(self, adapter_name: str, config: SparseGradConfig, bases: Bases) -> None:
         """Add an adapter that changes nothing yet; it waits for :meth:`set_adapter`.
 
         Raises:

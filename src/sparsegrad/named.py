@@ -101,7 +101,7 @@ class NamedAdapter:
         dense = {name.removeprefix("dense.") for name in state.tensors if name.startswith("dense.")}
         if others := sorted(dense - own):
             raise ValueError(
-                f"{', '.join(others[:4])} {'...' if others[4:] else ''} differ from the base model, and "
+                f"{', '.join(others[:4])}{' ...' if others[4:] else ''} differ from the base model, and "
                 "modules_to_save does not name them, so no other adapter could have them back: name their modules."
             )
 

@@ -35,7 +35,10 @@ def check_k(k: int, shape: tuple[int, ...]) -> int:
     """
     entries = shape[0] * shape[1]
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= entries:
-        raise ValueError(f"k={k!r}; a matrix of shape {tuple(shape)} allows whole numbers from 1 to {entries}.")
+        raise ValueError(
+            f"k={k!r}; a matrix of shape {tuple(shape)} allows whole numbers from 1 to {entries}; of a share, "
+            "entries_for_density makes one."
+        )
     return k
 
 

@@ -238,7 +238,7 @@ def _from_table(model: nn.Module) -> dict[str, str]:
     if kind not in table:
         raise ValueError(
             f"target_modules={ALL_MLP!r} knows no model of type {kind!r}; known: {', '.join(sorted(table))}. Give a "
-            "dictionary, layer kind to regular expression."
+            "dictionary, layer kind to regular expression, or a list of the layers' names or their ends."
         )
     found = {target.kind for target in _matches(model, table[kind])}
     return {kind: pattern for kind, pattern in table[kind].items() if kind in found}

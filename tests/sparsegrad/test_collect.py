@@ -100,6 +100,18 @@ def test_the_models_own_loss_is_taken(tiny_transformer):
         collect_moments(model, [{"input_ids": tokens}], patterns)
 
 
+@pytest.mark.parametrize("batch", [torch.ones(2, 3), (torch.ones(2, 3), torch.ones(2)), "input_ids"])
+def test_a_batch_that_is_no_mapping_needs_a_loss(batch, blocks, block_patterns):
+    with pytest.raises(ValueError, match=rf"a batch is a {type(batch).__name__}: .* give loss_fn"):
+        collect_moments(blocks(), [batch], block_patterns)
+
+
+def test_what_a_model_gives_may_be_no_loss(blocks, block_patterns):
+    batch = {"x": torch.ones(2, 8, dtype=torch.float64)}
+    with pytest.raises(ValueError, match="has no loss: give batches with labels, or a loss_fn"):
+        collect_moments(blocks(), [batch], block_patterns)
+
+
 def test_no_batch_or_no_target_is_refused(blocks, block_patterns):
     with pytest.raises(ValueError, match="no batch was given"):
         collect_moments(blocks(), [], block_patterns)

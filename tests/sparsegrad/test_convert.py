@@ -1,6 +1,7 @@
 """From a plain model to SparseGrad layers and back: targets, refusals, functions that do not change."""
 
 import copy
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -196,6 +197,11 @@ REFUSALS = [
     ({"k": {"up": 5}}, r"layers.0.down: no k for layer kind 'down'; given: up"),
     ({"target_modules": {"up": "nothing"}}, r"target_modules.up='nothing' matches no module in full"),
     ({"bases": "up only"}, r"no basis for layer kind 'down'; given: up"),
+    (
+        {"bases": "moments"},
+        r"layers.0.up: bases\['up'\] is a GradientMoments; give a Basis, hosvd of",
+    ),
+    ({"bases": Path("bases.safetensors")}, r"layers.0.up: bases is a .*Path; give a mapping, .* load_bases\(path\)"),
     ({"bases": "swapped"}, r"layers.0.up: the basis is for weights of shape \(8, 12\), this weight has \(12, 8\)"),
     ({"bases": "truncated", "form": "rotated"}, r"layers.0.up: form 'rotated' keeps .* this one is truncated"),
     ({"bases": "skewed"}, r"layers.0.down: the basis is off orthogonality by .*e-02: its rows must be orthonormal"),
@@ -212,6 +218,7 @@ def test_a_refusal_says_why_and_leaves_the_model_unchanged(wrong, text, blocks, 
     moments.update(torch.randn(12, 8))
     named = {
         "up only": {"up": good["up"]},
+        "moments": {"up": moments, "down": moments},
         "swapped": {"up": good["down"], "down": good["up"]},
         "truncated": {"up": hosvd(moments, rank=3), "down": good["down"]},
         "skewed": {"up": good["up"], "down": Basis(1.01 * good["down"].U, good["down"].V)},

@@ -49,6 +49,8 @@ def test_it_goes_on_from_its_last_checkpoint(run, tmp_path):
     (one / "checkpoint-3").rename(other / "checkpoint-3")
     assert run("--output", other, "--steps", 6, "--save-steps", 3).startswith("accuracy 0.")
     assert_same_folder(one, other)
+    run("--output", other, "--steps", 6, "--save-steps", 3)  # its last checkpoint is the last step: no step more
+    assert_same_folder(one, other)
     merged = AutoModelForSequenceClassification.from_pretrained(one / "merged").eval()
     torch.manual_seed(0)
     base = AutoModelForSequenceClassification.from_config(merged.config).eval()
