@@ -108,7 +108,7 @@ class SparseGradLinear(nn.Module, ABC):
         self.basis = None if basis is None else fitting_basis(basis, shape, device)
         self._moved: Tensor | None = torch.empty(0, dtype=torch.int64, device=device)
         self._moving: tuple[Places, int] | None = None  # an optimizer's notes of what it moves, and the place in them
-        self._seen = (0, 0)  # of the weight, after the latest step
+        self._seen = (0, 0, 0)  # of the weight, after the latest step
         self.register_state_dict_post_hook(mark)
         self.register_load_state_dict_pre_hook(unmark)
         self.register_load_state_dict_post_hook(take_moved)
@@ -329,9 +329,13 @@ class SparseGradLinear(nn.Module, ABC):
         self._seen = version(self.stored)  # copies of tensors count from zero
 
 
-def version(tensor: Tensor) -> tuple[int, int]:
-    """Another one after the tensor is replaced, or written to in place; in inference mode nothing is counted."""
-    return id(tensor), 0 if tensor.is_inference() else tensor._version
+def version(tensor: Tensor) -> tuple[int, int, int]:
+    """Another one after the tensor or its ``data`` is replaced, or it is written to in place.
+
+    In inference mode, and of what is written to ``data``, nothing is counted.
+    """
+    address = 0 if hasattr(tensor, "__tensor_flatten__") else tensor.data_ptr()  # several tensors have several
+    return id(tensor), address, 0 if tensor.is_inference() else tensor._version
 
 
 def copied(bias: Tensor) -> nn.Parameter:

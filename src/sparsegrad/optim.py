@@ -90,7 +90,7 @@ class SparseGradAdamW(Optimizer):
         self._flags: list[
             tuple[list[SparseGradLinear], Tensor]
         ] = []  # whether gradients of the latest step were finite
-        self._versions: dict[Tensor, tuple[int, int]] = {}  # of parameters with a master, after their latest step
+        self._versions: dict[Tensor, tuple[int, int, int]] = {}  # of parameters with a master, after their latest step
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

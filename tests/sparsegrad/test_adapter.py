@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from literal import assert_unchanged, snapshot, train
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from sparsegrad import (
     AdapterState,
@@ -157,6 +158,11 @@ class History:
 
     def dropping_optimizer(self):
         self.optimizer = SparseGradAdamW(param_groups(self.model), lr=1e-2, drop_after=1)
+
+    def put_a_vector_in(self):
+        """It replaces the parameters' ``data``."""
+        vector = parameters_to_vector(self.model.parameters()).detach()
+        vector_to_parameters(vector + 0.01 * torch.randn_like(vector), self.model.parameters())
 
     def load_earlier_moments(self):
         self.optimizer.load_state_dict(SparseGradAdamW(param_groups(self.model)).state_dict())
