@@ -185,8 +185,9 @@ def put_adapter(model: nn.Module, state: AdapterState, bases: Mapping[str, Basis
     layers = sparsegrad_layers(model)
     for name, layer in layers.items():
         put(layer, held[name])
+    named = _by_every_name(model)
     for name, tensor in model.state_dict().items():
-        if (plain := _plain_name(name, layers)) in dense:
+        if (plain := _plain_name(name, named)) in dense:
             tensor.copy_(dense[plain])
     return model
 
@@ -270,8 +271,14 @@ def _basis(kind: str, about: Mapping[str, Any], state: AdapterState, given: Mapp
 def _others(model: nn.Module, layers: Mapping[str, SparseGradLinear]) -> dict[str, Tensor]:
     """Parameters and buffers outside the layers' weights whose bits are not the base's, as ``dense.<plain name>``."""
     base = next(iter(layers.values())).base
-    state = {_plain_name(name, layers): t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+    named = _by_every_name(model)
+    state = {_plain_name(name, named): t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
     return {f"dense.{n}": t for n, t in state.items() if n is not None and base.get(n) != fingerprint(t)}
+
+
+def _by_every_name(model: nn.Module) -> dict[str, SparseGradLinear]:
+    """SparseGrad layers by all of their names, as a state dictionary has them: blocks may be the same one."""
+    return {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SparseGradLinear)}
 
 
 def _is_held(name: str, tensors: Mapping[str, Tensor]) -> bool:

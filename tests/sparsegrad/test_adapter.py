@@ -295,7 +295,7 @@ def test_another_base_is_refused_by_the_name_of_what_differs(form, name, history
         torch.nextafter(tensor.view(-1)[0], torch.tensor(9.0).double()) if tensor.is_floating_point() else 1
     )
     before = snapshot(base)
-    with pytest.raises(ValueError, match=rf"an adapter of another base model: {name}  differ"):
+    with pytest.raises(ValueError, match=rf"an adapter of another base model: {name} differ"):
         load_adapter(past.path, base)
     assert_unchanged(base, before)
 
@@ -426,6 +426,23 @@ def test_other_bases_are_refused_and_the_model_left_unchanged(history):
         with pytest.raises(ValueError, match=text):
             load_adapter(past.path, base, bases=bases)
         assert_unchanged(base, before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_block_that_stands_in_two_places_is_held_once(form, history, monkeypatch):
+    past = history(form)
+
+    def base():
+        model = past.make()
+        model.layers[1] = model.layers[0]
+        return model
+
+    monkeypatch.setattr(past, "base", base)
+    past.model = sparsify(base(), past.bases(), **past.config)
+    past.another_optimizer()
+    past.train()
+    same_function(past.model, past.loaded())
+    assert not any(name.endswith(("moved", "basis.U")) for name in load_tensors(past.path)[0])
 
 
 DAMAGES = {
