@@ -230,6 +230,10 @@ def hosvd(moments: GradientMoments, rank: int | None = None) -> Basis:
     Raises:
         ValueError: if no gradient was collected, all were zero, or the rank is out of range.
     """
+    if not isinstance(moments, GradientMoments):
+        raise ValueError(
+            f"moments is a {type(moments).__name__}; give GradientMoments: one kind's of what collect_moments gives."
+        )
     if moments.count == 0:
         raise ValueError("no gradient was collected; call GradientMoments.update before hosvd.")
     smallest = min(moments.left.shape[0], moments.right.shape[0])

@@ -69,7 +69,7 @@ def sparsify(
             own = {name: kind_value(value, target.kind, name) for name, value in ({"k": k} | options).items()}
             known = target.kind in shared
             if bases is not None:
-                basis = _basis_of(bases, target.kind)
+                basis = basis_of(bases, target.kind)
                 own |= FORMS[form].options_by(basis, **own)
                 if not known:
                     shared[target.kind] = own_rows(basis, target.weight, own.get("ranks", basis.ranks))
@@ -175,7 +175,8 @@ def kind_value(value: Any, kind: str, name: str) -> Any:
     return value[kind]
 
 
-def _basis_of(bases: Mapping[str, Basis], kind: str) -> Basis:
+def basis_of(bases: Mapping[str, Basis], kind: str) -> Basis:
+    """That of a kind; ValueError if there is none, or what was given holds no bases."""
     if not isinstance(bases, Mapping):
         raise ValueError(
             f"bases is a {type(bases).__name__}; give a mapping, layer kind to Basis (of a file: load_bases(path)[0])."

@@ -53,7 +53,10 @@ def refresh(
     unknown = [kind for kind in bases if kind not in kinds]
     if unknown or not cores:
         found = ", ".join(sorted(filter(None, kinds))) or "none"
-        raise ValueError(f"bases for layer kinds {list(bases)}; kinds of this model's truncated layers: {found}.")
+        raise ValueError(
+            f"bases for layer kinds {list(bases)}; kinds of this model's truncated layers: {found}. Layers of "
+            "other forms keep their bases."
+        )
     layers = [_refreshable(name, m, bases[m.kind]) for name, m in cores.items() if m.kind in bases]
     if state == "carry" and any(layer.selects for layer in layers):
         raise ValueError("state='carry' turns a dense core; with keep the moments are lazy: use state='reset'.")

@@ -204,6 +204,12 @@ def test_hosvd_refuses_moments_without_a_gradient_and_a_rank_out_of_range(stack,
         hosvd(moments_of(stack), rank)
 
 
+@pytest.mark.parametrize("given", [torch.ones(4, 3), {"up": None}])
+def test_hosvd_takes_the_moments_of_one_kind(given):
+    with pytest.raises(ValueError, match=rf"moments is a {type(given).__name__}; give GradientMoments: one kind's"):
+        hosvd(given)
+
+
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [

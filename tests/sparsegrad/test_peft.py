@@ -420,6 +420,8 @@ def test_an_adapter_that_cannot_be_added_leaves_no_bases(blocks, block_bases):
     model = adapted(blocks(), block_bases(), k=K)
     with pytest.raises(ValueError, match="no basis for layer kind 'down'; given: up"):
         model.add_adapter("bad", ours.SparseGradConfig(target_modules=["down"], bases={"up": block_bases()["up"]}))
+    with pytest.raises(ValueError, match=r"bases\['down'\] is a Tensor; give a Basis, hosvd of"):
+        model.add_adapter("bad", ours.SparseGradConfig(target_modules=["down"], bases={"down": torch.ones(8, 12)}))
     assert list(model.peft_config) == list(model.base_model.sparsegrad_bases) == ["default"]
 
 

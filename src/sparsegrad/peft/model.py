@@ -16,7 +16,7 @@ from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from sparsegrad.basis import Basis, own_rows, random_basis
-from sparsegrad.convert import kind_value
+from sparsegrad.convert import basis_of
 from sparsegrad.fingerprint import fingerprint
 from sparsegrad.io import load_bases
 from sparsegrad.linear import fitting_basis
@@ -111,7 +111,7 @@ class SparseGradModel(BaseTuner):
                     "no bases: give bases, a file of sparsegrad.save_bases or a mapping, or init_bases='random', which "
                     "draws them as a control."
                 )
-            source = kind_value(self._given, kind, "basis") if self._given is not None else _whole(shape)
+            source = basis_of(self._given, kind) if self._given is not None else _whole(shape)
             fitting_basis(source, shape, source.U.device)
             r, c = config.core(kind, source)
             rows = _drawn(config.seed, kind, shape, (r, c)) if self._given is None else source
