@@ -126,6 +126,9 @@ def main() -> None:
     parser.add_argument("pythons", nargs="+", help="interpreters, such as python3.11")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "library" / "package.json")
     given = parser.parse_args()
+    for python in given.pythons:  # a version manager may have a command that starts nothing
+        if not shutil.which(python) or subprocess.run([python, "-c", ""], capture_output=True).returncode != 0:
+            parser.error(f"{python} does not start: name interpreters that do, make package PYTHONS=python3.11")
     found: list[dict] = []
     given.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as made:
