@@ -59,7 +59,7 @@ docs: .venv/installed ## the site with the API reference: outputs/site/index.htm
 coverage: .venv/installed ## lines and branches of src/sparsegrad that its tests run; Triton's kernels by its interpreter
 	rm -rf outputs/coverage && mkdir -p outputs/coverage
 	uv pip install --quiet --no-deps --target outputs/coverage/triton triton==$(TRITON_VERSION)
-	PYTHONPATH=outputs/coverage/triton python -m coverage run -m pytest -q -p no:xdist tests/sparsegrad
+	PYTHONPATH=$(CURDIR)/outputs/coverage/triton python -m coverage run -m pytest -q -p no:xdist tests/sparsegrad
 	python -m coverage combine --quiet && python -m coverage report
 
 package: ## build the wheel, and use it in an empty environment for each of PYTHONS (minutes, network): results/library/package.json
