@@ -1,6 +1,6 @@
 """How large an adapter's file is and how long it takes to save and load, beside peft's LoRA and SHiRA.
 
-    python experiments/adapter_sizes.py sizes        # results/library/adapters.json; about three minutes on two cores
+    python experiments/adapter_sizes.py sizes        # results/library/adapters.json; about five minutes on two cores
     python experiments/adapter_sizes.py steps --checkpoint data/models/minilm --glue data/glue/mrpc
 
 ``sizes`` has random weights at true size. ``steps`` fine-tunes a checkpoint on MRPC, the MLP's entries and the head

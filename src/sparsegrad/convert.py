@@ -44,8 +44,9 @@ def sparsify(
         form: ``folded`` (default), ``rotated`` or ``truncated``.
         select: which k entries are kept, a function of a gradient ``(out_features, in_features)`` in rotated
             coordinates and k to flat indices: int64, ascending, no duplicates. It is called once a matrix and step.
-        options: of the form, as its layers take them: ``select_in`` (folded, rotated; see :mod:`sparsegrad.linear`),
-            ``matmul`` (rotated), ``ranks``, ``keep`` and ``update`` (truncated). An option that a form does not take
+        options: of the form, as its layers take them: ``select_in`` (folded, rotated), ``rotation`` (folded),
+            ``matmul`` (rotated), ``ranks``, ``keep`` and ``update`` (truncated); see :class:`sparsegrad.FoldedLinear`,
+            :class:`sparsegrad.RotatedLinear`, :class:`sparsegrad.TruncatedLinear`. An option that a form does not take
             may be given with its default. These and k may be given by layer kind.
 
     Returns:

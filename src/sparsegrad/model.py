@@ -13,8 +13,8 @@ from torch import nn
 
 from sparsegrad.adapter import BASES, AdapterState, adapter_state
 from sparsegrad.config import SparseGradConfig
+from sparsegrad.counts import numbers
 from sparsegrad.fingerprint import fingerprints
-from sparsegrad.moved import numbers
 from sparsegrad.named import Bases, NamedAdapter, check_name
 from sparsegrad.swap import Swap
 from sparsegrad.wrapper import Wrapper

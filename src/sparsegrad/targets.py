@@ -141,6 +141,12 @@ def architectures() -> dict[str, dict[str, str]]:
     return json.loads(files("sparsegrad").joinpath("architectures.json").read_text())
 
 
+def kind_of(name: str) -> str:
+    """The layer kind of a matrix that a list or string names: what follows the block's number, dots as underscores."""
+    parts = name.split(".")
+    return "_".join(parts[_block_at(parts) + 1 :])
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a matrix that can be replaced, or has been."""
     return isinstance(module, nn.Linear | SparseGradLinear) or is_transposed(module)
@@ -202,15 +208,20 @@ def _ending(model: nn.Module, endings: Sequence[str]) -> list[str]:
     return [name for name in every if any(f".{name}".endswith(f".{ending}") for ending in endings)]
 
 
+def _block_at(parts: Sequence[str]) -> int:
+    """Where the block's number stands in the parts of a name; -1: nowhere."""
+    return next((place for place, part in enumerate(parts[:-1]) if part.isdigit()), -1)
+
+
 def _described(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     """Layer kinds and regular expressions that name these matrices and no others."""
     places: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
     patterns: dict[str, str] = {}
     for name in names:
         parts = name.split(".")
-        at = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), None)
-        if at is None:
-            patterns[name.replace(".", "_")] = re.escape(name)
+        at = _block_at(parts)
+        if at < 0:
+            patterns[kind_of(name)] = re.escape(name)
         else:
             before, numbers = places.setdefault(".".join(parts[at + 1 :]), ({}, {}))
             before[re.escape("".join(f"{part}." for part in parts[:at]))] = None

@@ -47,9 +47,9 @@ def refresh_options(method: Mapping[str, Any]) -> RefreshOptions | None:
 class GradientCollector:
     """Moments of the weight gradients of SparseGrad layers, from the backward passes inside a ``with`` block.
 
-    Where a batch is one backward pass of one process, each is added to the moments
-    and freed at once. Else the dense gradients of a batch are held and summed until :meth:`end_batch`, those of all
-    layers at once, so that the moments do not depend on how a batch is cut.
+    Where a batch is one backward pass of one process, each is added to the moments and freed at once. Else the dense
+    gradients of a batch are held and summed until :meth:`end_batch`, those of all layers at once, so that the moments
+    do not depend on how a batch is cut.
 
     Args:
         model: its SparseGrad layers are watched.

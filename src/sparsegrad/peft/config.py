@@ -15,7 +15,7 @@ from sparsegrad.basis import Basis
 from sparsegrad.convert import kind_value
 from sparsegrad.core import checked_ranks
 from sparsegrad.select import entries_for_density
-from sparsegrad.targets import ALL_MLP
+from sparsegrad.targets import ALL_MLP, kind_of
 
 INIT_BASES = ("given", "random")
 
@@ -115,9 +115,7 @@ class SparseGradConfig(PeftConfig):
         """The layer kind of a matrix by its module's name."""
         if self.kinds is not None:
             return next(kind for kind, pattern in self.kinds.items() if re.fullmatch(pattern, name))
-        parts = name.split(".")
-        block = next((place for place, part in enumerate(parts[:-1]) if part.isdigit()), -1)
-        return "_".join(parts[block + 1 :])
+        return kind_of(name)
 
     def core(self, kind: str, basis: Basis) -> tuple[int, int]:
         """r and c in a basis.

@@ -1,4 +1,4 @@
-"""Makes the method known to peft, through the four mappings that :func:`peft.utils.register_peft_method` writes.
+"""Makes the method known to peft, through the three mappings that :func:`peft.utils.register_peft_method` writes.
 
 That function itself refuses names outside the enumeration ``PeftType``, which nobody can extend from outside.
 """
